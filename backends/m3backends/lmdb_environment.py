@@ -1,0 +1,231 @@
+"""An LMDB environment that grows by itself, and whose errors are ours.
+
+LMDB maps its file into memory at a fixed size. The map may be resized only while this process has no
+transaction open, so every transaction goes through a guard that a resize waits for.
+"""
+
+import errno
+import mmap
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import lmdb
+from lmdb.verify import VerifyError, verify
+
+from m3backends.lmdb_guard import Guard
+from m3runtime.errors import BankError, BankFullError, TierClosedError, TierError, TierReadOnlyError
+
+if TYPE_CHECKING:
+    Reading = lmdb.Transaction[memoryview]
+    Writing = lmdb.Transaction[bytes]
+else:  # generic in its stub only
+    Reading = Writing = lmdb.Transaction
+T = TypeVar("T")
+
+FIRST_MAP = 64 << 20
+_RESERVE = 1 << 20
+_NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+
+
+class Environment:
+    """One open LMDB environment: a folder with ``data.mdb`` and ``lock.mdb``.
+
+    ``max_size`` bounds ``data.mdb`` in bytes; without it the drive does. Thread-safe, but no transaction
+    may be started inside another. Several processes may have the folder open; one process only once, and
+    not across a fork.
+
+    Raises `BankError` if the files cannot be opened, are not LMDB's, or are cut off.
+    """
+
+    def __init__(self, path: Path, *, databases: int, max_size: int | None, read_only: bool) -> None:
+        self.path = path
+        self.data = path / "data.mdb"
+        self.read_only = read_only
+        self._max_size = max_size
+        self._guard = Guard(f"bank {path} is closed")
+        try:
+            self._env = self._open(databases)
+            if self._cut_off():
+                # Reading a page beyond the file's end would kill the process. LMDB may leave the last pages
+                # of a whole file unwritten, if they are free: only a walk over all pages can tell.
+                self._env.close()
+                self._examine()
+                self._env = self._open(databases)
+                if not read_only:
+                    self._fill_up()
+        except (lmdb.Error, OSError) as error:
+            raise BankError(f"bank {self.data}: {error}") from error
+
+    def read(self, work: Callable[[Reading], T]) -> T:
+        """Run ``work`` on one snapshot. Its memoryviews are dead once it returned. Raises `TierError`."""
+        while True:
+            with self._guard.shared():
+                try:
+                    with self._env.begin(buffers=True) as txn:
+                        return work(txn)
+                except lmdb.MapResizedError:
+                    pass
+                except lmdb.Error as error:
+                    raise TierError(f"bank {self.path}: {error}") from error
+            self._adopt()
+
+    def write(self, work: Callable[[Writing], T], *, need: int = 0, reserve: bool = False) -> T:
+        """Run ``work`` in a write transaction, durable on return; after any exception nothing was written.
+
+        Runs it again after the map had to grow. ``need`` is about how many bytes it writes. ``reserve``
+        lets it use the last of a bounded environment, which is kept for forgetting: that, too, writes
+        before it frees.
+
+        Raises `BankFullError`, `TierReadOnlyError` or `TierError`.
+        """
+        if self.read_only:
+            raise TierReadOnlyError(f"bank {self.path} was opened for reading")
+        turned = grown = False
+        while True:
+            with self._guard.shared():
+                size = self._env.info()["map_size"]
+                try:
+                    with self._env.begin(write=True) as txn:
+                        result = work(txn)
+                    self._fill_up()
+                    break
+                except (lmdb.MapFullError, lmdb.MapResizedError) as error:
+                    full = isinstance(error, lmdb.MapFullError)
+                except (lmdb.Error, OSError) as error:
+                    if self._no_room(error, need):
+                        raise BankFullError(f"bank {self.path} is full: its drive has no room left") from error
+                    raise TierError(f"bank {self.path}: {error}") from error
+            if not full:
+                self._adopt()
+            elif self._grow(size, need, reserve):
+                grown = True
+            else:
+                if turned:
+                    raise BankFullError(self._why_full())
+                self._turn()
+                turned = True
+        if reserve and grown:
+            self._shrink()
+        return result
+
+    @property
+    def env(self) -> lmdb.Environment:
+        """LMDB's own object, to open databases with."""
+        return self._env
+
+    def close(self) -> None:
+        """Wait for the transactions that are running, then close. Closing twice is fine."""
+        with self._guard.alone(closing=True):
+            self._env.close()
+
+    def _open(self, databases: int) -> lmdb.Environment:
+        env = lmdb.Environment(
+            str(self.path),
+            map_size=min(FIRST_MAP, self._limit(reserve=False)),  # LMDB raises it to what is in use
+            max_dbs=databases,
+            max_readers=1024,
+            readonly=self.read_only,
+            create=not self.read_only,
+        )
+        env.reader_check()  # readers that were killed would keep freed pages from being used again
+        return env
+
+    def _limit(self, *, reserve: bool) -> int:
+        """Bytes that the map may have."""
+        if self._max_size is None:
+            stored = self.data.stat().st_size if self.data.exists() else 0
+            limit = stored + shutil.disk_usage(self.path).free
+        else:
+            limit = self._max_size - (0 if reserve else min(_RESERVE, self._max_size // 16))
+        return limit - limit % mmap.PAGESIZE
+
+    def _grow(self, size: int, need: int, reserve: bool) -> bool:
+        """Grow the map beyond ``size``; false at the limit."""
+        with self._guard.alone():
+            now = self._env.info()["map_size"]
+            limit = self._limit(reserve=reserve)
+            if now <= size < limit:
+                self._env.set_mapsize(min(limit, max(2 * size, size + need)))
+            return now > size or size < limit
+
+    def _shrink(self) -> None:
+        """Take the reserve back out of the map, so that it stays a reserve."""
+        with suppress(TierClosedError), self._guard.alone():  # what was committed is committed
+            if self._env.info()["map_size"] > (limit := self._limit(reserve=False)):
+                self._env.set_mapsize(limit)  # never less than what is in use
+
+    def _adopt(self) -> None:
+        """Another process grew the file: take over its size."""
+        with self._guard.alone():
+            self._env.set_mapsize(0)
+
+    def _turn(self) -> None:
+        """Commit an empty transaction: pages freed by one are reused by the next but one."""
+        try:
+            with self._guard.shared(), self._env.begin(write=True) as txn:
+                txn.put(b"\0turn", b"")
+                txn.delete(b"\0turn")
+        except lmdb.MapFullError:  # then there is no such page
+            return
+
+    def _why_full(self) -> str:
+        if self._max_size is None:
+            return f"bank {self.path} is full: its drive has no room left"
+        return (
+            f"bank {self.path} is full: its limit of {show_bytes(self._max_size)} is reached; "
+            "raise `max_size` of the lmdb tier or forget some references"
+        )
+
+    def _no_room(self, error: Exception, need: int) -> bool:
+        """Whether an error means a full drive. LMDB reports a short write as EIO: then ask the drive."""
+        code = error.errno if isinstance(error, OSError) else getattr(error, "code", 0)
+        if code != errno.EIO:
+            return code in _NO_ROOM
+        try:
+            self._allocate(self.data.stat().st_size, max(need, _RESERVE))
+        except OSError as refused:
+            return refused.errno in _NO_ROOM
+        return False
+
+    def _allocate(self, start: int, size: int) -> None:
+        """Make ``data.mdb`` have these bytes; those it has already keep their content."""
+        if not hasattr(os, "posix_fallocate"):  # macOS and Windows: `_examine` has more to do there
+            return
+        file = os.open(self.data, os.O_RDWR)
+        try:
+            os.posix_fallocate(file, start, size)
+        finally:
+            os.close(file)
+
+    def _in_use(self) -> int:
+        return (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+
+    def _cut_off(self) -> bool:
+        return self.data.stat().st_size < self._in_use()
+
+    def _fill_up(self) -> None:
+        """Give the file the pages that LMDB counts but has not written, so that `_cut_off` means damage."""
+        size = self.data.stat().st_size
+        if (short := self._in_use() - size) > 0:
+            with suppress(OSError):  # what was committed is whole without them
+                self._allocate(size, short)
+
+    def _examine(self) -> None:
+        try:
+            problems = verify(str(self.path))  # type: ignore[no-untyped-call]
+        except VerifyError as error:
+            problems = [str(error)]
+        if problems:
+            raise BankError(f"bank {self.data} is damaged: {problems[0]}")
+
+
+def show_bytes(size: int) -> str:
+    """A size as the configuration writes it, such as ``64MiB``."""
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if size >= 1024**power and size % 1024**power == 0:
+            return f"{size // 1024**power}{unit}"
+    return f"{size}B"

@@ -1,0 +1,141 @@
+"""The `Adapter` contract: what joins a language model to the runtime."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from m3runtime.bank import Manifest
+from m3runtime.memory import Memories
+from m3runtime.spec import MemorySpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from m3runtime.config import GenerateConfig, MemoryConfig, ModelConfig
+    from m3runtime.stream import Recalled, Stream
+
+
+Form = Literal["question", "chat", "plain"]
+"""How a question is put to a model: see ``generate.prompt``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a sequence begins with.
+
+    ``query`` is what memories are searched for while the prompt is read, if that is not the prompt's own text: a
+    question without the words of its template, for example.
+    """
+
+    text: str
+    query: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was generated after a prompt."""
+
+    text: str
+    tokens: tuple[int, ...]
+    """Generated token ids, a stop token left out."""
+    stopped_by: Literal["token", "text", "length"]
+    chunks: "tuple[Recalled, ...]" = field(repr=False)
+    """What was recalled, in order: for each chunk of the prompt, then for each chunk of 64 generated tokens."""
+    first_token_s: float
+    """Seconds from the call to the first token, recall included."""
+    tokens_per_s: float
+    """Tokens a second after the first; 0 if there was only one."""
+
+    @property
+    def memories(self) -> "Mapping[int, float]":
+        """The ids that were read, and the highest score each had."""
+        best: dict[int, float] = {}
+        for chunk in self.chunks:
+            for id, score in zip(chunk.ids, chunk.scores, strict=True):
+                best[id] = max(score, best.get(id, -1.0))
+        return best
+
+
+OnText = Callable[[int, str], None]
+"""Called with the row of the batch and the text that has become certain since the last call."""
+
+
+class Adapter(ABC):
+    """Computes memories from references, and generates while reading them.
+
+    Parity law: a memory of all layers and tokens, not quantised, at its own positions, gives the logits of the same
+    text in the context (float32: 1e-4). One call at a time, except where stated.
+    """
+
+    spec: MemorySpec
+    name: str
+    """What the model is called, for people."""
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+    sink: str
+    """The constant prefix that stands before all memories, and before each reference while it is encoded."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, model: "ModelConfig", memory: "MemoryConfig") -> "Adapter":
+        """Load the model. Raises `ConfigError` with one line if there is none, or it cannot have such memories."""
+
+    @property
+    @abstractmethod
+    def device(self) -> "torch.device":
+        """Where the model runs and memories are decoded."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> "torch.dtype":
+        """What the model's attention computes in."""
+
+    @abstractmethod
+    def count_tokens(self, text: str) -> int:
+        """Tokens that a reference of this text has, the sink's left out. Callable from any thread."""
+
+    @abstractmethod
+    def encode(self, references: Sequence[str]) -> Memories:
+        """The memories of one batch of references, on the model's device.
+
+        Raises `InputError` for a reference that is blank or has more than ``spec.reference_tokens`` tokens.
+        """
+
+    @abstractmethod
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        streams: "Sequence[Stream] | None",
+        settings: "GenerateConfig",
+        on_text: OnText | None = None,
+    ) -> list[Answer]:
+        """Continue each prompt, reading the memories that its stream recalls at every chunk.
+
+        ``streams`` is None for the model as it is, without sink and memories. Raises `InputError` for a prompt without
+        tokens.
+        """
+
+    @abstractmethod
+    def render(self, question: str, form: Form, texts: Sequence[str] | None = None) -> Prompt:
+        """The prompt that asks a question; with ``texts``, with these references in it. Raises `ConfigError`."""
+
+    @abstractmethod
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> Prompt:
+        """The prompt of a conversation, ``role`` and ``content`` of each message; the last one is the query."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back the model."""
+
+    def check(self, manifest: Manifest, where: Path) -> None:
+        """Raise `BankMismatchError` that names the difference, unless this adapter can read the bank at ``where``."""
+        manifest.check_model(
+            model=self.model_fingerprint,
+            name=self.name,
+            tokenizer=self.tokenizer_fingerprint,
+            sink=self.sink,
+            spec=self.spec,
+            where=where,
+        )

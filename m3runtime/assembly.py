@@ -1,0 +1,116 @@
+"""Builds from a configuration what a runtime or a writer is made of."""
+
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from m3runtime.bank import INDEX, Bank, LoadCodec, OpenHome
+from m3runtime.config import Config, default_tiers
+from m3runtime.errors import ConfigError, IndexFileError
+from m3runtime.plugins import construct, load
+from m3runtime.retrieval import Embedder, Index
+from m3runtime.tier import CachingTier, Home
+
+if TYPE_CHECKING:
+    import torch
+
+    from m3runtime.adapter import Adapter
+
+log = logging.getLogger("m3runtime")
+
+
+def tiers(config: Config) -> list[tuple[type, dict[str, object]]]:
+    """The classes and options of the configured tiers, or of those that fit the machine; the home is last."""
+    configured = config.tiers or default_tiers()
+    found = [(load("tiers", tier.kind), tier.options) for tier in configured]
+    for place, (kind, _) in enumerate(found):
+        last = place == len(found) - 1
+        if issubclass(kind, Home) != last:
+            name = configured[place].kind
+            raise ConfigError(
+                f"tiers: the last one must be a home, and {name} is none"
+                if last
+                else f"tiers: {name} is a home and must come last"
+            )
+    return found
+
+
+def open_home(config: Config, *, read_only: bool = False) -> OpenHome:
+    """What opens the bank's home."""
+    kind, options = tiers(config)[-1]
+    return OpenHome(kind, options, read_only=read_only)
+
+
+def open_bank(config: Config, *, read_only: bool = False) -> Bank:
+    """Open the bank; see `Bank.open`."""
+    return Bank.open(config.bank, open_home(config, read_only=read_only), LoadCodec())
+
+
+def open_tiers(config: Config, slot_bytes: int) -> list[CachingTier]:
+    """The caching tiers, fastest first."""
+    opened: list[CachingTier] = []
+    try:
+        for place, (kind, options) in enumerate(tiers(config)[:-1]):
+            opened.append(construct(kind, options, f"tiers.{place}", slot_bytes=slot_bytes))
+    except BaseException:
+        for tier in opened:
+            tier.close()
+        raise
+    return opened
+
+
+def open_embedder(config: Config) -> Embedder:
+    """Load the embedder."""
+    kind = load("embedders", config.embedder.kind)
+    return construct(kind, config.embedder.options, "embedder", path=config.embedder.path)  # type: ignore[no-any-return]
+
+
+def open_adapter(config: Config) -> "Adapter":
+    """Load the model."""
+    kind: type[Adapter] = load("adapters", config.model.adapter)
+    return kind.open(config.model, config.memory)
+
+
+def open_index(config: Config, bank: Bank) -> tuple[Index, bool]:
+    """The bank's index, loaded or rebuilt and in line with the home, and whether it differs from its file."""
+    kind = load("indexes", config.index.kind)
+    options = {"dtype": config.index.dtype, **config.index.options}
+    index: Index = construct(kind, options, "index", dim=bank.manifest.dim)
+    rebuilt = False
+    try:
+        index.load(bank.path / INDEX, _stamp(bank))
+    except IndexFileError as error:
+        log.info("the index is rebuilt: %s", error)
+        index, rebuilt = construct(kind, options, "index", dim=bank.manifest.dim), True
+    added, removed = catch_up(index, bank)
+    return index, rebuilt or added + removed > 0
+
+
+def catch_up(index: Index, bank: Bank) -> tuple[int, int]:
+    """Bring an index in line with the home, the only truth. Returns how many ids were added and removed."""
+    there, wanted = index.ids(), bank.home.ids()
+    gone, missing = np.setdiff1d(there, wanted), np.setdiff1d(wanted, there)
+    index.remove(gone)
+    if len(missing):
+        for ids, vectors in bank.home.embeddings(missing):
+            index.add(ids, vectors)
+    return len(missing), len(gone)
+
+
+def save_index(index: Index, bank: Bank) -> None:
+    """Keep the index for the next `open_index`."""
+    index.save(bank.path / INDEX, _stamp(bank))
+
+
+def device(config: Config) -> "torch.device":
+    """Where the model runs and memories are decoded."""
+    import torch
+
+    if config.model.device != "auto":
+        return torch.device(config.model.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _stamp(bank: Bank) -> str:
+    return f"{bank.stamp.bank}-{bank.manifest.embedder}"

@@ -1,0 +1,222 @@
+"""A bank: a home, the trained codec beside it, and the manifest that says what they belong to.
+
+::
+
+    bank/
+      home/               blocks, references, embeddings, manifest: the only truth
+      codec.safetensors   the trained codec, named by fingerprint in the manifest
+      index               nearest-neighbour index, a cache of the home's embeddings
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3runtime import block
+from m3runtime.block import BlockStamp, Ids
+from m3runtime.codecs import Codec
+from m3runtime.errors import BankError, BankFormatError, BankMismatchError, BankMissingError, ConfigError
+from m3runtime.memory import Memories
+from m3runtime.plugins import construct, load
+from m3runtime.spec import MemorySpec, canonical_json, fingerprint
+from m3runtime.tier import Home
+
+FORMAT = 1
+HOME, CODEC, INDEX = "home", "codec.safetensors", "index"
+_MANIFEST = "manifest"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a bank was made with. Banks with equal manifests hold blocks that are interchangeable."""
+
+    model: str
+    """Fingerprint of the model."""
+    model_name: str
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
+    sink: str
+    spec: MemorySpec
+    codec_kind: str
+    codec_options: Mapping[str, Any]
+    codec: str
+    """Fingerprint of the trained codec."""
+    embedder: str
+    """Fingerprint of the embedder."""
+    embedder_name: str
+    dim: int
+    """Length of an embedding."""
+    format: int = FORMAT
+
+    @property
+    def stamp(self) -> BlockStamp:
+        """What every block carries: it depends on all that a block's meaning depends on, and on nothing else."""
+        of = [self.format, self.model, self.tokenizer, self.sink, self.spec.to_json(), self.codec_kind, self.codec]
+        return BlockStamp(bank=fingerprint(of), codec=self.codec)
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON."""
+        return canonical_json({**asdict(self), "spec": self.spec.to_json()}).encode()
+
+    @classmethod
+    def from_bytes(cls, value: bytes, where: Path) -> "Manifest":
+        """Read `to_bytes`. Raises `BankFormatError` for another format version, `BankError` for anything else."""
+        try:
+            fields = json.loads(value)
+            if fields["format"] != FORMAT:
+                raise BankFormatError(
+                    f"{where}: bank of format {fields['format']}, this release reads {FORMAT}; "
+                    + ("install a newer m3runtime" if fields["format"] > FORMAT else "write the bank anew")
+                )
+            return cls(**{**fields, "spec": MemorySpec.from_json(fields["spec"])})
+        except (ValueError, KeyError, TypeError, ConfigError) as error:
+            raise BankError(f"{where}: the manifest cannot be read: {error}") from error
+
+    def check_model(self, *, model: str, name: str, tokenizer: str, sink: str, spec: MemorySpec, where: Path) -> None:
+        """Raise `BankMismatchError` that names what differs, unless the bank was written by this model."""
+        if self.model != model:
+            raise BankMismatchError(
+                f"{where}: the bank was written by another model ({self.model_name}, {self.model[:8]}), "
+                f"not {name} ({model[:8]})"
+            )
+        if self.tokenizer != tokenizer:
+            raise BankMismatchError(f"{where}: the bank was written with another tokenizer")
+        if self.sink != sink:
+            raise BankMismatchError(f"{where}: the bank was written with the sink {self.sink!r}, not {sink!r}")
+        if difference := self.spec.difference(spec):
+            raise BankMismatchError(f"{where}: the bank was written with another spec: {difference}")
+
+    def check_embedder(self, *, embedder: str, name: str, where: Path) -> None:
+        """Raise `BankMismatchError` unless the bank's embeddings are this embedder's."""
+        if self.embedder != embedder:
+            raise BankMismatchError(
+                f"{where}: the bank was written with another embedder ({self.embedder_name}), not {name}"
+            )
+
+
+class Bank:
+    """A home with its codec and manifest. Thread-safe as its home is."""
+
+    def __init__(self, path: Path, home: Home, manifest: Manifest, codec: Codec) -> None:
+        self.path = path
+        self.home = home
+        self.manifest = manifest
+        self.codec = codec
+        self.stamp = manifest.stamp
+
+    @classmethod
+    def create(cls, path: Path, home: "OpenHome", manifest: Manifest, codec: Codec) -> "Bank":
+        """Make a bank; what an interrupted `create` left at ``path`` is made anew.
+
+        The manifest is written last: a bank has one, or it is none.
+        """
+        slot = slot_bytes(codec)
+        if cls.exists(path, home):
+            raise BankError(f"{path}: there is a bank already")
+        if (path / HOME).exists():
+            shutil.rmtree(path / HOME)
+        made = home(path=path / HOME, slot_bytes=slot)
+        try:
+            codec.save(path / CODEC)
+            made.set_meta(_MANIFEST, manifest.to_bytes())
+        except BaseException:
+            made.close()
+            raise
+        return cls(path, made, manifest, codec)
+
+    @classmethod
+    def open(cls, path: Path, home: "OpenHome", load_codec: "LoadCodec") -> "Bank":
+        """Open a bank.
+
+        Raises `BankMissingError`, `BankFormatError`, `BankError` or `CodecError`, and `BankMismatchError` if the
+        codec's file is not the one that the manifest names.
+        """
+        if not (path / HOME).exists():
+            raise BankMissingError(f"there is no bank at {path}; make one with `m3 write`")
+        opened = home(path=path / HOME)
+        try:
+            value = opened.get_meta(_MANIFEST)
+            if value is None:
+                raise BankMissingError(f"the bank at {path} was never finished; run `m3 write` again")
+            manifest = Manifest.from_bytes(value, path)
+            codec = load_codec(manifest, path / CODEC)
+            if codec.fingerprint != manifest.codec:
+                raise BankMismatchError(f"{path / CODEC}: not the codec that the bank was written with")
+            if opened.slot_bytes != slot_bytes(codec):
+                raise BankMismatchError(f"{path}: slots of {opened.slot_bytes} bytes do not fit the codec")
+        except BaseException:
+            opened.close()
+            raise
+        return cls(path, opened, manifest, codec)
+
+    @staticmethod
+    def exists(path: Path, home: "OpenHome") -> bool:
+        """Whether there is a finished bank at ``path``."""
+        if not (path / HOME).exists():
+            return False
+        try:
+            with home(path=path / HOME) as opened:
+                return opened.get_meta(_MANIFEST) is not None
+        except BankMissingError:
+            return False
+
+    def blocks(self, ids: Ids, memories: Memories) -> Tensor:
+        """Encode and seal: ``uint8[n, slot_bytes]`` on the CPU."""
+        payloads = self.codec.encode(memories)
+        out = torch.zeros(len(ids), self.home.slot_bytes, dtype=torch.uint8)
+        out[:, block.HEADER_BYTES : block.HEADER_BYTES + payloads.shape[1]] = payloads
+        rows = out.numpy()
+        for row, (id, tokens) in enumerate(zip(ids.tolist(), memories.tokens.tolist(), strict=True)):
+            size = self.codec.payload_bytes(tokens)
+            block.seal(rows[row], id=id, tokens=tokens, payload_bytes=size, stamp=self.stamp)
+        return out
+
+    def decode(self, blocks: Tensor, dtype: torch.dtype) -> Memories:
+        """The memories of checked blocks, ``uint8[n, slot_bytes]``, in one call on the device they lie on."""
+        heads = block.headers(blocks[:, : block.HEADER_BYTES].cpu().numpy())
+        tokens = torch.from_numpy(heads["tokens"].astype(np.int64))
+        return self.codec.decode(blocks[:, block.HEADER_BYTES :], tokens, dtype)
+
+    def close(self) -> None:
+        """Close the home."""
+        self.home.close()
+
+
+def slot_bytes(codec: Codec) -> int:
+    """Bytes of the block of a full reference."""
+    return block.HEADER_BYTES + codec.payload_bytes(codec.spec.tokens)
+
+
+class OpenHome:
+    """Opens homes of one kind and configuration."""
+
+    def __init__(self, kind: type[Home], options: Mapping[str, Any], *, read_only: bool = False) -> None:
+        self.kind = kind
+        self.options = dict(options)
+        self.read_only = read_only
+
+    def __call__(self, *, path: Path, slot_bytes: int | None = None) -> Home:
+        """Open the home in the folder ``path``, or make it if ``slot_bytes`` is given."""
+        given = {"path": path, "slot_bytes": slot_bytes, "read_only": self.read_only}
+        return construct(self.kind, self.options, "tiers", **given)
+
+
+class LoadCodec:
+    """Loads the codec that a manifest names."""
+
+    def __call__(self, manifest: Manifest, path: Path) -> Codec:
+        """Raises `CodecError` or `PluginError`."""
+        kind: type[Codec] = load("codecs", manifest.codec_kind)
+        return kind.load(path, manifest.spec)
+
+
+def as_ids(ids: Sequence[int]) -> Ids:
+    """Ids as the ``uint64`` array that tiers take."""
+    return np.array(list(ids), np.uint64)

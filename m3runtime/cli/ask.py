@@ -1,0 +1,114 @@
+"""``m3 ask`` and ``m3 chat``."""
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
+
+if TYPE_CHECKING:
+    from m3runtime.adapter import Adapter, Answer, Prompt
+
+NoMemory = Annotated[bool, typer.Option("--no-memory", help="The model as it is: recall nothing.")]
+
+
+def ask(
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    config: ConfigFile = None,
+    no_memory: NoMemory = False,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Answer a question once, and print which memories were read."""
+    with _Talk(config, set, no_memory=no_memory) as talk:
+        prompt = talk.adapter.render(question, talk.settings.generate.prompt)
+        answer = talk.answer(prompt, shown=not json)
+        if json:
+            print_json({"question": question, **talk.summary(answer)})
+        else:
+            talk.print_memories(answer)
+
+
+def chat(config: ConfigFile = None, no_memory: NoMemory = False, set: Set = None, json: Json = False) -> None:
+    """Talk with the model, line by line, until the end of input. Memories are searched for by each message.
+
+    With --json, each answer is one line of JSON.
+    """
+    with _Talk(config, set, no_memory=no_memory) as talk:
+        messages: list[dict[str, str]] = []
+        while True:
+            if sys.stdin.isatty():
+                typer.echo("> ", nl=False, err=True)
+            line = sys.stdin.readline()
+            if not line:
+                return
+            if not line.strip():
+                continue
+            messages.append({"role": "user", "content": line.strip()})
+            answer = talk.answer(talk.adapter.chat(messages), shown=not json)
+            messages.append({"role": "assistant", "content": answer.text})
+            if json:
+                print_json({"message": line.strip(), **talk.summary(answer)})
+            else:
+                talk.print_memories(answer)
+
+
+class _Talk(ExitStack):
+    """A model with its runtime for one command."""
+
+    def __init__(self, file: Path | None, settings: list[str] | None, *, no_memory: bool) -> None:
+        super().__init__()
+        self.settings = configuration(file, settings)
+        from m3runtime import assembly
+        from m3runtime.runtime import Runtime
+
+        self.runtime: Runtime | None = None
+        if not no_memory:
+            self.runtime = self.enter_context(Runtime.open(self.settings))
+        self.adapter: Adapter = assembly.open_adapter(self.settings)
+        self.callback(self.adapter.close)
+        if self.runtime is not None:
+            self.adapter.check(self.runtime.bank.manifest, self.runtime.bank.path)
+
+    def answer(self, prompt: "Prompt", *, shown: bool) -> "Answer":
+        def show(_: int, text: str) -> None:
+            typer.echo(text, nl=False)
+
+        on_text = show if shown else None
+        if self.runtime is None:
+            (answer,) = self.adapter.generate([prompt], None, self.settings.generate, on_text)
+        else:
+            with self.runtime.stream(self.adapter.dtype) as stream:
+                (answer,) = self.adapter.generate([prompt], [stream], self.settings.generate, on_text)
+        if shown:
+            typer.echo()
+        return answer
+
+    def summary(self, answer: "Answer") -> dict[str, Any]:
+        return {
+            "answer": answer.text.strip(),
+            "stopped_by": answer.stopped_by,
+            "memories": self._memories(answer),
+            "first_token_s": answer.first_token_s,
+            "tokens_per_s": answer.tokens_per_s,
+        }
+
+    def print_memories(self, answer: "Answer") -> None:
+        typer.echo(
+            f"\n{len(answer.memories)} memories read, first token after {answer.first_token_s:.2f} s, "
+            f"{answer.tokens_per_s:.1f} tokens/s",
+            err=True,
+        )
+        for memory in self._memories(answer):
+            text = " ".join(memory["text"].split())
+            typer.echo(f"  {memory['score']:.2f}  {memory['id']:>6}  {memory['source']}  {text[:70]}", err=True)
+
+    def _memories(self, answer: "Answer") -> list[dict[str, Any]]:
+        references = {id: one for chunk in answer.chunks for id, one in zip(chunk.ids, chunk.references, strict=True)}
+        return [
+            {"id": id, "score": round(score, 4), "source": references[id].source, "text": references[id].text}
+            for id, score in answer.memories.items()
+        ]

@@ -1,0 +1,157 @@
+"""``m3 search``, ``m3 inspect`` and ``m3 forget``."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json, show_size
+from m3runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from m3runtime.bank import Bank
+
+
+def search(
+    text: Annotated[str, typer.Argument(help="What to look for.")],
+    config: ConfigFile = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many references to print.")] = 5,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Print the references nearest to a text, without a model and whatever their scores."""
+    settings = configuration(config, set)
+    if not text.strip():
+        raise InputError("there is nothing to search for: the text is blank")
+    from m3runtime.runtime import Runtime
+
+    with Runtime.open(settings, read_only=True) as runtime:
+        (matches,) = runtime.search([text], k)
+        references = runtime.references([match.id for match in matches])
+    found = [
+        {"id": match.id, "score": round(match.score, 4), "source": one.source, "text": one.text}
+        for match, one in zip(matches, references, strict=True)
+        if one is not None
+    ]
+    if json:
+        print_json(found)
+        return
+    for one in found:
+        typer.echo(f"{one['score']:.3f}  {one['id']:>6}  {one['source']}\n    {' '.join(str(one['text']).split())}")
+
+
+def inspect(
+    id: Annotated[int | None, typer.Argument(min=0, help="One memory; default: the bank as a whole.")] = None,
+    config: ConfigFile = None,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Print what a bank holds and was made with, or one of its memories."""
+    settings = configuration(config, set)
+    from m3runtime import assembly
+
+    bank = assembly.open_bank(settings, read_only=True)
+    try:
+        facts = _bank_facts(bank) if id is None else _memory_facts(bank, id)
+    finally:
+        bank.close()
+    if json:
+        print_json(facts)
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            typer.echo(f"{name}:")
+            for key, part in value.items():
+                typer.echo(f"  {key}: {part}")
+        else:
+            typer.echo(f"{name}: {show_size(value) if name.endswith('bytes') else value}")
+
+
+def forget(
+    ids: Annotated[list[int] | None, typer.Argument(min=0, help="Ids of memories.")] = None,
+    source: Annotated[list[str] | None, typer.Option("--source", help="Forget all that came from a source.")] = None,
+    config: ConfigFile = None,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Forget memories and their references, for good."""
+    settings = configuration(config, set)
+    if not ids and not source:
+        raise InputError("say what to forget: ids, or --source")
+    from m3runtime import assembly
+    from m3runtime.bank import as_ids
+
+    bank = assembly.open_bank(settings)
+    try:
+        wanted = dict.fromkeys(ids or [])
+        for name in source or ():
+            of_source = bank.home.ids_of(name).tolist()
+            if not of_source:
+                raise InputError(f"the bank remembers nothing from {name}; `m3 inspect` lists its sources")
+            wanted.update(dict.fromkeys(of_source))
+        unknown = [
+            id for id, one in zip(wanted, bank.home.references(as_ids(list(wanted))), strict=True) if one is None
+        ]
+        if unknown:
+            raise InputError(f"the bank has no memory {', '.join(map(str, unknown))}; nothing was forgotten")
+        bank.home.discard(as_ids(list(wanted)))
+        index, _ = assembly.open_index(settings, bank)
+        assembly.save_index(index, bank)
+    finally:
+        bank.close()
+    if json:
+        print_json({"forgotten": list(wanted)})
+    else:
+        typer.echo(f"{len(wanted)} memories forgotten")
+
+
+def _bank_facts(bank: "Bank") -> dict[str, Any]:
+    manifest, home = bank.manifest, bank.home
+    distortion = getattr(bank.codec, "measured", None)
+    return {
+        "bank": str(bank.path),
+        "memories": len(home.ids()),
+        "quarantined": len(home.quarantined()),
+        "stored_bytes": home.stored_bytes(),
+        "slot_bytes": home.slot_bytes,
+        "model": f"{manifest.model_name} ({manifest.model[:16]})",
+        "embedder": f"{manifest.embedder_name} ({manifest.embedder[:16]}, {manifest.dim} dimensions)",
+        "sink": manifest.sink,
+        "spec": manifest.spec.to_json(),
+        "codec": {
+            "kind": manifest.codec_kind,
+            **manifest.codec_options,
+            "fingerprint": manifest.codec,
+            **({} if distortion is None else {"key_error": distortion.keys, "value_error": distortion.values}),
+        },
+        "fingerprint": bank.stamp.bank,
+        "sources": dict(home.sources()),
+    }
+
+
+def _memory_facts(bank: "Bank", id: int) -> dict[str, Any]:
+    import torch
+
+    from m3runtime import block
+    from m3runtime.bank import as_ids
+    from m3runtime.errors import BlockError
+
+    (reference,) = bank.home.references(as_ids([id]))
+    if reference is None:
+        raise InputError(f"the bank has no memory {id}")
+    slot = torch.zeros(1, bank.home.slot_bytes, dtype=torch.uint8)
+    state = "missing"
+    if bank.home.read(as_ids([id]), slot)[0]:
+        try:
+            block.check(slot[0].numpy(), id=id, stamp=bank.stamp)
+            state = "good"
+        except BlockError as error:
+            state = str(error)
+    return {
+        "id": id,
+        "source": reference.source,
+        "span": f"{reference.start}-{reference.end}",
+        "tokens": reference.tokens,
+        "block_bytes": block.length(slot[0].numpy()) if state == "good" else 0,
+        "block": bank.home.quarantined().get(id, state),
+        "text": reference.text,
+    }

@@ -1,0 +1,53 @@
+"""Options that every command has, and how they are read."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from m3runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from m3runtime.config import Config
+    from m3runtime.config_loading import LoadedConfig
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", "-c", help="Configuration file; default: $M3_CONFIG, or m3.yaml.")
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value: --set recall.memories=3.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def load(file: Path | None, settings: list[str] | None) -> "LoadedConfig":
+    """The configuration in force. Raises `ConfigError`, or `InputError` for a ``--set`` without a value."""
+    from m3runtime.config_loading import load_config
+
+    overrides = {}
+    for setting in settings or ():
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set {setting}: write it as KEY=VALUE")
+        overrides[key] = value
+    return load_config(file, overrides=overrides)
+
+
+def configuration(file: Path | None, settings: list[str] | None) -> "Config":
+    """As `load`, without where values came from."""
+    return load(file, settings).config
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON on standard output."""
+    typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+def show_size(size: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -1,0 +1,79 @@
+"""``m3 write``."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json, show_size
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, Task
+
+
+def write(
+    paths: Annotated[list[Path], typer.Argument(help="Files or folders: txt, md, rst, html, jsonl.")],
+    config: ConfigFile = None,
+    text_field: Annotated[str, typer.Option(help="The field of a jsonl line that holds the text.")] = "text",
+    whole: Annotated[bool, typer.Option("--whole", help="Each document is one reference; do not split.")] = False,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Write texts into the bank, which is made if it is not there.
+
+    Can be interrupted at any moment and run again: it goes on, and doubles nothing.
+    """
+    settings = configuration(config, set)
+    from m3runtime.text import find_files, read_documents
+
+    skipped = find_files(paths).skipped
+    documents = list(read_documents(paths, text_field=text_field))
+
+    from m3runtime import assembly
+    from m3runtime.writer import Writer
+
+    adapter = assembly.open_adapter(settings)
+    embedder = assembly.open_embedder(settings)
+    with _bar(shown=not json) as bar:
+        tasks: dict[str, int] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                name = {"codec": "Training the codec", "memories": "Writing memories"}[stage]
+                tasks[stage] = bar.add_task(name, total=total, begun_at=done)
+            bar.update(tasks[stage], completed=done)  # type: ignore[arg-type]
+
+        report = Writer(settings, adapter, embedder).write(documents, whole=whole, progress=progress)
+    if json:
+        print_json({**asdict(report), "bank": str(settings.bank), "skipped": [str(path) for path in skipped]})
+        return
+    typer.echo(
+        f"{report.written} memories written, {report.known} known already, from {report.documents} documents; "
+        f"{show_size(report.bytes)} in {report.seconds:.1f} s: {settings.bank}"
+    )
+    if skipped:
+        typer.echo(f"{len(skipped)} files were passed over, such as {skipped[0]}", err=True)
+
+
+def _bar(*, shown: bool) -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        """References a second."""
+
+        def render(self, task: "Task") -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{speed:.1f}/s")
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not shown,
+    )

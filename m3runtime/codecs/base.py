@@ -1,0 +1,96 @@
+"""The `Codec` contract."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from m3runtime.memory import Memories
+from m3runtime.spec import MemorySpec
+
+Progress = Callable[[float], None]
+"""Called with the share of the work done, in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Distortion:
+    """Relative squared error of ``decode(encode(m))``: the sum of squared errors over the sum of squares."""
+
+    keys: float
+    values: float
+
+
+class Codec(ABC):
+    """Encodes and decodes memories of one spec.
+
+    Deterministic: equal memories give equal bytes. Payloads are token-major, so that the payload of a short memory is a
+    prefix of a full one's layout: ``payload_bytes(tokens)`` bytes. Thread-safe after `fit` or `load`.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, spec: MemorySpec) -> None:
+        self.spec = spec
+
+    @property
+    @abstractmethod
+    def options(self) -> Mapping[str, Any]:
+        """The constructor's keyword arguments besides ``spec``, as JSON values."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Thirty-two hex digits over kind, spec, options and what was trained. Raises `CodecError` if untrained."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether `encode` and `decode` can be used. Codecs that learn nothing always are."""
+        return True
+
+    def fit(self, sample: Memories, progress: Progress | None = None) -> None:  # noqa: B027 - most learn nothing
+        """Train on a sample of memories; a codec that learns nothing does nothing. Raises `CodecError` if too few."""
+
+    @abstractmethod
+    def payload_bytes(self, tokens: int) -> int:
+        """Bytes of the payload of a memory of that many tokens. Never falls as ``tokens`` grows."""
+
+    @abstractmethod
+    def encode(self, memories: Memories) -> Tensor:
+        """``uint8[n, payload_bytes(spec.tokens)]`` on the CPU; bytes beyond a memory's own payload are zero.
+
+        Raises `CodecError` if untrained, or if the memories do not fit the spec or are not finite.
+        """
+
+    @abstractmethod
+    def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> Memories:
+        """Decode ``uint8[n, at least payload_bytes(max(tokens))]`` on the device that ``payloads`` lies on.
+
+        ``tokens`` is ``int64[n]`` on the CPU. The result has ``max(tokens)`` tokens, and zeros beyond each memory's
+        own. Finite for any bytes, or `BlockError`.
+        """
+
+    def distortion(self, memories: Memories) -> Distortion:
+        """Measure `Distortion` on memories, which should not be those that the codec was trained on."""
+        decoded = self.decode(self.encode(memories), memories.tokens, torch.float32)
+        width = decoded.keys.shape[3]
+        exists = memories.exists()[:, None, None, :width, None]
+
+        def relative(true: Tensor, back: Tensor) -> float:
+            true = torch.where(exists, true[:, :, :, :width].float().cpu(), 0.0)
+            error = (back.cpu() - true).square().sum(dtype=torch.float64)
+            return float(error / true.square().sum(dtype=torch.float64).clamp_min(1e-30))
+
+        return Distortion(relative(memories.keys, decoded.keys), relative(memories.values, decoded.values))
+
+    @abstractmethod
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, by temporary file and rename. Raises `CodecError` if untrained."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, path: Path, spec: MemorySpec) -> "Codec":
+        """Read what `save` wrote. Raises `CodecError` if the file is damaged or of another spec or kind."""

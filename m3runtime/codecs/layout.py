@@ -1,0 +1,90 @@
+"""What every codec shares: the token-major payload, the vectors of one memory, and the checks at both ends.
+
+::
+
+    payload: [fixed part] [token 0] [token 1] ...
+    token:   [key codes of all layers x KV heads] [value codes of all layers x KV heads]
+
+So the payload of a short memory is the beginning of a full one's layout.
+"""
+
+import torch
+from torch import Tensor
+
+from m3runtime.errors import BlockError, CodecError
+from m3runtime.memory import Memories
+from m3runtime.spec import MemorySpec
+
+
+def split(payloads: Tensor, width: int, fixed: int, key_bytes: int, value_bytes: int) -> tuple[Tensor, Tensor]:
+    """The codes of the first ``width`` tokens: views ``uint8[n, width, key_bytes | value_bytes]``.
+
+    ``key_bytes`` and ``value_bytes`` are those of one token, all layers and heads together.
+    """
+    token = key_bytes + value_bytes
+    codes = torch.unflatten(payloads[:, fixed : fixed + width * token], 1, (width, token))
+    return codes[:, :, :key_bytes], codes[:, :, key_bytes:]
+
+
+def vectors(memories: Memories, i: int, spec: MemorySpec) -> tuple[Tensor, Tensor]:
+    """Keys and values of memory ``i``, its own tokens only: ``float32[layers * kv_heads, tokens, head_dim]``.
+
+    They are fresh and contiguous: what is computed from them cannot depend on the rest of the batch. Raises
+    `CodecError` if one is not finite.
+    """
+    own = int(memories.tokens[i])
+    pair = []
+    for x in (memories.keys, memories.values):
+        x = x[i, :, :, :own].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        x = x.view(spec.vectors_per_token, own, spec.head_dim)
+        if not finite(x):
+            raise CodecError(f"memory {i} of the batch has values that are not finite")
+        pair.append(x)
+    return pair[0], pair[1]
+
+
+def finite(x: Tensor) -> bool:
+    """Whether all values are finite; true for none. One pass, where ``isfinite().all()`` takes several."""
+    return not x.numel() or bool(torch.stack(torch.aminmax(x)).isfinite().all())
+
+
+def width_of(payloads: Tensor, tokens: Tensor, spec: MemorySpec) -> int:
+    """The most tokens of a batch of payloads, 0 for none. Raises `BlockError` if a count cannot be."""
+    if payloads.dtype != torch.uint8 or payloads.ndim != 2 or tokens.shape != payloads.shape[:1]:
+        raise BlockError(f"payloads must be uint8[n, bytes] and tokens [n], not {tuple(payloads.shape)}")
+    if not len(tokens):
+        return 0
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 1 or high > spec.tokens:
+        raise BlockError(f"a memory has between 1 and {spec.tokens} tokens, not {low if low < 1 else high}")
+    return high
+
+
+def check_length(payloads: Tensor, needed: int) -> None:
+    """Raise `BlockError` unless each row has the bytes that its longest memory needs."""
+    if payloads.shape[1] < needed:
+        raise BlockError(f"payloads of {payloads.shape[1]} bytes are too short, {needed} are needed")
+
+
+def blank(x: Tensor, tokens: Tensor) -> Tensor:
+    """Set what lies beyond each memory's own tokens to zero, in place; ``x`` is ``[n, ..., tokens, any]``."""
+    for row, own in zip(x, tokens.tolist(), strict=True):
+        if own < x.shape[-2]:
+            row[..., own:, :] = 0
+    return x
+
+
+def finish(keys: Tensor, values: Tensor, tokens: Tensor, spec: MemorySpec, dtype: torch.dtype, peak: float) -> Memories:
+    """Memories of ``dtype`` out of contiguous ``[n, layers * kv_heads, tokens, head_dim]``.
+
+    What is given is overwritten. ``peak`` bounds every value. Where ``dtype`` cannot hold it, values are clamped: no
+    codec hands out infinity.
+    """
+    most = torch.finfo(dtype).max
+
+    def shaped(x: Tensor) -> Tensor:
+        if peak > most:
+            x = x.to(torch.float32).clamp_(-most, most)
+        return torch.unflatten(blank(x, tokens).to(dtype), 1, (len(spec.layers), spec.kv_heads))
+
+    return Memories(shaped(keys), shaped(values), tokens)

@@ -1,0 +1,72 @@
+"""The nearest centroid of each part of each vector, the work of `ProductCodec.encode`."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+_AT_ONCE = 16
+"""Parts scored by one call on a CPU: their scores for 128 tokens are 2 MiB and stay in the cache."""
+
+
+def scorer(centroids: Tensor) -> Tensor:
+    """What `nearest` multiplies with: ``float32[groups, parts, size + 1, 256]`` of ``[groups, parts, 256, size]``.
+
+    The nearest centroid of x has the greatest x·c - |c|²/2. The second term is one more row, against ones.
+    """
+    row = centroids.square().sum(3, keepdim=True) / -2
+    return torch.cat([centroids, row], 3).transpose(2, 3).contiguous()
+
+
+def nearest(x: Tensor, against: Tensor, sharing: int, out: Tensor) -> None:
+    """Write the codes of contiguous vectors ``float32[heads, tokens, dim]`` to ``out``.
+
+    ``out`` is ``uint8[tokens, heads, parts]`` on the CPU, of any strides; ``against`` is the `scorer` of
+    ``heads / sharing`` groups, on the device of ``x``. Deterministic: among equally near centroids the first. Uses
+    ``torch.get_num_threads()`` threads on a CPU.
+    """
+    if x.device.type == "cpu":
+        _on_cpu(x.numpy(), against.numpy(), sharing, out.numpy())
+        return
+    parts, size = against.shape[1], against.shape[2] - 1
+    cut = torch.unflatten(x, 2, (parts, size)).transpose(1, 2)
+    cut = torch.nn.functional.pad(cut, (0, 1), value=1.0)
+    groups = against.repeat_interleave(sharing, 0)
+    codes = torch.stack([torch.bmm(a, b).argmax(2) for a, b in zip(cut, groups, strict=True)])
+    out.copy_(codes.permute(2, 0, 1).to(torch.uint8))
+
+
+def _on_cpu(
+    x: npt.NDArray[np.float32], against: npt.NDArray[np.float32], sharing: int, out: npt.NDArray[np.uint8]
+) -> None:
+    """By numpy, whose argmax over a row of floats is several times as fast as torch's.
+
+    The heads are divided among threads, which numpy lets run at the same time. Each product has the same operands
+    however they are divided.
+    """
+    heads, tokens, _ = x.shape
+    _, parts, rows, centroids = against.shape
+    size, at_once = rows - 1, min(_AT_ONCE, parts)
+
+    def work(some: range) -> None:
+        cut = np.ones((at_once, tokens, rows), np.float32)
+        scores = np.empty((at_once, tokens, centroids), np.float32)
+        best = np.empty((at_once, tokens), np.int64)
+        for head in some:
+            vectors = x[head].reshape(tokens, parts, size).swapaxes(0, 1)
+            for start in range(0, parts, at_once):
+                now = slice(start, min(start + at_once, parts))
+                n = now.stop - start
+                cut[:n, :, :size] = vectors[now]
+                np.matmul(cut[:n], against[head // sharing, now], out=scores[:n])
+                np.argmax(scores[:n], 2, out=best[:n])
+                out[:, head, now] = best[:n].T
+
+    workers = min(torch.get_num_threads(), heads)
+    if workers == 1:
+        work(range(heads))
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(work, [range(i, heads, workers) for i in range(workers)]))

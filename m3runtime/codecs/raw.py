@@ -1,0 +1,86 @@
+"""The `raw` codec: values as they are, in one floating-point type."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from m3runtime.codecs import files, layout
+from m3runtime.codecs.base import Codec
+from m3runtime.errors import BlockError, CodecError
+from m3runtime.memory import Memories
+from m3runtime.spec import DTYPES, MemorySpec
+
+
+class RawCodec(Codec):
+    """Stores values as ``dtype``: lossless if that is the spec's, which is the default.
+
+    Nothing is trained. Thread-safe. Raises `CodecError` for a ``dtype`` that no spec can have.
+    """
+
+    kind: ClassVar[str] = "raw"
+
+    def __init__(self, spec: MemorySpec, dtype: str | None = None) -> None:
+        super().__init__(spec)
+        self.dtype = spec.dtype if dtype is None else dtype
+        if self.dtype not in DTYPES:
+            raise CodecError(f"dtype of the raw codec must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        self._dtype: torch.dtype = getattr(torch, self.dtype)
+        # Of the keys of one token; the values take as many.
+        self._token_bytes: int = spec.vectors_per_token * spec.head_dim * self._dtype.itemsize
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """``dtype``, stated even where it is the spec's."""
+        return {"dtype": self.dtype}
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Codec.fingerprint`."""
+        return files.codec_fingerprint(self)
+
+    def payload_bytes(self, tokens: int) -> int:
+        """See `Codec.payload_bytes`."""
+        return tokens * 2 * self._token_bytes
+
+    def encode(self, memories: Memories) -> Tensor:
+        """See `Codec.encode`. Raises `CodecError` also for a value too large for ``dtype``."""
+        memories.check(self.spec)
+        rows = torch.zeros(len(memories), self.payload_bytes(self.spec.tokens), dtype=torch.uint8)
+        for i, row in enumerate(rows):
+            pair = torch.stack(layout.vectors(memories, i, self.spec)).to("cpu", self._dtype)
+            if not layout.finite(pair):
+                raise CodecError(f"memory {i} of the batch has values too large for {self.dtype}")
+            payload = pair.permute(2, 0, 1, 3).contiguous().view(torch.uint8).flatten()
+            row[: len(payload)] = payload
+        return rows
+
+    def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> Memories:
+        """See `Codec.decode`. Raises `BlockError` if a memory holds a value that is not finite."""
+        width = layout.width_of(payloads, tokens, self.spec)
+        layout.check_length(payloads, self.payload_bytes(width))
+
+        def values_of(codes: Tensor) -> Tensor:  # uint8[n, width, bytes] -> [n, layers * heads, width, dim]
+            # The clone is aligned, whatever the slot was; only aligned bytes can be viewed as floats.
+            x = codes.clone(memory_format=torch.contiguous_format).view(self._dtype)
+            x = torch.unflatten(x, 2, (self.spec.vectors_per_token, self.spec.head_dim))
+            x = x.transpose(1, 2).contiguous()
+            if not layout.finite(layout.blank(x, tokens)):
+                raise BlockError("a payload of the raw codec holds values that are not finite")
+            return x
+
+        keys, values = map(values_of, layout.split(payloads, width, 0, self._token_bytes, self._token_bytes))
+        return layout.finish(keys, values, tokens, self.spec, dtype, torch.finfo(self._dtype).max)
+
+    def save(self, path: Path) -> None:
+        """See `Codec.save`."""
+        files.write(path, self)
+
+    @classmethod
+    def load(cls, path: Path, spec: MemorySpec) -> "RawCodec":
+        """See `Codec.load`."""
+        file = files.read(path, cls.kind, spec)
+        file.expect({})
+        return file.make(cls, spec)

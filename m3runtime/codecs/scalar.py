@@ -1,0 +1,140 @@
+"""The `scalar` codec: uniform steps for each channel, with a range of its own in every memory."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3runtime.codecs import files, layout
+from m3runtime.codecs.base import Codec
+from m3runtime.errors import BlockError, CodecError
+from m3runtime.memory import Memories
+from m3runtime.spec import MemorySpec
+
+_HALF_BYTES = 2
+_PEAK = 256 * float(np.finfo(np.float16).max)
+"""No decoded value exceeds it: a float16 and 255 float16 steps."""
+
+
+class ScalarCodec(Codec):
+    """Stores each channel of each layer and KV head in 4 or 8 bits, between its least and greatest value.
+
+    The range is over the memory's own tokens and lies in the payload's fixed part as float16, rounded
+    outwards: ``[keys, values] x [low, step] x layers x KV heads x head_dim``. Two codes of four bits share a
+    byte, the even channel in its low half. ``key_bits`` and ``value_bits`` override ``bits``. Nothing is
+    trained. Thread-safe.
+    """
+
+    kind: ClassVar[str] = "scalar"
+
+    def __init__(
+        self, spec: MemorySpec, bits: int = 8, key_bits: int | None = None, value_bits: int | None = None
+    ) -> None:
+        super().__init__(spec)
+        self.key_bits = bits if key_bits is None else key_bits
+        self.value_bits = bits if value_bits is None else value_bits
+        for found in (self.key_bits, self.value_bits):
+            if found not in (4, 8):
+                raise CodecError(f"bits of the scalar codec must be 4 or 8, not {found!r}")
+        self._range_bytes = 2 * spec.vectors_per_token * spec.head_dim * _HALF_BYTES
+        self._key_bytes = spec.vectors_per_token * _packed_bytes(spec.head_dim, self.key_bits)
+        self._value_bytes = spec.vectors_per_token * _packed_bytes(spec.head_dim, self.value_bits)
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """``key_bits`` and ``value_bits``."""
+        return {"key_bits": self.key_bits, "value_bits": self.value_bits}
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Codec.fingerprint`."""
+        return files.codec_fingerprint(self)
+
+    def payload_bytes(self, tokens: int) -> int:
+        """See `Codec.payload_bytes`."""
+        return 2 * self._range_bytes + tokens * (self._key_bytes + self._value_bytes)
+
+    def encode(self, memories: Memories) -> Tensor:
+        """See `Codec.encode`. Raises `CodecError` also for a value too large for a float16."""
+        memories.check(self.spec)
+        rows = torch.zeros(len(memories), self.payload_bytes(self.spec.tokens), dtype=torch.uint8)
+        for i, row in enumerate(rows):
+            ranges, codes = [], []
+            for x, bits in zip(layout.vectors(memories, i, self.spec), (self.key_bits, self.value_bits), strict=True):
+                scale, code = _quantise(x.cpu(), bits)
+                if not layout.finite(scale):
+                    raise CodecError(f"memory {i} of the batch has values too large for the scalar codec")
+                ranges.append(scale.view(torch.uint8).flatten())
+                codes.append(_pack(code, bits).transpose(0, 1).flatten(1))
+            payload = torch.cat([*ranges, torch.cat(codes, 1).flatten()])
+            row[: len(payload)] = payload
+        return rows
+
+    def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> Memories:
+        """See `Codec.decode`. Raises `BlockError` if a range is not finite."""
+        width = layout.width_of(payloads, tokens, self.spec)
+        layout.check_length(payloads, self.payload_bytes(width))
+        fixed = payloads[:, : 2 * self._range_bytes].clone(memory_format=torch.contiguous_format)
+        shape = (2, 2, self.spec.vectors_per_token, 1, self.spec.head_dim)
+        ranges = torch.unflatten(fixed.view(torch.float16), 1, shape)
+        if not layout.finite(ranges):
+            raise BlockError("a payload of the scalar codec holds a range that is not finite")
+        both = layout.split(payloads, width, 2 * self._range_bytes, self._key_bytes, self._value_bytes)
+        pair = []
+        for kind, (codes, bits) in enumerate(zip(both, (self.key_bits, self.value_bits), strict=True)):
+            codes = torch.unflatten(codes, 2, (self.spec.vectors_per_token, -1)).transpose(1, 2)
+            codes = _unpack(codes, bits)[..., : self.spec.head_dim]
+            low, step = ranges[:, kind].to(torch.float32).unbind(1)
+            pair.append(codes.to(torch.float32, memory_format=torch.contiguous_format).mul_(step).add_(low))
+        return layout.finish(pair[0], pair[1], tokens, self.spec, dtype, _PEAK)
+
+    def save(self, path: Path) -> None:
+        """See `Codec.save`."""
+        files.write(path, self)
+
+    @classmethod
+    def load(cls, path: Path, spec: MemorySpec) -> "ScalarCodec":
+        """See `Codec.load`."""
+        file = files.read(path, cls.kind, spec)
+        file.expect({})
+        return file.make(cls, spec)
+
+
+def _packed_bytes(channels: int, bits: int) -> int:
+    return (channels * bits + 7) // 8
+
+
+def _quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Low and step ``float16[2, vectors, channels]``, and codes ``uint8[vectors, tokens, channels]``."""
+    steps = 2**bits - 1
+    low = _outwards(x.amin(1), -np.inf)
+    step = _outwards((x.amax(1) - low.to(torch.float32)) / steps, np.inf)
+    # A step of zero is that of a channel that does not vary: its code is 0 whatever it is divided by.
+    wide = torch.where(step > 0, step, 1).to(torch.float32)
+    codes = ((x - low.to(torch.float32)[:, None]) / wide[:, None]).round_().clamp_(0, steps)
+    return torch.stack([low, step]), codes.to(torch.uint8)
+
+
+def _outwards(x: Tensor, towards: float) -> Tensor:
+    """The float16 next to each value, or beyond it: a range of them leaves no value out."""
+    exact = x.numpy()
+    with np.errstate(over="ignore"):  # the caller refuses infinity
+        half = exact.astype(np.float16)
+        beyond = half < exact if towards > 0 else half > exact
+        return torch.from_numpy(np.where(beyond, np.nextafter(half, np.float16(towards)), half))
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    if bits == 8:
+        return codes
+    codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
+    return codes[..., ::2] | codes[..., 1::2] << 4
+
+
+def _unpack(codes: Tensor, bits: int) -> Tensor:
+    if bits == 8:
+        return codes
+    return torch.stack([codes & 15, codes >> 4], -1).flatten(-2)

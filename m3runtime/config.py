@@ -1,0 +1,263 @@
+"""The configuration: one YAML file, every key of it described here. `m3runtime.config_loading` reads it."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    Strict,
+    ValidationError,
+    WrapValidator,
+    model_serializer,
+    model_validator,
+)
+
+from m3runtime.units import Seconds, format_size, parse_size
+
+_SIZES = ("capacity", "max_size")
+_MIB = 1024**2
+_GIB = 1024**3
+
+
+def _layers(value: object, validate: Callable[[object], Any]) -> Any:
+    try:
+        layers = validate(value)
+    except ValidationError:
+        layers = ()
+    if not layers or (isinstance(layers, tuple) and (layers[0] < 0 or list(layers) != sorted(set(layers)))):
+        raise ValueError(f"must be all, first-half or a list of ascending layer numbers, not {value!r}")
+    return layers
+
+
+def _name(value: object) -> object:
+    # YAML reads a folder called 2024 as a number.
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Whole = Annotated[int, Strict()]  # or `yes` would be 1
+Count = Annotated[Whole, Field(ge=1)]
+Name = Annotated[str, Field(min_length=1)]
+Layers = Annotated[Literal["all", "first-half"] | tuple[Whole, ...], WrapValidator(_layers)]
+
+
+class _Section(BaseModel):
+    """A section whose keys are all known here."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+        use_attribute_docstrings=True,
+    )
+
+
+class _PluginSection(_Section):
+    """A section that names a plug-in; keys that are not known here are options of its constructor."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options for the plug-in's constructor: every key that is not a field."""
+        return dict(self.model_extra or {})
+
+
+class ModelConfig(_Section):
+    """The language model."""
+
+    adapter: Name = "transformers"
+    """What joins the model to the runtime: a plug-in's name or an import path ``package.module:Name``."""
+    path: Name
+    """A local folder, a GGUF file or a hub name. From ``./`` or ``../`` on it is relative to the file that says so."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """What to compute in; ``auto`` is what the weights are stored in."""
+    device: Name = "auto"
+    """Where to compute, such as ``cpu`` or ``cuda:1``; ``auto`` is the accelerator, if there is one."""
+
+
+class MemoryConfig(_Section):
+    """What is kept of a reference, and how attention reads it. A bank holds memories of one such shape."""
+
+    layers: Layers = "all"
+    """The memory layers: ``all``, ``first-half`` or a list of layer numbers."""
+    tokens_per_head: Literal["all"] = "all"
+    """How many tokens each KV head keeps of a reference."""
+    reference_tokens: Annotated[Whole, Field(ge=1, le=65_535)] = 128
+    """Most tokens of a reference."""
+    sink: str = "Reference:"
+    """The text after BOS whose keys and values stand once before all memories."""
+    attention_temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
+    """Attention logits between queries and memory keys are divided by it: below 1 sharpens attention to memories."""
+    batch_size: Count = 16
+    """References that the model reads at once while memories are written."""
+
+
+class CodecConfig(_PluginSection):
+    """How memories become bytes."""
+
+    kind: Name = "product"
+    """A plug-in's name or an import path; further keys are its options."""
+
+
+class EmbedderConfig(_PluginSection):
+    """What turns texts into the vectors that recall searches by."""
+
+    kind: Name = "sentence-transformers"
+    """A plug-in's name or an import path; further keys are its options."""
+    path: Name
+    """A local folder or a hub name. From ``./`` or ``../`` on it is relative to the file that says so."""
+
+
+class IndexConfig(_PluginSection):
+    """What finds the nearest vectors."""
+
+    kind: Name = "usearch"
+    """A plug-in's name or an import path; further keys are its options."""
+    dtype: Name = "f16"
+    """What the index stores vectors in."""
+
+
+class TierConfig(_PluginSection):
+    """One tier of the hierarchy. ``capacity`` and ``max_size`` are sizes such as ``2GiB``."""
+
+    kind: Name
+    """A plug-in's name or an import path; further keys are its options."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_sizes(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        sizes = {}
+        for key in _SIZES:
+            if values.get(key) is not None:
+                try:
+                    sizes[key] = parse_size(values[key])
+                except ValueError as error:
+                    raise ValueError(f"{key} {error}") from None
+        return {**values, **sizes}
+
+    @model_serializer(mode="wrap")
+    def _write_sizes(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = write(self)
+        return {**values, **{key: format_size(values[key]) for key in _SIZES if values.get(key) is not None}}
+
+
+class RecallConfig(_Section):
+    """Which memories a chunk gets, and how long it waits for them."""
+
+    chunk_tokens: Count = 64
+    """Tokens between two recalls."""
+    memories: Count = 5
+    """Most memories of a chunk."""
+    min_score: Annotated[float, Field(ge=-1, le=1)] = 0.3
+    """Memories that score lower are not recalled."""
+    margin: Annotated[float, Field(ge=0)] | None = None
+    """Memories that score lower than the best by more than this are not recalled; null: no such limit."""
+    score_temperature: Annotated[float, Field(gt=0)] | None = None
+    """Attention weighs memories by ``exp((score - best) / this)``; null: all alike."""
+    lookahead_tokens: Annotated[Whole, Field(ge=0)] = 16
+    """Tokens before a chunk's end at which prefetching of the next chunk's memories starts."""
+    deadline: Seconds = 0.05
+    """How long a recall waits for blocks that are still below."""
+    when_late: Literal["wait", "skip", "next_chunk"] = "skip"
+    """For memories that miss the deadline: wait for them, go on without, or give them to the next chunk."""
+
+    @model_validator(mode="after")
+    def _look_ahead_within_a_chunk(self) -> Self:
+        if self.lookahead_tokens >= self.chunk_tokens:
+            raise ValueError(
+                f"lookahead_tokens ({self.lookahead_tokens}) must be less than chunk_tokens ({self.chunk_tokens})"
+            )
+        return self
+
+
+class GenerateConfig(_Section):
+    """How answers are written."""
+
+    prompt: Literal["question", "chat", "plain"] = "question"
+    """What the model is given: ``Question: ... Answer:``, its chat template, or the text as it is."""
+    max_new_tokens: Count = 128
+    """Most tokens of an answer."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 takes the most likely token; above, tokens are drawn."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Tokens are drawn among the likeliest that have this probability together."""
+    top_k: Annotated[Whole, Field(ge=0)] = 0
+    """Tokens are drawn among so many likeliest ones; 0: among all."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Above 1 makes tokens less likely that were written already."""
+    seed: Annotated[Whole, Field(ge=0)] = 0
+    """Equal seeds draw equal tokens."""
+    stop: tuple[Name, ...] = ()
+    """Texts at which an answer ends, besides the model's own end."""
+
+
+class Config(_Section):
+    """Everything that can be set."""
+
+    bank: Annotated[Path, BeforeValidator(_name)]
+    """The bank's folder, relative to the file that says so."""
+    model: ModelConfig
+    """The language model."""
+    memory: MemoryConfig = MemoryConfig()
+    """What is kept of a reference, and how attention reads it."""
+    codec: CodecConfig = CodecConfig()
+    """How memories become bytes."""
+    embedder: EmbedderConfig
+    """What turns texts into vectors."""
+    index: IndexConfig = IndexConfig()
+    """What finds the nearest vectors."""
+    tiers: tuple[TierConfig, ...] = ()
+    """The tiers, fastest first, the home last. Empty: those of `default_tiers`, which fit the machine."""
+    recall: RecallConfig = RecallConfig()
+    """Which memories a chunk gets, and how long it waits for them."""
+    generate: GenerateConfig = GenerateConfig()
+    """How answers are written."""
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str | None = None,
+        environ: Mapping[str, str] | None = None,
+        overrides: Mapping[str, str] | None = None,
+    ) -> "Config":
+        """The configuration in force; see `m3runtime.config_loading.load_config`. Raises `ConfigError`."""
+        from m3runtime.config_loading import load_config  # which needs the models above
+
+        return load_config(path, environ, overrides).config
+
+
+def default_tiers() -> tuple[TierConfig, ...]:
+    """Tiers that fit this machine: the GPU if there is CUDA, an eighth of RAM up to 8 GiB, and LMDB as the home."""
+    import torch  # only here: reading a configuration stays light
+
+    tiers = [_tier("pinned", min(8 * _GIB, _memory() // 8)), TierConfig(kind="lmdb")]
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        tiers.insert(0, _tier("gpu", min(2 * _GIB, total // 8)))
+    return tuple(tiers)
+
+
+def _tier(kind: str, capacity: int) -> TierConfig:
+    whole = max(1, capacity // _MIB) * _MIB  # so that `m3 config` prints it readably
+    return TierConfig.model_validate({"kind": kind, "capacity": whole})
+
+
+def _memory() -> int:
+    """Bytes of RAM that this process may use, a container's limit included."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows does not tell
+        memory = 8 * _GIB
+    try:
+        return min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no cgroup, or `max`: no limit
+        return memory

@@ -1,0 +1,82 @@
+"""Every error that m3runtime raises on purpose.
+
+::
+
+    M3Error
+    ├── ConfigError             the YAML file or an override is wrong
+    ├── InputError              a text, file or argument that cannot be used
+    ├── PluginError             a backend is unknown, broken or not installed
+    ├── BankError               the bank as a whole
+    │   ├── BankMissingError    there is no bank at that path
+    │   ├── BankFormatError     written by another format version
+    │   ├── BankMismatchError   written by another model, tokenizer, spec, codec or embedder
+    │   └── BankFullError       the home has reached its configured limit, or the drive is full
+    ├── BlockError              bytes that are not the block they should be
+    ├── CodecError              a codec that is untrained, unreadable or does not fit the spec
+    ├── IndexFileError          an index file that cannot be used (it is rebuilt from the home)
+    └── TierError               a tier that failed
+        ├── TierClosedError     a tier used after ``close``
+        └── TierReadOnlyError   a write to a tier opened for reading
+
+A miss is never an error: see ``m3runtime.tier``.
+"""
+
+
+class M3Error(Exception):
+    """Base of all errors; its message is one line that names the thing at fault and what to do."""
+
+
+class ConfigError(M3Error):
+    """The configuration is wrong."""
+
+
+class InputError(M3Error):
+    """A text, file or argument cannot be used."""
+
+
+class PluginError(M3Error):
+    """A backend is unknown, broken or not installed."""
+
+
+class BankError(M3Error):
+    """The bank as a whole cannot be used."""
+
+
+class BankMissingError(BankError):
+    """There is no bank at the given path."""
+
+
+class BankFormatError(BankError):
+    """The bank was written by a format version that this release does not read."""
+
+
+class BankMismatchError(BankError):
+    """The bank was written by another model, tokenizer, spec, codec or embedder."""
+
+
+class BankFullError(BankError):
+    """The home has reached its configured limit, or the drive is full. Nothing of the batch was written."""
+
+
+class BlockError(M3Error):
+    """Bytes that are not the block they should be: damaged, of another bank, or of another id."""
+
+
+class CodecError(M3Error):
+    """A codec is untrained, unreadable, or does not fit the spec."""
+
+
+class IndexFileError(M3Error):
+    """An index file cannot be used; the index is a cache and is rebuilt from the home."""
+
+
+class TierError(M3Error):
+    """A tier failed. Never raised for a block that simply is not there."""
+
+
+class TierClosedError(TierError):
+    """A tier was used after ``close``."""
+
+
+class TierReadOnlyError(TierError):
+    """A write to a tier that was opened for reading."""

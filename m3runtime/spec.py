@@ -1,0 +1,85 @@
+"""`MemorySpec`: the shape of every memory in a bank."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import xxhash
+
+from m3runtime.errors import ConfigError
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySpec:
+    """Which part of a model's attention is kept, and how much of it.
+
+    One memory has keys and values of shape ``[layers, kv_heads, tokens, head_dim]``
+    (Memory³, section 3.3; the paper's own is 22 x 8 x 8 x 80). ``tokens == reference_tokens`` is a *dense*
+    memory: it has as many tokens as its reference, so ``tokens`` is then the most a memory may have.
+    """
+
+    layers: tuple[int, ...]
+    """Indices of the memory layers, ascending."""
+    kv_heads: int
+    """KV heads of each memory layer."""
+    tokens: int
+    """Most tokens kept per KV head."""
+    head_dim: int
+    reference_tokens: int
+    """Most tokens of a reference; also the width of the interval of positions that memories share."""
+    dtype: str
+    """What the model computed the memories in: ``float32``, ``float16`` or ``bfloat16``."""
+
+    def __post_init__(self) -> None:
+        if not self.layers or any(b <= a for a, b in zip(self.layers, self.layers[1:], strict=False)):
+            raise ConfigError(f"memory layers must be ascending and not empty: {self.layers}")
+        if self.layers[0] < 0:
+            raise ConfigError(f"memory layers must not be negative: {self.layers}")
+        if min(self.kv_heads, self.tokens, self.head_dim) < 1:
+            raise ConfigError("kv_heads, tokens and head_dim must be at least 1")
+        if not self.tokens <= self.reference_tokens <= 65_535:
+            raise ConfigError(
+                f"tokens ({self.tokens}) must not exceed reference_tokens ({self.reference_tokens}), "
+                "which must not exceed 65535"
+            )
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+
+    @property
+    def dense(self) -> bool:
+        """Whether a memory keeps every token of its reference."""
+        return self.tokens == self.reference_tokens
+
+    @property
+    def vectors_per_token(self) -> int:
+        """Key vectors (and as many value vectors) that one token has: layers x KV heads."""
+        return len(self.layers) * self.kv_heads
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values; `from_json` reads it back."""
+        return {**asdict(self), "layers": list(self.layers)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "MemorySpec":
+        """Read what `to_json` wrote. Raises `ConfigError` if it does not describe a spec."""
+        try:
+            return cls(**{**value, "layers": tuple(value["layers"])})
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"not a memory spec: {error}") from error
+
+    def difference(self, other: "MemorySpec") -> str:
+        """What differs between two specs, for an error message; empty if nothing does."""
+        mine, theirs = self.to_json(), other.to_json()
+        return ", ".join(f"{key} {mine[key]} against {theirs[key]}" for key in mine if mine[key] != theirs[key])
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with one spelling for equal values: sorted keys, no white space."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def fingerprint(value: Any) -> str:
+    """Thirty-two hex digits (XXH3-128) that stand for a JSON value."""
+    return xxhash.xxh3_128_hexdigest(canonical_json(value).encode())

@@ -1,0 +1,60 @@
+"""Blocks, references and batches for tests: the same for the same id, different for any two ids."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3runtime.block import HEADER_BYTES, BlockStamp, Ids, seal
+from m3runtime.tier import Batch, Reference
+
+STAMP = BlockStamp(bank="0b" * 16, codec="0c" * 16)
+SLOT_BYTES = 256
+DIM = 8
+LAST_ID = 2**64 - 1
+
+
+def make_ids(*ids: int) -> Ids:
+    """``uint64[n]``."""
+    return np.array(ids, np.uint64)
+
+
+def make_blocks(ids: Ids, slot_bytes: int = SLOT_BYTES, stamp: BlockStamp = STAMP) -> Tensor:
+    """Sealed blocks of many lengths, ``uint8[n, slot_bytes]``; the rest of each slot is noise."""
+    blocks = np.empty((len(ids), slot_bytes), np.uint8)
+    for block, id in zip(blocks, ids.tolist(), strict=True):
+        noise = np.random.default_rng(id)
+        block[:] = noise.integers(0, 256, slot_bytes, np.uint8)
+        payload = int(noise.integers(0, slot_bytes - HEADER_BYTES, endpoint=True))
+        seal(block, id=id, tokens=1, payload_bytes=payload, stamp=stamp)
+    return torch.from_numpy(blocks)
+
+
+def make_reference(id: int) -> Reference:
+    """A reference; every third shares its source. Sources and texts hold what JSON and UTF-8 find hard."""
+    text = f'Reference {id} says "naïve" \N{CLOUD} \\ \n to all.'
+    return Reference(text, source=f"notes/{id % 3}\udcff.md", start=3, end=3 + len(text), tokens=7)
+
+
+def make_embeddings(ids: Ids) -> "np.typing.NDArray[np.float32]":
+    """``float32[n, DIM]``."""
+    rows = [np.random.default_rng(id).standard_normal(DIM, np.float32) for id in ids.tolist()]
+    return np.array(rows, np.float32).reshape(len(ids), DIM)
+
+
+def make_batch(ids: Iterable[int], slot_bytes: int = SLOT_BYTES) -> Batch:
+    """All that `Home.commit` takes for these ids."""
+    wanted = make_ids(*ids)
+    return Batch(
+        wanted,
+        make_blocks(wanted, slot_bytes),
+        [make_reference(id) for id in wanted.tolist()],
+        make_embeddings(wanted),
+    )
+
+
+def same_block(read: Tensor, made: Tensor) -> bool:
+    """Whether two slots hold the same block. A tier need not keep what follows the block in its slot."""
+    length = HEADER_BYTES + int.from_bytes(bytes(made[32:36].tolist()), "little")
+    return torch.equal(read[:length].cpu(), made[:length].cpu())

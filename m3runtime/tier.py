@@ -1,0 +1,181 @@
+"""The `Tier` contract, the `CachingTier` between the fastest and the home, and the `Home`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from m3runtime.block import Found, Ids
+from m3runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, device
+
+
+def check_rows(ids: Ids, rows: "Tensor", slot_bytes: int) -> None:
+    """Raise `InputError` unless ``ids`` is ``uint64[n]`` and ``rows`` is ``uint8[n, slot_bytes]``."""
+    if ids.dtype != np.uint64 or ids.ndim != 1:
+        raise InputError(f"ids must be uint64[n], not {ids.dtype}{list(ids.shape)}")
+    if tuple(rows.shape) != (len(ids), slot_bytes) or rows.element_size() != 1:
+        raise InputError(f"blocks must be uint8[{len(ids)}, {slot_bytes}], not {rows.dtype}{list(rows.shape)}")
+
+
+class Tier(ABC):
+    """One level of storage that holds blocks.
+
+    Laws: a miss is a value, a fault is a typed exception. `read` after `write` gives the same bytes, or a
+    miss where the tier may evict; never other bytes. Blocks are immutable and an id is never used again.
+    Every method may be called from any thread. Closing twice is fine; using a closed tier raises
+    `TierClosedError`.
+    """
+
+    name: str
+    """For metrics and messages, such as ``pinned``."""
+    slot_bytes: int
+
+    @abstractmethod
+    def read(self, ids: Ids, out: "Tensor") -> Found:
+        """Copy blocks into rows of ``out`` (``uint8[n, slot_bytes]``, on a device this tier can copy to).
+
+        Row ``i`` is filled where the result is true and left as it was where it is false.
+        """
+
+    @abstractmethod
+    def write(self, ids: Ids, blocks: "Tensor") -> None:
+        """Take blocks, rows of ``uint8[n, slot_bytes]``. A caching tier may evict, or not admit one."""
+
+    @abstractmethod
+    def discard(self, ids: Ids) -> None:
+        """Hold these no longer. Unknown ids are passed over."""
+
+    @abstractmethod
+    def contains(self, ids: Ids) -> Found:
+        """Which of these are held now. Does not count as a use."""
+
+    def __contains__(self, id: int) -> bool:
+        return bool(self.contains(np.array([id], np.uint64))[0])
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many blocks are held."""
+
+    @property
+    @abstractmethod
+    def capacity(self) -> int | None:
+        """Bytes of blocks held at most, or None for a tier without a bound."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the tier holds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class CachingTier(Tier):
+    """A bounded tier above the home. Pinned blocks (in use by a stream) are not evicted."""
+
+    device: "device"
+    can_rot: bool = False
+    """Whether held bytes may change (a drive, a network): the hierarchy then checks every digest."""
+
+    @abstractmethod
+    def pin(self, ids: Ids) -> Found:
+        """Keep these until `unpin`; pins count. Returns which of them are held and therefore pinned now."""
+
+    @abstractmethod
+    def unpin(self, ids: Ids) -> None:
+        """Take back one `pin` of each id that had one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A text that is remembered. ``start`` and ``end`` count characters of the text of ``source``."""
+
+    text: str
+    source: str
+    start: int
+    end: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one transaction adds to a home: rows of equal index belong together."""
+
+    ids: Ids
+    blocks: "Tensor"
+    """``uint8[n, slot_bytes]``, sealed."""
+    references: Sequence[Reference]
+    embeddings: npt.NDArray[np.float32]
+    """``float32[n, dim]``."""
+
+
+class Home(Tier):
+    """The durable, complete tier: blocks, references, embeddings and metadata, committed together.
+
+    What `commit` returned from survives a crash at any later instant; what it did not is wholly absent. The
+    home is the only truth: index, caching tiers and statistics are rebuilt from it.
+    """
+
+    @abstractmethod
+    def commit(self, batch: Batch) -> None:
+        """Add a batch in one transaction.
+
+        Ids are new (`next_id` or above), texts not remembered yet; else `InputError`. Raises
+        `BankFullError` and `TierReadOnlyError`. After any error nothing was written.
+        """
+
+    @abstractmethod
+    def next_id(self) -> int:
+        """The id above all that were ever used: forgotten ids are not used again."""
+
+    @abstractmethod
+    def find(self, texts: Sequence[str]) -> list[int | None]:
+        """The id that remembers exactly this text, or None."""
+
+    @abstractmethod
+    def references(self, ids: Ids) -> list[Reference | None]:
+        """The references of ids, None where an id is unknown."""
+
+    @abstractmethod
+    def ids(self) -> Ids:
+        """All ids that are remembered, ascending, quarantined ones left out."""
+
+    @abstractmethod
+    def ids_of(self, source: str) -> Ids:
+        """The ids whose reference came from this source, ascending."""
+
+    @abstractmethod
+    def sources(self) -> Mapping[str, int]:
+        """How many references each source has."""
+
+    @abstractmethod
+    def embeddings(self, ids: Ids | None = None, batch: int = 4096) -> Iterator[tuple[Ids, npt.NDArray[np.float32]]]:
+        """Embeddings in batches, ``ids[n]`` and ``float32[n, dim]``: of `ids()`, or of these where known."""
+
+    @abstractmethod
+    def quarantine(self, id: int, reason: str) -> None:
+        """Set a bad block apart: `read` misses it from now on, its reference stays for repair."""
+
+    @abstractmethod
+    def quarantined(self) -> Mapping[int, str]:
+        """Ids set apart, and why."""
+
+    @abstractmethod
+    def get_meta(self, key: str) -> bytes | None:
+        """A small value stored by `set_meta`, or None."""
+
+    @abstractmethod
+    def set_meta(self, key: str, value: bytes) -> None:
+        """Store a small value durably, such as the manifest."""
+
+    @abstractmethod
+    def stored_bytes(self) -> int:
+        """Bytes that the home takes on its drive."""

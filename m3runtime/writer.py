@@ -1,0 +1,199 @@
+"""`Writer`: turns documents into references and memories, and commits them to a bank."""
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from m3runtime import assembly
+from m3runtime.adapter import Adapter
+from m3runtime.bank import Bank, Manifest, as_ids
+from m3runtime.block import HEADER_BYTES
+from m3runtime.codecs import Codec
+from m3runtime.config import Config
+from m3runtime.errors import InputError
+from m3runtime.memory import Memories
+from m3runtime.plugins import construct, load
+from m3runtime.retrieval import Embedder
+from m3runtime.splitting import Splitter
+from m3runtime.text import Document
+from m3runtime.tier import Batch, Reference
+
+GROUP = 64
+"""References of one transaction. Always grouped alike, so that writing again after a crash gives equal bytes."""
+SAMPLE = 48
+"""References whose memories a codec is trained on."""
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with the stage (``codec`` or ``memories``), the references done, and all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class WriteReport:
+    """What a call of `Writer.write` did."""
+
+    documents: int
+    references: int
+    """References that the documents were split into, equal ones counted once."""
+    written: int
+    known: int
+    """References that the bank remembered already."""
+    bytes: int
+    """Bytes of the blocks that were written."""
+    seconds: float
+
+
+class Writer:
+    """Writes into one bank with one model and one embedder. One thread."""
+
+    def __init__(self, config: Config, adapter: Adapter, embedder: Embedder) -> None:
+        self.config = config
+        self.adapter = adapter
+        self.embedder = embedder
+        self.splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
+
+    def write(
+        self, documents: Iterable[Document], *, whole: bool = False, progress: OnProgress | None = None
+    ) -> WriteReport:
+        """Remember what is in these documents and not yet in the bank, which is made if it is not there.
+
+        With ``whole`` every document is one reference. It can be stopped at any instant and called again: each
+        transaction is whole, and what is remembered is passed over. Raises `InputError` before anything is written,
+        `BankMismatchError` if the bank is another model's, `BankFullError`.
+        """
+        began = time.perf_counter()
+        count, references = self._references(documents, whole=whole)
+        bank = self._open(references, progress)
+        try:
+            found = bank.home.find([reference.text for reference in references])
+            pending = [one for one, id in zip(references, found, strict=True) if id is None]
+            known, size = len(references) - len(pending), 0
+            for start in range(0, len(pending), GROUP):
+
+                def encoded(done: int, before: int = known + start) -> None:
+                    if progress:
+                        progress("memories", before + done, len(references))
+
+                encoded(0)
+                size += self._commit(bank, pending[start : start + GROUP], encoded)
+            index, changed = assembly.open_index(self.config, bank)
+            if changed:
+                assembly.save_index(index, bank)
+        finally:
+            bank.close()
+        return WriteReport(count, len(references), len(pending), known, size, time.perf_counter() - began)
+
+    def _references(self, documents: Iterable[Document], *, whole: bool) -> tuple[int, list[Reference]]:
+        """The references of documents in order, equal texts once."""
+        unique: dict[str, Reference] = {}
+        count = 0
+        for document in documents:
+            count += 1
+            if len(document.text.split()) < 2:
+                raise InputError(f"{document.source}: a text of one word is no reference; give it a sentence")
+            for reference in self._whole(document) if whole else self._split(document):
+                unique.setdefault(reference.text, reference)
+        if not unique:
+            raise InputError("the corpus is empty: there is nothing to remember")
+        return count, list(unique.values())
+
+    def _split(self, document: Document) -> Iterator[Reference]:
+        for passage in self.splitter.split(document.text):
+            yield Reference(passage.text, document.source, passage.start, passage.end, passage.tokens)
+
+    def _whole(self, document: Document) -> Iterator[Reference]:
+        text = document.text.strip()
+        start = document.text.index(text)
+        tokens, limit = self.adapter.count_tokens(text), self.adapter.spec.reference_tokens
+        if tokens > limit:
+            raise InputError(
+                f"{document.source}: {tokens} tokens, but a reference has at most {limit}; "
+                "shorten it, or write without --whole"
+            )
+        yield Reference(text, document.source, start, start + len(text), tokens)
+
+    def _open(self, references: Sequence[Reference], progress: OnProgress | None) -> Bank:
+        """The bank after its manifest was found to fit, or a new one with a codec trained on these references."""
+        adapter, open_home = self.adapter, assembly.open_home(self.config)
+        if Bank.exists(self.config.bank, open_home):
+            bank = assembly.open_bank(self.config)
+            try:
+                adapter.check(bank.manifest, bank.path)
+                bank.manifest.check_embedder(
+                    embedder=self.embedder.fingerprint, name=self.config.embedder.path, where=bank.path
+                )
+            except BaseException:
+                bank.close()
+                raise
+            return bank
+        codec = self._train(references, progress)
+        manifest = Manifest(
+            model=adapter.model_fingerprint,
+            model_name=adapter.name,
+            tokenizer=adapter.tokenizer_fingerprint,
+            sink=adapter.sink,
+            spec=adapter.spec,
+            codec_kind=self.config.codec.kind,
+            codec_options=dict(codec.options),
+            codec=codec.fingerprint,
+            embedder=self.embedder.fingerprint,
+            embedder_name=self.config.embedder.path,
+            dim=self.embedder.dim,
+        )
+        return Bank.create(self.config.bank, open_home, manifest, codec)
+
+    def _train(self, references: Sequence[Reference], progress: OnProgress | None) -> Codec:
+        """The configured codec, trained if it learns on memories of a sample that depends on the corpus alone."""
+        kind: type[Codec] = load("codecs", self.config.codec.kind)
+        codec = construct(kind, self.config.codec.options, "codec", spec=self.adapter.spec)
+        if codec.trained:
+            return codec
+        drawn = random.Random(0).sample(range(len(references)), min(SAMPLE, len(references)))
+        texts = [references[i].text for i in sorted(drawn)]
+        memories: list[Memories] = []
+        size = self.config.memory.batch_size
+        for start in range(0, len(texts), size):
+            if progress:
+                progress("codec", start, 2 * len(texts))
+            memories.append(self.adapter.encode(texts[start : start + size]))
+        sample = join(memories)
+
+        def fitted(share: float) -> None:
+            if progress:
+                progress("codec", round(len(texts) * (1 + share)), 2 * len(texts))
+
+        codec.fit(sample, fitted)
+        return codec
+
+    def _commit(self, bank: Bank, references: Sequence[Reference], encoded: Callable[[int], None]) -> int:
+        """Encode and commit one group in one transaction. Returns the bytes of its blocks."""
+        first = bank.home.next_id()
+        ids = as_ids(range(first, first + len(references)))
+        blocks = torch.zeros(len(references), bank.home.slot_bytes, dtype=torch.uint8)
+        # Batches of references of like length waste little on padding; rows and ids keep the corpus' order.
+        order = sorted(range(len(references)), key=lambda i: (references[i].tokens, i))
+        size = self.config.memory.batch_size
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            memories = self.adapter.encode([references[i].text for i in rows])
+            blocks[rows] = bank.blocks(ids[rows], memories)
+            encoded(start + len(rows))
+        vectors = self.embedder.embed_references([reference.text for reference in references])
+        bank.home.commit(Batch(ids, blocks, references, vectors))
+        return sum(bank.codec.payload_bytes(reference.tokens) + HEADER_BYTES for reference in references)
+
+
+def join(parts: Sequence[Memories]) -> Memories:
+    """Batches of memories as one, padded with zeros to the longest, on the CPU."""
+    width = max(part.keys.shape[3] for part in parts)
+
+    def padded(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(tensor.cpu(), (0, 0, 0, width - tensor.shape[3]))
+
+    return Memories(
+        keys=torch.cat([padded(part.keys) for part in parts]),
+        values=torch.cat([padded(part.values) for part in parts]),
+        tokens=torch.cat([part.tokens for part in parts]),
+    )

@@ -1,0 +1,1 @@
+"""Adapters for m3runtime: what knows about neural networks."""

@@ -1,0 +1,71 @@
+"""Attention over ``[memories | sink | context]``, registered with transformers under the name `IMPLEMENTATION`.
+
+A model whose attention implementation is `IMPLEMENTATION` is called with ``m3_cache=cache`` beside
+``past_key_values=cache``. Masks are not built by transformers but by `MemoryCache.mask`, because they depend on the
+layer (a layer without memories has fewer keys) and on positions that only the cache knows.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from m3runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from m3model.cache import MemoryCache
+
+IMPLEMENTATION = "m3_memory"
+
+
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None = None
+) -> Tensor:
+    """Joint softmax over memories, sink and context (Memory³, section 3.1).
+
+    ``query`` is ``[B, Hq, Q, D]``, ``keys`` and ``values`` ``[B, Hkv, K, D]``, ``mask`` ``[B, 1, Q, K]``, boolean
+    (true: seen) or added to the logits, or None where all is seen. Returns ``[B, Hq, Q, D]``.
+    """
+    if softcap is None:
+        return scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=True)
+    # Capped logits (Gemma 2) exist in no fused kernel: softcap * tanh(q.k / softcap) before the mask.
+    batch, heads, length, dim = query.shape
+    grouped = query.reshape(batch, keys.shape[1], -1, dim)  # [B, Hkv, G * Q, D]
+    logits = torch.tanh(grouped @ keys.transpose(2, 3) * (scale / softcap)) * softcap
+    logits = logits.view(batch, heads, length, -1)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights.view(batch, keys.shape[1], -1, keys.shape[2]) @ values).view(batch, heads, length, dim)
+
+
+def memory_attention(
+    _module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _attention_mask: Tensor | None,
+    *,
+    m3_cache: "MemoryCache",
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in each layer; ``key`` and ``value`` are views into the cache's buffers."""
+    if s_aux is not None:
+        raise ConfigError("the model has attention sinks of its own, beside which memories cannot be read")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    mask = m3_cache.mask(query.shape[2], key.shape[2], sliding_window)
+    return attend(query, key, value, mask, scale=scale, softcap=softcap).transpose(1, 2).contiguous(), None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """The cache builds the mask, layer by layer."""
+
+
+AttentionInterface.register(IMPLEMENTATION, memory_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)

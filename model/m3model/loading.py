@@ -1,0 +1,111 @@
+"""Loading a model and its tokenizer from a local folder, a hub name or a GGUF file, and telling models apart."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from m3runtime.errors import ConfigError
+from m3runtime.spec import canonical_json, fingerprint
+
+SAMPLE = 65_536
+"""Elements of each parameter that its fingerprint reads: training changes them all, and reading all takes long."""
+
+_IDENTITY = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rope_parameters",
+    "sliding_window",
+    "layer_types",
+    "vocab_size",
+)
+
+
+def load(path: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """Return ``(model, tokenizer)``, the model in evaluation mode on its device.
+
+    ``path`` is a folder, a hub name, or a ``.gguf`` file (de-quantised while loading). ``dtype`` and ``device`` may be
+    ``auto``: the checkpoint's own dtype on an accelerator and float32 on the CPU; the accelerator if there is one.
+    Raises `ConfigError` with one line if nothing can be loaded from there.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = _device(device)
+    file = Path(path)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": path}
+    if file.suffix == ".gguf":
+        if not file.is_file():
+            raise ConfigError(f"model.path: no such file: {path}")
+        source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    elif file.is_absolute() or path.startswith((".", "~")):
+        if not file.expanduser().is_dir():
+            raise ConfigError(f"model.path: no such folder: {path}")
+        source = {"pretrained_model_name_or_path": str(file.expanduser())}
+    wanted = ("float32" if place.type == "cpu" else "auto") if dtype == "auto" else dtype
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                **source, dtype=wanted if wanted == "auto" else getattr(torch, wanted)
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"model.path: cannot load a causal language model from {path}: {first}") from error
+    return model.to(place).eval(), tokenizer
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"model.device: no device {name!r} on this machine") from error
+    return device
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers reports its progress on standard error, where `m3` shows its own."""
+    from transformers.utils import logging as transformers_logging
+
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        transformers_logging.set_verbosity(level)
+
+
+def model_fingerprint(model: Any) -> str:
+    """Thirty-two hex digits over the architecture and a sample of every parameter.
+
+    Parameters are read as bfloat16, so that a checkpoint loaded as float32 and as bfloat16 is the same model.
+    """
+    config = model.config.get_text_config().to_dict()
+    state = xxhash.xxh3_128(canonical_json({key: config.get(key) for key in _IDENTITY}).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLE)].to(torch.bfloat16).cpu()
+        state.update(f"{name}{tuple(parameter.shape)}".encode())
+        state.update(sample.view(torch.int16).numpy().data)
+    return state.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Thirty-two hex digits over what turns text into token ids."""
+    pieces = sorted(tokenizer.get_vocab().items())
+    probe = "Explicit memory, 64 tokens: naïve — 12,345 ½ \t\n  x+=1; Ünïcödé"
+    ids = tokenizer(probe, add_special_tokens=False)["input_ids"]
+    return fingerprint({"vocabulary": pieces, "probe": ids, "special": sorted(tokenizer.all_special_ids)})

@@ -1,0 +1,31 @@
+"""How a question becomes a prompt, with memories and with references as text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from m3runtime.adapter import Form, Prompt
+from m3runtime.errors import ConfigError
+
+_QUESTION = "\n\nQuestion: {question}\nAnswer:"
+
+
+def render(tokenizer: Any, question: str, form: Form, *, sink: str, texts: Sequence[str] | None = None) -> Prompt:
+    r"""The prompt that asks ``question``.
+
+    ``question`` completes ``Question: ...\nAnswer:``, ``chat`` uses the model's chat template, ``plain`` takes the
+    text as it is. With ``texts`` the references stand in the prompt, each after the sink's words, as they would stand
+    in a memory; that is what memory is compared with. Raises `ConfigError` if the model has no chat template.
+    """
+    before = "".join(f"{sink} {text}\n\n" for text in texts or ())
+    if form == "chat":
+        return Prompt(chat(tokenizer, [{"role": "user", "content": before + question}]), query=question)
+    asked = question if form == "plain" else _QUESTION.format(question=question)
+    return Prompt(before + asked.lstrip("\n") if before else asked, query=question)
+
+
+def chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation in the model's chat template, ready for the next answer."""
+    if not tokenizer.chat_template:
+        raise ConfigError("generate.prompt: this model has no chat template; use question or plain")
+    turns = [dict(message) for message in messages]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))

@@ -1,0 +1,121 @@
+import numpy as np
+import pytest
+import torch
+
+from m3backends.gpu import GpuTier
+from m3backends.pinned import PinnedTier
+from m3runtime.errors import ConfigError, InputError
+from m3runtime.slab import SlabStats, runs
+from m3runtime.testing.blocks import SLOT_BYTES, make_blocks, make_ids, same_block
+from m3runtime.testing.caching import CachingTierContract
+from m3runtime.testing.tier import check_read, write
+from m3runtime.tier import CachingTier
+
+
+class TestPinnedTier(CachingTierContract):
+    def make(self, *, slot_bytes: int, capacity: int) -> CachingTier:
+        return PinnedTier(slot_bytes=slot_bytes, capacity=capacity)
+
+
+class TestGpuTierOnCpu(CachingTierContract):
+    def make(self, *, slot_bytes: int, capacity: int) -> CachingTier:
+        return GpuTier(slot_bytes=slot_bytes, capacity=capacity, device="cpu")
+
+
+@pytest.mark.gpu
+class TestGpuTier(CachingTierContract):
+    def make(self, *, slot_bytes: int, capacity: int) -> CachingTier:
+        return GpuTier(slot_bytes=slot_bytes, capacity=capacity, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("source", ["cpu", "cuda"])
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", [GpuTier, PinnedTier])
+def test_copies_between_devices(kind: type[CachingTier], source: str, target: str) -> None:
+    ids = make_ids(1, 2, 3, 4)
+    made = make_blocks(ids)
+    with kind(slot_bytes=SLOT_BYTES, capacity=8 * SLOT_BYTES) as tier:  # type: ignore[call-arg]
+        tier.write(ids[[0, 1, 3]], made[[0, 1, 3]].to(source))
+        out = torch.zeros((4, SLOT_BYTES), dtype=torch.uint8, device=target)
+        assert tier.read(ids, out).tolist() == [True, True, False, True]
+        assert all(same_block(out[row], made[row]) for row in (0, 1, 3))
+        assert not out[2].any()
+
+
+def test_lru_evicts_what_was_read_longest_ago() -> None:
+    with PinnedTier(slot_bytes=SLOT_BYTES, capacity=3 * SLOT_BYTES) as tier:
+        write(tier, make_ids(1, 2, 3))
+        check_read(tier, make_ids(1))
+        assert 2 in tier  # asking does not count as a use
+        write(tier, make_ids(4))
+        assert tier.contains(make_ids(1, 2, 3, 4)).tolist() == [True, False, True, True]
+
+
+def test_statistics() -> None:
+    tier = PinnedTier(slot_bytes=SLOT_BYTES, capacity=2 * SLOT_BYTES)
+    write(tier, make_ids(1, 2, 3))
+    check_read(tier, make_ids(2, 3, 3, 9))
+    assert tier.stats() == SlabStats(hits=3, misses=1, evictions=1)
+    tier.close()
+    assert tier.stats() == SlabStats(hits=3, misses=1, evictions=1)
+
+
+def test_made_in_inference_mode_it_works_outside() -> None:
+    with torch.inference_mode():
+        tier = PinnedTier(slot_bytes=SLOT_BYTES, capacity=2 * SLOT_BYTES)
+    write(tier, make_ids(1))
+    with torch.inference_mode():
+        write(tier, make_ids(2))
+        assert check_read(tier, make_ids(1, 2)).all()
+    assert check_read(tier, make_ids(1, 2)).all()
+    tier.close()
+
+
+@pytest.mark.parametrize(
+    "rows", [torch.zeros((2, SLOT_BYTES), dtype=torch.uint8), torch.zeros((1, SLOT_BYTES), dtype=torch.int16)]
+)
+def test_rows_of_another_shape_are_refused(rows: torch.Tensor) -> None:
+    with PinnedTier(slot_bytes=SLOT_BYTES, capacity=SLOT_BYTES) as tier:
+        with pytest.raises(InputError):
+            tier.write(make_ids(1), rows)
+        with pytest.raises(InputError):
+            tier.read(make_ids(1), rows)
+
+
+def test_ids_of_another_type_are_refused() -> None:
+    with (
+        PinnedTier(slot_bytes=SLOT_BYTES, capacity=SLOT_BYTES) as tier,
+        pytest.raises(InputError, match="int64"),
+    ):
+        tier.read(np.array([1]), torch.zeros((1, SLOT_BYTES), dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "xpu", "meta", "nonsense"])
+def test_a_device_that_is_not_there_is_one_clear_line(device: str) -> None:
+    with pytest.raises(ConfigError, match=rf"tier gpu: .*{device}") as caught:
+        GpuTier(slot_bytes=SLOT_BYTES, capacity=SLOT_BYTES, device=device)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="has an accelerator")
+def test_no_accelerator_says_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="set `device: cpu`"):
+        GpuTier(slot_bytes=SLOT_BYTES, capacity=SLOT_BYTES)
+
+
+def test_more_than_the_machine_has_is_one_clear_line() -> None:
+    with pytest.raises(ConfigError, match=r"tier pinned: no .* bytes on cpu") as caught:
+        PinnedTier(slot_bytes=1 << 20, capacity=1 << 58)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_policy_is_refused() -> None:
+    with pytest.raises(ConfigError, match="lru"):
+        PinnedTier(slot_bytes=SLOT_BYTES, capacity=SLOT_BYTES, eviction="newest")
+
+
+def test_runs() -> None:
+    assert list(runs(np.array([], np.bool_))) == []
+    assert list(runs(np.array([True, True, False, True]))) == [(0, 2), (3, 4)]
+    assert list(runs(np.array([False, True, False]))) == [(1, 2)]

@@ -1,0 +1,144 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from m3backends.usearch import UsearchIndex
+from m3runtime.errors import ConfigError, IndexFileError, InputError
+from m3runtime.retrieval import Index
+from m3runtime.testing.index import STAMP, IndexContract, brute_force, unit_vectors
+
+
+class TestFloat32(IndexContract):
+    def make_index(self) -> Index:
+        return UsearchIndex(dim=self.dim, dtype="f32")
+
+
+class TestFloat16(IndexContract):
+    score_tolerance = 1e-3
+
+    def make_index(self) -> Index:
+        return UsearchIndex(dim=self.dim)
+
+
+class TestBfloat16(IndexContract):
+    score_tolerance = 1e-2
+
+    def make_index(self) -> Index:
+        return UsearchIndex(dim=self.dim, dtype="bf16")
+
+
+class TestInt8(IndexContract):
+    score_tolerance = 5e-2
+
+    def make_index(self) -> Index:
+        return UsearchIndex(dim=self.dim, dtype="i8")
+
+
+def test_graph_finds_nearly_everything_that_brute_force_finds() -> None:
+    ids = np.arange(6_000, dtype=np.uint64)
+    vectors = unit_vectors(len(ids), 32)
+    index = UsearchIndex(dim=32, exact_below=100)
+    index.add(ids, vectors)
+    queries = unit_vectors(100, 32, seed=1)
+    found, scores = index.search(queries, 5)
+    hits = sum(
+        len(set(row.tolist()) & set(brute_force(ids, vectors, query)[0][:5].tolist()))
+        for row, query in zip(found, queries, strict=True)
+    )
+    assert hits > 0.9 * 500
+    assert (np.diff(scores, axis=1) <= 0).all()
+
+
+def test_graph_gives_as_many_as_asked_for_even_after_removals() -> None:
+    ids = np.arange(500, dtype=np.uint64)
+    index = UsearchIndex(dim=8, exact_below=0, expansion_search=4)
+    index.add(ids, unit_vectors(500, 8))
+    index.remove(ids[::2])
+    found, _ = index.search(unit_vectors(3, 8, seed=1), 300)
+    assert [sorted(row) for row in found.tolist()] == [ids[1::2].tolist()] * 3
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sets(st.integers(0, 30), max_size=8)), max_size=20))
+def test_any_order_of_adding_and_removing(steps: list[tuple[bool, set[int]]]) -> None:
+    vectors = unit_vectors(31, 4)
+    index = UsearchIndex(dim=4, dtype="f32")
+    held: set[int] = set()
+    for adding, chosen in steps:
+        ids = np.array(sorted(chosen), np.uint64)
+        if adding:
+            index.add(ids, vectors[ids])
+            held |= chosen
+        else:
+            index.remove(ids)
+            held -= chosen
+        kept = np.array(sorted(held), np.uint64)
+        assert index.ids().tolist() == kept.tolist()
+        found, scores = index.search(vectors[:1], 5)
+        expected, exact = brute_force(kept, vectors[kept], vectors[0])
+        assert found[0].tolist() == expected[:5].tolist()
+        assert scores[0].tolist() == pytest.approx(exact[:5].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": "f8"}, {"dim": 0}, {"exact_below": -1}, {"connectivity": 1}, {"expansion_search": 0}],
+)
+def test_impossible_options(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="index"):
+        UsearchIndex(**{"dim": 4, **options})  # type: ignore[arg-type]
+
+
+def test_unknown_dtype_names_the_choices() -> None:
+    with pytest.raises(ConfigError, match="f32, f16, bf16, i8"):
+        UsearchIndex(dim=4, dtype="float")
+
+
+def test_vectors_that_do_not_fit() -> None:
+    index = UsearchIndex(dim=4)
+    one = np.array([1], np.uint64)
+    with pytest.raises(InputError, match=r"\(1, 5\)"):
+        index.add(one, unit_vectors(1, 5))
+    with pytest.raises(InputError, match="finite"):
+        index.add(one, np.full((1, 4), np.nan, np.float32))
+    with pytest.raises(InputError, match="1 ids for 2"):
+        index.add(one, unit_vectors(2, 4))
+    with pytest.raises(InputError, match="not \\[n, 4\\]"):
+        index.search(unit_vectors(1, 5), 1)
+    with pytest.raises(InputError, match="negative"):
+        index.search(unit_vectors(1, 4), -1)
+    assert len(index) == 0
+
+
+def test_the_key_that_usearch_keeps_is_refused() -> None:
+    with pytest.raises(InputError, match="7046029254386353130"):
+        UsearchIndex(dim=4).add(np.array([7046029254386353130], np.uint64), unit_vectors(1, 4))
+
+
+@pytest.mark.parametrize("other", [{"dim": 8}, {"dtype": "f32"}])
+def test_an_index_of_another_shape_is_refused(tmp_path: Path, other: dict[str, object]) -> None:
+    path = tmp_path / "index"
+    UsearchIndex(dim=4).save(path, STAMP)
+    with pytest.raises(IndexFileError, match=f"another {next(iter(other))}"):
+        UsearchIndex(**{"dim": 4, **other}).load(path, STAMP)  # type: ignore[arg-type]
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(IndexFileError, match="nowhere"):
+        UsearchIndex(dim=4).save(tmp_path / "nowhere" / "index", STAMP)
+
+
+def test_a_failed_save_leaves_the_file_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "index"
+    index = UsearchIndex(dim=4)
+    index.save(path, STAMP)
+    index.add(np.array([1], np.uint64), unit_vectors(1, 4))
+    blocked = path.with_name("blocked")
+    blocked.mkdir()
+    with pytest.raises(IndexFileError, match="blocked"):
+        index.save(blocked, STAMP)  # a folder is not replaced by a file
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blocked", "index"]
+    index.load(path, STAMP)
+    assert len(index) == 0

@@ -1,0 +1,52 @@
+"""Hypothesis profiles and the real models that tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Before torch and the tokenizers are imported: no test asks a model hub, and the workers of pytest-xdist
+# share the cores instead of each starting a thread on every one.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+import models  # noqa: E402
+
+# No deadlines: the first example of a property often pays for an import or a warm-up.
+settings.register_profile("dev", deadline=None, max_examples=50)
+settings.register_profile("ci", deadline=None, max_examples=100, derandomize=True, print_blob=True)
+settings.register_profile("thorough", deadline=None, max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+CACHE = Path(__file__).parent.parent / ".cache" / "models"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        import torch  # only here: most runs of a few tests never need it
+
+        if not torch.cuda.is_available():
+            for item in on_gpu:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The folder of SmolLM2-135M-Instruct in float32."""
+    try:
+        return models.smollm2(CACHE)
+    except models.ModelMissingError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    """The folder of all-MiniLM-L6-v2."""
+    try:
+        return models.minilm()
+    except models.ModelMissingError as error:
+        pytest.skip(str(error))

@@ -1,0 +1,333 @@
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from m3backends.gpu import GpuTier
+from m3backends.lmdb import LmdbHome
+from m3backends.pinned import PinnedTier
+from m3runtime.block import Found, Ids
+from m3runtime.errors import InputError, TierClosedError, TierError
+from m3runtime.hierarchy import LIFT_BLOCKS, Hierarchy, TierStats
+from m3runtime.slab import SlabTier
+from m3runtime.testing.blocks import SLOT_BYTES, STAMP, make_batch, make_blocks, make_ids, same_block
+from m3runtime.testing.hierarchy import HierarchyMachine
+from m3runtime.testing.tier import together
+from m3runtime.tier import CachingTier, Home
+
+
+def gpu(slots: int) -> GpuTier:
+    return GpuTier(slot_bytes=SLOT_BYTES, capacity=slots * SLOT_BYTES, device="cpu")
+
+
+def pinned(slots: int) -> PinnedTier:
+    return PinnedTier(slot_bytes=SLOT_BYTES, capacity=slots * SLOT_BYTES)
+
+
+class Machine(HierarchyMachine):
+    slots: tuple[int, ...] = ()
+
+    def make_tiers(self) -> Sequence[CachingTier]:
+        return [(gpu, pinned)[place % 2](slots) for place, slots in enumerate(self.slots)]
+
+    def open_home(self, folder: Path) -> Home:
+        return LmdbHome(path=folder, slot_bytes=SLOT_BYTES)
+
+
+class TwoTiers(Machine):
+    slots = (2, 5)
+
+
+class OneTier(Machine):
+    slots = (3,)
+
+
+class NoTier(Machine):
+    slots = ()
+
+
+class UselessTiers(Machine):
+    slots = (0, 4, 1)
+
+
+for machine in (TwoTiers, OneTier, NoTier, UselessTiers):
+    machine.TestCase.settings = settings(max_examples=20, stateful_step_count=30)
+TestTwoTiers = TwoTiers.TestCase
+TestOneTier = OneTier.TestCase
+TestNoTier = NoTier.TestCase
+TestUselessTiers = UselessTiers.TestCase
+
+
+class BrokenTier(SlabTier):
+    """Fails on demand, as a tier behind a network would."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            name="broken",
+            slot_bytes=SLOT_BYTES,
+            capacity=8 * SLOT_BYTES,
+            eviction="lru",
+            device=torch.device("cpu"),
+        )
+        self.broken = False
+
+    def _open(self) -> Tensor:
+        if self.broken:
+            raise TierError("tier broken: connection lost")
+        return super()._open()
+
+
+class RottenTier(BrokenTier):
+    """Flips a bit of what it reads."""
+
+    can_rot = True
+
+    def read(self, ids: Ids, out: Tensor) -> Found:
+        found = super().read(ids, out)
+        out[torch.from_numpy(found), 70] ^= 4
+        return found
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[LmdbHome]:
+    with LmdbHome(path=tmp_path / "home", slot_bytes=SLOT_BYTES) as home:
+        home.commit(make_batch(range(10)))
+        yield home
+
+
+def read(hierarchy: Hierarchy, *ids: int) -> list[bool]:
+    """What is found, after its bytes were compared."""
+    wanted = make_ids(*ids)
+    out = torch.zeros((len(ids), SLOT_BYTES), dtype=torch.uint8)
+    found = hierarchy.read(wanted, out)
+    made = make_blocks(wanted)
+    assert all(same_block(out[row], made[row]) for row in np.flatnonzero(found).tolist())
+    return [bool(is_found) for is_found in found]
+
+
+def test_reads_through_and_keeps(home: LmdbHome) -> None:
+    tiers = [gpu(2), pinned(4)]
+    hierarchy = Hierarchy(tiers, home, STAMP)
+    assert read(hierarchy, 1, 2, 3) == [True] * 3
+    assert tiers[0].contains(make_ids(1, 2, 3)).tolist() == [False, True, True]
+    assert tiers[1].contains(make_ids(1, 2, 3)).tolist() == [True, True, True]
+    # Found in one tier each, and twice; what is missing lies apart.
+    assert read(hierarchy, 3, 7, 2, 1, 99, 7, 3) == [True, True, True, True, False, True, True]
+    size = SLOT_BYTES
+    assert hierarchy.stats() == (
+        TierStats("gpu", hits=3, misses=3 + 4, bytes=3 * size),
+        TierStats("pinned", hits=1, misses=3 + 3, bytes=1 * size),
+        TierStats("lmdb", hits=3 + 2, misses=1, bytes=5 * size),
+    )
+    hierarchy.close()
+
+
+def test_lifts(home: LmdbHome) -> None:
+    home.commit(make_batch(range(10, 10 + 2 * LIFT_BLOCKS)))
+    tiers = [gpu(100), pinned(100)]
+    hierarchy = Hierarchy(tiers, home, STAMP)
+    ids = home.ids()
+    assert hierarchy.lift(np.concatenate([ids, ids[:3]])).all()
+    assert len(tiers[0]) == len(tiers[1]) == len(ids)
+    assert hierarchy.lift(make_ids(99_999)).tolist() == [False]
+    assert hierarchy.lift(make_ids()).tolist() == []
+    assert [stats.lifted for stats in hierarchy.stats()] == [0, 0, len(ids)]
+    assert read(hierarchy, *ids.tolist()) == [True] * len(ids)
+    assert [stats.hits for stats in hierarchy.stats()] == [len(ids), 0, 0]
+    hierarchy.close()
+
+
+def test_one_stream_s_unpin_leaves_another_s_pin(home: LmdbHome) -> None:
+    tiers = [gpu(1), pinned(3)]
+    hierarchy = Hierarchy(tiers, home, STAMP)
+    read(hierarchy, 1)
+    read(hierarchy, 2)  # 1 is in pinned alone now
+    assert hierarchy.pin(make_ids(1)).all()
+    read(hierarchy, 1)  # and in gpu too
+    assert hierarchy.pin(make_ids(1)).all()
+    hierarchy.unpin(make_ids(1))
+    read(hierarchy, 3, 4, 5, 6)
+    assert 1 in tiers[0]
+    assert 1 in tiers[1]
+    hierarchy.unpin(make_ids(1))
+    hierarchy.unpin(make_ids(1))
+    read(hierarchy, 3, 4, 5, 6)
+    assert 1 not in tiers[0]
+    assert 1 not in tiers[1]
+    read(hierarchy, 1)
+    assert hierarchy.pin(make_ids(1)).all()  # and once more
+    read(hierarchy, 3, 4, 5, 6)
+    assert 1 in tiers[0]
+    assert 1 in tiers[1]
+    hierarchy.close()
+
+
+def test_a_bad_block_is_quarantined_and_recall_goes_on(home: LmdbHome) -> None:
+    bad = make_blocks(make_ids(50))
+    bad[0, 20] ^= 1  # the bank's fingerprint, which the home does not check
+    home.write(make_ids(50), bad)
+    tiers = [gpu(4), pinned(4)]
+    hierarchy = Hierarchy(tiers, home, STAMP)
+    assert read(hierarchy, 1, 50, 2) == [True, False, True]
+    assert home.quarantined() == {50: "block 50: belongs to another bank"}
+    assert not any(50 in tier for tier in tiers)
+    assert [stats.bad_blocks for stats in hierarchy.stats()] == [0, 0, 1]
+    assert read(hierarchy, 1, 50, 2) == [True, False, True]
+    assert [stats.bad_blocks for stats in hierarchy.stats()] == [0, 0, 1]
+    hierarchy.close()
+
+
+def test_a_bad_block_of_a_home_that_cannot_be_written(tmp_path: Path) -> None:
+    bad = make_blocks(make_ids(1))
+    bad[0, 20] ^= 1
+    with LmdbHome(path=tmp_path, slot_bytes=SLOT_BYTES) as home:
+        home.write(make_ids(1), bad)
+    with LmdbHome(path=tmp_path, read_only=True) as home:
+        hierarchy = Hierarchy([gpu(4)], home, STAMP)
+        for count in (1, 2):
+            assert read(hierarchy, 1) == [False]
+            assert hierarchy.stats()[-1].bad_blocks == count
+
+
+def test_faults_of_a_caching_tier_are_counted_and_invisible(home: LmdbHome) -> None:
+    broken = BrokenTier()
+    hierarchy = Hierarchy([broken, pinned(8)], home, STAMP)
+    assert read(hierarchy, 1) == [True]
+    broken.broken = True
+    assert read(hierarchy, 1, 2) == [True, True]
+    assert hierarchy.lift(make_ids(3)).tolist() == [True]
+    assert hierarchy.pin(make_ids(1)).tolist() == [True]
+    hierarchy.unpin(make_ids(1))
+    assert hierarchy.stats()[0].faults >= 4
+    assert hierarchy.stats()[1].faults == 0
+    broken.broken = False
+    assert read(hierarchy, 1) == [True]
+    assert hierarchy.stats()[0].hits == 1
+
+
+def test_a_tier_that_could_not_discard_is_not_asked_until_it_did(home: LmdbHome) -> None:
+    broken = BrokenTier()
+    hierarchy = Hierarchy([broken], home, STAMP)
+    assert read(hierarchy, 1, 2) == [True, True]
+    broken.broken = True
+    hierarchy.discard(make_ids(1))
+    assert read(hierarchy, 1, 2) == [False, True]
+    broken.broken = False
+    assert read(hierarchy, 1, 2) == [False, True]
+    assert broken.contains(make_ids(1, 2)).tolist() == [False, True]
+
+
+def test_blocks_from_a_tier_that_rots_are_checked(home: LmdbHome) -> None:
+    rotten = RottenTier()
+    hierarchy = Hierarchy([gpu(0), rotten, pinned(8)], home, STAMP)
+    assert read(hierarchy, 1, 2) == [True, True]
+    assert read(hierarchy, 1, 2) == [True, True]
+    stats = hierarchy.stats()
+    assert [each.bad_blocks for each in stats] == [0, 2, 0, 0]
+    assert [each.hits for each in stats] == [0, 0, 2, 2]
+    assert home.quarantined() == {}
+
+
+def test_faults_of_the_home_are_raised(home: LmdbHome) -> None:
+    hierarchy = Hierarchy([gpu(4)], home, STAMP)
+    assert read(hierarchy, 1) == [True]
+    home.close()
+    assert read(hierarchy, 1) == [True]
+    with pytest.raises(TierClosedError):
+        read(hierarchy, 1, 2)
+    with pytest.raises(TierClosedError):
+        hierarchy.discard(make_ids(1))
+    assert read(hierarchy, 1) == [True]
+
+
+def test_a_block_forgotten_while_it_is_read_does_not_come_back(tmp_path: Path) -> None:
+    """The forgetting happens after the home was read and before the block is given to the caching tiers."""
+
+    class SlowHome(LmdbHome):
+        def read(self, ids: Ids, out: Tensor) -> Found:
+            found = super().read(ids, out)
+            if found.any():
+                forgetting = threading.Thread(target=hierarchy.discard, args=(make_ids(1),))
+                forgetting.start()
+                forgetting.join()
+            return found
+
+    tiers = [gpu(4), pinned(4)]
+    with SlowHome(path=tmp_path, slot_bytes=SLOT_BYTES) as home:
+        home.commit(make_batch([1, 2]))
+        hierarchy = Hierarchy(tiers, home, STAMP)
+        assert read(hierarchy, 1, 2) == [True, True]  # it was there when it was asked for
+        for tier in tiers:
+            assert tier.contains(make_ids(1, 2)).tolist() == [False, True]
+        assert read(hierarchy, 1, 2) == [False, True]
+
+
+def test_threads_read_lift_pin_and_forget(home: LmdbHome) -> None:
+    home.commit(make_batch(range(10, 40)))
+    tiers = [gpu(3), pinned(8)]
+    hierarchy = Hierarchy(tiers, home, STAMP)
+    forgotten: set[int] = set()
+
+    def work(number: int) -> None:
+        random = np.random.default_rng(number)
+        for turn in range(25):
+            ids = random.integers(0, 40, 5).astype(np.uint64)
+            gone = forgotten.copy()
+            if turn % 3 == 0:
+                hierarchy.lift(ids)
+            hierarchy.pin(ids[:2])
+            found = read(hierarchy, *ids.tolist())
+            hierarchy.unpin(ids[:2])
+            for id, is_found in zip(ids.tolist(), found, strict=True):
+                assert not (id in gone and is_found)
+                assert is_found or id % 4 == 3
+            if turn % 5 == 0:
+                one = int(random.integers(0, 10)) * 4 + 3
+                hierarchy.discard(make_ids(one))
+                forgotten.add(one)
+            assert len(tiers[0]) <= 3
+            assert len(tiers[1]) <= 8
+
+    together(5, work)
+    for tier in tiers:
+        assert not tier.contains(make_ids(*forgotten)).any()
+    hierarchy.close()
+
+
+def test_a_closed_hierarchy_refuses_and_leaves_the_home_open(home: LmdbHome) -> None:
+    hierarchy = Hierarchy([gpu(4)], home, STAMP)
+    hierarchy.close()
+    hierarchy.close()
+    uses: list[Any] = [hierarchy.lift, hierarchy.pin, hierarchy.unpin, hierarchy.discard]
+    for use in uses:
+        with pytest.raises(TierClosedError):
+            use(make_ids(1))
+    with pytest.raises(TierClosedError):
+        read(hierarchy, 1)
+    assert len(home) == 10
+
+
+def test_a_buffer_of_another_shape_is_refused(home: LmdbHome) -> None:
+    with pytest.raises(InputError):
+        Hierarchy([], home, STAMP).read(make_ids(1), torch.zeros((1, SLOT_BYTES + 1), dtype=torch.uint8))
+
+
+@pytest.mark.gpu
+def test_through_a_gpu(home: LmdbHome) -> None:
+    tiers = [GpuTier(slot_bytes=SLOT_BYTES, capacity=2 * SLOT_BYTES), pinned(4)]
+    hierarchy = Hierarchy(tiers, home, STAMP, "cuda")
+    ids = make_ids(1, 2, 99, 3, 4)
+    made = make_blocks(ids)
+    for _ in range(3):
+        out = torch.zeros((5, SLOT_BYTES), dtype=torch.uint8, device="cuda")
+        assert hierarchy.read(ids, out).tolist() == [True, True, False, True, True]
+        assert all(same_block(out[row], made[row]) for row in (0, 1, 3, 4))
+    assert hierarchy.lift(make_ids(5, 6)).all()
+    assert tiers[0].contains(make_ids(5, 6)).all()
+    hierarchy.close()
