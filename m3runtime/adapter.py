@@ -1,5 +1,7 @@
 """The `Adapter` contract: what joins a language model to the runtime."""
 
+# ruff: noqa: ARG002 - what an adapter leaves out takes the arguments of those that have it
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from m3runtime.bank import Manifest
+from m3runtime.errors import ConfigError
 from m3runtime.memory import Memories
 from m3runtime.spec import MemorySpec
 
@@ -63,7 +66,9 @@ OnText = Callable[[int, str], None]
 
 
 class Adapter(ABC):
-    """Computes memories from references, and generates while reading them.
+    """Computes memories from references; `generate`, `render` and `chat` let the ``m3`` commands talk with the model.
+
+    An inference stack that has a loop of its own leaves those three out, and hands streams to its loop instead.
 
     Parity law: a memory of all layers and tokens, not quantised, at its own positions, gives the logits of the same
     text in the context (float32: 1e-4). One call at a time, except where stated.
@@ -103,7 +108,6 @@ class Adapter(ABC):
         Raises `InputError` for a reference that is blank or has more than ``spec.reference_tokens`` tokens.
         """
 
-    @abstractmethod
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -116,17 +120,17 @@ class Adapter(ABC):
         ``streams`` is None for the model as it is, without sink and memories. Raises `InputError` for a prompt without
         tokens.
         """
+        raise self._cannot_talk()
 
-    @abstractmethod
     def render(self, question: str, form: Form, texts: Sequence[str] | None = None) -> Prompt:
         """The prompt that asks a question; with ``texts``, with these references in it. Raises `ConfigError`."""
+        raise self._cannot_talk()
 
-    @abstractmethod
     def chat(self, messages: Sequence[Mapping[str, str]]) -> Prompt:
         """The prompt of a conversation, ``role`` and ``content`` of each message; the last one is the query."""
+        raise self._cannot_talk()
 
-    @abstractmethod
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - an adapter whose model belongs to a stack gives nothing back
         """Give back the model."""
 
     def check(self, manifest: Manifest, where: Path) -> None:
@@ -139,3 +143,6 @@ class Adapter(ABC):
             spec=self.spec,
             where=where,
         )
+
+    def _cannot_talk(self) -> ConfigError:
+        return ConfigError(f"model.adapter: {type(self).__name__} only writes memories, it does not generate by itself")

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from m3runtime.bank import INDEX, Bank, LoadCodec, OpenHome
+from m3runtime.codecs import Codec
 from m3runtime.config import Config, default_tiers
-from m3runtime.errors import ConfigError, IndexFileError
+from m3runtime.errors import CodecError, ConfigError, IndexFileError
 from m3runtime.plugins import construct, load
 from m3runtime.retrieval import Embedder, Index
+from m3runtime.spec import MemorySpec
 from m3runtime.tier import CachingTier, Home
 
 if TYPE_CHECKING:
@@ -38,8 +40,9 @@ def tiers(config: Config) -> list[tuple[type, dict[str, object]]]:
 
 def open_home(config: Config, *, read_only: bool = False) -> OpenHome:
     """What opens the bank's home."""
-    kind, options = tiers(config)[-1]
-    return OpenHome(kind, options, read_only=read_only)
+    found = tiers(config)
+    kind, options = found[-1]
+    return OpenHome(kind, options, f"tiers.{len(found) - 1}", read_only=read_only)
 
 
 def open_bank(config: Config, *, read_only: bool = False) -> Bank:
@@ -72,17 +75,29 @@ def open_adapter(config: Config) -> "Adapter":
     return kind.open(config.model, config.memory)
 
 
+def make_index(config: Config, dim: int) -> Index:
+    """An empty index. Raises `ConfigError` for options that make none."""
+    options = {"dtype": config.index.dtype, **config.index.options}
+    return construct(load("indexes", config.index.kind), options, "index", dim=dim)  # type: ignore[no-any-return]
+
+
+def make_codec(config: Config, spec: MemorySpec) -> Codec:
+    """The configured codec, untrained if it learns. Raises `ConfigError` for options that do not fit the spec."""
+    kind: type[Codec] = load("codecs", config.codec.kind)
+    try:
+        return construct(kind, config.codec.options, "codec", spec=spec)
+    except CodecError as error:
+        raise ConfigError(f"codec.{error}") from error
+
+
 def open_index(config: Config, bank: Bank) -> tuple[Index, bool]:
     """The bank's index, loaded or rebuilt and in line with the home, and whether it differs from its file."""
-    kind = load("indexes", config.index.kind)
-    options = {"dtype": config.index.dtype, **config.index.options}
-    index: Index = construct(kind, options, "index", dim=bank.manifest.dim)
-    rebuilt = False
+    index, rebuilt = make_index(config, bank.manifest.dim), False
     try:
         index.load(bank.path / INDEX, _stamp(bank))
     except IndexFileError as error:
         log.info("the index is rebuilt: %s", error)
-        index, rebuilt = construct(kind, options, "index", dim=bank.manifest.dim), True
+        index, rebuilt = make_index(config, bank.manifest.dim), True
     added, removed = catch_up(index, bank)
     return index, rebuilt or added + removed > 0
 

@@ -9,6 +9,7 @@
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from torch import Tensor
 from m3runtime import block
 from m3runtime.block import BlockStamp, Ids
 from m3runtime.codecs import Codec
-from m3runtime.errors import BankError, BankFormatError, BankMismatchError, BankMissingError, ConfigError
+from m3runtime.errors import BankError, BankFormatError, BankMismatchError, BankMissingError, ConfigError, InputError
 from m3runtime.memory import Memories
 from m3runtime.plugins import construct, load
 from m3runtime.spec import MemorySpec, canonical_json, fingerprint
@@ -30,7 +31,9 @@ from m3runtime.tier import Home
 
 FORMAT = 1
 HOME, CODEC, INDEX = "home", "codec.safetensors", "index"
+UNFINISHED = "home.unfinished"
 _MANIFEST = "manifest"
+_MEND = "configure it as it was, or set `bank` to another folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +87,20 @@ class Manifest:
         if self.model != model:
             raise BankMismatchError(
                 f"{where}: the bank was written by another model ({self.model_name}, {self.model[:8]}), "
-                f"not {name} ({model[:8]})"
+                f"not {name} ({model[:8]}); {_MEND}"
             )
         if self.tokenizer != tokenizer:
-            raise BankMismatchError(f"{where}: the bank was written with another tokenizer")
+            raise BankMismatchError(f"{where}: the bank was written with another tokenizer; {_MEND}")
         if self.sink != sink:
-            raise BankMismatchError(f"{where}: the bank was written with the sink {self.sink!r}, not {sink!r}")
+            raise BankMismatchError(f"{where}: the bank was written with the sink {self.sink!r}, not {sink!r}; {_MEND}")
         if difference := self.spec.difference(spec):
-            raise BankMismatchError(f"{where}: the bank was written with another spec: {difference}")
+            raise BankMismatchError(f"{where}: the bank was written with another spec: {difference}; {_MEND}")
 
     def check_embedder(self, *, embedder: str, name: str, where: Path) -> None:
         """Raise `BankMismatchError` unless the bank's embeddings are this embedder's."""
         if self.embedder != embedder:
             raise BankMismatchError(
-                f"{where}: the bank was written with another embedder ({self.embedder_name}), not {name}"
+                f"{where}: the bank was written with another embedder ({self.embedder_name}), not {name}; {_MEND}"
             )
 
 
@@ -115,21 +118,23 @@ class Bank:
     def create(cls, path: Path, home: "OpenHome", manifest: Manifest, codec: Codec) -> "Bank":
         """Make a bank; what an interrupted `create` left at ``path`` is made anew.
 
-        The manifest is written last: a bank has one, or it is none.
+        The home comes to its place last and with the manifest in it, whole: a bank has one, or it is none.
         """
         slot = slot_bytes(codec)
         if cls.exists(path, home):
             raise BankError(f"{path}: there is a bank already")
-        if (path / HOME).exists():
-            shutil.rmtree(path / HOME)
-        made = home(path=path / HOME, slot_bytes=slot)
-        try:
+        for left in (path / UNFINISHED, path / HOME):
+            if left.exists():
+                shutil.rmtree(left)
+        with home(path=path / UNFINISHED, slot_bytes=slot) as made:
             codec.save(path / CODEC)
             made.set_meta(_MANIFEST, manifest.to_bytes())
-        except BaseException:
-            made.close()
-            raise
-        return cls(path, made, manifest, codec)
+        (path / UNFINISHED).rename(path / HOME)
+        if os.name == "posix":  # or the new name might not outlive a power cut
+            folder = os.open(path, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+        return cls(path, home(path=path / HOME), manifest, codec)
 
     @classmethod
     def open(cls, path: Path, home: "OpenHome", load_codec: "LoadCodec") -> "Bank":
@@ -197,15 +202,17 @@ def slot_bytes(codec: Codec) -> int:
 class OpenHome:
     """Opens homes of one kind and configuration."""
 
-    def __init__(self, kind: type[Home], options: Mapping[str, Any], *, read_only: bool = False) -> None:
+    def __init__(self, kind: type[Home], options: Mapping[str, Any], where: str, *, read_only: bool = False) -> None:
+        """``where`` is the key of the options in the configuration, for messages."""
         self.kind = kind
         self.options = dict(options)
+        self.where = where
         self.read_only = read_only
 
     def __call__(self, *, path: Path, slot_bytes: int | None = None) -> Home:
         """Open the home in the folder ``path``, or make it if ``slot_bytes`` is given."""
         given = {"path": path, "slot_bytes": slot_bytes, "read_only": self.read_only}
-        return construct(self.kind, self.options, "tiers", **given)
+        return construct(self.kind, self.options, self.where, **given)
 
 
 class LoadCodec:
@@ -218,5 +225,8 @@ class LoadCodec:
 
 
 def as_ids(ids: Sequence[int]) -> Ids:
-    """Ids as the ``uint64`` array that tiers take."""
-    return np.array(list(ids), np.uint64)
+    """Ids as the ``uint64`` array that tiers take. Raises `InputError` for a number that no id can be."""
+    try:
+        return np.array(list(ids), np.uint64)
+    except OverflowError:
+        raise InputError(f"there is no memory {max(ids, key=abs)}: ids lie between 0 and 2**64") from None

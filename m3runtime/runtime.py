@@ -87,16 +87,19 @@ class Runtime:
         for stream, matches in zip(streams, chosen, strict=True):
             _add_owed(stream, matches, self.config.recall.memories)
         searched = time.perf_counter()
-        new = _unique(m.id for s, ms in zip(streams, chosen, strict=True) for m in ms if m.id not in s.held)
+        # What one of the streams holds is there for all of them.
+        held = {id: part for stream in streams for id, part in stream.held.items()}
+        new = _unique(match.id for matches in chosen for match in matches if match.id not in held)
         late: set[int] = set()
         if not waits and len(new):
-            new, late = self._await(new, began + self.config.recall.deadline)
-        parts = self._fetch(new, streams[0].dtype if streams else torch.float32)
+            new, late = self._await(new, searched + self.config.recall.deadline)
+        fetched = self._fetch(new, streams[0].dtype if streams else torch.float32)
+        parts = held | fetched
         results = [self._deliver(stream, matches, parts, late) for stream, matches in zip(streams, chosen, strict=True)]
         self.stats.count(
             chunks=len(streams),
             memories=sum(len(result) for result in results),
-            kept=sum(len(result) for result in results) - len(parts),
+            kept=sum(len(result) for result in results) - len(fetched),
             late=sum(len(result.late) for result in results),
             search_s=searched - began,
             fetch_s=time.perf_counter() - searched,
@@ -148,13 +151,14 @@ class Runtime:
             if self._closed:
                 return
             self._closed = True
-        self._prefetcher.close()
-        self._lifter.close()
-        self.hierarchy.close()
-        if self._index_changed:
-            assembly.save_index(self.retriever.index, self.bank)
-        self.retriever.embedder.close()
-        self.bank.close()
+        with contextlib.ExitStack() as closing:  # whatever one of them raises, the others close; the last comes first
+            closing.callback(self.bank.close)
+            closing.callback(self.retriever.embedder.close)
+            if self._index_changed:
+                closing.callback(assembly.save_index, self.retriever.index, self.bank)
+            closing.callback(self.hierarchy.close)
+            closing.callback(self._lifter.close)
+            closing.callback(self._prefetcher.close)
 
     def __enter__(self) -> Self:
         return self
@@ -204,7 +208,7 @@ class Runtime:
         held: dict[int, Part] = {}
         given: list[tuple[Match, Reference]] = []
         for match, reference in zip(matches, references, strict=True):
-            part = stream.held.get(match.id, parts.get(match.id))
+            part = parts.get(match.id)
             if part is not None and reference is not None:
                 held[match.id] = part
                 given.append((match, reference))
@@ -220,6 +224,8 @@ class Runtime:
             references=tuple(reference for _, reference in given),
             late=tuple(match.id for match in missed),
             spec=self.bank.manifest.spec,
+            device=self.device,
+            dtype=stream.dtype,
             parts=tuple(held[match.id] for match, _ in given),
             log_weights=self._log_weights([match for match, _ in given]),
         )

@@ -27,6 +27,8 @@ class Recalled:
     late: tuple[int, ...]
     """Chosen, but not there by the deadline: see ``recall.when_late``."""
     spec: MemorySpec
+    device: torch.device
+    dtype: torch.dtype
     parts: tuple[Part, ...] = field(repr=False)
     """One for each id, on the device."""
     log_weights: tuple[float, ...]
@@ -49,7 +51,7 @@ class Recalled:
             raise KeyError(f"layer {index} is no memory layer; those are {self.spec.layers}")
         at = self.spec.layers.index(index)
         if not self.parts:
-            nothing = torch.zeros(self.spec.kv_heads, 0, self.spec.head_dim)
+            nothing = torch.zeros(self.spec.kv_heads, 0, self.spec.head_dim, dtype=self.dtype, device=self.device)
             return nothing, nothing
         return (
             torch.cat([keys[at] for keys, _ in self.parts], dim=1),

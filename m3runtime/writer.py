@@ -1,6 +1,7 @@
 """`Writer`: turns documents into references and memories, and commits them to a bank."""
 
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from m3runtime.codecs import Codec
 from m3runtime.config import Config
 from m3runtime.errors import InputError
 from m3runtime.memory import Memories
-from m3runtime.plugins import construct, load
 from m3runtime.retrieval import Embedder
 from m3runtime.splitting import Splitter
 from m3runtime.text import Document
@@ -25,6 +25,11 @@ GROUP = 64
 """References of one transaction. Always grouped alike, so that writing again after a crash gives equal bytes."""
 SAMPLE = 48
 """References whose memories a codec is trained on."""
+
+# Chinese, Japanese, Thai and others write without spaces: there a character counts as a word.
+_WORDS = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the stage (``codec`` or ``memories``), the references done, and all of them."""
@@ -65,6 +70,7 @@ class Writer:
         """
         began = time.perf_counter()
         count, references = self._references(documents, whole=whole)
+        assembly.make_index(self.config, self.embedder.dim)  # a mistake there should not show only at the end
         bank = self._open(references, progress)
         try:
             found = bank.home.find([reference.text for reference in references])
@@ -91,7 +97,7 @@ class Writer:
         count = 0
         for document in documents:
             count += 1
-            if len(document.text.split()) < 2:
+            if _one_word(document.text):
                 raise InputError(f"{document.source}: a text of one word is no reference; give it a sentence")
             for reference in self._whole(document) if whole else self._split(document):
                 unique.setdefault(reference.text, reference)
@@ -146,8 +152,7 @@ class Writer:
 
     def _train(self, references: Sequence[Reference], progress: OnProgress | None) -> Codec:
         """The configured codec, trained if it learns on memories of a sample that depends on the corpus alone."""
-        kind: type[Codec] = load("codecs", self.config.codec.kind)
-        codec = construct(kind, self.config.codec.options, "codec", spec=self.adapter.spec)
+        codec = assembly.make_codec(self.config, self.adapter.spec)
         if codec.trained:
             return codec
         drawn = random.Random(0).sample(range(len(references)), min(SAMPLE, len(references)))
@@ -183,6 +188,10 @@ class Writer:
         vectors = self.embedder.embed_references([reference.text for reference in references])
         bank.home.commit(Batch(ids, blocks, references, vectors))
         return sum(bank.codec.payload_bytes(reference.tokens) + HEADER_BYTES for reference in references)
+
+
+def _one_word(text: str) -> bool:
+    return len(text.split()) < 2 and len(_WORDS.findall(text)) < 2
 
 
 def join(parts: Sequence[Memories]) -> Memories:

@@ -93,7 +93,8 @@ def open_databases(environment: Environment, slot_bytes: int | None) -> tuple[Da
     except (lmdb.Error, ValueError) as error:
         raise BankError(f"bank {environment.data} is damaged: {error}") from error
     if version != VERSION:
-        raise BankFormatError(f"bank {path} has format {version}, this release reads {VERSION}")
+        mend = "install a newer m3runtime" if version > VERSION else "write the bank anew"
+        raise BankFormatError(f"bank {path} has format {version}, this release reads {VERSION}; {mend}")
     if slot_bytes not in (None, slot):
         raise BankMismatchError(f"bank {path} has slots of {slot} bytes, not {slot_bytes}")
     if not there and os.name == "posix":  # LMDB syncs the file, not the folders that name it

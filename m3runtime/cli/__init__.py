@@ -1,6 +1,7 @@
 """The command ``m3``. Nothing heavy is imported before a command runs."""
 
 import sys
+from io import TextIOWrapper
 
 import typer
 
@@ -25,19 +26,27 @@ app.command("config")(config.config)
 
 USER_ERRORS = (ConfigError, InputError, PluginError, BankError)
 """What the user can mend; these end in exit code 2, other failures in 1."""
+_INTERRUPTED = 130
 
 
 def main() -> None:
     """Run ``m3``. Errors are one line on standard error."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text; JSON escapes them alike
     try:
         app(standalone_mode=True)
-    except M3Error as error:
-        print(f"m3: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201 - the command's own output
+    except (M3Error, OSError) as error:
+        _complain(str(error))
         sys.exit(2 if isinstance(error, USER_ERRORS) else 1)
+    except SystemExit as error:
+        if error.code == _INTERRUPTED:  # typer's own, without a word
+            _complain("interrupted; nothing is half-written")
+        raise
     except KeyboardInterrupt:
-        print("m3: interrupted; nothing is half-written", file=sys.stderr)  # noqa: T201
-        sys.exit(130)
+        _complain("interrupted; nothing is half-written")
+        sys.exit(_INTERRUPTED)
 
 
-if __name__ == "__main__":
-    main()
+def _complain(message: str) -> None:
+    print(f"m3: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201 - the command's own output
+

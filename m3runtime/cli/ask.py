@@ -66,12 +66,14 @@ class _Talk(ExitStack):
         from m3runtime.runtime import Runtime
 
         self.runtime: Runtime | None = None
-        if not no_memory:
-            self.runtime = self.enter_context(Runtime.open(self.settings))
-        self.adapter: Adapter = assembly.open_adapter(self.settings)
-        self.callback(self.adapter.close)
-        if self.runtime is not None:
-            self.adapter.check(self.runtime.bank.manifest, self.runtime.bank.path)
+        with ExitStack() as opened:  # closes what is open if the next cannot be opened
+            if not no_memory:
+                self.runtime = opened.enter_context(Runtime.open(self.settings))
+            self.adapter: Adapter = assembly.open_adapter(self.settings)
+            opened.callback(self.adapter.close)
+            if self.runtime is not None:
+                self.adapter.check(self.runtime.bank.manifest, self.runtime.bank.path)
+            self.push(opened.pop_all())
 
     def answer(self, prompt: "Prompt", *, shown: bool) -> "Answer":
         def show(_: int, text: str) -> None:

@@ -1,5 +1,7 @@
 """``m3 config``."""
 
+from json import dumps
+
 import typer
 
 from m3runtime.cli.options import ConfigFile, Json, Set, load, print_json
@@ -7,13 +9,24 @@ from m3runtime.cli.options import ConfigFile, Json, Set, load, print_json
 
 def config(config: ConfigFile = None, set: Set = None, json: Json = False) -> None:
     """Print the configuration in force, and where each value came from."""
+    from m3runtime.config import default_tiers
+
     loaded = load(config, set)
-    values = loaded.config.model_dump(mode="json")
+    values, origins = loaded.config.model_dump(mode="json"), dict(loaded.origins)
+    if not loaded.config.tiers:
+        del origins["tiers"]
+        values["tiers"] = [tier.model_dump(mode="json") for tier in default_tiers()]
+        origins |= {f"tiers.{i}.{key}": "default" for i, tier in enumerate(values["tiers"]) for key in tier}
     if json:
-        print_json({"config": values, "origins": dict(loaded.origins)})
+        print_json({"config": values, "origins": origins})
         return
-    for key, origin in loaded.origins.items():
+    for key, origin in origins.items():
         value: object = values
         for part in key.split("."):
             value = value[int(part)] if isinstance(value, list) else value[part]  # type: ignore[index]
-        typer.echo(f"{f'{key}: {value}':<60}  # {origin}")
+        typer.echo(f"{f'{key}: {_spelled(value)}':<60}  # {origin}")
+
+
+def _spelled(value: object) -> str:
+    """As YAML has it."""
+    return value if isinstance(value, str) else dumps(value, ensure_ascii=False)

@@ -1,5 +1,6 @@
 """``m3 write``."""
 
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -35,13 +36,15 @@ def write(
 
     adapter = assembly.open_adapter(settings)
     embedder = assembly.open_embedder(settings)
-    with _bar(shown=not json) as bar:
-        tasks: dict[str, int] = {}
+    bar, tasks = _bar(shown=not json), dict[str, int]()
+    with ExitStack() as showing:
 
         def progress(stage: str, done: int, total: int) -> None:
+            if not tasks:
+                showing.enter_context(bar)  # not before: it leaves a blank line if there was nothing to show
             if stage not in tasks:
                 name = {"codec": "Training the codec", "memories": "Writing memories"}[stage]
-                tasks[stage] = bar.add_task(name, total=total, begun_at=done)
+                tasks[stage] = bar.add_task(name, total=total, completed=done, begun_at=done)
             bar.update(tasks[stage], completed=done)  # type: ignore[arg-type]
 
         report = Writer(settings, adapter, embedder).write(documents, whole=whole, progress=progress)
@@ -66,7 +69,9 @@ def _bar(*, shown: bool) -> "Progress":
 
         def render(self, task: "Task") -> Text:
             speed = task.finished_speed or task.speed
-            return Text("" if speed is None else f"{speed:.1f}/s")
+            if speed is None and task.elapsed:  # one step is not enough for rich
+                speed = (task.completed - task.fields["begun_at"]) / task.elapsed
+            return Text(f"{speed:.1f}/s" if speed else "")
 
     return Progress(
         TextColumn("{task.description}"),

@@ -52,12 +52,18 @@ def load(path: str, dtype: str, device: str) -> tuple[Any, Any]:
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(**source)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                **source, dtype=wanted if wanted == "auto" else getattr(torch, wanted)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **source, dtype=wanted if wanted == "auto" else getattr(torch, wanted), output_loading_info=True
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+            model, info = loaded
+    except Exception as error:  # of many kinds: each file format's library raises its own
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"model.path: cannot load a causal language model from {path}: {first}") from error
+    if missing := sorted(info["missing_keys"]):  # which transformers fills with random numbers
+        raise ConfigError(
+            f"model.path: cannot load a causal language model from {path}: "
+            f"it lacks {len(missing)} of the weights, such as {missing[0]}"
+        )
     return model.to(place).eval(), tokenizer
 
 

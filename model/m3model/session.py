@@ -50,6 +50,7 @@ class Session:
         self.lengths = torch.zeros(batch, dtype=torch.int64)
         """Tokens of context that each row has."""
 
+    @torch.inference_mode()
     def read(
         self, memories: Sequence[Sequence[tuple[Tensor, Tensor]]], log_weights: Sequence[Sequence[float]] | None = None
     ) -> None:

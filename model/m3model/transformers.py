@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import Any, Self
 
 import torch
+from pydantic import ValidationError
 
 from m3model.generation import Generation
 from m3model.layout import AttentionLayout
@@ -20,6 +21,7 @@ from m3runtime.adapter import Adapter, Answer, Form, OnText, Prompt
 from m3runtime.config import GenerateConfig, MemoryConfig, ModelConfig
 from m3runtime.errors import ConfigError, InputError
 from m3runtime.memory import Memories
+from m3runtime.plugins import not_known, reason
 from m3runtime.runtime import Runtime
 from m3runtime.spec import MemorySpec
 from m3runtime.stream import Stream
@@ -195,8 +197,7 @@ class MemoryModel:
         """
         one = isinstance(question, str)
         questions = [question] if isinstance(question, str) else list(question)
-        base: Mapping[str, Any] = self.runtime.config.generate.model_dump() if self.runtime else {}
-        config = GenerateConfig.model_validate({**base, **settings})
+        config = self._config(settings)
         prompts = [self.adapter.render(text, config.prompt) for text in questions]
         answers = self._run(prompts, config, on_text)
         return answers[0] if one else answers
@@ -205,10 +206,21 @@ class MemoryModel:
         self, messages: Sequence[Mapping[str, str]], *, on_text: Callable[[str], None] | None = None, **settings: Any
     ) -> Answer:
         """The next message of a conversation in the model's chat template."""
-        base: Mapping[str, Any] = self.runtime.config.generate.model_dump() if self.runtime else {}
-        config = GenerateConfig.model_validate({**base, **settings})
+        if not messages:
+            raise InputError("a conversation has at least one message")
         show = None if on_text is None else lambda _, text: on_text(text)
-        return self._run([self.adapter.chat(messages)], config, show)[0]
+        return self._run([self.adapter.chat(messages)], self._config(settings), show)[0]
+
+    def _config(self, settings: Mapping[str, Any]) -> GenerateConfig:
+        base = self.runtime.config.generate if self.runtime else GenerateConfig()
+        try:
+            return GenerateConfig.model_validate({**base.model_dump(), **settings})
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = str(first["loc"][0])
+            if key not in GenerateConfig.model_fields:
+                raise ConfigError(not_known("generate", key, GenerateConfig.model_fields)) from None
+            raise ConfigError(f"generate.{key} {reason(first)}") from None
 
     def _run(self, prompts: list[Prompt], config: GenerateConfig, on_text: OnText | None) -> list[Answer]:
         if self.runtime is None:

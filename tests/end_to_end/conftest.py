@@ -1,0 +1,67 @@
+"""A model, an embedder and a folder to run ``m3`` in."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers.utils import logging
+
+from tests.end_to_end.commands import Place
+from tests.model.families import make_model, make_tokenizer
+
+NewPlace = Callable[[Path], Place]
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with its tokenizer, in a folder as the transformers library writes it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    make_model("llama").save_pretrained(folder)
+    logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def new_place(model_path: Path) -> NewPlace:
+    """Makes a folder in which commands can run; its bank is not there yet."""
+
+    def make(folder: Path) -> Place:
+        folder.mkdir(parents=True, exist_ok=True)
+        place = Place(folder)
+        place.configure(
+            bank="./bank",
+            model={"path": str(model_path)},
+            codec={"kind": "scalar"},
+            embedder={"kind": "tests.end_to_end.embedders:HashedWords", "path": "hashed"},
+            tiers=[{"kind": "pinned", "capacity": "4MiB"}, {"kind": "lmdb"}],
+            recall={"min_score": 0.1, "when_late": "wait"},
+            generate={"max_new_tokens": 6},
+        )
+        return place
+
+    return make
+
+
+@pytest.fixture
+def place(tmp_path: Path, new_place: NewPlace) -> Place:
+    """An empty folder to run commands in."""
+    return new_place(tmp_path / "place")
+
+
+@pytest.fixture(scope="session")
+def written_once(tmp_path_factory: pytest.TempPathFactory, new_place: NewPlace) -> Place:
+    """A bank of `FACTS`. Only for looking at."""
+    place = new_place(tmp_path_factory.mktemp("written"))
+    result = place.m3("write", place.facts(), "--json")
+    assert result.code == 0, result.err
+    return place
+
+
+@pytest.fixture
+def written(written_once: Place, tmp_path: Path) -> Place:
+    """A bank of `FACTS` that a test may change."""
+    shutil.copytree(written_once.folder, tmp_path / "written")
+    return Place(tmp_path / "written")

@@ -1,0 +1,202 @@
+"""Tiny random models of every family, a tiny tokenizer, and an oracle that reads memories as plain text."""
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from m3model.transformers import TransformersAdapter
+from m3runtime.config import MemoryConfig
+
+LAYERS = 4
+WINDOW = 12
+"""Of layers with a sliding window: less than a reference has, and less than a context."""
+REFERENCE_TOKENS = 24
+
+TEXT = (
+    "the harbour lamp of the old town burns walnut oil and turns once an hour; no ship has passed it since the year "
+    "of the long frost, when seven keepers rowed out with blue lanterns and came home with a map, a bell and a heron"
+)
+CHAT = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+_SIZE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+# Gemma's tied embeddings, scaled up as it does, would make a random model repeat its last token for ever.
+_GEMMA: dict[str, Any] = {
+    "sliding_window": WINDOW,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "tie_word_embeddings": False,
+}
+_QWEN: dict[str, Any] = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-tied": {"tie_word_embeddings": True, "num_key_value_heads": 1},
+    "qwen2": {},
+    "qwen2-sliding": _QWEN,
+    "qwen3": {"head_dim": 32},
+    "qwen3-sliding": {"head_dim": 32, **_QWEN},
+    "mistral": {"head_dim": 16},
+    "mistral-sliding": {"sliding_window": WINDOW, "head_dim": 16},
+    "gemma2": {**_GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 30.0},
+    "gemma3_text": {**_GEMMA, "sliding_window_pattern": 2},
+    "phi3": {},
+    "phi3-sliding": {"sliding_window": WINDOW},
+    "olmo2": {},
+}
+SLIDING = [name for name in FAMILIES if "sliding" in name or name.startswith("gemma")]
+
+
+@cache
+def make_tokenizer(*, eos: bool = True, bos_in_chat: bool = False, text: str = TEXT) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 320 tokens, trained on ``text``."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [text],
+        trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, special_tokens=special, show_progress=False),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>" if eos else None,
+        chat_template="{{ bos_token }}" + CHAT if bos_in_chat else CHAT,
+    )
+
+
+@cache
+def make_model(family: str, seed: int = 0) -> Any:
+    """A model in stock eager attention, whose attention is far from uniform. Copy it before changing it."""
+    vocabulary = len(make_tokenizer())
+    special = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": None}
+    options = {**_SIZE, **FAMILIES[family], "vocab_size": vocabulary, **special}
+    config = AutoConfig.for_model(family.partition("-")[0], **options)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # Norms and biases are ones and zeros at first, and a mistake with them would not show.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.5 * torch.randn_like(parameter)
+    model.set_attn_implementation("eager")
+    return model
+
+
+def make_adapter(
+    family: str = "llama", *, model: Any = None, tokenizer: Any = None, **memory: Any
+) -> TransformersAdapter:
+    """An adapter over a copy of the family's model, without an end-of-sequence token unless ``tokenizer`` has one."""
+    settings = MemoryConfig.model_validate({"reference_tokens": REFERENCE_TOKENS, **memory})
+    chosen = copy.deepcopy(make_model(family) if model is None else model)
+    return TransformersAdapter(chosen, tokenizer or make_tokenizer(eos=False), settings, family)
+
+
+def windows(model: Any) -> list[int | None]:
+    """The sliding window of each layer."""
+    config = model.config
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def random_text(tokenizer: Any, tokens: int, seed: int) -> str:
+    """A text that has exactly so many tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    words = TEXT.split()
+    text = ""
+    while len(tokenizer(text, add_special_tokens=False)["input_ids"]) < tokens:
+        text += f" {words[int(torch.randint(len(words), (), generator=generator))]}"
+    for end in range(len(text), 0, -1):
+        if len(tokenizer(text[:end], add_special_tokens=False)["input_ids"]) == tokens:
+            return text[:end]
+    raise AssertionError("no text of that length")
+
+
+def oracle(
+    model: Any,
+    sink: Sequence[int],
+    references: Sequence[Sequence[int]],
+    context: Sequence[int],
+    *,
+    offset: int,
+    memory_layers: Sequence[int] | None = None,
+    log_weights: Sequence[float] | None = None,
+) -> Tensor:
+    """Logits of the context's tokens by the stock model, in one forward pass over sink, references and context as text.
+
+    References stand beside each other: each sees the sink and itself, the context sees all. Sliding windows hide
+    tokens of a token's own segment only. Layers that are no memory layers do not let the context see references.
+    """
+    segments = [sink, *references, context]
+    starts = [0, *(len(sink) for _ in references), offset]
+    positions = torch.cat([start + torch.arange(len(part)) for start, part in zip(starts, segments, strict=True)])
+    segment = torch.cat([torch.full((len(part),), number) for number, part in enumerate(segments)])
+    last = len(references) + 1
+    same = segment[:, None] == segment[None]
+    distance = positions[:, None] - positions[None]
+    to_sink = segment[None] == 0
+    is_reference = (segment > 0) & (segment < last)
+    reads = (segment[:, None] == last) & is_reference[None]
+    weight = torch.zeros(len(positions))
+    for number, value in enumerate(log_weights or (), start=1):
+        weight[segment == number] = value
+
+    def mask(window: int | None, memory: bool) -> Tensor:
+        seen = (same & (distance >= 0)) | (to_sink & ~same)
+        if window is not None:
+            seen &= (distance < window) | ~same
+        if memory:
+            seen |= reads
+        added = torch.where(reads, weight[None], 0.0) if memory else torch.zeros(1)
+        return torch.where(seen, added, torch.finfo(torch.float32).min)[None, None]
+
+    masks = [
+        mask(window, memory_layers is None or layer in memory_layers) for layer, window in enumerate(windows(model))
+    ]
+    with with_masks(model, masks), torch.no_grad():
+        ids = torch.tensor([[token for part in segments for token in part]])
+        logits: Tensor = model(ids, position_ids=positions[None], use_cache=False).logits[0]
+    return logits[len(positions) - len(context) :]
+
+
+class with_masks:  # noqa: N801 - a context manager, read like a function
+    """Give each layer's attention its own mask."""
+
+    def __init__(self, model: Any, masks: Sequence[Tensor]) -> None:
+        self.model = model
+        self.masks = masks
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        for layer, mask in zip(self.model.model.layers, self.masks, strict=True):
+            self.hooks.append(layer.self_attn.register_forward_pre_hook(_replaced(mask), with_kwargs=True))
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def _replaced(mask: Tensor) -> Callable[[nn.Module, Any, dict[str, Any]], tuple[Any, dict[str, Any]]]:
+    def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        assert "attention_mask" in kwargs
+        return args, {**kwargs, "attention_mask": mask}
+
+    return hook
