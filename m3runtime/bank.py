@@ -23,7 +23,15 @@ from torch import Tensor
 from m3runtime import block
 from m3runtime.block import BlockStamp, Ids
 from m3runtime.codecs import Codec
-from m3runtime.errors import BankError, BankFormatError, BankMismatchError, BankMissingError, ConfigError, InputError
+from m3runtime.errors import (
+    BankError,
+    BankFormatError,
+    BankMismatchError,
+    BankMissingError,
+    CodecError,
+    ConfigError,
+    InputError,
+)
 from m3runtime.memory import Memories
 from m3runtime.plugins import construct, load
 from m3runtime.spec import MemorySpec, canonical_json, fingerprint
@@ -140,8 +148,8 @@ class Bank:
     def open(cls, path: Path, home: "OpenHome", load_codec: "LoadCodec") -> "Bank":
         """Open a bank.
 
-        Raises `BankMissingError`, `BankFormatError`, `BankError` or `CodecError`, and `BankMismatchError` if the
-        codec's file is not the one that the manifest names.
+        Raises `BankMissingError`, `BankFormatError`, `BankError` if the home or the codec's file cannot be read, and
+        `BankMismatchError` if that file is not the one that the manifest names.
         """
         if not (path / HOME).exists():
             raise BankMissingError(f"there is no bank at {path}; make one with `m3 write`")
@@ -151,7 +159,10 @@ class Bank:
             if value is None:
                 raise BankMissingError(f"the bank at {path} was never finished; run `m3 write` again")
             manifest = Manifest.from_bytes(value, path)
-            codec = load_codec(manifest, path / CODEC)
+            try:
+                codec = load_codec(manifest, path / CODEC)
+            except CodecError as error:
+                raise BankError(f"{error}; restore the file, or write the bank anew") from error
             if codec.fingerprint != manifest.codec:
                 raise BankMismatchError(f"{path / CODEC}: not the codec that the bank was written with")
             if opened.slot_bytes != slot_bytes(codec):
@@ -219,7 +230,7 @@ class LoadCodec:
     """Loads the codec that a manifest names."""
 
     def __call__(self, manifest: Manifest, path: Path) -> Codec:
-        """Raises `CodecError` or `PluginError`."""
+        """Load it. Raises `CodecError` or `PluginError`."""
         kind: type[Codec] = load("codecs", manifest.codec_kind)
         return kind.load(path, manifest.spec)
 

@@ -77,7 +77,7 @@ class ModelConfig(_Section):
     path: Name
     """A local folder, a GGUF file or a hub name. From ``./`` or ``../`` on it is relative to the file that says so."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """What to compute in; ``auto`` is what the weights are stored in."""
+    """What to compute in; ``auto`` is float32 on a CPU, and what the weights are stored in on an accelerator."""
     device: Name = "auto"
     """Where to compute, such as ``cpu`` or ``cuda:1``; ``auto`` is the accelerator, if there is one."""
 
@@ -161,8 +161,8 @@ class RecallConfig(_Section):
     """Memories that score lower are not recalled."""
     margin: Annotated[float, Field(ge=0)] | None = None
     """Memories that score lower than the best by more than this are not recalled; null: no such limit."""
-    score_temperature: Annotated[float, Field(gt=0)] | None = None
-    """Attention weighs memories by ``exp((score - best) / this)``; null: all alike."""
+    score_temperature: Annotated[float, Field(gt=0)] | None = 0.03
+    """Attention weighs memories by ``exp((score - best) / this)``; null: all alike, as a Memory³ model is trained."""
     lookahead_tokens: Annotated[Whole, Field(ge=0)] = 16
     """Tokens before a chunk's end at which prefetching of the next chunk's memories starts."""
     deadline: Seconds = 0.05

@@ -81,6 +81,8 @@ class Runtime:
         """
         if len(streams) != len(texts):
             raise InputError(f"{len(streams)} streams, but {len(texts)} texts")
+        if len({stream.dtype for stream in streams}) > 1:
+            raise InputError("streams that recall together must have the same dtype")
         began = time.perf_counter()
         waits = self.config.recall.when_late == "wait" if wait is None else wait
         chosen = self.retriever.search(texts)

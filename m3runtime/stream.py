@@ -32,7 +32,7 @@ class Recalled:
     parts: tuple[Part, ...] = field(repr=False)
     """One for each id, on the device."""
     log_weights: tuple[float, ...]
-    """What attention adds to the logits of each memory's keys; zeros unless ``recall.score_temperature`` is set."""
+    """What attention adds to the logits of each memory's keys; zeros if ``recall.score_temperature`` is null."""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -1,0 +1,55 @@
+"""What importing the package and asking for help cost."""
+
+import json
+import subprocess
+import sys
+
+import m3runtime
+from tests.end_to_end.commands import M3, environment
+
+HEAVY = ("torch", "transformers", "faiss", "lmdb", "usearch", "numpy", "pydantic", "m3backends", "m3model")
+COMMANDS = ("write", "ask", "chat", "search", "inspect", "forget", "config")
+
+
+def modules_after(code: str) -> set[str]:
+    """The top-level modules that a new process has imported after it ran this code."""
+    script = f"import sys, json\n{code}\nsys.stderr.write(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in json.loads(done.stderr)}
+
+
+def test_importing_the_package_is_light() -> None:
+    loaded = modules_after("import m3runtime; m3runtime.__version__; dir(m3runtime)")
+    assert not loaded.intersection(HEAVY)
+
+
+def test_help_is_light() -> None:
+    code = "import runpy\nsys.argv = ['m3', '--help']\ntry: runpy.run_path({!r}, run_name='__main__')\nexcept SystemExit: pass"
+    loaded = modules_after(code.format(str(M3)))
+    assert "typer" in loaded
+    assert not loaded.intersection(HEAVY)
+
+
+def test_help_lists_the_commands() -> None:
+    done = subprocess.run([M3, "--help"], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    for command in COMMANDS:
+        assert f" {command} " in done.stdout
+
+
+def test_the_public_names() -> None:
+    assert sorted(m3runtime.__all__) == [
+        "Config",
+        "M3Error",
+        "Memories",
+        "MemorySpec",
+        "Recalled",
+        "Runtime",
+        "Stream",
+        "__version__",
+    ]
+    assert dir(m3runtime) == sorted(m3runtime.__all__)
+    for name in m3runtime.__all__:
+        assert getattr(m3runtime, name) is not None
+    for name in ("Bank", "torch"):
+        assert not hasattr(m3runtime, name)
