@@ -1,7 +1,7 @@
 """The main job, shown: write a corpus into memories, and answer from them.
 
-Each question is answered three times by the same model: with nothing, with the references that were found as text in the
-prompt, and with the memories of the same references. Run it with ``make demo``.
+Each question is answered three times by the same model: with nothing, with the references that were found as text in
+the prompt, and with the memories of the same references. Run it with ``make demo``.
 """
 
 import json
@@ -15,11 +15,11 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import models
-from m3model.transformers import TransformersAdapter
 from rich.console import Console
 from rich.table import Table
 
+import models
+from m3model.transformers import TransformersAdapter
 from m3runtime import assembly
 from m3runtime.adapter import Answer, Prompt
 from m3runtime.cli.write import write

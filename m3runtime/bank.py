@@ -104,6 +104,18 @@ class Manifest:
         if difference := self.spec.difference(spec):
             raise BankMismatchError(f"{where}: the bank was written with another spec: {difference}; {_MEND}")
 
+    def check_codec(self, *, kind: str, options: Mapping[str, Any], where: Path) -> None:
+        """Raise `BankMismatchError` unless the bank's codec is of this kind and options."""
+        ours = {"kind": self.codec_kind, **self.codec_options}
+        theirs = {"kind": kind, **options}
+        if ours != theirs:
+            differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+            raise BankMismatchError(
+                f"{where}: the bank was written with another codec: "
+                + ", ".join(f"{key} {ours.get(key)} against {theirs.get(key)}" for key in differing)
+                + "; set `codec` as it was, or write into another bank"
+            )
+
     def check_embedder(self, *, embedder: str, name: str, where: Path) -> None:
         """Raise `BankMismatchError` unless the bank's embeddings are this embedder's."""
         if self.embedder != embedder:

@@ -127,6 +127,8 @@ class Writer:
             bank = assembly.open_bank(self.config)
             try:
                 adapter.check(bank.manifest, bank.path)
+                codec = assembly.make_codec(self.config, adapter.spec)
+                bank.manifest.check_codec(kind=self.config.codec.kind, options=codec.options, where=bank.path)
                 bank.manifest.check_embedder(
                     embedder=self.embedder.fingerprint, name=self.config.embedder.path, where=bank.path
                 )

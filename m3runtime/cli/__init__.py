@@ -49,4 +49,3 @@ def main() -> None:
 
 def _complain(message: str) -> None:
     print(f"m3: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201 - the command's own output
-

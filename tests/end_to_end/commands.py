@@ -61,7 +61,8 @@ class Result:
 
 def environment(first: str = "") -> dict[str, str]:
     """Variables for a process that can import what the tests can, and before it what the folder ``first`` has."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, [first]), str(REPOSITORY)])}
+    path = os.pathsep.join([*filter(None, [first]), str(REPOSITORY)])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}  # the cores are busy with other tests
 
 
 @dataclass(frozen=True)

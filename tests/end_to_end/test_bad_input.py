@@ -60,8 +60,7 @@ class TestConfiguration:
 
     @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
     def test_unknown_key(self, written: Place, command: list[str]) -> None:
-        bad = Place(written.folder)
-        bad.configure(recall={"memorys": 3})
+        written.configure(recall={"memorys": 3})
         line = written.m3(*command).complaint
         assert line == "m3: m3.yaml: recall.memorys is not known; did you mean recall.memories?"
 
@@ -192,6 +191,14 @@ class TestBank:
         self.refused(written, "was written with another embedder (hashed)", "set `bank` to another folder")
         assert "another embedder" in complaint(written, "search", "why")
 
+    def test_of_another_codec(self, written: Place) -> None:
+        written.configure(codec={"kind": "raw", "dtype": "float32"})
+        before = written.contents()
+        line = complaint(written, "write", "facts")
+        assert "was written with another codec" in line
+        assert "write into another bank" in line
+        assert written.contents() == before
+
     @pytest.mark.parametrize(("format", "mend"), [(2, "install a newer m3runtime"), (0, "write the bank anew")])
     def test_of_another_format_version(self, written: Place, format: int, mend: str) -> None:
         right = written.contents()
@@ -290,7 +297,7 @@ class TestCorpus:
         target.text("long.txt", "The lamp burns oil. " * 50)
         line = complaint(target, "write", "good.txt", "long.txt", "--whole")
         assert line.startswith("m3: long.txt: ")
-        assert "a reference has at most 128; shorten it, or write without --whole" in line
+        assert "tokens, but a reference has at most 128; shorten it, or write without --whole" in line
 
     def test_a_text_without_spaces_is_more_than_a_word(self, place: Place) -> None:
         place.text("tokyo.txt", "東京は日本の首都です。")

@@ -341,39 +341,46 @@ def test_a_character_is_shown_whole() -> None:
     assert "".join(before) == "né6"
 
 
-class Texts:
-    """What one random model writes, by seed."""
+class Writer:
+    """A random model, and what it writes by seed."""
 
     def __init__(self) -> None:
         self.adapter = make_adapter()
-        self.texts: dict[int, str] = {}
+        self.tokens: dict[int, tuple[int, ...]] = {}
 
-    def of(self, seed: int) -> str:
-        if seed not in self.texts:
-            self.texts[seed] = one(self.adapter, "lamp", max_new_tokens=24, temperature=1.0, seed=seed)[0].text
-        return self.texts[seed]
+    def write(self, seed: int, stop: Sequence[str] = ()) -> tuple[Answer, list[str]]:
+        return one(self.adapter, "lamp", max_new_tokens=24, temperature=1.0, seed=seed, stop=stop)
+
+    def texts(self, seed: int) -> list[str]:
+        """The text after each token."""
+        if seed not in self.tokens:
+            self.tokens[seed] = self.write(seed)[0].tokens
+        tokens = self.tokens[seed]
+        return [
+            self.adapter.tokenizer.decode(tokens[: end + 1], skip_special_tokens=True) for end in range(len(tokens))
+        ]
 
 
 @pytest.fixture(scope="module")
-def texts() -> Texts:
-    return Texts()
+def writer() -> Writer:
+    return Writer()
 
 
 @given(seed=st.integers(0, 5), places=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 4)), max_size=3))
-@example(seed=0, places=[])
-def test_what_is_shown_is_the_answer(texts: Texts, seed: int, places: list[tuple[int, int]]) -> None:
-    text = texts.of(seed)
-    stop = [text[start : start + length] for start, length in places if text[start : start + length]]
-    assume("\ufffd" not in "".join(stop))
-    answer, shown = one(texts.adapter, "lamp", max_new_tokens=24, temperature=1.0, seed=seed, stop=stop)
-    assert answer.text == text[: min((text.find(word) for word in stop), default=None)]
+@example(seed=1, places=[(2, 3), (3, 1)])  # the one that begins later is complete earlier
+def test_what_is_shown_is_the_answer(writer: Writer, seed: int, places: list[tuple[int, int]]) -> None:
+    texts = writer.texts(seed)
+    stop = [texts[-1][start : start + length] for start, length in places]
+    assume(all(stop))
+    assume("\ufffd" not in "".join(stop))  # which half a character looks like
+    answer, shown = writer.write(seed, stop)
+    ends = [(text, [text.find(word) for word in stop if word in text]) for text in texts]
+    assert answer.text == next((text[: min(found)] for text, found in ends if found), texts[-1])
     assert answer.stopped_by == ("text" if stop else "length")
     assert "".join(shown) == answer.text
     assert "" not in shown
-    quiet = texts.adapter.generate(
-        [Prompt("lamp")], None, GenerateConfig(max_new_tokens=24, temperature=1, seed=seed, stop=stop)
-    )
-    assert quiet[0].text == answer.text
+    settings = GenerateConfig(max_new_tokens=24, temperature=1, seed=seed, stop=tuple(stop))
+    assert writer.adapter.generate([Prompt("lamp")], None, settings)[0].text == answer.text  # nobody watching
 
 
 # -- blocks that are late ---------------------------------------------------------------------------------------------

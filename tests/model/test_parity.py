@@ -224,6 +224,17 @@ def test_rows_with_memories_of_their_own(family: str) -> None:
     assert gap(first.all_logits(context[None, :11])[0], wanted) < TOLERANCE
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma2"])
+def test_a_row_that_waits_is_not_disturbed(family: str) -> None:
+    """A row without any token of its own yet stays clean: what it must not see is masked, not infinite."""
+    adapter = make_adapter(family)
+    context = context_of(adapter)
+    session = adapter.session(2, memories=False)
+    session.forward(context[:6].repeat(2, 1), [0, 6])
+    together = session.all_logits(context[None, :9].repeat(2, 1))
+    assert gap(adapter.session(1, memories=False).all_logits(context[None, :9])[0], together[0]) < TOLERANCE
+
+
 def test_a_cache_takes_only_what_fits_it() -> None:
     adapter = make_adapter()
     session = adapter.session(2)

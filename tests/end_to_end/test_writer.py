@@ -1,0 +1,161 @@
+"""Laws of `Writer` over any documents."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+
+from m3runtime import assembly
+from m3runtime.adapter import Adapter
+from m3runtime.bank import as_ids
+from m3runtime.config import Config
+from m3runtime.errors import InputError
+from m3runtime.text import Document
+from m3runtime.tier import Reference
+from m3runtime.writer import Writer, WriteReport
+from tests.end_to_end.commands import Place
+from tests.end_to_end.conftest import NewPlace
+
+# Few words, so that paragraphs are often equal; the long one has to be split.
+PARAGRAPHS = ["The lamp burns oil.", "A heron nests.", "Two words", "Ünï 😀 東京", "The bell rings. " * 30]
+TEXTS = st.lists(
+    st.sampled_from(PARAGRAPHS) | st.text(st.sampled_from("ab é.\n東"), max_size=30), min_size=1, max_size=4
+).map("\n\n".join)
+CORPORA = st.lists(TEXTS, min_size=1, max_size=4)
+# What a writer is made of is loaded once and changes with no example.
+FEW = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+class Desk:
+    """A writer over a new bank each time."""
+
+    def __init__(self, config: Config, adapter: Adapter) -> None:
+        self.config = config
+        self.adapter = adapter
+        self.embedder = assembly.open_embedder(config)
+
+    def write(self, bank: Path, texts: Sequence[str], *, whole: bool = False) -> WriteReport:
+        config = self.config.model_copy(update={"bank": bank})
+        documents = [Document(f"text {number}", text) for number, text in enumerate(texts)]
+        return Writer(config, self.adapter, self.embedder).write(documents, whole=whole)
+
+    def references(self, bank: Path) -> list[Reference]:
+        """In the order of ids, which have no gaps."""
+        opened = assembly.open_bank(self.config.model_copy(update={"bank": bank}), read_only=True)
+        try:
+            ids = opened.home.ids().tolist()
+            assert ids == list(range(len(ids)))
+            found = [one for one in opened.home.references(as_ids(ids)) if one is not None]
+            assert len(found) == len(ids)
+            return found
+        finally:
+            opened.close()
+
+
+@pytest.fixture(scope="module")
+def desk(new_place: NewPlace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    place: Place = new_place(tmp_path_factory.mktemp("desk"))
+    place.configure(memory={"layers": [0], "reference_tokens": 96}, codec={"kind": "raw"}, embedder={"dim": 16})
+    config = Config.load(place.file, environ={})
+    adapter = assembly.open_adapter(config)
+    yield Desk(config, adapter)
+    adapter.close()
+
+
+@pytest.fixture
+def bank() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def usable(texts: Sequence[str]) -> list[str]:
+    """Those of more than a word."""
+    return [text for text in texts if len(text.split()) > 1]
+
+
+@FEW
+@given(texts=CORPORA)
+@example(texts=["The lamp burns oil.", "The lamp burns oil.\n\nA heron nests.", "A heron nests."])
+def test_each_text_is_remembered_once_in_the_order_of_the_corpus(desk: Desk, texts: list[str]) -> None:
+    texts = usable(texts)
+    assume(texts)
+    with tempfile.TemporaryDirectory() as folder:
+        report = desk.write(Path(folder), texts)
+        references = desk.references(Path(folder))
+        again = desk.write(Path(folder), texts[::-1])
+        assert desk.references(Path(folder)) == references
+    passages = [
+        passage.text
+        for text in texts
+        for passage in Writer(desk.config, desk.adapter, desk.embedder).splitter.split(text)
+    ]
+    assert [reference.text for reference in references] == list(dict.fromkeys(passages))
+    assert (report.documents, report.written, report.known) == (len(texts), len(references), 0)
+    assert (again.documents, again.written, again.known, again.bytes) == (len(texts), 0, len(references), 0)
+
+
+@FEW
+@given(texts=CORPORA, whole=st.booleans())
+def test_spans_index_the_text_of_their_source(desk: Desk, texts: list[str], whole: bool) -> None:
+    texts = [text for text in usable(texts) if not whole or desk.adapter.count_tokens(text.strip()) <= 96]
+    assume(texts)
+    with tempfile.TemporaryDirectory() as folder:
+        desk.write(Path(folder), texts, whole=whole)
+        references = desk.references(Path(folder))
+    for reference in references:
+        source = texts[int(reference.source.split()[1])]
+        assert source[reference.start : reference.end] == reference.text == reference.text.strip() != ""
+        assert reference.tokens == desk.adapter.count_tokens(reference.text) <= 96
+    if whole:
+        assert [reference.text for reference in references] == list(dict.fromkeys(text.strip() for text in texts))
+
+
+@FEW
+@given(texts=CORPORA, cut=st.integers(0, 4))
+def test_in_two_parts_it_is_the_same(desk: Desk, texts: list[str], cut: int) -> None:
+    texts = usable(texts)
+    first = texts[:cut]
+    assume(first and texts[cut:])
+    with tempfile.TemporaryDirectory() as together, tempfile.TemporaryDirectory() as apart:
+        desk.write(Path(together), texts)
+        desk.write(Path(apart), first)
+        desk.write(Path(apart), texts)
+        assert desk.references(Path(apart)) == desk.references(Path(together))
+
+
+def test_a_document_that_is_too_long_to_be_whole(desk: Desk, bank: Path) -> None:
+    long = "The bell rings. " * 60
+    with pytest.raises(InputError, match=r"text 1: \d+ tokens, but a reference has at most 96"):
+        desk.write(bank / "bank", ["A heron nests.", long], whole=True)
+    assert not (bank / "bank").exists()
+    assert desk.write(bank / "bank", ["A heron nests.", long]).written > 2
+
+
+@pytest.mark.parametrize("text", ["Heron", " heron.\n", "https://heron.example/nests", "鷺"])
+def test_a_text_of_one_word(desk: Desk, bank: Path, text: str) -> None:
+    with pytest.raises(InputError, match="text 1: a text of one word is no reference"):
+        desk.write(bank / "bank", ["A heron nests.", text])
+    assert not (bank / "bank").exists()
+
+
+def test_no_documents(desk: Desk, bank: Path) -> None:
+    with pytest.raises(InputError, match="the corpus is empty"):
+        desk.write(bank / "bank", [])
+    assert not (bank / "bank").exists()
+
+
+def test_progress_counts_every_reference(desk: Desk, bank: Path) -> None:
+    said: list[tuple[str, int, int]] = []
+    documents = [Document("all", "\n\n".join(f"Heron number {number} nests." for number in range(150)))]
+    config = desk.config.model_copy(update={"bank": bank / "bank"})
+    writer = Writer(config, desk.adapter, desk.embedder)
+    writer.write(documents, progress=lambda *words: said.append(words))
+    assert said[0] == ("memories", 0, 150)
+    assert said[-1] == ("memories", 150, 150)
+    assert said == sorted(said)
+    said.clear()
+    writer.write([*documents, Document("more", "One more heron nests.")], progress=lambda *words: said.append(words))
+    assert said == [("memories", 150, 151), ("memories", 151, 151)]
