@@ -7,11 +7,13 @@ import pytest
 from hypothesis import settings
 
 # Before torch and the tokenizers are imported: no test asks a model hub, and the workers of pytest-xdist
-# share the cores instead of each starting a thread on every one.
+# share the cores instead of each starting a thread on every one. (They inherit what this line sets for the process
+# that starts them.)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+share = max(1, (os.cpu_count() or 1) // workers)
+os.environ["OMP_NUM_THREADS"] = str(min(share, int(os.environ.get("OMP_NUM_THREADS", share))))
 
 import models  # noqa: E402
 
