@@ -116,7 +116,7 @@ def test_weights_tell_memories_apart(
             sequence.read(stream.recall(QUESTION, wait=True))
             return adapter.model(question, sequence)
 
-    one, two = logits(memories=1), logits(memories=2, score_temperature=None)
+    one, two = logits(memories=1), logits(memories=2, score_temperature="null")
     weighted = logits(memories=2, score_temperature=1e-3)
     torch.testing.assert_close(weighted, one, atol=1e-4, rtol=0)
     assert (two - one).abs().max() > 0.01
