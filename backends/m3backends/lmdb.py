@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from m3backends.lmdb_compression import Compression, pack
 from m3backends.lmdb_environment import Environment, Writing
 from m3backends.lmdb_reading import LmdbReading
 from m3backends.lmdb_records import digest, pack_id, pack_ids, pack_reference, pack_text, unpack_reference
@@ -19,10 +20,11 @@ from m3runtime.tier import Batch, check_rows
 class LmdbHome(LmdbReading):
     """The home in a folder of its own, ``path``.
 
-    ``slot_bytes`` is fixed when the folder is made; without it, what is there is opened. ``max_size``
-    bounds the file in bytes. Every method is one transaction (`embeddings`: one a batch), durable when it
-    returns. Thread-safe. Other processes may read and write at the same time, one process must open a
-    folder only once, and not use it across a fork.
+    ``slot_bytes`` is fixed when the folder is made; without it, what is there is opened. ``max_size`` bounds the file
+    in bytes. With ``compression="zstd"`` new blocks are compressed where that makes them smaller; what is there can
+    be read either way. Every method is one transaction (`embeddings`: one a batch), durable when it returns.
+    Thread-safe. Other processes may read and write at the same time, one process must open a folder only once, and
+    not use it across a fork.
 
     Raises `BankMissingError` if there is nothing to open, `BankFormatError` if another version wrote it,
     `BankMismatchError` if its slots are of another size, `BankError` if it is no bank or is damaged.
@@ -36,9 +38,11 @@ class LmdbHome(LmdbReading):
         path: str | os.PathLike[str],
         slot_bytes: int | None = None,
         max_size: int | None = None,
+        compression: Compression = "none",
         read_only: bool = False,
     ) -> None:
         self.path = Path(path)
+        self.compression = compression
         create_folder(self.path, slot_bytes, read_only)
         self._environment = Environment(
             self.path, databases=len(Databases._fields), max_size=max_size, read_only=read_only
@@ -54,20 +58,20 @@ class LmdbHome(LmdbReading):
 
         Ids that are held are passed over. Raises `InputError` for an id that was used and is no longer.
         """
-        rows, ends = self._checked_blocks(ids, blocks)
+        stored, size = self._packed(ids, blocks)
 
         def work(txn: Writing) -> None:
             new = [row for row, key in enumerate(pack_ids(ids)) if not self._has(txn, key)]
             self._use(txn, ids[new])
             for row in new:
-                txn.put(pack_id(int(ids[row])), rows[row, : ends[row]].data, overwrite=False, db=self._db.blocks)
+                txn.put(pack_id(int(ids[row])), stored[row], overwrite=False, db=self._db.blocks)
 
-        self._environment.write(work, need=int(ends.sum()))
+        self._environment.write(work, need=size)
 
     def commit(self, batch: Batch) -> None:
         """See `Home.commit`."""
         ids, count = batch.ids, len(batch.ids)
-        rows, ends = self._checked_blocks(ids, batch.blocks)
+        stored, size = self._packed(ids, batch.blocks)
         vectors = np.ascontiguousarray(batch.embeddings, "<f4")
         if len(batch.references) != count or vectors.ndim != 2 or len(vectors) != count:
             raise InputError(
@@ -85,14 +89,14 @@ class LmdbHome(LmdbReading):
                 text, source = digest(reference.text), digest(reference.source)
                 if not txn.put(text, key, overwrite=False, db=self._db.digests):
                     raise InputError(f"id {ids[row]}: its text is remembered already: {reference.text[:60]!r}")
-                txn.put(key, rows[row, : ends[row]].data, db=self._db.blocks)
+                txn.put(key, stored[row], db=self._db.blocks)
                 txn.put(key, pack_reference(reference), db=self._db.references)
                 txn.put(source, pack_text(reference.source), overwrite=False, db=self._db.sources)
                 txn.put(source, key, db=self._db.members)
                 txn.put(key, vectors[row].data, db=self._db.embeddings)
 
         texts = sum(len(reference.text) + len(reference.source) for reference in batch.references)
-        self._environment.write(work, need=int(ends.sum()) + vectors.nbytes + 4 * texts)
+        self._environment.write(work, need=size + vectors.nbytes + 4 * texts)
 
     def discard(self, ids: Ids) -> None:
         """Forget for good: block, reference, embedding and all; the ids are never used again."""
@@ -129,6 +133,12 @@ class LmdbHome(LmdbReading):
             txn.put(pack_text(key), value, db=self._db.meta)
 
         self._environment.write(work, need=len(value), reserve=True)
+
+    def _packed(self, ids: Ids, blocks: Tensor) -> tuple[list[bytes | memoryview], int]:
+        """What is stored of each block, and its bytes altogether. Raises `InputError` if the headers do not fit."""
+        rows, ends = self._checked_blocks(ids, blocks)
+        stored = [pack(rows[row, :end], self.compression) for row, end in enumerate(ends.tolist())]
+        return stored, sum(len(one) for one in stored)
 
     def _checked_blocks(self, ids: Ids, blocks: Tensor) -> tuple[Rows, npt.NDArray[np.int64]]:
         """Rows on the CPU and where their blocks end. Raises `InputError` if the headers do not fit."""

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from m3backends.lmdb_compression import unpack
 from m3backends.lmdb_environment import Environment, Reading, Writing
 from m3backends.lmdb_records import digest, pack_ids, pack_text, unpack_ids, unpack_reference, unpack_text
 from m3backends.lmdb_schema import Databases
@@ -169,8 +170,9 @@ class LmdbReading(Home):
 
 def _fill(row: Rows, block: memoryview) -> None:
     """Copy a stored block into a slot."""
-    stored = np.asarray(block)[: len(row)]
+    whole = unpack(block, len(row))
+    stored = whole[: len(row)]
     row[: len(stored)] = stored
     # A record cut short must not be completed by what a former read left in the row.
-    if len(stored) < HEADER_BYTES or length(row) != len(block):
+    if len(stored) < HEADER_BYTES or length(row) != len(whole):
         row[len(stored) :] = 0

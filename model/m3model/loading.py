@@ -50,7 +50,7 @@ def load(path: str, dtype: str, device: str) -> tuple[Any, Any]:
         source = {"pretrained_model_name_or_path": str(file.expanduser())}
     wanted = ("float32" if place.type == "cpu" else "auto") if dtype == "auto" else dtype
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(**source)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 **source, dtype=wanted if wanted == "auto" else getattr(torch, wanted), output_loading_info=True
@@ -79,7 +79,7 @@ def _device(name: str) -> torch.device:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Transformers reports its progress on standard error, where `m3` shows its own."""
     from transformers.utils import logging as transformers_logging
 
