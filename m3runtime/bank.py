@@ -143,9 +143,8 @@ class Bank:
         slot = slot_bytes(codec)
         if cls.exists(path, home):
             raise BankError(f"{path}: there is a bank already")
-        for left in (path / UNFINISHED, path / HOME):
-            if left.exists():
-                shutil.rmtree(left)
+        if (path / UNFINISHED).exists():
+            shutil.rmtree(path / UNFINISHED)
         with home(path=path / UNFINISHED, slot_bytes=slot) as made:
             codec.save(path / CODEC)
             made.set_meta(_MANIFEST, manifest.to_bytes())
@@ -186,14 +185,20 @@ class Bank:
 
     @staticmethod
     def exists(path: Path, home: "OpenHome") -> bool:
-        """Whether there is a finished bank at ``path``."""
-        if not (path / HOME).exists():
+        """Whether there is a bank at ``path``.
+
+        Raises `BankError` if something else is where its home would be: that is somebody's, and not ours to remove.
+        """
+        folder = path / HOME
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return False
         try:
-            with home(path=path / HOME) as opened:
-                return opened.get_meta(_MANIFEST) is not None
+            with home(path=folder) as opened:
+                if opened.get_meta(_MANIFEST) is not None:
+                    return True
         except BankMissingError:
-            return False
+            pass
+        raise BankError(f"{folder} is not the home of a bank; set `bank` to another folder")
 
     def blocks(self, ids: Ids, memories: Memories) -> Tensor:
         """Encode and seal: ``uint8[n, slot_bytes]`` on the CPU."""

@@ -224,6 +224,16 @@ class TestBank:
                 assert str(place.bank) in place.m3(*command).complaint
                 assert (place.bank / "home/data.mdb").read_bytes() == content
 
+    def test_where_somebodys_home_folder_is(self, place: Place) -> None:
+        place.facts()
+        thesis = place.bank / "home/me/thesis.txt"
+        thesis.parent.mkdir(parents=True)
+        thesis.write_text("The only copy.")
+        line = place.m3("write", "facts").complaint
+        assert f"{place.bank / 'home'} is not the home of a bank; set `bank` to another folder" in line
+        assert thesis.read_text() == "The only copy."
+        assert [path.name for path in place.bank.iterdir()] == ["home"]
+
     def test_where_a_file_is(self, place: Place) -> None:
         place.facts()
         place.text("bank", "I am a file.")
