@@ -9,7 +9,7 @@ CHECK := build/wheel-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment would disturb each other
-.PHONY: help install test test-slow demo wheel-check format clean
+.PHONY: help install test test-slow demo quality wheel-check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ test-slow: install  ## run the tests that take minutes, with more examples of ea
 
 demo: .venv/stamp-demo .venv/stamp-models  ## write a bank and answer from it, with real models
 	$(BIN)/python demo/run.py
+
+quality: install  ## measure what memory does to answers, for docs/quality.md (hours); NAME=facts for one of them
+	$(BIN)/python demo/quality.py $(NAME)
 
 # The sdist makes the wheel, and the wheel runs outside the checkout with the core dependencies alone.
 wheel-check: .venv/stamp-dev  ## build sdist and wheel, install the wheel into a clean environment, try it
@@ -48,7 +51,7 @@ format: .venv/stamp-dev
 	$(BIN)/ruff format .
 
 clean:  ## remove what was built, cached or written by the demo; .venv stays
-	rm -rf build dist .demo .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage
+	rm -rf build dist .demo .quality .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # torch from the registry brings CUDA along, gigabytes of it. Where pip finds a CPU build without asking a

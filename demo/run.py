@@ -5,7 +5,6 @@ the prompt, and with the memories of the same references. Run it with ``make dem
 """
 
 import json
-import re
 import shutil
 import statistics
 import time
@@ -24,6 +23,7 @@ from m3runtime import assembly
 from m3runtime.adapter import Answer, Prompt
 from m3runtime.cli.write import write
 from m3runtime.config import Config
+from m3runtime.evaluation.judging import is_right
 from m3runtime.runtime import Runtime
 
 ROOT = Path(__file__).parent.parent
@@ -109,11 +109,6 @@ def asker(mode: str, adapter: TransformersAdapter, runtime: Runtime) -> Callable
         return Reply(answer, is_right(answer.text, accepted), found + answer.first_token_s)
 
     return ask
-
-
-def is_right(text: str, accepted: Sequence[str]) -> bool:
-    """Whether an accepted answer occurs in the text as whole words, in any case."""
-    return any(re.search(rf"(?<!\w){re.escape(one)}(?!\w)", text, re.IGNORECASE) for one in accepted)
 
 
 def show(number: int, question: dict[str, Any], replies: dict[str, Reply]) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from m3runtime.stream import Recalled, Stream
 
 
-Form = Literal["question", "chat", "plain"]
+Form = Literal["question", "reference", "chat", "plain"]
 """How a question is put to a model: see ``generate.prompt``."""
 
 
@@ -61,14 +61,24 @@ class Answer:
         return best
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a model found a continuation."""
+
+    log_probs: tuple[float, ...]
+    """Natural logarithm of the probability of each of its tokens, given what stands before it."""
+    chunks: "tuple[Recalled, ...]" = field(repr=False)
+    """As of an `Answer`."""
+
+
 OnText = Callable[[int, str], None]
 """Called with the row of the batch and the text that has become certain since the last call."""
 
 
 class Adapter(ABC):
-    """Computes memories from references; `generate`, `render` and `chat` let the ``m3`` commands talk with the model.
+    """Computes memories from references; the methods from `generate` on let the ``m3`` commands talk with the model.
 
-    An inference stack that has a loop of its own leaves those three out, and hands streams to its loop instead.
+    An inference stack that has a loop of its own leaves those out, and hands streams to its loop instead.
 
     Parity law: a memory of all layers and tokens, not quantised, at its own positions, gives the logits of the same
     text in the context (float32: 1e-4). One call at a time, except where stated.
@@ -101,6 +111,14 @@ class Adapter(ABC):
     def count_tokens(self, text: str) -> int:
         """Tokens that a reference of this text has, the sink's left out. Callable from any thread."""
 
+    def cut(self, text: str, tokens: int) -> list[str]:
+        """A text in consecutive pieces of ``tokens`` tokens each, the last with fewer; joined they are the text.
+
+        No character is cut: a piece has fewer tokens where its last one would be a part of a character, and more only
+        if it is one character that has more. Raises `InputError` if ``tokens`` is not at least 1.
+        """
+        raise self._cannot_talk()
+
     @abstractmethod
     def encode(self, references: Sequence[str]) -> Memories:
         """The memories of one batch of references, on the model's device.
@@ -120,6 +138,42 @@ class Adapter(ABC):
         ``streams`` is None for the model as it is, without sink and memories. Raises `InputError` for a prompt without
         tokens.
         """
+        raise self._cannot_talk()
+
+    def score(
+        self, prompts: Sequence[Prompt], continuations: Sequence[str], streams: "Sequence[Stream] | None"
+    ) -> list[Score]:
+        """How likely each continuation is after its prompt: memories are recalled as if it were being generated.
+
+        Raises `InputError` for a prompt or a continuation without tokens.
+        """
+        raise self._cannot_talk()
+
+    def examine(
+        self,
+        prompts: Sequence[Prompt],
+        continuations: Sequence[str | None],
+        streams: "Sequence[Stream] | None",
+        settings: "GenerateConfig",
+    ) -> list[tuple[Answer, Score | None]]:
+        """What `generate` and `score` give; adapters that can read the prompts once for both.
+
+        A continuation that is None is not scored.
+        """
+        answers = self.generate(prompts, streams, settings)
+        wanted = [row for row, text in enumerate(continuations) if text is not None]
+        scores: list[Score | None] = [None] * len(prompts)
+        found = self.score(
+            [prompts[row] for row in wanted],
+            [continuations[row] or "" for row in wanted],
+            None if streams is None else [streams[row] for row in wanted],
+        )
+        for row, score in zip(wanted, found, strict=True):
+            scores[row] = score
+        return list(zip(answers, scores, strict=True))
+
+    def with_memory(self, memory: "MemoryConfig") -> "Adapter":
+        """An adapter of the same loaded model with other memory settings. Both may be used, one call at a time."""
         raise self._cannot_talk()
 
     def render(self, question: str, form: Form, texts: Sequence[str] | None = None) -> Prompt:

@@ -72,6 +72,20 @@ class Manifest:
         of = [self.format, self.model, self.tokenizer, self.sink, self.spec.to_json(), self.codec_kind, self.codec]
         return BlockStamp(bank=fingerprint(of), codec=self.codec)
 
+    def fingerprints(self) -> dict[str, str]:
+        """Of everything that the bank was made with, by name, for people."""
+
+        def short(name: str) -> str:  # a hub name whole, and of a folder what tells it from others
+            return "/".join(Path(name).parts[-2:])
+
+        return {
+            "model": f"{short(self.model_name)} ({self.model})",
+            "tokenizer": self.tokenizer,
+            "embedder": f"{short(self.embedder_name)} ({self.embedder})",
+            "codec": f"{self.codec_kind} ({self.codec})",
+            "bank": self.stamp.bank,
+        }
+
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
         return canonical_json({**asdict(self), "spec": self.spec.to_json()}).encode()
@@ -252,7 +266,7 @@ class LoadCodec:
         return kind.load(path, manifest.spec)
 
 
-def as_ids(ids: Sequence[int]) -> Ids:
+def as_ids(ids: Sequence[int] | Ids) -> Ids:
     """Ids as the ``uint64`` array that tiers take. Raises `InputError` for a number that no id can be."""
     try:
         return np.array(list(ids), np.uint64)

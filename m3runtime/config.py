@@ -35,6 +35,13 @@ def _layers(value: object, validate: Callable[[object], Any]) -> Any:
     return layers
 
 
+def _tokens_per_head(value: object, validate: Callable[[object], Any]) -> Any:
+    try:
+        return validate(value)
+    except ValidationError:
+        raise ValueError(f"must be all or a whole number of at least 1, not {value!r}") from None
+
+
 def _name(value: object) -> object:
     # YAML reads a folder called 2024 as a number.
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
@@ -44,6 +51,7 @@ Whole = Annotated[int, Strict()]  # or `yes` would be 1
 Count = Annotated[Whole, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
 Layers = Annotated[Literal["all", "first-half"] | tuple[Whole, ...], WrapValidator(_layers)]
+TokensPerHead = Annotated[Literal["all"] | Count, WrapValidator(_tokens_per_head)]
 
 
 class _Section(BaseModel):
@@ -87,12 +95,18 @@ class MemoryConfig(_Section):
 
     layers: Layers = "all"
     """The memory layers: ``all``, ``first-half`` or a list of layer numbers."""
-    tokens_per_head: Literal["all"] = "all"
-    """How many tokens each KV head keeps of a reference."""
+    tokens_per_head: TokensPerHead = "all"
+    """Tokens of a reference that each KV head keeps: ``all``, or how many of those that receive the most attention."""
     reference_tokens: Annotated[Whole, Field(ge=1, le=65_535)] = 128
     """Most tokens of a reference."""
     sink: str = "Reference:"
     """The text after BOS whose keys and values stand once before all memories."""
+    place: Literal["start", "turn"] = "start"
+    """Where the sink and memories stand: before everything, or in the user's turn of the model's chat template."""
+    sinks: Literal["once", "each"] = "once"
+    """Whether attention reads the sink once, before all memories, or also before each of them."""
+    positions: Literal["parallel", "sequential"] = "parallel"
+    """Where memories stand: all in one interval of positions, or in a row of intervals with the best one last."""
     attention_temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
     """Attention logits between queries and memory keys are divided by it: below 1 sharpens attention to memories."""
     batch_size: Count = 16
@@ -182,8 +196,9 @@ class RecallConfig(_Section):
 class GenerateConfig(_Section):
     """How answers are written."""
 
-    prompt: Literal["question", "chat", "plain"] = "question"
-    """What the model is given: ``Question: ... Answer:``, its chat template, or the text as it is."""
+    prompt: Literal["question", "reference", "chat", "plain"] = "question"
+    """What the model is given: ``Question: ... Answer:``, the same after a line that points to the references
+    (``reference``), its chat template, or the text as it is."""
     max_new_tokens: Count = 128
     """Most tokens of an answer."""
     temperature: Annotated[float, Field(ge=0)] = 0.0

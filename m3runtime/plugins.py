@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -26,6 +27,9 @@ _EXTRAS = {
     "gguf": "transformers",
     "sentence_transformers": "sentence-transformers",
     "FlagEmbedding": "bge",
+    "matplotlib": "eval",
+    "rapidfuzz": "eval",
+    "scipy": "eval",
 }
 
 
@@ -73,6 +77,13 @@ def construct(kind: type[T], options: Mapping[str, Any], where: str, **given: An
             raise ConfigError(f"{where}.{name} is missing")
     checked = {name: _checked(value, named.get(name), f"{where}.{name}") for name, value in options.items()}
     return kind(**checked, **given)
+
+
+def require(what: str, extra: str) -> None:
+    """Raise `PluginError`, with what to install, unless every module of an extra is there. Imports none."""
+    for module, name in _EXTRAS.items():
+        if name == extra and find_spec(module) is None:
+            raise PluginError(f"{what} needs {module}: pip install 'm3runtime[{extra}]'")
 
 
 def not_known(where: str, name: str, choices: Iterable[str]) -> str:

@@ -105,8 +105,25 @@ class Retriever:
             return matches
         ids, scores = self.index.search(self.embedder.embed_queries([texts[i] for i in asked]), wanted)
         for row, i in enumerate(asked):
-            floor = self.min_score if self.margin is None else max(self.min_score, scores[row, 0] - self.margin)
-            matches[i] = [
-                Match(int(id), float(score)) for id, score in zip(ids[row], scores[row], strict=True) if score >= floor
-            ]
+            found = [Match(int(id), float(score)) for id, score in zip(ids[row], scores[row], strict=True)]
+            matches[i] = passing(found, min_score=self.min_score, margin=self.margin)
         return matches
+
+
+def passing(matches: Sequence[Match], *, min_score: float, margin: float | None) -> list[Match]:
+    """Of matches, best first, those that score at least ``min_score``, and the best one's score less ``margin``."""
+    if not matches:
+        return []
+    floor = min_score if margin is None else max(min_score, matches[0].score - margin)
+    return [match for match in matches if match.score >= floor]
+
+
+def log_weights(matches: Sequence[Match], temperature: float | None) -> tuple[float, ...]:
+    """What attention adds to the logits of each memory's keys: ``(score - best score) / temperature``.
+
+    Memories that match less are attended to less; with None, all alike.
+    """
+    if temperature is None or not matches:
+        return (0.0,) * len(matches)
+    best = max(match.score for match in matches)
+    return tuple((match.score - best) / temperature for match in matches)

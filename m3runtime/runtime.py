@@ -18,7 +18,7 @@ from m3runtime.errors import BlockError, InputError
 from m3runtime.hierarchy import Hierarchy
 from m3runtime.metrics import RecallStats
 from m3runtime.prefetch import Prefetcher
-from m3runtime.retrieval import Match, Retriever
+from m3runtime.retrieval import Match, Retriever, log_weights
 from m3runtime.stream import Part, Recalled, Stream
 from m3runtime.tier import Reference
 
@@ -95,7 +95,7 @@ class Runtime:
         late: set[int] = set()
         if not waits and len(new):
             new, late = self._await(new, searched + self.config.recall.deadline)
-        fetched = self._fetch(new, streams[0].dtype if streams else torch.float32)
+        fetched = self.fetch(new, streams[0].dtype if streams else torch.float32)
         parts = held | fetched
         results = [self._deliver(stream, matches, parts, late) for stream, matches in zip(streams, chosen, strict=True)]
         self.stats.count(
@@ -137,6 +137,29 @@ class Runtime:
     def references(self, ids: Sequence[int]) -> list[Reference | None]:
         """The references of ids, None where an id is not remembered."""
         return self.bank.home.references(as_ids(ids))
+
+    def fetch(self, ids: Sequence[int] | Ids, dtype: torch.dtype) -> dict[int, Part]:
+        """The decoded memories of ids, on the device and in one call; those that are gone or bad are left out."""
+        if not len(ids):
+            return {}
+        ids = as_ids(ids)
+        blocks = torch.empty(len(ids), self.hierarchy.slot_bytes, dtype=torch.uint8, device=self.device)
+        found = self.hierarchy.read(ids, blocks)
+        if not found.all():
+            blocks, ids = blocks[torch.from_numpy(found).to(self.device)], ids[found]
+        if not len(ids):
+            return {}
+        try:
+            memories = self.bank.decode(blocks, dtype)
+        except BlockError as error:
+            if len(ids) == 1:
+                self.bank.home.quarantine(int(ids[0]), str(error))
+                return {}
+            return {k: v for i in range(len(ids)) for k, v in self.fetch(ids[i : i + 1], dtype).items()}
+        return {
+            id: (memories.keys[row, :, :, :tokens], memories.values[row, :, :, :tokens])
+            for row, (id, tokens) in enumerate(zip(ids.tolist(), memories.tokens.tolist(), strict=True))
+        }
 
     def forget(self, ids: Sequence[int]) -> int:
         """Forget references in the home, the index and every tier. Returns how many there were."""
@@ -182,28 +205,6 @@ class Runtime:
             return ids, set()
         return ids[there], set(ids[~there].tolist())
 
-    def _fetch(self, ids: Ids, dtype: torch.dtype) -> dict[int, Part]:
-        """Read and decode blocks, all in one call; those that are gone or bad are left out."""
-        if not len(ids):
-            return {}
-        blocks = torch.empty(len(ids), self.hierarchy.slot_bytes, dtype=torch.uint8, device=self.device)
-        found = self.hierarchy.read(ids, blocks)
-        if not found.all():
-            blocks, ids = blocks[torch.from_numpy(found).to(self.device)], ids[found]
-        if not len(ids):
-            return {}
-        try:
-            memories = self.bank.decode(blocks, dtype)
-        except BlockError as error:
-            if len(ids) == 1:
-                self.bank.home.quarantine(int(ids[0]), str(error))
-                return {}
-            return {k: v for i in range(len(ids)) for k, v in self._fetch(ids[i : i + 1], dtype).items()}
-        return {
-            id: (memories.keys[row, :, :, :tokens], memories.values[row, :, :, :tokens])
-            for row, (id, tokens) in enumerate(zip(ids.tolist(), memories.tokens.tolist(), strict=True))
-        }
-
     def _deliver(self, stream: Stream, matches: list[Match], parts: dict[int, Part], late: set[int]) -> Recalled:
         """Give a stream its memories, and take back those it no longer holds."""
         references = self.bank.home.references(as_ids([match.id for match in matches]))
@@ -229,16 +230,8 @@ class Runtime:
             device=self.device,
             dtype=stream.dtype,
             parts=tuple(held[match.id] for match, _ in given),
-            log_weights=self._log_weights([match for match, _ in given]),
+            log_weights=log_weights([match for match, _ in given], self.config.recall.score_temperature),
         )
-
-    def _log_weights(self, matches: list[Match]) -> tuple[float, ...]:
-        """Memories that match less are attended to less: ``(score - best score) / score_temperature``."""
-        temperature = self.config.recall.score_temperature
-        if temperature is None or not matches:
-            return (0.0,) * len(matches)
-        best = max(match.score for match in matches)
-        return tuple((match.score - best) / temperature for match in matches)
 
 
 def _unique(ids: Iterable[int]) -> Ids:

@@ -1,7 +1,8 @@
 """`Stream`: one sequence being decoded, and the memories it holds now."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from m3runtime.spec import MemorySpec
 from m3runtime.tier import Reference
 
 if TYPE_CHECKING:
-    from m3runtime.runtime import Runtime
+    from m3runtime.config import Config
 
 Part = tuple[Tensor, Tensor]
 """Keys and values of one memory, each ``[layers, kv_heads, tokens, head_dim]``."""
@@ -59,10 +60,27 @@ class Recalled:
         )
 
 
+class Recaller(Protocol):
+    """What streams recall through: a `Runtime`, or what stands in for one in an experiment."""
+
+    @property
+    def config(self) -> "Config":
+        """Its ``recall`` section says how long a chunk is and when to look ahead."""
+
+    def recall(self, streams: "Sequence[Stream]", texts: Sequence[str], *, wait: bool | None = None) -> list[Recalled]:
+        """See `m3runtime.runtime.Runtime.recall`."""
+
+    def hint(self, stream: "Stream", text: str) -> None:
+        """See `Stream.hint`."""
+
+    def release(self, stream: "Stream") -> None:
+        """See `Stream.close`."""
+
+
 class Stream:
     """Recalls memories for one sequence. One thread at a time; streams of a runtime are independent."""
 
-    def __init__(self, runtime: "Runtime", dtype: torch.dtype) -> None:
+    def __init__(self, runtime: Recaller, dtype: torch.dtype) -> None:
         self.runtime = runtime
         self.dtype = dtype
         self.held: dict[int, Part] = {}

@@ -10,6 +10,10 @@ from pathlib import Path
 
 from m3runtime.errors import InputError
 
+# Chinese, Japanese, Thai and others write without spaces: there a character counts as a word.
+_WORDS = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 _BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
 _EMPTY_HEADINGS = re.compile(r"(?m)^#{1,6}[ ]*$")
 _HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
@@ -163,6 +167,11 @@ def _read_json_lines(path: Path, text_field: str) -> Iterator[Document]:
             raise InputError(f"{where}: {text_field!r} has half a character (a lone surrogate)") from error
         name = record.get("source", record.get("id", number))
         yield Document(f"{path.as_posix()}:{name}", remembered.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def one_word(text: str) -> bool:
+    """Whether a text has fewer than two words: too little to be a reference."""
+    return len(text.split()) < 2 and len(_WORDS.findall(text)) < 2
 
 
 def html_text(markup: str) -> str:

@@ -1,7 +1,6 @@
 """`Writer`: turns documents into references and memories, and commits them to a bank."""
 
 import random
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,18 +17,13 @@ from m3runtime.errors import InputError
 from m3runtime.memory import Memories
 from m3runtime.retrieval import Embedder
 from m3runtime.splitting import Splitter
-from m3runtime.text import Document
+from m3runtime.text import Document, one_word
 from m3runtime.tier import Batch, Reference
 
 GROUP = 64
 """References of one transaction. Always grouped alike, so that writing again after a crash gives equal bytes."""
 SAMPLE = 48
-"""References whose memories a codec is trained on."""
-
-# Chinese, Japanese, Thai and others write without spaces: there a character counts as a word.
-_WORDS = re.compile(
-    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
+"""References whose memories a codec is trained on; as many times more as memories have fewer tokens."""
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the stage (``codec`` or ``memories``), the references done, and all of them."""
@@ -97,7 +91,7 @@ class Writer:
         count = 0
         for document in documents:
             count += 1
-            if _one_word(document.text):
+            if one_word(document.text):
                 raise InputError(f"{document.source}: a text of one word is no reference; give it a sentence")
             for reference in self._whole(document) if whole else self._split(document):
                 unique.setdefault(reference.text, reference)
@@ -157,7 +151,9 @@ class Writer:
         codec = assembly.make_codec(self.config, self.adapter.spec)
         if codec.trained:
             return codec
-        drawn = random.Random(0).sample(range(len(references)), min(SAMPLE, len(references)))
+        spec = self.adapter.spec
+        wanted = SAMPLE * spec.reference_tokens // spec.tokens
+        drawn = random.Random(0).sample(range(len(references)), min(wanted, len(references)))
         texts = [references[i].text for i in sorted(drawn)]
         memories: list[Memories] = []
         size = self.config.memory.batch_size
@@ -189,11 +185,8 @@ class Writer:
             encoded(start + len(rows))
         vectors = self.embedder.embed_references([reference.text for reference in references])
         bank.home.commit(Batch(ids, blocks, references, vectors))
-        return sum(bank.codec.payload_bytes(reference.tokens) + HEADER_BYTES for reference in references)
-
-
-def _one_word(text: str) -> bool:
-    return len(text.split()) < 2 and len(_WORDS.findall(text)) < 2
+        kept = [min(reference.tokens, self.adapter.spec.tokens) for reference in references]
+        return sum(bank.codec.payload_bytes(tokens) + HEADER_BYTES for tokens in kept)
 
 
 def join(parts: Sequence[Memories]) -> Memories:

@@ -6,6 +6,7 @@ from io import TextIOWrapper
 import typer
 
 from m3runtime.cli import ask, bank, config, write
+from m3runtime.cli import eval as evaluation
 from m3runtime.errors import BankError, ConfigError, InputError, M3Error, PluginError
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app.command("search")(bank.search)
 app.command("inspect")(bank.inspect)
 app.command("forget")(bank.forget)
 app.command("config")(config.config)
+app.add_typer(evaluation.app)
 
 USER_ERRORS = (ConfigError, InputError, PluginError, BankError)
 """What the user can mend; these end in exit code 2, other failures in 1."""

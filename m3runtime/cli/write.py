@@ -1,16 +1,13 @@
 """``m3 write``."""
 
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json, show_size
-
-if TYPE_CHECKING:
-    from rich.progress import Progress, Task
+from m3runtime.cli.progress import stages
 
 
 def write(
@@ -36,17 +33,8 @@ def write(
 
     adapter = assembly.open_adapter(settings)
     embedder = assembly.open_embedder(settings)
-    bar, tasks = _bar(shown=not json), dict[str, int]()
-    with ExitStack() as showing:
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if not tasks:
-                showing.enter_context(bar)  # not before: it leaves a blank line if there was nothing to show
-            if stage not in tasks:
-                name = {"codec": "Training the codec", "memories": "Writing memories"}[stage]
-                tasks[stage] = bar.add_task(name, total=total, completed=done, begun_at=done)
-            bar.update(tasks[stage], completed=done)  # type: ignore[arg-type]
-
+    names = {"codec": "Training the codec", "memories": "Writing memories"}
+    with stages(names, shown=not json) as progress:
         report = Writer(settings, adapter, embedder).write(documents, whole=whole, progress=progress)
     if json:
         print_json({**asdict(report), "bank": str(settings.bank), "skipped": [str(path) for path in skipped]})
@@ -57,28 +45,3 @@ def write(
     )
     if skipped:
         typer.echo(f"{len(skipped)} files were passed over, such as {skipped[0]}", err=True)
-
-
-def _bar(*, shown: bool) -> "Progress":
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        """References a second."""
-
-        def render(self, task: "Task") -> Text:
-            speed = task.finished_speed or task.speed
-            if speed is None and task.elapsed:  # one step is not enough for rich
-                speed = (task.completed - task.fields["begun_at"]) / task.elapsed
-            return Text(f"{speed:.1f}/s" if speed else "")
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Rate(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not shown,
-    )

@@ -5,6 +5,7 @@ A model whose attention implementation is `IMPLEMENTATION` is called with ``m3_c
 layer (a layer without memories has fewer keys) and on positions that only the cache knows.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from m3model.cache import MemoryCache
 
 IMPLEMENTATION = "m3_memory"
+
+Observer = Callable[[Tensor, Tensor, float, float | None], None]
+"""Looks at queries ``[B, Hq, Q, D]``, keys ``[B, Hkv, Q, D]``, what the model scales logits by, and their cap."""
 
 
 def attend(
@@ -53,12 +57,19 @@ def memory_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    m3_observer: Observer | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer; ``key`` and ``value`` are views into the cache's buffers."""
+    """What transformers calls in each layer; ``key`` and ``value`` are views into the cache's buffers.
+
+    With ``m3_observer`` the layer runs only to be looked at, and its output has no meaning.
+    """
     if s_aux is not None:
         raise ConfigError("the model has attention sinks of its own, beside which memories cannot be read")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if m3_observer is not None:
+        m3_observer(query, key, scale, softcap)
+        return query.transpose(1, 2), None
     mask = m3_cache.mask(query.shape[2], key.shape[2], sliding_window)
     return attend(query, key, value, mask, scale=scale, softcap=softcap).transpose(1, 2).contiguous(), None
 

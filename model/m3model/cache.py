@@ -117,6 +117,11 @@ class MemoryCache(Cache):
         self.columns += self._pending
         self._pending = 0
 
+    @property
+    def query_valid(self) -> Tensor:
+        """Which queries of the forward pass under way are no padding, ``bool[B, Q]``."""
+        return self._query_valid
+
     def mask(self, queries: int, keys: int, window: int | None) -> Tensor | None:
         """What attention adds to the logits of the last ``keys`` columns, ``[B, 1, Q, K]``; None if nothing.
 

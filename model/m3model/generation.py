@@ -2,39 +2,31 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
+from m3model.reading import Reading, Row
 from m3model.sampling import Sampler
 from m3model.session import Session
 from m3runtime.adapter import Answer, OnText, Prompt
 from m3runtime.config import GenerateConfig
-from m3runtime.errors import InputError
-from m3runtime.runtime import Runtime
-from m3runtime.stream import Recalled, Stream
-
-PREFILL = 512
-"""Tokens of a prompt that are read at once where no memories are recalled."""
+from m3runtime.stream import Stream
 
 
 @dataclass(slots=True)
-class _Row:
-    """One sequence of the batch."""
+class _Row(Row):
+    """A sequence, and what of it was shown."""
 
-    prompt: Prompt
-    ids: list[int]
-    tokens: list[int] = field(default_factory=list)
     text: str = ""
     shown: int = 0
     stopped_by: Literal["token", "text", "length"] | None = None
-    chunks: list[Recalled] = field(default_factory=list)
     first_s: float = 0.0
     last_s: float = 0.0
 
 
-class Generation:
+class Generation(Reading[_Row]):
     """Continues a batch of prompts once."""
 
     def __init__(
@@ -48,22 +40,19 @@ class Generation:
         stop_tokens: frozenset[int],
         on_text: OnText | None,
     ) -> None:
-        self.session = session
-        self.tokenizer = tokenizer
-        self.rows = [_Row(prompt, list(row)) for prompt, row in zip(prompts, ids, strict=True)]
-        for row in self.rows:
-            if not row.ids:
-                raise InputError("a prompt needs at least one token")
-        self.streams = streams
-        self.runtime: Runtime | None = streams[0].runtime if streams else None
+        rows = [_Row(prompt, list(row)) for prompt, row in zip(prompts, ids, strict=True)]
+        super().__init__(session, tokenizer, rows, streams)
         self.settings = settings
         self.stop_tokens = stop_tokens
         self.on_text = on_text
-        self.sampler = Sampler(settings, [row.ids for row in self.rows])
+        self.sampler = Sampler(settings, [row.ids for row in rows])
 
-    def run(self, began: float) -> list[Answer]:
-        """Read the prompts, then decode until every row has stopped. ``began`` is when the call began."""
-        logits = self._read_prompts()
+    def run(self, began: float, after: torch.Tensor | None = None) -> list[Answer]:
+        """Read the prompts, then decode until every row has stopped. ``began`` is when the call began.
+
+        ``after`` are the logits after the prompts, where they were read already.
+        """
+        logits = self.read_prompts() if after is None else after
         limit = self.settings.max_new_tokens
         for step in range(limit):
             chosen = self.sampler.choose(logits)
@@ -76,61 +65,21 @@ class Generation:
             logits = self.session.forward(torch.tensor(chosen)[:, None])
         return [self._answer(row) for row in self.rows]
 
-    def _read_prompts(self) -> torch.Tensor:
-        """Chunk by chunk, all rows beside each other; returns the logits after each row's last token."""
-        size = self.runtime.config.recall.chunk_tokens if self.runtime else PREFILL
-        longest = max(len(row.ids) for row in self.rows)
-        after: torch.Tensor | None = None
-        for start in range(0, longest, size):
-            parts = [row.ids[start : start + size] for row in self.rows]
-            width = max(len(part) for part in parts)
-            if self.runtime:
-                self._recall([self._query(row, part) for row, part in zip(self.rows, parts, strict=True)], wait=True)
-            tokens = torch.tensor([part + [0] * (width - len(part)) for part in parts])
-            logits = self.session.forward(tokens, [len(part) for part in parts])
-            after = torch.empty_like(logits) if after is None else after
-            ends = torch.tensor([start < len(row.ids) <= start + size for row in self.rows], device=logits.device)
-            after = torch.where(ends[:, None], logits, after)
-        assert after is not None
-        return after
-
-    def _query(self, row: _Row, part: list[int]) -> str | None:
-        if not part:
-            return None
-        return row.prompt.query or self._decode(part)
-
     def _between(self, generated: int) -> None:
         """What happens between two tokens: a hint ahead of the chunk's end, a recall at its end."""
-        if not self.runtime or not self.streams:
+        if not self.recaller or not self.streams:
             return
-        recall = self.runtime.config.recall
+        recall = self.recaller.config.recall
         place = generated % recall.chunk_tokens
         if place == recall.chunk_tokens - recall.lookahead_tokens and recall.lookahead_tokens:
             for stream, row in zip(self.streams, self.rows, strict=True):
                 if not row.stopped_by:
                     stream.hint(self._last(row, place))
         if place == 0:
-            self._recall([None if row.stopped_by else self._last(row, recall.chunk_tokens) for row in self.rows])
+            self.recall([None if row.stopped_by else self._last(row, recall.chunk_tokens) for row in self.rows])
 
     def _last(self, row: _Row, count: int) -> str:
-        return self._decode(row.tokens[-count:])
-
-    def _decode(self, tokens: list[int]) -> str:
-        # No clean-up: it would take back spaces that were shown.
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    def _recall(self, texts: Sequence[str | None], *, wait: bool | None = None) -> None:
-        """New memories for the rows that have a text; the others keep theirs (they are at no boundary)."""
-        assert self.runtime
-        assert self.streams
-        asking = [index for index, text in enumerate(texts) if text is not None]
-        if not asking:
-            return
-        recalled = self.runtime.recall([self.streams[i] for i in asking], [texts[i] or "" for i in asking], wait=wait)
-        for index, one in zip(asking, recalled, strict=True):
-            self.rows[index].chunks.append(one)
-        now = [row.chunks[-1] if row.chunks else None for row in self.rows]
-        self.session.read([one.parts if one else () for one in now], [one.log_weights if one else () for one in now])
+        return self.decode(row.tokens[-count:])
 
     def _take(self, index: int, row: _Row, token: int, now: float, *, last: bool) -> None:
         """Append a token to a row, unless the row has stopped or the token stops it."""
@@ -145,7 +94,7 @@ class Generation:
             return
         row.tokens.append(token)
         # What was shown stays: some tokenizers, given more tokens, decode earlier bytes that are no UTF-8 anew.
-        row.text = row.text[: row.shown] + self._decode(row.tokens)[row.shown :]
+        row.text = row.text[: row.shown] + self.decode(row.tokens)[row.shown :]
         places = [place for stop in self.settings.stop if (place := row.text.find(stop)) >= 0]
         if places:
             row.text = row.text[: min(places)]

@@ -211,6 +211,13 @@ def test_default_tiers_fit_the_machine() -> None:
             "memory: {layers: [3, 1]}",
             "m3.yaml: memory.layers must be all, first-half or a list of ascending layer numbers, not [3, 1]",
         ),
+        (
+            "memory: {tokens_per_head: 0}",
+            "m3.yaml: memory.tokens_per_head must be all or a whole number of at least 1, not 0",
+        ),
+        ("memory: {tokens_per_head: some}", "m3.yaml: memory.tokens_per_head must be all or a whole number of at"),
+        ("memory: {tokens_per_head: yes}", "m3.yaml: memory.tokens_per_head must be all or a whole number of at"),
+        ("memory: {tokens_per_head: 8.0}", "m3.yaml: memory.tokens_per_head must be all or a whole number of at"),
         ("memory: {layers: []}", "m3.yaml: memory.layers must be all, first-half or a list of asc"),
         ("memory: {layers: some}", "m3.yaml: memory.layers must be all, first-half or a list of asc"),
         ("tiers: {kind: gpu}", "m3.yaml: tiers must be a list, not {'kind': 'gpu'}"),

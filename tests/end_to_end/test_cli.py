@@ -137,6 +137,26 @@ class TestWrite:
             assert facts["codec"].items() >= codec.items()
             assert len(ask(place, QUESTIONS["facts/lamp.txt"])["memories"]) > 0
 
+    @pytest.mark.parametrize("codec", [{"kind": "raw"}, {"kind": "product", "key_bytes": 4, "value_bytes": 2}])
+    def test_few_tokens_of_each_reference(self, new_place: NewPlace, tmp_path: Path, codec: dict[str, Any]) -> None:
+        places = {"all": new_place(tmp_path / "all"), 4: new_place(tmp_path / "few")}
+        sizes, question = {}, QUESTIONS["facts/lamp.txt"]
+        for count, place in places.items():
+            place.configure(codec=None)
+            place.configure(codec=codec, memory={"tokens_per_head": count})
+            report = place.m3("write", place.facts(), "--json").json
+            blocks = place.contents().blocks
+            assert report["bytes"] == sum(map(len, blocks.values()))
+            sizes[count] = {len(block) for block in blocks.values()}
+            assert place.m3("inspect", "--json").json["spec"]["tokens"] == (128 if count == "all" else count)
+        assert len(sizes[4]) == 1
+        assert max(sizes[4]) < min(sizes["all"]) / 2
+        few, everything = (ask(place, question) for place in (places[4], places["all"]))
+        assert few["memories"] == everything["memories"]
+        assert few["answer"] != everything["answer"]
+        # The bank says what it holds; and a variable is read as the number that it is.
+        assert "tokens 4 against 5" in places[4].m3("ask", question, M3_MEMORY__TOKENS_PER_HEAD="5").complaint
+
 
 class TestSearch:
     @pytest.mark.parametrize("source", QUESTIONS)

@@ -10,6 +10,7 @@ import run as demo
 from m3runtime import assembly
 from m3runtime.adapter import Adapter
 from m3runtime.config import Config
+from m3runtime.evaluation.judging import is_right
 from m3runtime.runtime import Runtime
 from m3runtime.text import read_documents
 from m3runtime.writer import Writer
@@ -45,9 +46,7 @@ def right(adapter: Adapter, runtime: Runtime, mode: str) -> int:
     if mode == "memory":
         streams = [runtime.stream(adapter.dtype) for _ in prompts]
     answers = adapter.generate(prompts, streams, settings)
-    return sum(
-        demo.is_right(answer.text, question["answers"]) for answer, question in zip(answers, QUESTIONS, strict=True)
-    )
+    return sum(is_right(answer.text, question["answers"]) for answer, question in zip(answers, QUESTIONS, strict=True))
 
 
 def test_memory_answers_what_the_model_cannot_know_as_well_as_text_does(opened: tuple[Adapter, Runtime]) -> None:

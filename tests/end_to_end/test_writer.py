@@ -159,3 +159,24 @@ def test_progress_counts_every_reference(desk: Desk, bank: Path) -> None:
     said.clear()
     writer.write([*documents, Document("more", "One more heron nests.")], progress=lambda *words: said.append(words))
     assert said == [("memories", 150, 151), ("memories", 151, 151)]
+
+
+@pytest.mark.parametrize(("tokens", "sample"), [("all", 48), (48, 96), (8, 100)])
+def test_codecs_learn_on_more_memories_of_fewer_tokens(
+    new_place: NewPlace, tmp_path: Path, tokens: object, sample: int
+) -> None:
+    place = new_place(tmp_path)
+    place.configure(memory={"layers": [0], "reference_tokens": 96, "tokens_per_head": tokens}, codec=None)
+    place.configure(codec={"kind": "product", "key_bytes": 2, "value_bytes": 2})
+    config = Config.load(place.file, environ={})
+    adapter = assembly.open_adapter(config)
+    totals = set()
+
+    def progress(stage: str, _: int, total: int) -> None:
+        if stage == "codec":
+            totals.add(total)
+
+    documents = [Document(f"text {number}", f"The lamp of house {number} burns oil.") for number in range(100)]
+    Writer(config, adapter, assembly.open_embedder(config)).write(documents, progress=progress)
+    adapter.close()
+    assert totals == {2 * sample}  # encoded, then trained on

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -589,6 +590,48 @@ def test_a_model_without_chat_template_says_so() -> None:
         model.chat([{"role": "user", "content": "Which lamp?"}])
     with pytest.raises(InputError, match="at least one message"):
         model.chat([])
+
+
+@pytest.mark.parametrize("bos_in_chat", [False, True])
+def test_memories_in_the_users_turn_stand_where_their_text_would(bos_in_chat: bool, open_runtime: Open) -> None:
+    tokenizer = make_tokenizer(eos=False, bos_in_chat=bos_in_chat)
+    adapter = make_adapter(tokenizer=tokenizer, place="turn")
+    assert adapter.sink_ids.count(tokenizer.bos_token_id) == 1
+    assert adapter.sink_ids[0] == tokenizer.bos_token_id
+    seen: list[list[int]] = []
+    original = TransformersAdapter._prompt_ids
+
+    def spied(self: TransformersAdapter, text: str, *, sink: bool) -> list[int]:
+        seen.append(original(self, text, sink=sink))
+        return seen[-1]
+
+    runtime = open_runtime(adapter)
+    with patch.object(TransformersAdapter, "_prompt_ids", spied):
+        model = MemoryModel(adapter, runtime)
+        answer = model.generate("Which lamp?", prompt="chat", max_new_tokens=3)
+    assert answer.chunks[0].ids
+    # What the model reads, sink, reference and prompt, is the template's text with the reference in the user's turn.
+    whole = adapter.render("Which lamp?", "chat", ["the old town"]).text
+    read = tokenizer.decode(adapter.sink_ids) + " the old town" + tokenizer.decode(seen[0])
+    assert read.replace(" ", "").removeprefix("<s>") == whole.replace(" ", "").removeprefix("<s>")
+    # The user's later turns follow, and nothing else than such a conversation is read.
+    model.chat(
+        [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, {"role": "user", "content": "C"}]
+    )
+    for prompt in (Prompt("Which lamp?"), adapter.chat([{"role": "system", "content": "Be brief."}])):
+        with pytest.raises(ConfigError, match=r"memory\.place is turn"), runtime.stream(adapter.dtype) as stream:
+            adapter.generate([prompt], [stream], GREEDY)
+    # Without memories it is the model as it is.
+    assert adapter.generate([Prompt("Which lamp?")], None, GREEDY)[0].tokens
+    assert MemoryModel(make_adapter(tokenizer=tokenizer)).generate("Which lamp?", prompt="chat", max_new_tokens=3).text
+
+
+def test_a_template_without_a_turn_to_stand_in_is_refused() -> None:
+    for template, complaint in [(None, "has no chat template"), ("{{ messages[0].content | upper }}", "changes the")]:
+        tokenizer = copy.deepcopy(make_tokenizer())
+        tokenizer.chat_template = template
+        with pytest.raises(ConfigError, match=rf"memory\.place: this model.* {complaint}"):
+            make_adapter(tokenizer=tokenizer, place="turn")
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,81 @@
+"""Makes the figures of docs/quality.md: ``python demo/quality.py NAME``, or ``make quality`` for all of them.
+
+Each is one ``m3 eval`` command on the demo's models, which this prints and runs. Stopped and run again, it goes on.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import models
+from m3runtime import cli
+
+ROOT = Path(__file__).parent.parent
+WORK = Path(".quality")  # relative, as it stands in the reports
+DOCS = Path("docs/quality")
+CORPUS = WORK / "python-reference"
+SMALL = ("--references", "80", "--questions", "60", "--unanswerable", "0")
+# Where the sweep starts from: the demo's settings came from it.
+START = ("--set", "memory.attention_temperature=0.85", "--set", "generate.prompt=question")
+LONGEST = 25_000
+"""Characters of a topic: a few longer ones would be half of the corpus."""
+RUNS: dict[str, tuple[str, ...]] = {
+    "facts": ("facts",),
+    "statements": ("facts", "--statements", *SMALL),
+    "chat": ("facts", *SMALL, "--set", "generate.prompt=chat", "--set", "memory.place=turn"),
+    "chat-start": ("facts", *SMALL, "--set", "generate.prompt=chat"),
+    "text": ("text", "--corpus", str(CORPUS), "--config", "demo/product.yaml"),
+    "sweep": ("sweep", "--questions", "80", *START),
+    "chunks": ("sweep", "--questions", "20", "--axis", "memories", "--corpus", str(CORPUS)),
+}
+
+
+def main(names: Sequence[str]) -> None:
+    """Run the named evaluations, and keep their reports beside the documentation."""
+    unknown = sorted(set(names) - set(RUNS))
+    if unknown:
+        sys.exit(f"quality.py: no evaluation is called {unknown[0]}; there are {', '.join(RUNS)}")
+    os.chdir(ROOT)
+    models.smollm2(Path(".cache/models"))
+    write_corpus()
+    for name in names or RUNS:
+        command, *rest = RUNS[name]
+        file = [] if "--config" in rest else ["--config", "demo/m3.yaml"]
+        arguments = ["eval", command, *file, "--out", str(WORK / name), *rest]
+        print(f"m3 {' '.join(arguments)} --set embedder.path=...", flush=True)
+        sys.argv = ["m3", *arguments, "--set", f"embedder.path={models.minilm()}"]
+        run()
+        keep(name)
+
+
+def run() -> None:
+    """Run ``m3`` with what ``sys.argv`` says; go on if it did well."""
+    try:
+        cli.main()
+    except SystemExit as exit:
+        if exit.code:
+            raise
+
+
+def keep(name: str) -> None:
+    """Copy a report and its pictures to the documentation."""
+    (DOCS / name).mkdir(parents=True, exist_ok=True)
+    for file in (WORK / name).iterdir():
+        if file.name == "report.md" or file.suffix in (".png", ".svg"):
+            shutil.copyfile(file, DOCS / name / file.name)
+
+
+def write_corpus() -> None:
+    """The Python language reference, as the standard library carries it: one file for each topic but the longest."""
+    shutil.rmtree(CORPUS, ignore_errors=True)
+    CORPUS.mkdir(parents=True)
+    for topic, text in topics.items():
+        if len(text) <= LONGEST:
+            (CORPUS / f"{topic}.txt").write_text(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,90 @@
+"""``m3 eval calibrate``."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from m3runtime.cli.options import ConfigFile, Json, Set, load, print_json
+from m3runtime.cli.progress import stages
+
+if TYPE_CHECKING:
+    from m3runtime.config import Config
+
+_STAGES = {"scores": "Scoring answers"}
+_KEYS = ("memories", "min_score", "margin")
+
+
+def calibrate(
+    config: ConfigFile = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the report, and for what a stopped run goes on from.")
+    ] = Path("eval-calibrate"),
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Equal seeds make equal statements.")] = 0,
+    statements: Annotated[int, typer.Option("--statements", min=8, help="Statements to complete.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Answers that the model scores at once.")] = 8,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the file as it would be, and leave it.")] = False,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Choose memories, min_score and margin of recall on statements from your bank, and write them into your file.
+
+    Can be stopped at any moment and run again with the same --out: it goes on. The bank is not touched; of the file,
+    these three values change, and the evidence stands beside them as a comment.
+    """
+    loaded = load(config, set)
+    from datetime import date
+
+    from m3runtime import assembly, plugins
+
+    plugins.require("m3 eval", "eval")
+    from m3runtime.config_loading import DEFAULT_FILE, FILE_VARIABLE
+    from m3runtime.evaluation import yaml_edit
+    from m3runtime.evaluation.calibrate import CalibrationSettings, setting_of
+    from m3runtime.evaluation.calibrate import calibrate as measure
+    from m3runtime.evaluation.calibrate_report import calibrate_report, findings
+    from m3runtime.evaluation.choosing import Setting
+
+    file = config or Path(os.environ.get(FILE_VARIABLE) or DEFAULT_FILE)
+    today = date.today().isoformat()
+
+    def written(setting: Setting, evidence: Mapping[str, str]) -> str:
+        values = {key: getattr(setting, key) for key in _KEYS}
+        return yaml_edit.edited(file, values, evidence, lambda copy: _load_without_recall(copy, set))
+
+    # What would fail in the end fails now.
+    written(setting_of(loaded.config), dict.fromkeys(_KEYS, today))
+    if not dry_run:
+        yaml_edit.check_writable(file)
+    for key in _KEYS:
+        origin = loaded.origins[f"recall.{key}"]
+        if origin not in (file.name, "default"):
+            typer.echo(f"m3: recall.{key} is set by {origin}, which goes before what the file says", err=True)
+
+    asked = CalibrationSettings(seed=seed, statements=statements, batch=batch)
+    with stages(_STAGES, shown=not json) as progress:
+        results = measure(loaded.config, asked, out, lambda: assembly.open_adapter(loaded.config), progress)
+    found = findings(results, seed)
+    command = f"m3 eval calibrate --seed {seed} --statements {statements}"
+    report = calibrate_report(results, found, asked, loaded.config, command)
+    report.save(out)
+    text = written(found.chosen, found.evidence(today))
+    if not dry_run:
+        yaml_edit.replace(file, text)
+    if json:
+        print_json({**report.to_json(), "file": str(file), "written": not dry_run, "text": text})
+        return
+    for line in [*report.summary, str(out / "report.md")]:
+        typer.echo(line, err=dry_run)  # standard output is then the file alone
+    typer.echo(text if dry_run else f"written into {file}", nl=not dry_run)
+
+
+def _load_without_recall(file: Path, settings: list[str] | None) -> "Config":
+    """A file with all that goes before it, but for recall: what the file says of that is what counts."""
+    from m3runtime.config_loading import PREFIX, load_config
+
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(f"{PREFIX}RECALL")}
+    overrides = dict(setting.split("=", 1) for setting in settings or () if not setting.startswith("recall"))
+    return load_config(file, environ, overrides).config

@@ -1,0 +1,51 @@
+"""Progress bars, one for each stage of a command."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, Task
+
+OnProgress = Callable[[str, int, int], None]
+
+
+@contextmanager
+def stages(names: Mapping[str, str], *, shown: bool) -> Iterator[OnProgress]:
+    """A function to call with a stage, what is done of it, and all of it; ``names`` says what stages are called."""
+    bar, tasks = _bar(shown=shown), dict[str, int]()
+    with ExitStack() as showing:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if not tasks:
+                showing.enter_context(bar)  # not before: it leaves a blank line if there was nothing to show
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(names.get(stage, stage), total=total, completed=done, begun_at=done)
+            bar.update(tasks[stage], completed=done)  # type: ignore[arg-type]
+
+        yield progress
+
+
+def _bar(*, shown: bool) -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        """Steps a second."""
+
+        def render(self, task: "Task") -> Text:
+            speed = task.finished_speed or task.speed
+            if speed is None and task.elapsed:  # one step is not enough for rich
+                speed = (task.completed - task.fields["begun_at"]) / task.elapsed
+            return Text(f"{speed:.1f}/s" if speed else "")
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not shown,
+    )

@@ -1,0 +1,66 @@
+"""Means and ratios with bootstrap intervals."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A figure, and the interval that 95 % of the bootstrap's resamples lie in."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+    """How many observations it is of."""
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def mean(values: Sequence[float], seed: int = 0) -> Estimate:
+    """The mean. Raises `ValueError` for no values."""
+    observed = np.asarray(values, np.float64)
+    if not len(observed):
+        raise ValueError("no values, no mean")
+    value = float(observed.mean())
+    if len(observed) == 1 or np.ptp(observed) == 0:  # of which every resample is alike
+        return Estimate(value, value, value, len(observed))
+    from scipy.stats import bootstrap
+
+    interval = bootstrap(
+        (observed,), np.mean, n_resamples=RESAMPLES, confidence_level=LEVEL, method="percentile", rng=seed
+    ).confidence_interval
+    return Estimate(value, float(interval.low), float(interval.high), len(observed))
+
+
+def ratio(values: Sequence[float], baseline: Sequence[float], seed: int = 0) -> Estimate:
+    """Mean of ``values`` over mean of ``baseline``, resampled in pairs: both are of the same questions.
+
+    Infinite where the baseline's mean is 0. Raises `ValueError` for no values or unequal numbers of them.
+    """
+    ours, theirs = np.asarray(values, np.float64), np.asarray(baseline, np.float64)
+    if not len(ours) or ours.shape != theirs.shape:
+        raise ValueError("a ratio takes as many values as its baseline, at least one")
+
+    def of(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = a.mean(axis) / b.mean(axis)
+        return np.where(np.isnan(found), 1.0, found)  # nothing against nothing
+
+    value = float(of(ours, theirs))
+    if len(ours) == 1:
+        return Estimate(value, value, value, 1)
+    from scipy.stats import bootstrap
+
+    with np.errstate(invalid="ignore"):  # its own interval cannot cope with resamples of an infinite ratio
+        resampled = bootstrap(
+            (ours, theirs), of, paired=True, vectorized=True, n_resamples=RESAMPLES, method="percentile", rng=seed
+        ).bootstrap_distribution
+    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
+    return Estimate(value, float(low), float(high), len(ours))

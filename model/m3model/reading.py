@@ -1,0 +1,96 @@
+"""What generating and scoring have in common: prompts are read chunk by chunk, with memories of each chunk's own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from m3model.session import Session
+from m3runtime.adapter import Prompt
+from m3runtime.errors import InputError
+from m3runtime.stream import Recalled, Recaller, Stream
+
+PREFILL = 512
+"""Tokens of a prompt that are read at once where no memories are recalled."""
+
+
+@dataclass(slots=True)
+class Row:
+    """One sequence of the batch."""
+
+    prompt: Prompt
+    ids: list[int]
+    """Tokens of the prompt."""
+    tokens: list[int] = field(default_factory=list)
+    """Tokens after it."""
+    chunks: list[Recalled] = field(default_factory=list)
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
+class Reading(Generic[AnyRow]):
+    """Sequences of a session, with the streams that recall for them."""
+
+    def __init__(
+        self, session: Session, tokenizer: Any, rows: Sequence[AnyRow], streams: Sequence[Stream] | None
+    ) -> None:
+        """Raises `InputError` for a prompt without tokens."""
+        if any(not row.ids for row in rows):
+            raise InputError("a prompt needs at least one token")
+        self.session = session
+        self.tokenizer = tokenizer
+        self.rows = rows
+        self.streams = streams
+        self.recaller: Recaller | None = streams[0].runtime if streams else None
+
+    def read_prompts(self) -> Tensor:
+        """Chunk by chunk, all rows beside each other; returns the logits after each row's last token."""
+        size = self.recaller.config.recall.chunk_tokens if self.recaller else PREFILL
+        longest = max(len(row.ids) for row in self.rows)
+        after: Tensor | None = None
+        for start in range(0, longest, size):
+            parts = [row.ids[start : start + size] for row in self.rows]
+            if self.recaller:
+                self.recall([self._query(row, part) for row, part in zip(self.rows, parts, strict=True)], wait=True)
+            logits = self.session.forward(padded(parts), [len(part) for part in parts])
+            after = torch.empty_like(logits) if after is None else after
+            ends = torch.tensor([start < len(row.ids) <= start + size for row in self.rows], device=logits.device)
+            after = torch.where(ends[:, None], logits, after)
+        assert after is not None
+        return after
+
+    def recall(self, texts: Sequence[str | None], *, wait: bool | None = None) -> None:
+        """New memories for the rows that have a text; the others keep theirs (they are at no boundary)."""
+        assert self.recaller
+        assert self.streams
+        asking = [index for index, text in enumerate(texts) if text is not None]
+        if not asking:
+            return
+        recalled = self.recaller.recall([self.streams[i] for i in asking], [texts[i] or "" for i in asking], wait=wait)
+        for index, one in zip(asking, recalled, strict=True):
+            self.rows[index].chunks.append(one)
+        self.attend()
+
+    def attend(self) -> None:
+        """Let every row attend to what was recalled for it last."""
+        now = [row.chunks[-1] if row.chunks else None for row in self.rows]
+        self.session.read([one.parts if one else () for one in now], [one.log_weights if one else () for one in now])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Tokens as text, without special tokens."""
+        # No clean-up: it would take back spaces that were shown.
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _query(self, row: AnyRow, part: list[int]) -> str | None:
+        if not part:
+            return None
+        return row.prompt.query or self.decode(part)
+
+
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of tokens as ``int64[B, longest]``, padded on the right."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])

@@ -1,0 +1,81 @@
+"""Evaluations measure something: with a real model, what is known shows, and what is not does not."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+import run as demo
+from m3runtime import assembly
+from m3runtime.adapter import Adapter
+from m3runtime.config import Config
+from m3runtime.evaluation.facts import FactsResults, FactsRun, FactsSettings
+from m3runtime.evaluation.judging import is_right
+from m3runtime.evaluation.statistics import mean
+from m3runtime.evaluation.trials import changed
+from m3runtime.evaluation.world import make_world
+
+pytestmark = pytest.mark.real_model
+
+SETTINGS = FactsSettings(seed=5, references=24, questions=16, unanswerable=0, ask="statements", timed=1)
+
+
+@pytest.fixture(scope="module")
+def opened(smollm2_path: Path, minilm_path: Path) -> Iterator[tuple[Adapter, Config]]:
+    paths = {"model.path": smollm2_path, "embedder.path": minilm_path}
+    config = Config.load(demo.ROOT / "demo/m3.yaml", {}, {key: str(path) for key, path in paths.items()})
+    config = changed(config, {"codec": {"kind": "scalar"}})  # needs no training: what is tested is the evaluation
+    adapter = assembly.open_adapter(config)
+    yield adapter, config
+    adapter.close()
+
+
+@pytest.fixture(scope="module")
+def results(opened: tuple[Adapter, Config], tmp_path_factory: pytest.TempPathFactory) -> FactsResults:
+    adapter, config = opened
+    run = FactsRun(config, SETTINGS, tmp_path_factory.mktemp("facts"))
+    return run.run(adapter, modes=("none", "memory", "memory-oracle"))
+
+
+def log_probs(results: FactsResults, mode: str) -> list[float]:
+    return [fmean(results.answers[mode][item.key]["log_probs"]) for item in results.items]  # type: ignore[index]
+
+
+def test_a_bank_with_the_answers_beats_one_without(
+    opened: tuple[Adapter, Config], results: FactsResults, tmp_path: Path
+) -> None:
+    adapter, config = opened
+    assert all(item.right in [match.id for match in item.recalled] for item in results.items), "always recalled"
+    # The same questions, over a bank of another world: of the same kinds of things, and none of the answers.
+    without = FactsRun(config, SETTINGS, tmp_path)
+    other = make_world(6, references=24, questions=16, unanswerable=0)
+    strangers = [replace(question, reference=0) for question in without.world.questions]
+    without.world = replace(other, questions=tuple(strangers))
+    ignorant = without.run(adapter, modes=("memory",))
+    pairs = zip(log_probs(results, "memory"), log_probs(ignorant, "memory"), strict=True)
+    gained = mean([known - unknown for known, unknown in pairs])
+    assert gained.low > 0.5, gained
+    knew, guessed = (
+        fmean(run.answers["memory"][item.key]["right"] for item in run.items) for run in (results, ignorant)
+    )
+    assert knew > guessed + 0.2, (knew, guessed)
+
+
+def test_shuffled_answers_score_like_chance(results: FactsResults) -> None:
+    right = [results.answers["memory"][item.key]["right"] for item in results.items]
+    assert fmean(right) > 0.4, right
+    answers = [item.question.answers for item in results.items]
+    for shift in range(1, len(answers)):
+        shuffled = [
+            is_right(results.answers["memory"][item.key]["text"], answers[(row + shift) % len(answers)])
+            for row, item in enumerate(results.items)
+        ]
+        assert sum(shuffled) <= 2, (shift, shuffled)
+
+
+def test_the_right_memory_alone_is_no_worse_than_what_is_recalled(results: FactsResults) -> None:
+    pairs = zip(log_probs(results, "memory-oracle"), log_probs(results, "memory"), strict=True)
+    assert mean([oracle - recalled for oracle, recalled in pairs]).high > 0
+    assert fmean(log_probs(results, "memory")) > fmean(log_probs(results, "none")) + 1
