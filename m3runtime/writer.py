@@ -167,7 +167,7 @@ class Writer:
             if progress:
                 progress("codec", round(len(texts) * (1 + share)), 2 * len(texts))
 
-        codec.fit(sample, fitted)
+        codec.fit(sample, progress=fitted)
         return codec
 
     def _commit(self, bank: Bank, references: Sequence[Reference], encoded: Callable[[int], None]) -> int:

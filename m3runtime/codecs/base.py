@@ -51,8 +51,15 @@ class Codec(ABC):
         """Whether `encode` and `decode` can be used. Codecs that learn nothing always are."""
         return True
 
-    def fit(self, sample: Memories, progress: Progress | None = None) -> None:  # noqa: B027 - most learn nothing
-        """Train on a sample of memories; a codec that learns nothing does nothing. Raises `CodecError` if too few."""
+    def fit(  # noqa: B027 - most learn nothing
+        self, sample: Memories, importance: Tensor | None = None, progress: Progress | None = None
+    ) -> None:
+        """Train on a sample of memories; a codec that learns nothing does nothing. Raises `CodecError` if too few.
+
+        ``importance`` says what errors cost, where that is known: ``float32[layers, n, n]`` on the CPU with ``n`` of
+        ``2 * kv_heads * head_dim``, one matrix for each memory layer over the channels of a token, keys of all heads
+        first, then values. An error ``e`` costs ``e @ importance @ e``. See `m3runtime.adapter.Weighing`.
+        """
 
     @abstractmethod
     def payload_bytes(self, tokens: int) -> int:

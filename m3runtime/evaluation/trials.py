@@ -179,7 +179,8 @@ class Trials:
         if not codec.trained:
             drawn = random.Random(0).sample(sorted(parts), min(SAMPLE, len(parts)))
             codec.fit(
-                join([_alone(parts[id]) for id in drawn]), lambda share: self.progress("codec", int(100 * share), 100)
+                join([_alone(parts[id]) for id in drawn]),
+                progress=lambda share: self.progress("codec", int(100 * share), 100),
             )
         found, size = {}, 0
         for done, (id, part) in enumerate(parts.items()):

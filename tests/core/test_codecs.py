@@ -186,7 +186,7 @@ def test_product_reports_progress_and_what_it_measured(tmp_path: Path) -> None:
     codec = ProductCodec(SPEC, key_bytes=8, value_bytes=4)
     assert codec.measured is None
     sample = make_memories([12] * 32)
-    codec.fit(sample, seen.append)
+    codec.fit(sample, progress=seen.append)
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
     rest = Memories(sample.keys[28:], sample.values[28:], sample.tokens[28:])
@@ -231,7 +231,7 @@ def test_a_failed_fit_leaves_the_codec_as_it_was() -> None:
 
     codec = ProductCodec(SPEC, key_bytes=8, value_bytes=4)
     with pytest.raises(KeyboardInterrupt):
-        codec.fit(make_memories([12] * 24), stop)
+        codec.fit(make_memories([12] * 24), progress=stop)
     assert not codec.trained
 
 
