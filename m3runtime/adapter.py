@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from m3runtime.bank import Manifest
 from m3runtime.errors import ConfigError
@@ -200,3 +200,15 @@ class Adapter(ABC):
 
     def _cannot_talk(self) -> ConfigError:
         return ConfigError(f"model.adapter: {type(self).__name__} only writes memories, it does not generate by itself")
+
+
+@runtime_checkable
+class Weighing(Protocol):
+    """An adapter that knows what errors in its memories cost. Codecs that learn give their bytes where it is most."""
+
+    def importance(self, references: Sequence[str]) -> "torch.Tensor":
+        """What an error in a token's keys and values costs, on average over these references.
+
+        ``float32[layers, n, n]`` on the CPU, ``n`` of ``2 * kv_heads * head_dim``: symmetric matrices over keys of all
+        heads, then values. See `m3runtime.codecs.base.Codec.fit`. Raises `InputError` as `Adapter.encode` does.
+        """

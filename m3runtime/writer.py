@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -14,7 +15,7 @@ from m3runtime.block import HEADER_BYTES
 from m3runtime.codecs import Codec
 from m3runtime.config import Config
 from m3runtime.errors import InputError
-from m3runtime.memory import Memories
+from m3runtime.fitting import fit_codec, sample_size
 from m3runtime.retrieval import Embedder
 from m3runtime.splitting import Splitter
 from m3runtime.text import Document, one_word
@@ -22,11 +23,9 @@ from m3runtime.tier import Batch, Reference
 
 GROUP = 64
 """References of one transaction. Always grouped alike, so that writing again after a crash gives equal bytes."""
-SAMPLE = 48
-"""References whose memories a codec is trained on; as many times more as memories have fewer tokens."""
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with the stage (``codec`` or ``memories``), the references done, and all of them."""
+"""Called with the stage (``codec`` or ``memories``), the steps done, and all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,23 +150,10 @@ class Writer:
         codec = assembly.make_codec(self.config, self.adapter.spec)
         if codec.trained:
             return codec
-        spec = self.adapter.spec
-        wanted = SAMPLE * spec.reference_tokens // spec.tokens
-        drawn = random.Random(0).sample(range(len(references)), min(wanted, len(references)))
+        wanted = min(sample_size(self.adapter.spec), len(references))
+        drawn = random.Random(0).sample(range(len(references)), wanted)
         texts = [references[i].text for i in sorted(drawn)]
-        memories: list[Memories] = []
-        size = self.config.memory.batch_size
-        for start in range(0, len(texts), size):
-            if progress:
-                progress("codec", start, 2 * len(texts))
-            memories.append(self.adapter.encode(texts[start : start + size]))
-        sample = join(memories)
-
-        def fitted(share: float) -> None:
-            if progress:
-                progress("codec", round(len(texts) * (1 + share)), 2 * len(texts))
-
-        codec.fit(sample, progress=fitted)
+        fit_codec(codec, self.adapter, texts, self.config.memory.batch_size, progress and partial(progress, "codec"))
         return codec
 
     def _commit(self, bank: Bank, references: Sequence[Reference], encoded: Callable[[int], None]) -> int:
@@ -187,17 +173,3 @@ class Writer:
         bank.home.commit(Batch(ids, blocks, references, vectors))
         kept = [min(reference.tokens, self.adapter.spec.tokens) for reference in references]
         return sum(bank.codec.payload_bytes(tokens) + HEADER_BYTES for tokens in kept)
-
-
-def join(parts: Sequence[Memories]) -> Memories:
-    """Batches of memories as one, padded with zeros to the longest, on the CPU."""
-    width = max(part.keys.shape[3] for part in parts)
-
-    def padded(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pad(tensor.cpu(), (0, 0, 0, width - tensor.shape[3]))
-
-    return Memories(
-        keys=torch.cat([padded(part.keys) for part in parts]),
-        values=torch.cat([padded(part.values) for part in parts]),
-        tokens=torch.cat([part.tokens for part in parts]),
-    )

@@ -51,6 +51,11 @@ class Codec(ABC):
         """Whether `encode` and `decode` can be used. Codecs that learn nothing always are."""
         return True
 
+    @property
+    def weighs_errors(self) -> bool:
+        """Whether `fit` makes use of an importance."""
+        return False
+
     def fit(  # noqa: B027 - most learn nothing
         self, sample: Memories, importance: Tensor | None = None, progress: Progress | None = None
     ) -> None:

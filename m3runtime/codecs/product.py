@@ -12,6 +12,7 @@ from m3runtime.codecs import files, layout
 from m3runtime.codecs.base import Codec, Distortion, Progress
 from m3runtime.codecs.quantiser import Design, Quantiser
 from m3runtime.codecs.stages import StagesDesign
+from m3runtime.codecs.transform import TransformDesign
 from m3runtime.errors import CodecError
 from m3runtime.memory import Memories
 from m3runtime.spec import MemorySpec
@@ -33,15 +34,42 @@ class _State:
 class ProductCodec(Codec):
     """Vectors are replaced by the nearest of centroids that were learned on the bank's own memories.
 
-    See `m3runtime.codecs.stages.StagesDesign` for what the options mean. `fit` needs faiss (``m3runtime[train]``);
-    nothing else does. `encode` runs where the memories lie. Raises `CodecError` for options that do not fit the spec.
+    ``bytes`` and ``together`` are those of `m3runtime.codecs.transform.TransformDesign`, the default; the others are
+    those of `m3runtime.codecs.stages.StagesDesign`, which quantises each vector by itself. `fit` needs faiss
+    (``m3runtime[train]``); nothing else does. `encode` runs where the memories lie. Raises `CodecError` for options
+    that do not fit the spec, or each other.
     """
 
     kind: ClassVar[str] = "product"
 
-    def __init__(self, spec: MemorySpec, key_bytes: int = 32, value_bytes: int = 16, scope: str = "head") -> None:
+    def __init__(
+        self,
+        spec: MemorySpec,
+        key_bytes: int | None = None,
+        value_bytes: int | None = None,
+        scope: str | None = None,
+        *,
+        keys: str | None = None,
+        values: str | None = None,
+        rotation: str | None = None,
+        offset: bool | None = None,
+        preset: str | None = None,
+        bytes: int | None = None,
+        together: str | None = None,
+    ) -> None:
         super().__init__(spec)
-        self.design: Design = StagesDesign(spec, key_bytes, value_bytes, scope)
+        stages = {
+            "key_bytes": key_bytes,
+            "value_bytes": value_bytes,
+            "scope": scope,
+            "keys": keys,
+            "values": values,
+            "rotation": rotation,
+            "offset": offset,
+            "preset": preset,
+        }
+        transform = {"bytes": bytes, "together": together}
+        self.design: Design = _designed(spec, _given(stages), _given(transform))
         self._state: _State | None = None
 
     @property
@@ -53,6 +81,11 @@ class ProductCodec(Codec):
     def trained(self) -> bool:
         """See `Codec.trained`."""
         return self._state is not None
+
+    @property
+    def weighs_errors(self) -> bool:
+        """See `Codec.weighs_errors`: the transform does."""
+        return isinstance(self.design, TransformDesign)
 
     @property
     def fingerprint(self) -> str:
@@ -124,13 +157,25 @@ class ProductCodec(Codec):
         codec = file.make(cls, spec)
         try:
             # The clones are aligned, whatever the file was: several floats are read as one number.
-            quantiser = codec.design.restore({name: tensor.clone() for name, tensor in file.tensors.items()})
+            codec.restore({name: tensor.clone() for name, tensor in file.tensors.items()}, file.measured)
         except CodecError as error:
             raise CodecError(f"{path}: {error}") from error
-        if not quantiser.peak < torch.finfo(torch.bfloat16).max:
-            raise CodecError(f"{path}: its values are too large")
-        codec._state = codec._made(quantiser, file.measured)
         return codec
+
+    def restore(self, tensors: Mapping[str, Tensor], measured: Distortion | None = None) -> None:
+        """Take what a quantiser learned elsewhere, by name. Raises `CodecError` if it is not what these options learn.
+
+        The tensors lie on the CPU and are aligned.
+        """
+        quantiser = self.design.restore(tensors)
+        if not quantiser.peak < torch.finfo(torch.bfloat16).max:
+            raise CodecError("its values are too large")
+        self._state = self._made(quantiser, measured)
+
+    @property
+    def quantiser(self) -> Quantiser:
+        """What does the work, on the CPU. Raises `CodecError` if the codec is not trained."""
+        return self._ready().quantiser
 
     def _ready(self) -> _State:
         if self._state is None:
@@ -145,3 +190,16 @@ class ProductCodec(Codec):
 
     def _made(self, quantiser: Quantiser, measured: Distortion | None) -> _State:
         return _State(quantiser, files.codec_fingerprint(self, quantiser.tensors()), measured)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _designed(spec: MemorySpec, stages: Mapping[str, Any], transform: Mapping[str, Any]) -> Design:
+    """The design that has these options: the transform, unless one of the others is given."""
+    if not stages:
+        return TransformDesign(spec, **transform)
+    if transform:
+        raise CodecError(f"{next(iter(transform))} of the product codec cannot be set beside {next(iter(stages))}")
+    return StagesDesign(spec, **stages)

@@ -7,6 +7,7 @@ bank is written: what is measured is what attention reads, not what a drive hold
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -21,12 +22,13 @@ from m3runtime.evaluation.judging import is_right
 from m3runtime.evaluation.laboratory import Choice, Laboratory
 from m3runtime.evaluation.modes import NEAREST
 from m3runtime.evaluation.world import World
+from m3runtime.fitting import fit_codec, sample_size
 from m3runtime.memory import Memories
 from m3runtime.retrieval import Match, log_weights, passing
 from m3runtime.spec import canonical_json
 from m3runtime.stream import Part
 from m3runtime.tier import Reference
-from m3runtime.writer import SAMPLE, OnProgress, join
+from m3runtime.writer import OnProgress
 
 Mode = Literal["none", "text", "memory"]
 
@@ -159,7 +161,7 @@ class Trials:
         coded = canonical_json([shape, config.codec.model_dump(mode="json")])
         if self._coded[0] != coded:
             self._coded = ("", {}, 0.0)
-            self._coded = (coded, *self._recode(assembly.make_codec(config, adapter.spec)))
+            self._coded = (coded, *self._recode(assembly.make_codec(config, adapter.spec), adapter))
         return self._coded[1:]
 
     def _encode(self, adapter: Adapter) -> dict[int, Part]:
@@ -173,15 +175,13 @@ class Trials:
                 parts[id] = (memories.keys[row, :, :, :tokens].clone(), memories.values[row, :, :, :tokens].clone())
         return parts
 
-    def _recode(self, codec: Codec) -> tuple[dict[int, Part], float]:
+    def _recode(self, codec: Codec, adapter: Adapter) -> tuple[dict[int, Part], float]:
         """Every memory encoded and decoded."""
         parts = self._encoded[1]
-        if not codec.trained:
-            drawn = random.Random(0).sample(sorted(parts), min(SAMPLE, len(parts)))
-            codec.fit(
-                join([_alone(parts[id]) for id in drawn]),
-                progress=lambda share: self.progress("codec", int(100 * share), 100),
-            )
+        wanted = min(sample_size(adapter.spec), len(parts))
+        drawn = sorted(random.Random(0).sample(sorted(parts), wanted))
+        texts = [self._references[id].text for id in drawn]
+        fit_codec(codec, adapter, texts, self.batch, partial(self.progress, "codec"))
         found, size = {}, 0
         for done, (id, part) in enumerate(parts.items()):
             self.progress("coding", done, len(parts))

@@ -13,6 +13,7 @@ import torch
 from m3model.arrangement import Arrangement
 from m3model.cutting import cut
 from m3model.generation import Generation
+from m3model.importance import importance
 from m3model.layout import AttentionLayout
 from m3model.loading import load, model_fingerprint, tokenizer_fingerprint
 from m3model.prompts import chat, render, turn_head
@@ -54,7 +55,7 @@ class TransformersAdapter(Adapter):
         self.model_fingerprint = model_fingerprint(model)
         self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
         prepare(model)
-        self.sink_ids = self._ids(self.sink)
+        self.sink_ids = self.ids(self.sink)
         bos = tokenizer.bos_token_id
         if bos is not None and not (self._head and self.sink_ids[0] == bos):
             self.sink_ids = [bos, *self.sink_ids]
@@ -89,7 +90,7 @@ class TransformersAdapter(Adapter):
 
     def count_tokens(self, text: str) -> int:
         """See `Adapter.count_tokens`."""
-        return len(self._ids(text))
+        return len(self.ids(text))
 
     def cut(self, text: str, tokens: int) -> list[str]:
         """See `Adapter.cut` and `m3model.cutting.cut`."""
@@ -108,7 +109,7 @@ class TransformersAdapter(Adapter):
         """Memories of all tokens: causal, after the sink, at positions from the sink's end on (section 3.3)."""
         if not references:
             raise InputError("there is no reference to encode")
-        ids = [self._ids(text) for text in references]
+        ids = [self.ids(text) for text in references]
         for text, tokens in zip(references, ids, strict=True):
             if not text.strip() or not tokens:
                 raise InputError("a blank text is no reference")
@@ -126,6 +127,10 @@ class TransformersAdapter(Adapter):
             values=torch.stack([values for _, values in parts], dim=1),
             tokens=torch.tensor(counts),
         )
+
+    def importance(self, references: Sequence[str]) -> torch.Tensor:
+        """See `m3runtime.adapter.Weighing` and `m3model.importance`."""
+        return importance(self, references)
 
     def session(self, batch: int, *, memories: bool = True, context: int = 256) -> Session:
         """A batch to feed token by token: sink, room for memories, and the context after them."""
@@ -162,7 +167,7 @@ class TransformersAdapter(Adapter):
         if not prompts:
             return []
         rows = [
-            Row(prompt, ids, self._ids(text))
+            Row(prompt, ids, self.ids(text))
             for prompt, ids, text in zip(prompts, self._read_by(prompts, streams), continuations, strict=True)
         ]
         if any(not row.tokens for row in rows):
@@ -185,7 +190,7 @@ class TransformersAdapter(Adapter):
         generation = self._generation(prompts, streams, settings, None)
         after, end = generation.read_prompts(), generation.session.mark()
         rows = [
-            Row(row.prompt, row.ids, self._ids(text or ""), list(row.chunks))
+            Row(row.prompt, row.ids, self.ids(text or ""), list(row.chunks))
             for row, text in zip(generation.rows, continuations, strict=True)
         ]
         scores = Scoring(generation.session, self.tokenizer, rows, streams).run(after)
@@ -226,7 +231,8 @@ class TransformersAdapter(Adapter):
         session = self.session(len(prompts), memories=streams is not None, context=room)
         return Generation(session, self.tokenizer, prompts, ids, streams, settings, self.stop_tokens, on_text)
 
-    def _ids(self, text: str) -> list[int]:
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text, without special tokens."""
         # `verbose=False`: a whole document may be counted, and that it exceeds the model's context is no news.
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
 
@@ -244,8 +250,8 @@ class TransformersAdapter(Adapter):
                     "memory.place is turn: prompts must be in the chat template and begin with the user; "
                     "set generate.prompt to chat, or memory.place to start"
                 )
-            return self._ids(f"\n\n{text.removeprefix(self._head)}")
-        ids, bos = self._ids(text), self.tokenizer.bos_token_id
+            return self.ids(f"\n\n{text.removeprefix(self._head)}")
+        ids, bos = self.ids(text), self.tokenizer.bos_token_id
         if bos is None:
             return ids
         begins = ids[:1] == [bos]

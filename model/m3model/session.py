@@ -67,6 +67,12 @@ class Session:
         self, memories: Sequence[Sequence[tuple[Tensor, Tensor]]], log_weights: Sequence[Sequence[float]] | None = None
     ) -> None:
         """Let each row attend to these memories from the next forward pass on; see `MemoryCache.put_memories`."""
+        self.read_with_gradients(memories, log_weights)
+
+    def read_with_gradients(
+        self, memories: Sequence[Sequence[tuple[Tensor, Tensor]]], log_weights: Sequence[Sequence[float]] | None = None
+    ) -> None:
+        """As `read`, for memories that gradients are asked of. Only before the session's first forward pass."""
         arranged = memories if self.arrange is None else [self.arrange(row) for row in memories]
         self.cache.put_memories(arranged, log_weights)
 
@@ -106,8 +112,15 @@ class Session:
         """As `forward`, with the logits after every token, ``[B, Q, vocabulary]``, of no meaning after padding."""
         return self._run(tokens, counts, keep=0)
 
+    def logits_with_gradients(self, tokens: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+        """As `all_logits`, and a gradient can be taken. The only forward pass of its session."""
+        return self._pass(tokens, counts, keep=0)
+
     @torch.inference_mode()
     def _run(self, tokens: Tensor, counts: Sequence[int] | None, *, keep: int | Tensor) -> Tensor:
+        return self._pass(tokens, counts, keep=keep)
+
+    def _pass(self, tokens: Tensor, counts: Sequence[int] | None, *, keep: int | Tensor) -> Tensor:
         """One forward pass; the logits at the indices ``keep``, after the last so many tokens, or (0) after all."""
         device = self.layout.device
         counted = self._counted(tokens, counts)

@@ -159,7 +159,7 @@ def test_scalar_refuses_what_a_range_cannot_hold() -> None:
 
 
 def test_the_size_of_a_product_payload() -> None:
-    codec = ProductCodec(MemorySpec(tuple(range(30)), 3, 128, 64, 128, "float32"))
+    codec = ProductCodec(MemorySpec(tuple(range(30)), 3, 128, 64, 128, "float32"), key_bytes=32, value_bytes=16)
     assert codec.payload_bytes(100) == 90 * 64 + 100 * 90 * (32 + 16)
 
 

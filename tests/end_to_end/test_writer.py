@@ -161,7 +161,7 @@ def test_progress_counts_every_reference(desk: Desk, bank: Path) -> None:
     assert said == [("memories", 150, 151), ("memories", 151, 151)]
 
 
-@pytest.mark.parametrize(("tokens", "sample"), [("all", 48), (48, 96), (8, 100)])
+@pytest.mark.parametrize(("tokens", "sample"), [("all", 96), (48, 192), (8, 200)])
 def test_codecs_learn_on_more_memories_of_fewer_tokens(
     new_place: NewPlace, tmp_path: Path, tokens: object, sample: int
 ) -> None:
@@ -176,7 +176,7 @@ def test_codecs_learn_on_more_memories_of_fewer_tokens(
         if stage == "codec":
             totals.add(total)
 
-    documents = [Document(f"text {number}", f"The lamp of house {number} burns oil.") for number in range(100)]
+    documents = [Document(f"text {number}", f"The lamp of house {number} burns oil.") for number in range(200)]
     Writer(config, adapter, assembly.open_embedder(config)).write(documents, progress=progress)
     adapter.close()
     assert totals == {2 * sample}  # encoded, then trained on
