@@ -12,6 +12,7 @@ from pydoc_data.topics import topics
 
 import models
 from m3runtime import cli
+from m3runtime.config import Config
 
 ROOT = Path(__file__).parent.parent
 WORK = Path(".quality")  # relative, as it stands in the reports
@@ -29,6 +30,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "chat-start": ("facts", *SMALL, "--set", "generate.prompt=chat"),
     "text": ("text", "--corpus", str(CORPUS), "--config", "demo/product.yaml"),
     "sweep": ("sweep", "--questions", "80", *START),
+    "codec": (),  # demo/codec_study.py: what goes on inside attention, no command of ours sees
     "chunks": ("sweep", "--questions", "20", "--axis", "memories", "--corpus", str(CORPUS)),
 }
 
@@ -42,6 +44,12 @@ def main(names: Sequence[str]) -> None:
     models.smollm2(Path(".cache/models"))
     write_corpus()
     for name in names or RUNS:
+        if name == "codec":
+            from codec_study import main as study
+
+            study(configuration(), CORPUS, WORK / name, f"make quality NAME={name}")
+            keep(name)
+            continue
         command, *rest = RUNS[name]
         file = [] if "--config" in rest else ["--config", "demo/m3.yaml"]
         arguments = ["eval", command, *file, "--out", str(WORK / name), *rest]
@@ -49,6 +57,11 @@ def main(names: Sequence[str]) -> None:
         sys.argv = ["m3", *arguments, "--set", f"embedder.path={models.minilm()}"]
         run()
         keep(name)
+
+
+def configuration() -> Config:
+    """The demo's."""
+    return Config.load("demo/m3.yaml", environ={}, overrides={"embedder.path": str(models.minilm())})
 
 
 def run() -> None:
