@@ -7,12 +7,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_AT_ONCE = 16
-"""Parts scored by one call on a CPU: their scores for 128 tokens are 2 MiB and stay in the cache."""
+_AT_ONCE = 16 * 256
+"""Centroids scored by one call on a CPU: their scores for 128 tokens are 2 MiB and stay in the cache."""
 
 
 def scorer(centroids: Tensor) -> Tensor:
-    """What `nearest` multiplies with: ``float32[groups, parts, size + 1, 256]`` of ``[groups, parts, 256, size]``.
+    """What `nearest` multiplies with: ``float32[groups, parts, size + 1, n]`` of ``[groups, parts, n, size]``.
 
     The nearest centroid of x has the greatest x·c - |c|²/2. The second term is one more row, against ones.
     """
@@ -21,9 +21,9 @@ def scorer(centroids: Tensor) -> Tensor:
 
 
 def nearest(x: Tensor, against: Tensor, sharing: int, out: Tensor) -> None:
-    """Write the codes of contiguous vectors ``float32[heads, tokens, dim]`` to ``out``.
+    """Write which centroids are nearest to contiguous vectors ``float32[heads, tokens, dim]`` to ``out``.
 
-    ``out`` is ``uint8[tokens, heads, parts]`` on the CPU, of any strides; ``against`` is the `scorer` of
+    ``out`` is ``uint8`` or ``int32[tokens, heads, parts]`` on the CPU, of any strides; ``against`` is the `scorer` of
     ``heads / sharing`` groups, on the device of ``x``. Deterministic: among equally near centroids the first. Uses
     ``torch.get_num_threads()`` threads on a CPU.
     """
@@ -35,11 +35,11 @@ def nearest(x: Tensor, against: Tensor, sharing: int, out: Tensor) -> None:
     cut = torch.nn.functional.pad(cut, (0, 1), value=1.0)
     groups = against.repeat_interleave(sharing, 0)
     codes = torch.stack([torch.bmm(a, b).argmax(2) for a, b in zip(cut, groups, strict=True)])
-    out.copy_(codes.permute(2, 0, 1).to(torch.uint8))
+    out.copy_(codes.permute(2, 0, 1))
 
 
 def _on_cpu(
-    x: npt.NDArray[np.float32], against: npt.NDArray[np.float32], sharing: int, out: npt.NDArray[np.uint8]
+    x: npt.NDArray[np.float32], against: npt.NDArray[np.float32], sharing: int, out: npt.NDArray[np.integer]
 ) -> None:
     """By numpy, whose argmax over a row of floats is several times as fast as torch's.
 
@@ -48,7 +48,7 @@ def _on_cpu(
     """
     heads, tokens, _ = x.shape
     _, parts, rows, centroids = against.shape
-    size, at_once = rows - 1, min(_AT_ONCE, parts)
+    size, at_once = rows - 1, min(max(1, _AT_ONCE // centroids), parts)
 
     def work(some: range) -> None:
         cut = np.ones((at_once, tokens, rows), np.float32)

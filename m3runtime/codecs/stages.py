@@ -3,64 +3,109 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from m3runtime.codecs import layout
 from m3runtime.codecs.base import Progress
-from m3runtime.codecs.nearest import nearest, scorer
+from m3runtime.codecs.packing import Stage, parse, text_of
 from m3runtime.codecs.quantiser import Design, Quantiser, Vectors, check_tensors
+from m3runtime.codecs.tables import Tables
 from m3runtime.errors import CodecError
 from m3runtime.spec import MemorySpec
 
-CENTROIDS = 256
-SCOPES = ("head", "layer")
+SCOPES = ("head", "layer", "model")
+ROTATIONS = ("none", "pca", "opq")
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # The paper's OPQ20_80,Residual2x14,PQ8x10: 14 bytes for a vector of 80 channels, or of any other number.
+    "memory3": {"keys": "2x14+8x10", "values": "2x14+8x10", "rotation": "opq", "scope": "model", "offset": False}
+}
 
 
 class StagesDesign(Design):
-    """Keys in ``key_bytes`` bytes each, values in ``value_bytes``.
+    """Each vector by itself, in stages: see `m3runtime.codecs.packing.Stage`.
 
-    A vector is cut into as many parts as it has bytes, and each part is replaced by the nearest of 256
-    centroids. Centroids are learned for each layer and KV head (``scope="head"``), or shared by the heads of
-    a layer (``scope="layer"``: a smaller codec, for samples of few references). What the keys of one memory
-    have in common, their mean, is taken off first and lies in the payload's fixed part, one byte for each
-    channel: any byte decodes to a finite number. Raises `CodecError` for options that do not fit the spec.
+    ``keys`` and ``values`` are stages such as ``2x14+8x10``, each of what those before it left over; ``key_bytes: 32``
+    stands for ``keys: 32x8``. What is learned is learned for each layer and KV head (``scope="head"``), each layer (a
+    smaller codec, for samples of few references) or the whole ``model``, for keys and values apart. Vectors are
+    rotated before they are cut: to their principal axes, dealt to the parts evenly (``pca``), or as OPQ finds best
+    (``opq``). With ``offset``, what the keys of one memory have in common, their mean, is taken off first and lies in
+    the payload's fixed part, one byte for each channel. Any bytes decode to finite numbers.
+
+    ``preset="memory3"`` is the quantiser of the Memory³ paper. Raises `CodecError` for options that contradict each
+    other or do not fit the spec.
     """
 
-    names: ClassVar[Sequence[str]] = ("keys", "values", "offset")
-
-    def __init__(self, spec: MemorySpec, key_bytes: int = 32, value_bytes: int = 16, scope: str = "head") -> None:
+    def __init__(
+        self,
+        spec: MemorySpec,
+        key_bytes: int | None = None,
+        value_bytes: int | None = None,
+        scope: str | None = None,
+        *,
+        keys: str | None = None,
+        values: str | None = None,
+        rotation: str | None = None,
+        offset: bool | None = None,
+        preset: str | None = None,
+    ) -> None:
         super().__init__(spec)
-        allowed = [size for size in range(1, spec.head_dim + 1) if spec.head_dim % size == 0]
-        for name, size in (("key_bytes", key_bytes), ("value_bytes", value_bytes)):
-            if size not in allowed:
-                sizes = ", ".join(map(str, allowed))
-                raise CodecError(f"{name} must divide head_dim {spec.head_dim}: one of {sizes}, not {size!r}")
-        if scope not in SCOPES:
-            raise CodecError(f"scope of the product codec must be one of {', '.join(SCOPES)}, not {scope!r}")
-        self.key_bytes = key_bytes
-        self.value_bytes = value_bytes
-        self.scope = scope
+        given: dict[str, Any] = {
+            "key_bytes": key_bytes,
+            "value_bytes": value_bytes,
+            "scope": scope,
+            "keys": keys,
+            "values": values,
+            "rotation": rotation,
+            "offset": offset,
+        }
+        chosen = {name: value for name, value in given.items() if value is not None}
+        if preset is not None:
+            _one_of("preset", preset, tuple(PRESETS))
+            if chosen:
+                raise CodecError(f"{next(iter(chosen))} of the product codec cannot be set beside preset {preset}")
+            chosen = dict(PRESETS[preset])
+        self.keys = _stages(chosen, "keys", "key_bytes", 32, spec.head_dim)
+        self.values = _stages(chosen, "values", "value_bytes", 16, spec.head_dim)
+        self.scope: str = _one_of("scope", chosen.get("scope", "head"), SCOPES)
+        self.rotation: str = _one_of("rotation", chosen.get("rotation", "pca"), ROTATIONS)
+        taken_off = chosen.get("offset", True)
+        if not isinstance(taken_off, bool):
+            raise CodecError(f"offset of the product codec must be true or false, not {taken_off!r}")
+        self.offset = taken_off
         self.heads = spec.vectors_per_token
-        # Neighbouring heads that share their centroids.
-        self.sharing = spec.kv_heads if scope == "layer" else 1
+        # Neighbouring heads that share what was learned.
+        self.sharing = {"head": 1, "layer": spec.kv_heads, "model": self.heads}[self.scope]
+        self.key_size = sum(stage.bytes for stage in self.keys)
+        self.value_size = sum(stage.bytes for stage in self.values)
 
     @property
     def options(self) -> Mapping[str, Any]:
         """See `Design.options`."""
-        return {"key_bytes": self.key_bytes, "value_bytes": self.value_bytes, "scope": self.scope}
+        return {
+            "keys": text_of(self.keys),
+            "values": text_of(self.values),
+            "rotation": self.rotation,
+            "scope": self.scope,
+            "offset": self.offset,
+        }
+
+    @property
+    def exchangeable(self) -> bool:
+        """Whether faiss has an index that gives the same codes: see `m3runtime.codecs.faiss_exchange`."""
+        return self.scope == "model" and not self.offset and max(len(self.keys), len(self.values)) <= 2
 
     @property
     def fixed_bytes(self) -> int:
         """See `Design.fixed_bytes`."""
-        return self.heads * self.spec.head_dim
+        return self.heads * self.spec.head_dim if self.offset else 0
 
     @property
     def token_bytes(self) -> int:
         """See `Design.token_bytes`."""
-        return self.heads * (self.key_bytes + self.value_bytes)
+        return self.heads * (self.key_size + self.value_size)
 
     def fit(
         self,
@@ -68,46 +113,57 @@ class StagesDesign(Design):
         importance: Tensor | None,  # noqa: ARG002 - centroids minimise plain squared error
         progress: Progress | None,
     ) -> "StagesQuantiser":
-        """See `Design.fit`. With fewer than 256 vectors for a set of centroids, they are repeated with noise."""
-        from m3runtime.codecs import training  # the only part that needs faiss
+        """See `Design.fit`. Too few vectors for a set of centroids are repeated with noise."""
+        from m3runtime.codecs.training import Job, train_stages  # the only part that needs faiss
 
-        means = torch.stack([keys.mean(1) for keys, _ in memories])
-        # Room on both sides for memories unlike those of the sample.
-        room = torch.cat([keys for keys, _ in memories], 1).std(1, correction=0)
-        low = means.amin(0) - room
-        offset = torch.stack([low, (means.amax(0) + room - low) / 255])
+        all_keys = [keys for keys, _ in memories]
+        offset = None
+        if self.offset:
+            means = torch.stack([keys.mean(1) for keys in all_keys])
+            # Room on both sides for memories unlike those of the sample.
+            room = torch.cat(all_keys, 1).std(1, correction=0)
+            low = means.amin(0) - room
+            offset = torch.stack([low, (means.amax(0) + room - low) / 255])
+            all_keys = [keys - _offset(_offset_codes(keys, offset), offset)[:, None] for keys in all_keys]
         groups = self.heads // self.sharing
 
         def grouped(vectors: list[Tensor]) -> Tensor:  # of [heads, tokens, dim] -> [groups, all tokens, dim]
             return torch.cat(vectors, 1).reshape(groups, -1, self.spec.head_dim)
 
-        keys = grouped([keys - _offset(_offset_codes(keys, offset), offset) for keys, _ in memories])
-        values = grouped([values for _, values in memories])
-        trained = training.train([(keys, self.key_bytes), (values, self.value_bytes)], CENTROIDS, progress)
-        return StagesQuantiser(self, trained[0], trained[1], offset)
+        jobs = [
+            Job(grouped(all_keys), self.keys, self.rotation),
+            Job(grouped([values for _, values in memories]), self.values, self.rotation),
+        ]
+        keys, values = (
+            Tables(job.stages, found.tables, found.rotation, found.mean)
+            for job, found in zip(jobs, train_stages(jobs, progress), strict=True)
+        )
+        return StagesQuantiser(self, keys, values, offset)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> "StagesQuantiser":
         """See `Design.restore`."""
         groups, dim = self.heads // self.sharing, self.spec.head_dim
-        check_tensors(
-            tensors,
-            {
-                "keys": (groups, self.key_bytes, CENTROIDS, dim // self.key_bytes),
-                "values": (groups, self.value_bytes, CENTROIDS, dim // self.value_bytes),
-                "offset": (2, self.heads, dim),
-            },
-        )
-        return StagesQuantiser(self, tensors["keys"], tensors["values"], tensors["offset"])
+        wanted: dict[str, tuple[int, ...]] = {"offset": (2, self.heads, dim)} if self.offset else {}
+        for name, stages in (("keys", self.keys), ("values", self.values)):
+            for i, stage in enumerate(stages):
+                wanted[f"{name}.{i}"] = (groups, stage.parts, stage.centroids, dim // stage.parts)
+            if self.rotation != "none":
+                wanted[f"{name}.rotation"] = (groups, dim, dim)
+            if self.rotation == "pca":
+                wanted[f"{name}.mean"] = (groups, dim)
+        check_tensors(tensors, wanted)
+        keys, values = Tables.of("keys", self.keys, tensors), Tables.of("values", self.values, tensors)
+        return StagesQuantiser(self, keys, values, tensors.get("offset"))
 
 
 @dataclass(frozen=True, eq=False)
 class StagesQuantiser(Quantiser):
-    """See `StagesDesign`. ``G`` is layers x KV heads for scope ``head``, layers for scope ``layer``."""
+    """See `StagesDesign`."""
 
     design: StagesDesign
-    keys: Tensor  # float32[G, key_bytes, 256, head_dim / key_bytes]
-    values: Tensor  # float32[G, value_bytes, 256, head_dim / value_bytes]
-    offset: Tensor  # float32[2, layers * kv_heads, head_dim]: the least mean of a memory's keys, and the step
+    keys: Tables
+    values: Tables
+    offset: Tensor | None  # float32[2, layers * kv_heads, head_dim]: the least mean of a memory's keys, and the step
 
     @property
     def fixed_bytes(self) -> int:  # type: ignore[override]
@@ -122,69 +178,86 @@ class StagesQuantiser(Quantiser):
     @cached_property
     def peak(self) -> float:  # type: ignore[override]
         """See `Quantiser`."""
-        low, step = self.offset.abs()
-        highest = float(self.keys.abs().max()) + float((low + 255 * step).max())
-        return max(highest, float(self.values.abs().max()))
+        keys = self.keys.peak()
+        if self.offset is not None:
+            low, step = self.offset.abs()
+            keys += float((low + 255 * step).max())
+        return max(keys, self.values.peak())
 
     def tensors(self) -> dict[str, Tensor]:
         """See `Quantiser.tensors`."""
-        return {"keys": self.keys, "values": self.values, "offset": self.offset}
+        named = self.keys.tensors("keys") | self.values.tensors("values")
+        return named if self.offset is None else named | {"offset": self.offset}
 
     def to(self, device: torch.device) -> "StagesQuantiser":
         """See `Quantiser.to`."""
-        return StagesQuantiser(self.design, self.keys.to(device), self.values.to(device), self.offset.to(device))
+        return self.design.restore({name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def encode(self, vectors: Vectors, payload: Tensor) -> None:
-        """See `Quantiser.encode`. On ``torch.get_num_threads()`` threads on a CPU."""
+        """See `Quantiser.encode`. On ``torch.get_num_threads()`` threads on a CPU.
+
+        Where faiss has an index for the same codes, it is asked for them: it adds up distances in an order of its own,
+        so a centroid chosen here could be another one where two are as near as rounding.
+        """
         keys, values = vectors
-        offset = _offset_codes(keys, self.offset)
-        keys -= _offset(offset, self.offset)
-        payload[: self.fixed_bytes] = offset.flatten()
         key_codes, value_codes = self._codes(payload[None], keys.shape[1])
-        nearest(keys, self._score_keys, self.design.sharing, key_codes[0])
-        nearest(values, self._score_values, self.design.sharing, value_codes[0])
+        if self.design.exchangeable:
+            from m3runtime.codecs.faiss_exchange import encode
+
+            encode(self._indexes, (keys.cpu(), values.cpu()), (key_codes[0], value_codes[0]))
+            return
+        if self.offset is not None:
+            offset = _offset_codes(keys, self.offset)
+            keys -= _offset(offset, self.offset)[:, None]
+            payload[: self.fixed_bytes] = offset.flatten()
+        self.keys.encode(keys, key_codes[0])
+        self.values.encode(values, value_codes[0])
 
     def decode(self, payloads: Tensor, width: int) -> Vectors:
         """See `Quantiser.decode`."""
         key_codes, value_codes = self._codes(payloads, width)
-        shape = (self.design.heads, self.design.spec.head_dim)
-        fixed = torch.unflatten(payloads[:, : self.fixed_bytes], 1, shape)
-        keys = self._looked_up(key_codes, self.keys).add_(_offset(fixed, self.offset))
-        return keys, self._looked_up(value_codes, self.values)
-
-    @cached_property
-    def _score_keys(self) -> Tensor:
-        return scorer(self.keys)
-
-    @cached_property
-    def _score_values(self) -> Tensor:
-        return scorer(self.values)
+        add = None
+        if self.offset is not None:
+            fixed = torch.unflatten(payloads[:, : self.fixed_bytes], 1, (self.design.heads, -1))
+            add = _offset(fixed, self.offset)
+        # In one piece: glibc gives two back to the system each time, and page faults cost more than all the rest.
+        shape = (2, len(payloads), self.design.heads, width, self.design.spec.head_dim)
+        keys, values = torch.empty(shape, device=payloads.device)
+        self.keys.decode(key_codes, keys, add)
+        self.values.decode(value_codes, values)
+        return keys, values
 
     def _codes(self, payloads: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Views ``uint8[n, width, heads, parts]`` of the codes of keys and values."""
-        key_bytes, value_bytes = self.design.heads * self.design.key_bytes, self.design.heads * self.design.value_bytes
-        keys, values = layout.split(payloads, width, self.fixed_bytes, key_bytes, value_bytes)
+        """Views ``uint8[n, width, heads, bytes of a vector]`` of the codes of keys and values."""
+        sizes = (self.design.heads * self.design.key_size, self.design.heads * self.design.value_size)
+        keys, values = layout.split(payloads, width, self.fixed_bytes, *sizes)
         return torch.unflatten(keys, 2, (self.design.heads, -1)), torch.unflatten(values, 2, (self.design.heads, -1))
 
-    def _looked_up(self, codes: Tensor, centroids: Tensor) -> Tensor:
-        """Contiguous ``float32[n, heads, width, head_dim]`` of codes ``uint8[n, width, heads, parts]``.
+    @cached_property
+    def _indexes(self) -> tuple[Any, Any]:
+        from m3runtime.codecs.faiss_exchange import index_of
 
-        One gather for all. The small codes are brought into the order of the result, not the vectors. A
-        centroid of up to 16 bytes is gathered as one number, which is several times as fast as a short row
-        on a CPU.
-        """
-        n, width, _, parts = codes.shape
-        dim = centroids.shape[3]
-        group = torch.arange(self.design.heads, device=codes.device) // self.design.sharing
-        first = (group[:, None] * parts + torch.arange(parts, device=codes.device)) * CENTROIDS
-        index = torch.empty(n, self.design.heads, width, parts, dtype=torch.int64, device=codes.device)
-        torch.add(codes.transpose(1, 2), first[:, None], out=index)
-        one = {1: torch.float32, 2: torch.complex64, 4: torch.complex128}.get(dim)
-        if one is None:
-            found = torch.nn.functional.embedding(index, centroids.view(-1, dim))
-        else:
-            found = torch.gather(centroids.view(one).flatten(), 0, index.flatten()).view(torch.float32)
-        return found.view(n, self.design.heads, width, self.design.spec.head_dim)
+        return index_of(self.keys), index_of(self.values)
+
+
+def _stages(options: Mapping[str, Any], name: str, short: str, default: int, head_dim: int) -> tuple[Stage, ...]:
+    """The stages that ``keys: 16x8`` or ``key_bytes: 16`` mean."""
+    if name in options:
+        if short in options:
+            raise CodecError(f"{short} of the product codec cannot be set beside {name}")
+        return parse(options[name], f"{name} of the product codec", head_dim)
+    size = options.get(short, default)
+    allowed = [size for size in range(1, head_dim + 1) if head_dim % size == 0]
+    if size not in allowed:
+        sizes = ", ".join(map(str, allowed))
+        raise CodecError(f"{short} must divide head_dim {head_dim}: one of {sizes}, not {size!r}")
+    return (Stage(int(size), 8),)
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise CodecError(f"{name} of the product codec must be one of {', '.join(allowed)}, not {value!r}")
+    return str(value)
 
 
 def _offset_codes(keys: Tensor, offset: Tensor) -> Tensor:
@@ -196,6 +269,7 @@ def _offset_codes(keys: Tensor, offset: Tensor) -> Tensor:
 
 
 def _offset(codes: Tensor, offset: Tensor) -> Tensor:
-    """What `_offset_codes` stands for, ``float32[..., heads, 1, dim]``."""
+    """What `_offset_codes` stands for, ``float32[..., heads, dim]``."""
     low, step = offset
-    return torch.unsqueeze(codes.to(torch.float32) * step + low, -2)
+    found: Tensor = codes.to(torch.float32) * step + low
+    return found

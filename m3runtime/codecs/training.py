@@ -1,14 +1,20 @@
-"""Training of the product codec's centroids by faiss."""
+"""Training of the product codec's rotations and centroids by faiss."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from m3runtime.codecs.base import Progress
+from m3runtime.codecs.lookup import look_up
+from m3runtime.codecs.nearest import nearest, scorer
+from m3runtime.codecs.packing import Stage, pack
+from m3runtime.codecs.rotation import rotate_
 from m3runtime.errors import PluginError
 
 try:
@@ -23,7 +29,51 @@ _MOST_VECTORS = 8192
 _BLAS_FROM = 20
 """Vectors from which faiss compares by matrix products. Its own setting, 128,000 since 1.15, makes k-means
 over few dimensions fourteen times as slow."""
+_FOR_EACH_CENTROID = 4
+"""For each group, as many vectors for a centroid, where that is more than `_MOST_VECTORS`."""
+_ROTATION_STEPS = 20
+"""Of OPQ; faiss does 50 by itself, which takes 2.5 times as long for a few parts in a thousand."""
+_AT_ONCE = 1024
+"""Vectors whose distances to all centroids are held at once."""
 _one_at_a_time = threading.Lock()
+_W = TypeVar("_W")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Quantisers to be trained, one for each group of ``vectors``, ``float32[groups, vectors, dim]``."""
+
+    vectors: Tensor
+    stages: tuple[Stage, ...]
+    rotation: str
+    """``none``, ``pca`` or ``opq``."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a `Job` gave. A vector ``x`` is quantised as ``(x - mean) @ rotation``."""
+
+    tables: tuple[Tensor, ...]  # of each stage, float32[groups, parts, 2**bits, dim / parts]
+    rotation: Tensor | None  # float32[groups, dim, dim], orthogonal; None for none
+    mean: Tensor | None  # float32[groups, dim], of pca; else None
+
+
+def train_stages(jobs: Sequence[Job], progress: Progress | None = None) -> list[Trained]:
+    """Quantisers in stages, each stage trained on what those before it left over. Deterministic, like `train`."""
+    noise = torch.Generator().manual_seed(_SEED)
+    work = [
+        (group, job)
+        for job in jobs
+        for group in _prepared(job.vectors, max(stage.centroids for stage in job.stages), noise)
+    ]
+    done = iter(_each(_staged, work, progress))
+    trained = []
+    for job in jobs:
+        tables, rotations, means = zip(*(next(done) for _ in job.vectors), strict=True)
+        of_stages = tuple(map(torch.stack, zip(*tables, strict=True)))
+        trained.append(Trained(of_stages, _stacked(rotations), _stacked(means)))
+    return trained
 
 
 def train(jobs: Sequence[tuple[Tensor, int]], centroids: int, progress: Progress | None = None) -> list[Tensor]:
@@ -35,20 +85,7 @@ def train(jobs: Sequence[tuple[Tensor, int]], centroids: int, progress: Progress
     """
     noise = torch.Generator().manual_seed(_SEED)
     work = [(group, parts) for vectors, parts in jobs for group in _prepared(vectors, centroids, noise)]
-    done: list[Tensor] = []
-    # Each thread trains whole quantisers by itself: threads inside of one wait for each other at every
-    # iteration, which is ten times as slow when something else has a core. That also leaves OpenMP's pool to
-    # torch.
-    with _one_at_a_time, _blas(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        futures = [pool.submit(_quantiser, group, parts, centroids) for group, parts in work]
-        try:
-            for future in futures:
-                done.append(future.result())
-                if progress:
-                    progress(len(done) / len(work))
-        finally:
-            for future in futures:
-                future.cancel()
+    done = _each(lambda item: _quantiser(item[0], item[1], centroids), work, progress)
     trained, start = [], 0
     for vectors, _ in jobs:
         trained.append(torch.stack(done[start : start + len(vectors)]))
@@ -56,10 +93,38 @@ def train(jobs: Sequence[tuple[Tensor, int]], centroids: int, progress: Progress
     return trained
 
 
+def _each(work: Callable[[_W], _R], items: Sequence[_W], progress: Progress | None) -> list[_R]:
+    """The result for each item, in their order, as many at a time as torch has threads.
+
+    Each thread trains whole quantisers by itself: threads inside of one wait for each other at every iteration, which
+    is ten times as slow when something else has a core. That also leaves OpenMP's pool to torch.
+    """
+
+    def alone(item: _W) -> _R:
+        faiss.omp_set_num_threads(1)  # holds for this thread only
+        torch.set_num_threads(1)
+        return work(item)
+
+    done: list[_R] = []
+    threads = torch.get_num_threads()
+    with _one_at_a_time, _blas(), ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(alone, item) for item in items]
+        try:
+            for future in futures:
+                done.append(future.result())
+                if progress:
+                    progress(len(done) / len(items))
+        finally:
+            for future in futures:
+                future.cancel()
+            torch.set_num_threads(threads)  # part of the setting is the whole process's
+    return done
+
+
 def _prepared(vectors: Tensor, centroids: int, noise: torch.Generator) -> Iterator[Tensor]:
     """A sample of each group's vectors. Fewer vectors than centroids are repeated with noise."""
     count = vectors.shape[1]
-    order = torch.randperm(count, generator=noise)[:_MOST_VECTORS]
+    order = torch.randperm(count, generator=noise)[: _most(centroids)]
     if count < centroids:
         order = order.repeat(-(-centroids // count))
     for group in vectors:
@@ -70,17 +135,99 @@ def _prepared(vectors: Tensor, centroids: int, noise: torch.Generator) -> Iterat
         yield chosen
 
 
+def _most(centroids: int) -> int:
+    return max(_MOST_VECTORS, _FOR_EACH_CENTROID * centroids)
+
+
+def _staged(item: tuple[Tensor, Job]) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """Tables of each stage, the rotation and the mean of one group."""
+    vectors, job = item
+    rotation = mean = None
+    if job.rotation == "pca":
+        mean, rotation = _principal(vectors, max(stage.parts for stage in job.stages))
+        vectors = vectors - mean
+    elif job.rotation == "opq":
+        rotation = _optimised(vectors, _rotated_parts(job.stages, vectors.shape[1]))
+    if rotation is not None:
+        vectors = rotate_(vectors.clone()[None, None], rotation[None])[0, 0]
+    tables = []
+    for i, stage in enumerate(job.stages):
+        tables.append(_quantiser(vectors, stage.parts, stage.centroids))
+        if i < len(job.stages) - 1:
+            parts = (vectors[at : at + _AT_ONCE] for at in range(0, len(vectors), _AT_ONCE))
+            vectors = torch.cat([_left_over(some, stage, tables[-1]) for some in parts])
+    return tables, rotation, mean
+
+
+def _left_over(vectors: Tensor, stage: Stage, table: Tensor) -> Tensor:
+    """Vectors ``[n, dim]`` less what a stage makes of them."""
+    numbers = torch.empty(len(vectors), 1, stage.parts, dtype=torch.int32)
+    nearest(vectors[None], scorer(table[None]), 1, numbers)
+    codes = torch.empty(1, len(vectors), 1, stage.bytes, dtype=torch.uint8)
+    pack(numbers[None], stage, codes)
+    said = torch.empty_like(vectors)
+    look_up(codes, [stage], [table[None]], said[None, None])
+    return vectors - said
+
+
+def _principal(vectors: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """Mean ``[dim]`` of vectors, and their principal axes as columns, ``[dim, dim]``.
+
+    The axes are dealt to parts so that the products of the variances in all parts are about the same, which is best
+    for a product quantiser of Gaussian vectors: section 3.2 of Ge et al., "Optimized Product Quantization", 2013.
+    """
+    count, dim = vectors.shape
+    mean = vectors.mean(0)
+    centred = (vectors - mean).double()
+    variances, axes = torch.linalg.eigh(centred.T @ centred / count)
+    floor = 1e-12 * variances[-1].clamp_min(1e-30)
+    gains = (variances / floor).clamp_min(1).log2().tolist()  # positive: no part is better for having fewer
+    dealt: list[list[int]] = [[] for _ in range(parts)]
+    sums = [0.0] * parts
+    for axis in range(dim - 1, -1, -1):  # the greatest variance is the last
+        part = min((part for part in range(parts) if len(dealt[part]) < dim // parts), key=sums.__getitem__)
+        dealt[part].append(axis)
+        sums[part] += gains[axis]
+    return mean, axes[:, [axis for part in dealt for axis in part]].float()
+
+
+def _rotated_parts(stages: Sequence[Stage], dim: int) -> int:
+    """For how many parts OPQ optimises: those of a single stage, else parts of 4 channels as the paper's OPQ20_80."""
+    return stages[0].parts if len(stages) == 1 else max(1, dim // 4)
+
+
+def _optimised(vectors: Tensor, parts: int) -> Tensor:
+    """The rotation of OPQ, ``float32[dim, dim]``."""
+    dim = vectors.shape[1]
+    rotation = faiss.OPQMatrix(dim, parts, dim)
+    quantiser = faiss.ProductQuantizer(dim, parts, 8)
+    _settle(quantiser)
+    rotation.pq = quantiser
+    rotation.niter = _ROTATION_STEPS
+    rotation.max_train_points = _MOST_VECTORS
+    rotation.train(vectors.numpy())
+    return torch.from_numpy(faiss.vector_to_array(rotation.A).copy()).view(dim, dim).T.contiguous()
+
+
 def _quantiser(vectors: Tensor, parts: int, centroids: int) -> Tensor:
     """The centroids of one group, ``float32[parts, centroids, dim / parts]``."""
-    faiss.omp_set_num_threads(1)  # holds for this thread only
     quantiser = faiss.ProductQuantizer(vectors.shape[1], parts, (centroids - 1).bit_length())
+    _settle(quantiser)
     quantiser.cp.niter = _ITERATIONS
+    quantiser.train(vectors.contiguous().numpy())
+    found = torch.from_numpy(faiss.vector_to_array(quantiser.centroids).copy())
+    return found.view(parts, centroids, -1)
+
+
+def _settle(quantiser: faiss.ProductQuantizer) -> None:
     quantiser.cp.seed = _SEED
     quantiser.cp.min_points_per_centroid = 1  # or faiss writes a warning to stderr
     quantiser.cp.max_points_per_centroid = _MOST_VECTORS
-    quantiser.train(vectors.numpy())
-    found = torch.from_numpy(faiss.vector_to_array(quantiser.centroids).copy())
-    return found.view(parts, centroids, -1)
+
+
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    found = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(found) if found else None
 
 
 @contextmanager

@@ -167,8 +167,8 @@ def test_the_size_of_a_product_payload() -> None:
 def test_product_names_the_sizes_it_allows(key_bytes: int, value_bytes: int) -> None:
     with pytest.raises(CodecError, match="_bytes must divide head_dim 16: one of 1, 2, 4, 8, 16, not"):
         ProductCodec(SPEC, key_bytes, value_bytes)
-    with pytest.raises(CodecError, match="one of head, layer, not 'model'"):
-        ProductCodec(SPEC, 8, 4, scope="model")
+    with pytest.raises(CodecError, match="one of head, layer, model, not 'token'"):
+        ProductCodec(SPEC, 8, 4, scope="token")
 
 
 def test_product_takes_the_offset_of_keys_off() -> None:
@@ -301,25 +301,23 @@ def test_a_file_that_was_forged_is_refused(tmp_path: Path) -> None:
     forge(tensors, '"format":1', '"format":2')
     with pytest.raises(CodecError, match="format version 2, this release reads 1"):
         ProductCodec.load(path, SPEC)
-    forge(tensors, '"key_bytes":8', '"key_bytes":4')
-    with pytest.raises(CodecError, match="'keys' is"):
+    forge(tensors, '"keys":"8x8"', '"keys":"4x8"')
+    with pytest.raises(CodecError, match=r"'keys\.0' is"):
         ProductCodec.load(path, SPEC)
-    forge(tensors, '"key_bytes":8', '"key_bytes":5')
+    forge(tensors, '"keys":"8x8"', '"keys":"5x8"')
     with pytest.raises(CodecError, match="must divide"):
         ProductCodec.load(path, SPEC)
-    forge(tensors, '"key_bytes":8', '"colour":5')
+    forge(tensors, '"keys":"8x8"', '"colour":5')
     with pytest.raises(CodecError, match="options do not fit"):
         ProductCodec.load(path, SPEC)
     forge({name: tensor for name, tensor in tensors.items() if name != "offset"})
     with pytest.raises(CodecError, match="not those that it states"):
         ProductCodec.load(path, SPEC)
     for value, message in (
-        (torch.nan, "'keys' is not finite"),
-        (torch.inf, "'keys' is not finite"),
+        (torch.nan, r"'keys\.0' is not finite"),
+        (torch.inf, r"'keys\.0' is not finite"),
         (3.4e38, "too large"),
     ):
-        changed = tensors["keys"].clone()
-        changed[0, 0, 0, 0] = value
-        forge({**tensors, "keys": changed})
+        forge({**tensors, "keys.0": torch.full_like(tensors["keys.0"], value)})
         with pytest.raises(CodecError, match=message):
             ProductCodec.load(path, SPEC)

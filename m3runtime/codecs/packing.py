@@ -1,0 +1,107 @@
+"""Stages of a quantiser and the bytes of their codes, which are those of faiss.
+
+A `Stage` cuts a vector into parts and states for each the number of one of ``2**bits`` centroids. The numbers follow
+each other as a little-endian string of bits, the first part in the lowest bits, filled up to whole bytes; the bytes of
+a vector are those of its stages, one after the other. faiss writes the same: `ProductQuantizer` by its `PQEncoder`
+(impl/ProductQuantizer-inl.h), `Index2Layer` the list number of a `MultiIndexQuantizer`.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from m3runtime.errors import CodecError
+
+BITS = range(8, 17)
+_STAGE = re.compile(r"\s*([0-9]{1,4})\s*x\s*([0-9]{1,2})\s*", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """So many equal parts of a vector, each with ``2**bits`` centroids."""
+
+    parts: int
+    bits: int
+
+    def __str__(self) -> str:
+        return f"{self.parts}x{self.bits}"
+
+    @property
+    def centroids(self) -> int:
+        """Of each part."""
+        return 1 << self.bits
+
+    @property
+    def bytes(self) -> int:
+        """Of the code of one vector."""
+        return (self.parts * self.bits + 7) // 8
+
+
+def parse(text: object, name: str, head_dim: int) -> tuple[Stage, ...]:
+    """Stages of a text such as ``16x8`` or ``2x14+8x10``: parts x bits, each of what those before it left over.
+
+    Raises `CodecError` that calls the option ``name`` if it is none, or does not fit vectors of ``head_dim``.
+    """
+    stages = []
+    for piece in text.split("+") if isinstance(text, str) else ["?"]:
+        match = _STAGE.fullmatch(piece)
+        if not match:
+            raise CodecError(f"{name} must be stages PARTSxBITS such as 16x8 or 2x14+8x10, not {text!r}")
+        stage = Stage(int(match[1]), int(match[2]))
+        if stage.bits not in BITS:
+            raise CodecError(
+                f"{name}: a stage has {BITS[0]} to {BITS[-1]} bits, not {stage.bits} as in {piece.strip()}"
+            )
+        if not stage.parts or head_dim % stage.parts:
+            raise CodecError(f"{name}: the parts of a stage must divide head_dim {head_dim}, not as in {piece.strip()}")
+        stages.append(stage)
+    return tuple(stages)
+
+
+def text_of(stages: Sequence[Stage]) -> str:
+    """What `parse` reads."""
+    return "+".join(map(str, stages))
+
+
+def of_stages(codes: Tensor, stages: Sequence[Stage]) -> Iterator[Tensor]:
+    """The bytes of each stage, views of ``uint8[..., bytes of all stages]``."""
+    at = 0
+    for stage in stages:
+        yield codes[..., at : at + stage.bytes]
+        at += stage.bytes
+
+
+def pack(numbers: Tensor, stage: Stage, out: Tensor) -> None:
+    """Write centroid numbers, ``[..., parts]`` of any integers, to ``out``, ``uint8[..., stage.bytes]``."""
+    if stage.bits == 8:
+        out.copy_(numbers)
+        return
+    packed = torch.zeros(out.shape, dtype=torch.int64, device=numbers.device)
+    for part, (byte, shift) in enumerate(_places(stage)):
+        moved = numbers[..., part].to(torch.int64) << shift
+        for i in range(min(3, stage.bytes - byte)):
+            packed[..., byte + i] |= (moved >> (8 * i)) & 0xFF
+    out.copy_(packed)
+
+
+def unpack(codes: Tensor, stage: Stage) -> Tensor:
+    """Undo `pack`: ``[..., parts]``, ``uint8`` (a view) for stages of 8 bits and ``int64`` otherwise.
+
+    Any bytes give numbers below ``2**bits``.
+    """
+    if stage.bits == 8:
+        return codes
+    # A number of up to 16 bits lies in three bytes at most; beyond the last byte there are zeros.
+    wide = torch.nn.functional.pad(codes.to(torch.int64), (0, 2))
+    places = torch.tensor(_places(stage), device=codes.device)
+    byte, shift = places[:, 0], places[:, 1]
+    three = wide[..., byte] | wide[..., byte + 1] << 8 | wide[..., byte + 2] << 16
+    return (three >> shift) & (stage.centroids - 1)
+
+
+def _places(stage: Stage) -> list[tuple[int, int]]:
+    """The byte in which each part's number begins, and the bit in that byte."""
+    return [divmod(part * stage.bits, 8) for part in range(stage.parts)]

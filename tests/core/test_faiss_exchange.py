@@ -1,0 +1,223 @@
+"""Codes exchanged with faiss, byte for byte, and quantisers with it."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from m3runtime.codecs.product import ProductCodec
+from m3runtime.errors import CodecError, InputError, PluginError
+from m3runtime.memory import Memories
+from m3runtime.spec import MemorySpec
+from m3runtime.testing.codec import SPEC, make_memories
+
+faiss = pytest.importorskip("faiss")
+
+from m3runtime.codecs.faiss_exchange import from_faiss, to_faiss  # noqa: E402 - it imports faiss
+
+SMALL = ["PQ4x8", "PQ4x10", "OPQ4_16,PQ8x8", "Residual2x8,PQ4x8", "OPQ4_16,Residual2x8,PQ4x9", "RR16,Residual1x9,PQ2x8"]
+
+
+def vectors(count: int, dim: int, seed: int) -> Any:
+    """Correlated Gaussian ``float32[count, dim]``."""
+    random = np.random.default_rng(seed)
+    mixing = np.random.default_rng(dim).standard_normal((dim, dim)) * np.linspace(1, 0.05, dim)
+    return (random.standard_normal((count, dim)) @ mixing).astype(np.float32)
+
+
+def settle(quantiser: Any, iterations: int) -> None:
+    quantiser.cp.niter = iterations
+    quantiser.cp.min_points_per_centroid = 1
+
+
+def without_polysemy(index: Any) -> None:
+    """Its training takes ten seconds, and changes nothing but the order of centroids."""
+    if hasattr(index, "do_polysemous_training"):
+        index.do_polysemous_training = False
+
+
+def trained(factory: str, dim: int = 16, count: int = 2000, iterations: int = 3, seed: int = 0) -> Any:
+    """An index of faiss, trained by faiss."""
+    index = faiss.index_factory(dim, factory)
+    inner = index
+    if isinstance(index, faiss.IndexPreTransform):
+        turn = faiss.downcast_VectorTransform(index.chain.at(0))
+        if isinstance(turn, faiss.OPQMatrix):
+            turn.niter, quantiser = 3, faiss.ProductQuantizer(dim, turn.M, 8)
+            settle(quantiser, 2)
+            turn.pq = quantiser
+        inner = faiss.downcast_index(index.index)
+    without_polysemy(inner)
+    settle(inner.pq, iterations)
+    if isinstance(inner, faiss.Index2Layer):
+        coarse = faiss.downcast_index(inner.q1.quantizer)
+        settle(coarse.pq, iterations)
+    index.train(vectors(count, dim, seed))
+    return index
+
+
+def memories_of(x: Any, spec: MemorySpec) -> Memories:
+    """One memory, whose keys and values are these vectors and these times 2."""
+    keys = torch.from_numpy(x).view(1, len(spec.layers), spec.kv_heads, spec.tokens, spec.head_dim)
+    return Memories(keys, 2 * keys, torch.tensor([spec.tokens]))
+
+
+def split(codec: ProductCodec, payloads: Any, key_size: int) -> tuple[Any, Any]:
+    """The codes of keys and values of one payload, ``uint8[heads * tokens, bytes]`` as in `memories_of`."""
+    heads, tokens = codec.spec.vectors_per_token, codec.spec.tokens
+    of_tokens = payloads[0].view(tokens, -1)
+    keys, values = of_tokens[:, : heads * key_size], of_tokens[:, heads * key_size :]
+    return tuple(x.view(tokens, heads, -1).transpose(0, 1).reshape(heads * tokens, -1).numpy() for x in (keys, values))
+
+
+def exchange(index: Any, spec: MemorySpec, source: Any) -> ProductCodec:
+    """All that must be the same of an index and the codec made of it."""
+    codec = from_faiss(spec, source, source)
+    x = vectors(spec.vectors_per_token * spec.tokens, spec.head_dim, seed=9)
+    memories = memories_of(x, spec)
+    payloads = codec.encode(memories)
+    keys, values = split(codec, payloads, index.sa_code_size())
+    assert np.array_equal(keys, index.sa_encode(x))
+    assert np.array_equal(values, index.sa_encode(2 * x))
+    # Codes of ours, decoded by both; and codes that nobody encoded.
+    for some in (payloads, torch.randint(0, 256, payloads.shape, dtype=torch.uint8)):
+        if some is not payloads and index_refuses(index, some, codec):
+            continue
+        decoded = codec.decode(some, memories.tokens, torch.float32)
+        keys, values = split(codec, some, index.sa_code_size())
+        for ours, codes in ((decoded.keys, keys), (decoded.values, values)):
+            there = index.sa_decode(np.ascontiguousarray(codes))
+            torch.testing.assert_close(ours.reshape(there.shape), torch.from_numpy(there), rtol=1e-5, atol=1e-5)
+    # Back again.
+    for part in ("keys", "values"):
+        again = to_faiss(codec, part)
+        assert again.sa_code_size() == index.sa_code_size()
+        assert np.array_equal(again.sa_encode(x), index.sa_encode(x))
+        assert np.array_equal(again.sa_decode(index.sa_encode(x)), index.sa_decode(index.sa_encode(x)))
+    return codec
+
+
+def index_refuses(index: Any, payloads: Any, codec: ProductCodec) -> bool:
+    """faiss ends the process at a list number above the greatest; ours ignores the bits that are too many."""
+    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    return isinstance(inner, faiss.Index2Layer) and inner.q1.nlist != 1 << 8 * inner.code_size_1
+
+
+@pytest.mark.parametrize("factory", SMALL)
+def test_codes_are_those_of_faiss(factory: str, tmp_path: Path) -> None:
+    index = trained(factory)
+    path = tmp_path / "index"
+    faiss.write_index(index, str(path))
+    codec = exchange(index, SPEC, path)
+    assert codec.fingerprint == from_faiss(SPEC, index, index).fingerprint
+    codec.save(tmp_path / "codec")
+    loaded = ProductCodec.load(tmp_path / "codec", SPEC)
+    memories = memories_of(vectors(72, 16, 3), SPEC)
+    assert torch.equal(loaded.encode(memories), codec.encode(memories))
+    faiss.write_index(to_faiss(loaded, "keys"), str(path))
+    assert from_faiss(SPEC, path, path).fingerprint == codec.fingerprint
+
+
+def test_the_quantiser_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faiss.cvar, "distance_compute_blas_threshold", 20)  # trains in a fraction of the time
+    spec = MemorySpec(tuple(range(4)), 8, 8, 80, 128, "float32")
+    index = trained("OPQ20_80,Residual2x14,PQ8x10", dim=80, count=17_000, iterations=1)
+    codec = exchange(index, spec, index)
+    assert codec.options == ProductCodec(spec, preset="memory3").options
+    assert codec.payload_bytes(1) == 32 * 28
+
+
+def test_keys_and_values_may_be_of_different_indexes() -> None:
+    keys, values = trained("PQ8x8"), trained("OPQ4_16,Residual2x8,PQ4x8", seed=1)
+    codec = from_faiss(SPEC, keys, values)
+    assert (codec.options["keys"], codec.options["values"]) == ("8x8", "2x8+4x8")
+    x = vectors(72, 16, 5)
+    of_keys, of_values = split(codec, codec.encode(memories_of(x, SPEC)), 8)
+    assert np.array_equal(of_keys, keys.sa_encode(x))
+    assert np.array_equal(of_values, values.sa_encode(2 * x))
+
+
+@pytest.mark.parametrize("rotation", ["none", "pca", "opq"])
+def test_what_was_trained_here_is_exported(rotation: str, tmp_path: Path) -> None:
+    codec = ProductCodec(SPEC, keys="2x8+4x9", values="4x8", scope="model", rotation=rotation, offset=False)
+    codec.fit(make_memories([12] * 20))
+    x = vectors(72, 16, 6)
+    memories = memories_of(x, SPEC)
+    payloads = codec.encode(memories)
+    decoded = codec.decode(payloads, memories.tokens, torch.float32)
+    of_both = (("keys", "values"), split(codec, payloads, 7), (decoded.keys, decoded.values))
+    for part, codes, ours in zip(*of_both, strict=True):
+        path = tmp_path / part
+        faiss.write_index(to_faiss(codec, part), str(path))
+        index = faiss.read_index(str(path))
+        assert np.array_equal(index.sa_encode(x if part == "keys" else 2 * x), codes)
+        there = torch.from_numpy(index.sa_decode(np.ascontiguousarray(codes)))
+        torch.testing.assert_close(ours.reshape(there.shape), there, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("Flat", "a IndexFlat.* is neither an IndexPQ nor an Index2Layer"),
+        ("PQ4x6", "stages 4x6 must have 8 to 16 bits each"),
+        ("IVF4,PQ4x8", "a IndexIVFPQ is neither"),
+        ("PCA16,PQ4x8", "its PCAMatrix from 16 to 16 channels is no rotation"),
+        ("OPQ4_8,PQ4x8", "its OPQMatrix from 16 to 8 channels is no rotation"),
+        ("L2norm,PQ4x8", "vectors go through NormalizationTransform, not through one rotation"),
+        ("RR16,RR16,PQ4x8", "vectors go through RandomRotationMatrix, RandomRotationMatrix, not"),
+        ("Residual256,PQ4x8", "its first stage is a IndexFlat.*, not a MultiIndexQuantizer"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_other_indexes_are_refused(factory: str, message: str) -> None:
+    index = faiss.index_factory(16, factory)
+    without_polysemy(faiss.downcast_index(getattr(index, "index", index)))
+    index.train(vectors(1000, 16, 0))
+    with pytest.raises(CodecError, match=f"the index for keys: {message}"):
+        from_faiss(SPEC, index, index)
+
+
+def test_what_cannot_be_imported_says_why(tmp_path: Path) -> None:
+    index, path = trained("PQ4x8"), tmp_path / "index"
+    with pytest.raises(InputError, match="index: there is no such file"):
+        from_faiss(SPEC, path, path)
+    path.write_bytes(b"no index at all")
+    with pytest.raises(InputError, match="index: not an index of faiss"):
+        from_faiss(SPEC, path, path)
+    with pytest.raises(CodecError, match="the index for values: it is not trained"):
+        from_faiss(SPEC, index, faiss.index_factory(16, "PQ4x8"))
+    with pytest.raises(CodecError, match="have 16 channels, not 64"):
+        from_faiss(MemorySpec((0,), 1, 4, 64, 4, "float32"), index, index)
+    skewed = trained("RR16,PQ4x8")
+    turn = faiss.downcast_VectorTransform(skewed.chain.at(0))
+    faiss.copy_array_to_vector(2 * faiss.vector_to_array(turn.A), turn.A)
+    with pytest.raises(CodecError, match="its RandomRotationMatrix is not orthogonal"):
+        from_faiss(SPEC, skewed, skewed)
+
+
+def test_what_cannot_be_exported_says_why() -> None:
+    codec = ProductCodec(SPEC, 8, 4)
+    with pytest.raises(CodecError, match="not trained"):
+        to_faiss(codec, "keys")
+    codec.fit(make_memories([12] * 8))
+    with pytest.raises(CodecError, match="of scope model without offset and of two stages at most"):
+        to_faiss(codec, "keys")
+    with pytest.raises(CodecError, match="has keys and values, not 'queries'"):
+        to_faiss(codec, "queries")
+
+
+def test_decoding_needs_no_faiss_and_encoding_says_that_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = trained("OPQ4_16,Residual2x8,PQ4x9")
+    memories = memories_of(vectors(72, 16, 3), SPEC)
+    codec = from_faiss(SPEC, index, index)
+    payloads = codec.encode(memories)
+    fresh = from_faiss(SPEC, index, index)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.delitem(sys.modules, "m3runtime.codecs.faiss_exchange")
+    monkeypatch.delattr("m3runtime.codecs.faiss_exchange", raising=False)
+    assert torch.isfinite(fresh.decode(payloads, memories.tokens, torch.float32).keys).all()
+    with pytest.raises(PluginError, match=r"faiss, which is needed: pip install 'm3runtime\[train\]'"):
+        fresh.encode(memories)
