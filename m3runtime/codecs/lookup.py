@@ -1,6 +1,5 @@
 """The centroids that codes stand for, the work of decoding: one call for all memories, layers and heads."""
 
-import importlib.util
 import threading
 from collections.abc import Sequence
 from functools import cache
@@ -34,8 +33,12 @@ def look_up(
 
 @cache
 def compiled() -> bool:
-    """Whether numba is installed."""
-    return importlib.util.find_spec("numba") is not None
+    """Whether numba can be used: it is installed, and accepts the numpy that is."""
+    try:
+        from m3runtime.codecs import lookup_kernel  # noqa: F401 - now, so that it is there when needed
+    except ImportError:
+        return False
+    return True
 
 
 def by_torch(

@@ -31,8 +31,8 @@ _BLAS_FROM = 20
 over few dimensions fourteen times as slow."""
 _FOR_EACH_CENTROID = 4
 """For each group, as many vectors for a centroid, where that is more than `_MOST_VECTORS`."""
-_ROTATION_STEPS = 20
-"""Of OPQ; faiss does 50 by itself, which takes 2.5 times as long for a few parts in a thousand."""
+_ROTATION_STEPS = 10
+"""Of OPQ, from the principal axes. faiss by itself takes 50 from a random rotation, and ends with more error."""
 _AT_ONCE = 1024
 """Vectors whose distances to all centroids are held at once."""
 _one_at_a_time = threading.Lock()
@@ -197,9 +197,14 @@ def _rotated_parts(stages: Sequence[Stage], dim: int) -> int:
 
 
 def _optimised(vectors: Tensor, parts: int) -> Tensor:
-    """The rotation of OPQ, ``float32[dim, dim]``."""
+    """The rotation of OPQ, ``float32[dim, dim]``.
+
+    It starts from the principal axes, as Ge et al. do, and not at random like faiss.
+    """
     dim = vectors.shape[1]
     rotation = faiss.OPQMatrix(dim, parts, dim)
+    _, axes = _principal(vectors, parts)
+    faiss.copy_array_to_vector(axes.T.contiguous().flatten().numpy(), rotation.A)
     quantiser = faiss.ProductQuantizer(dim, parts, 8)
     _settle(quantiser)
     rotation.pq = quantiser

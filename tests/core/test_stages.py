@@ -124,6 +124,17 @@ def test_numbers_are_packed_and_unpacked(stage: Stage, seed: int) -> None:
     assert bytes(codes[0, 0].tolist()) == text.to_bytes(stage.bytes, "little")
 
 
+@given(stages, st.integers(0, 2**32))
+def test_numbers_are_packed_as_faiss_packs_them(stage: Stage, seed: int) -> None:
+    faiss = pytest.importorskip("faiss")
+    random = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(0, stage.centroids, (5, stage.parts), generator=random)
+    codes = torch.empty(5, stage.bytes, dtype=torch.uint8)
+    pack(numbers, stage, codes)
+    there = faiss.pack_bitstrings(numbers.to(torch.int32).numpy(), stage.bits)
+    assert torch.equal(codes, torch.from_numpy(there))
+
+
 @given(st.lists(stages, min_size=1, max_size=4))
 def test_stages_have_one_text(some: list[Stage]) -> None:
     dim = 232792560  # which all parts up to 20 divide
