@@ -7,10 +7,12 @@ what they have in common, a layer that matters gets more bytes than one that doe
 none.
 """
 
+import importlib.util
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,11 @@ from m3runtime.codecs.nearest import nearest, scorer
 from m3runtime.codecs.quantiser import Design, Quantiser, Vectors, check_tensors
 from m3runtime.errors import CodecError
 from m3runtime.spec import MemorySpec
+
+if TYPE_CHECKING:
+    from m3runtime.codecs.transform_triton import TritonDecoder
+
+log = logging.getLogger("m3runtime")
 
 CENTROIDS = 256
 TOGETHER = ("layer", "head")
@@ -210,11 +217,19 @@ class TransformQuantiser(Quantiser):
 
     def decode(self, payloads: Tensor, width: int) -> Vectors:
         """See `Quantiser.decode`."""
-        n, spec, units = len(payloads), self.design.spec, self.design.units
-        codes = torch.unflatten(payloads[:, : width * self.token_bytes], 1, (width, self.token_bytes))
-        shape = (n, self.design.heads, width, spec.head_dim)
+        shape = (len(payloads), self.design.heads, width, self.design.spec.head_dim)
         keys, values = (torch.empty(shape, device=payloads.device) for _ in range(2))
-        kept = self._places.gather.shape[1]
+        if self._kernel is None:
+            self._decode(payloads, keys, values)
+        else:
+            self._kernel(payloads, keys, values)
+        return keys, values
+
+    def _decode(self, payloads: Tensor, keys: Tensor, values: Tensor) -> None:
+        """`decode` in torch, on any device, into ``float32[n, layers * kv_heads, width, head_dim]``."""
+        n, _, width, head_dim = keys.shape
+        codes = torch.unflatten(payloads[:, : width * self.token_bytes], 1, (width, self.token_bytes))
+        units, kept = self._places.gather.shape
         for row in range(n):
             for start in range(0, width, _TILE):
                 tokens = min(_TILE, width - start)
@@ -223,8 +238,7 @@ class TransformQuantiser(Quantiser):
                 by_unit = tile.view(_TILE, units, kept).transpose(0, 1)
                 x = torch.baddbmm(self.mean[:, None], by_unit, self._padded_inverse)[:, :tokens]
                 for out, part in zip((keys, values), self.design.parted(x), strict=True):
-                    out[row, :, start : start + tokens].view(*part.shape[:-2], tokens, spec.head_dim).copy_(part)
-        return keys, values
+                    out[row, :, start : start + tokens].view(*part.shape[:-2], tokens, head_dim).copy_(part)
 
     def _coordinates(self, codes: Tensor) -> Tensor:
         """Of codes ``uint8[tokens, parts]``, ``float32[tokens, units * kept]``: zero where a unit keeps fewer."""
@@ -237,6 +251,11 @@ class TransformQuantiser(Quantiser):
             at += count
         found.append(torch.zeros(tokens, 1, device=codes.device))
         return torch.cat(found, 1)[:, self._places.gather.flatten()]
+
+    @cached_property
+    def _kernel(self) -> "TritonDecoder | None":
+        """What decodes on a CUDA device, where Triton makes code for it."""
+        return kernel_of(self) if self.mean.device.type == "cuda" else None
 
     @cached_property
     def _padded_forward(self) -> Tensor:
@@ -257,6 +276,22 @@ class TransformQuantiser(Quantiser):
             whole = torch.cat([table, table.new_zeros(more, *table.shape[1:])])
             found.append(scorer(whole.view(-1, _AT_ONCE, *table.shape[1:])))
         return found
+
+
+def kernel_of(quantiser: TransformQuantiser) -> "TritonDecoder | None":
+    """The Triton kernel of a quantiser on a CUDA device; None without Triton, and with a warning where that fails.
+
+    It may: some versions need a C compiler, and none knows every device.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        from m3runtime.codecs.transform_triton import TritonDecoder
+
+        return TritonDecoder(quantiser)
+    except Exception as error:  # noqa: BLE001 - no types of error are documented
+        log.warning("Triton failed, so torch decodes memories, more slowly: %s: %s", type(error).__name__, error)
+        return None
 
 
 class _Places:

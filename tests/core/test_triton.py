@@ -1,0 +1,238 @@
+"""The Triton kernel against torch: on a GPU, and in Triton's interpreter, which `test_in_the_interpreter` starts."""
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from m3runtime.codecs.allocation import WIDTHS
+from m3runtime.codecs.product import ProductCodec
+from m3runtime.codecs.transform import CENTROIDS, TransformDesign, TransformQuantiser, kernel_of
+from m3runtime.errors import BlockError
+from m3runtime.spec import MemorySpec
+from m3runtime.testing.codec import OUT, identical, noise
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton when it is imported, so before any test
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+TRITON = importlib.util.find_spec("triton") is not None
+
+needs_triton = pytest.mark.skipif(not TRITON, reason="needs Triton")
+outside = pytest.mark.skipif(INTERPRETED, reason="not in the interpreter")
+
+
+def on_device(test: Callable[..., None]) -> Callable[..., None]:
+    """What is tested on a GPU and in the interpreter."""
+    return needs_triton(test if INTERPRETED else pytest.mark.gpu(test))
+
+
+def quantiser(layers: int, kv_heads: int, head_dim: int, together: str, bytes: int = 6) -> TransformQuantiser:
+    """On the CPU, of random numbers. Of a unit's coordinates, some are covered by no code, and one unit has none."""
+    random = torch.Generator().manual_seed(head_dim)
+    design = TransformDesign(MemorySpec(tuple(range(layers)), kv_heads, 70, head_dim, 70, "float32"), bytes, together)
+    parts = []
+    for unit in range(1, design.units):
+        at = 0
+        for i in range(max(1, design.token_bytes // design.units)):
+            width = WIDTHS[(unit + i) % len(WIDTHS)]
+            at += i == 1  # a gap
+            if at + width <= design.channels:
+                parts.append((width, unit, at))
+            at += width
+    parts.sort()
+    kept = {unit: max(at + width for width, of, at in parts if of == unit) for _, unit, _ in parts}
+    tensors = {
+        "parts": torch.tensor([(unit, at, width) for width, unit, at in parts], dtype=torch.int32),
+        "mean": torch.randn(design.units, design.channels, generator=random),
+        "forward": torch.randn(sum(kept.values()), design.channels, generator=random),
+        "inverse": torch.randn(sum(kept.values()), design.channels, generator=random),
+    }
+    for width in WIDTHS:
+        count = sum(part[0] == width for part in parts)
+        tensors[f"width{width}"] = torch.randn(count, CENTROIDS, width, generator=random)
+    return design.restore(tensors)
+
+
+@cache
+def pair(*arguments: object) -> tuple[TransformQuantiser, TransformQuantiser]:
+    """One that decodes by torch on the CPU, and one by the kernel on the device."""
+    plain = quantiser(*arguments)  # type: ignore[arg-type]
+    other = plain.to(DEVICE)
+    if INTERPRETED:
+        other.__dict__["_kernel"] = kernel_of(other)  # which is for CUDA otherwise
+    assert other._kernel is not None
+    return plain, other
+
+
+def codecs(*arguments: object) -> tuple[ProductCodec, ProductCodec]:
+    """The same two as codecs."""
+    made = []
+    for each in pair(*arguments):
+        codec = ProductCodec(each.design.spec, **each.design.options)
+        codec._state = codec._made(each.to(torch.device("cpu")), None)
+        codec._state.on[each.mean.device] = each
+        made.append(codec)
+    return made[0], made[1]
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal to rounding: within 1e-6 of the largest."""
+    a, b = a.cpu(), b.cpu()
+    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-6 * a.abs().max())
+
+
+SHAPES = [(2, 1, 16, "layer"), (2, 3, 24, "layer"), (2, 1, 64, "layer"), (1, 2, 80, "head"), (2, 2, 16, "head")]
+
+
+@on_device
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("width", [1, 33])
+def test_it_decodes_what_torch_decodes(shape: tuple[object, ...], width: int) -> None:
+    plain, other = pair(*shape)
+    payloads = noise(2, width * plain.token_bytes, seed=width)
+    wanted, found = plain.decode(payloads, width), other.decode(payloads.to(DEVICE), width)
+    for a, b in zip(wanted, found, strict=True):
+        assert b.dtype == torch.float32
+        assert b.is_contiguous()
+        assert close(a, b)
+
+
+@on_device
+@pytest.mark.parametrize("together", ["layer", "head"])
+def test_a_tile_of_many_coordinates(together: str) -> None:
+    """More than are multiplied at a time, and more channels than one tile has."""
+    plain, other = pair(2, 2, 40, together, 30)
+    payloads = noise(1, 3 * plain.token_bytes, seed=0)
+    for a, b in zip(plain.decode(payloads, 3), other.decode(payloads.to(DEVICE), 3), strict=True):
+        assert close(a, b)
+
+
+@on_device
+def test_a_memory_decodes_alike_in_any_batch_and_width() -> None:
+    _, other = pair(2, 3, 24, "layer")
+    payloads = noise(3, 64 * other.token_bytes, seed=1).to(DEVICE)
+    together = other.decode(payloads, 64)
+    for row, width in ((0, 64), (1, 1), (1, 33), (2, 32)):
+        alone = other.decode(payloads[row : row + 1], width)
+        for a, b in zip(together, alone, strict=True):
+            assert torch.equal(a[row, :, :width], b[0])
+
+
+@on_device
+def test_rows_and_bytes_lie_anywhere() -> None:
+    _, other = pair(2, 1, 16, "layer")
+    payloads = noise(3, 5 * other.token_bytes, seed=2).to(DEVICE)
+    wanted = other.decode(payloads, 5)
+    slots = noise(6, payloads.shape[1] + 20, seed=3).to(DEVICE)[::2]
+    for start in (1, 3, 7):
+        slots[:, start : start + payloads.shape[1]] = payloads
+        assert all(map(torch.equal, wanted, other.decode(slots[:, start:], 5)))
+    apart = payloads.t().contiguous().t()
+    assert all(map(torch.equal, wanted, other.decode(apart, 5)))
+
+
+@on_device
+def test_nothing_decodes_to_nothing() -> None:
+    _, other = pair(2, 1, 16, "layer")
+    for n, width in ((0, 0), (0, 3), (2, 0)):
+        keys, values = other.decode(torch.zeros(n, 3 * other.token_bytes, dtype=torch.uint8, device=DEVICE), width)
+        assert keys.shape == values.shape == (n, 2, width, 16)
+
+
+@on_device
+def test_a_quantiser_without_codes_decodes_to_the_mean() -> None:
+    whole, _ = pair(2, 1, 16, "layer")
+    tensors = {name: tensor if name == "mean" else tensor[:0] for name, tensor in whole.tensors().items()}
+    other = whole.design.restore(tensors).to(DEVICE)
+    kernel = kernel_of(other)
+    assert kernel is not None
+    keys, values = torch.full((2, 1, 2, 3, 16), torch.nan, device=DEVICE)
+    kernel(torch.zeros(1, 0, dtype=torch.uint8, device=DEVICE), keys, values)
+    for found, mean in ((keys, whole.mean[:, :16]), (values, whole.mean[:, 16:])):
+        assert torch.equal(found.cpu(), mean[:, None].expand(2, 3, 16)[None])
+
+
+@on_device
+@pytest.mark.parametrize("dtype", OUT)
+def test_the_codec_decodes_alike(dtype: torch.dtype) -> None:
+    """To every type, with zeros beyond each memory's tokens."""
+    plain, other = codecs(2, 1, 16, "layer")
+    tokens = torch.tensor([5, 34, 1])
+    payloads = noise(3, plain.payload_bytes(34), seed=4)
+    wanted, found = plain.decode(payloads, tokens, dtype), other.decode(payloads.to(DEVICE), tokens, dtype)
+    for a, b in ((wanted.keys, found.keys), (wanted.values, found.values)):
+        assert b.dtype == dtype
+        if dtype == torch.float32:
+            assert close(a, b)
+        else:  # a number between two of a smaller type may be rounded either way
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(a.float(), b.cpu().float(), rtol=eps, atol=eps)
+        assert not b[0, :, :, 5:].any()
+    again = other.decode(payloads.to(DEVICE), tokens, dtype)
+    assert identical(found, again)
+    with pytest.raises(BlockError):
+        other.decode(payloads[:, :-1].to(DEVICE), tokens, dtype)
+
+
+# -- without a GPU --------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+@outside
+def test_in_the_interpreter() -> None:
+    """All of the above, in a process of its own: a Triton that interprets is of no use to anything else."""
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "19 passed" in done.stdout
+
+
+@outside
+def test_torch_decodes_on_a_cpu() -> None:
+    assert quantiser(2, 1, 16, "layer")._kernel is None
+
+
+@needs_triton
+@outside
+def test_a_triton_that_fails_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """As it does on a CPU, for want of a driver or because the numbers are out of the GPU's reach."""
+    with caplog.at_level(logging.WARNING, "m3runtime"):
+        assert kernel_of(quantiser(2, 1, 16, "layer")) is None
+    assert "Triton failed, so torch decodes memories, more slowly: " in caplog.text
+
+
+@outside
+def test_a_triton_that_is_missing_is_not(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert kernel_of(quantiser(2, 1, 16, "layer")) is None
+    assert not caplog.text
+
+
+@needs_triton
+@outside
+@pytest.mark.parametrize("capability", [80, 90])
+def test_it_compiles_to_sums_of_float32(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For GPUs that are not here; tensor cores would round to TF32."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from m3runtime.codecs.transform_triton import decode_tile
+
+    kinds = {"payloads": "*u8", "row_bytes": "i32", "width": "i32", "keys": "*fp32", "values": "*fp32"}
+    kinds |= dict.fromkeys(("bounds", "positions", "sizes", "starts", "target"), "*i32")
+    kinds |= dict.fromkeys(("table", "inverse", "mean"), "*fp32")
+    constants = {"TOKEN_BYTES": 123, "HEADS": 90, "HEAD_DIM": 64, "CHANNELS": 384}
+    constants |= {"TILE_TOKENS": 32, "TILE_CHANNELS": 128, "STEP": 16}
+    signature = {name: kinds.get(name, "constexpr") for name in decode_tile.arg_names}
+    source = triton.compiler.ASTSource(fn=decode_tile, signature=signature, constexprs=constants)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True})
+    assert "fma.rn.f32" in made.asm["ptx"]
+    assert "mma" not in made.asm["ptx"]
