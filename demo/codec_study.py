@@ -281,7 +281,8 @@ def report(found: Mapping[str, Sequence[Result]], config: Config, adapter: Trans
         columns += ("KL divergence", "log-likelihood lost", "likelihood lost")
         note = (
             "Errors are squared and relative, of attention's output over all layers while a question is read. "
-            "Divergence of what is predicted and loss of log-likelihood are per token, in nats, against unquantised memories."
+            "Divergence of what is predicted and loss of log-likelihood are per token, in nats, against unquantised "
+            "memories."
         )
         tables.append(Table(name, columns, rows, note))
         for kind in ("scalar", "product, "):

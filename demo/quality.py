@@ -28,7 +28,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "statements": ("facts", "--statements", *SMALL),
     "chat": ("facts", *SMALL, "--set", "generate.prompt=chat", "--set", "memory.place=turn"),
     "chat-start": ("facts", *SMALL, "--set", "generate.prompt=chat"),
-    "text": ("text", "--corpus", str(CORPUS), "--config", "demo/product.yaml"),
+    "text": ("text", "--corpus", str(CORPUS)),
     "sweep": ("sweep", "--questions", "80", *START),
     "codec": (),  # demo/codec_study.py: what goes on inside attention, no command of ours sees
     "chunks": ("sweep", "--questions", "20", "--axis", "memories", "--corpus", str(CORPUS)),
@@ -51,8 +51,7 @@ def main(names: Sequence[str]) -> None:
             keep(name)
             continue
         command, *rest = RUNS[name]
-        file = [] if "--config" in rest else ["--config", "demo/m3.yaml"]
-        arguments = ["eval", command, *file, "--out", str(WORK / name), *rest]
+        arguments = ["eval", command, "--config", "demo/m3.yaml", "--out", str(WORK / name), *rest]
         print(f"m3 {' '.join(arguments)} --set embedder.path=...", flush=True)
         sys.argv = ["m3", *arguments, "--set", f"embedder.path={models.minilm()}"]
         run()

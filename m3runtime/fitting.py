@@ -47,7 +47,11 @@ def fit_codec(
     report(len(texts))
     importance = None
     if weighed and isinstance(adapter, Weighing):
-        importance = adapter.importance(weighed)
+        found = []
+        for start in range(0, len(weighed), batch_size):
+            found.append(adapter.importance(weighed[start : start + batch_size]))
+            report(len(texts) + min(start + batch_size, len(weighed)))
+        importance = torch.stack(found).mean(0)
     before = len(texts) + len(weighed)
     codec.fit(join(memories), importance, lambda share: report(before + len(texts) * share))
 

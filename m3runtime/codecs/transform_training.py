@@ -92,6 +92,9 @@ def lloyd(x: npt.NDArray[np.float32], levels: int) -> npt.NDArray[np.float32]:
     where a Gaussian's would: as dense as the cube root of the density (Panter and Dite).
     """
     ordered = np.sort(x).astype(np.float64)
+    different = np.unique(x)
+    if len(different) <= levels:
+        return np.pad(different, (0, levels - len(different)), mode="edge")
     at = (np.arange(levels) + 0.5) / levels
     middle = ordered.mean()
     centroids = middle + 3**0.5 * (np.quantile(ordered, at) - middle)

@@ -106,11 +106,11 @@ def axes(layers: int, reference_tokens: int) -> tuple[Axis, ...]:
 
 
 CODECS: tuple[dict[str, Any], ...] = (
-    {"kind": "product", "key_bytes": 8, "value_bytes": 8},
-    {"kind": "product", "key_bytes": 16, "value_bytes": 8},
-    {"kind": "product", "key_bytes": 16, "value_bytes": 16},
+    {"kind": "product", "bytes": 24},
+    {"kind": "product", "bytes": 32},
+    {"kind": "product"},
     {"kind": "product", "key_bytes": 32, "value_bytes": 16},
-    {"kind": "product", "key_bytes": 32, "value_bytes": 32},
+    {"kind": "product", "bytes": 56},
     {"kind": "scalar", "bits": 4},
     {"kind": "scalar", "bits": 8},
     {"kind": "raw"},
