@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from m3runtime.codecs.transform import TransformQuantiser
+    from m3runtime.codecs.transform_quantiser import TransformQuantiser
 
 _TOKENS = 32
 """Of a tile."""

@@ -14,7 +14,8 @@ import torch
 
 from m3runtime.codecs.allocation import WIDTHS
 from m3runtime.codecs.product import ProductCodec
-from m3runtime.codecs.transform import CENTROIDS, TransformDesign, TransformQuantiser, kernel_of
+from m3runtime.codecs.transform import TransformDesign
+from m3runtime.codecs.transform_quantiser import CENTROIDS, TransformQuantiser, kernel_of
 from m3runtime.errors import BlockError
 from m3runtime.spec import MemorySpec
 from m3runtime.testing.codec import OUT, identical, noise
