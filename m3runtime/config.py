@@ -118,6 +118,8 @@ class CodecConfig(_PluginSection):
 
     kind: Name = "product"
     """A plug-in's name or an import path; further keys are its options."""
+    file: Annotated[Path, BeforeValidator(_name)] | None = None
+    """A trained codec for a new bank, relative to the file that says so; null: one is trained on what is written."""
 
 
 class EmbedderConfig(_PluginSection):

@@ -210,6 +210,9 @@ def _with_paths(config: Config, origins: dict[Key, str], file: Path) -> Config:
         return folder.absolute() / Path(path).expanduser()
 
     changes: dict[str, Any] = {"bank": absolute(config.bank, "bank")}
+    if config.codec.file is not None:
+        file_of_codec = absolute(config.codec.file, "codec", "file")
+        changes["codec"] = config.codec.model_copy(update={"file": file_of_codec})
     for name, section in (("model", config.model), ("embedder", config.embedder)):
         if section.path in (".", "..", "~") or section.path.startswith(("./", "../", "~/")):  # else perhaps a hub name
             changes[name] = section.model_copy(update={"path": str(absolute(section.path, name, "path"))})

@@ -1,6 +1,5 @@
 """`Writer`: turns documents into references and memories, and commits them to a bank."""
 
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,17 +7,18 @@ from functools import partial
 
 import torch
 
-from m3runtime import assembly
+from m3runtime import assembly, codec_files
 from m3runtime.adapter import Adapter
 from m3runtime.bank import Bank, Manifest, as_ids
 from m3runtime.block import HEADER_BYTES
 from m3runtime.codecs import Codec
 from m3runtime.config import Config
-from m3runtime.errors import InputError
 from m3runtime.fitting import fit_codec, sample_size
+from m3runtime.references import references_of
 from m3runtime.retrieval import Embedder
+from m3runtime.sampling import reservoir
 from m3runtime.splitting import Splitter
-from m3runtime.text import Document, one_word
+from m3runtime.text import Document
 from m3runtime.tier import Batch, Reference
 
 GROUP = 64
@@ -85,36 +85,20 @@ class Writer:
         return WriteReport(count, len(references), len(pending), known, size, time.perf_counter() - began)
 
     def _references(self, documents: Iterable[Document], *, whole: bool) -> tuple[int, list[Reference]]:
-        """The references of documents in order, equal texts once."""
-        unique: dict[str, Reference] = {}
+        """How many documents there are, and `references_of` them."""
         count = 0
-        for document in documents:
-            count += 1
-            if one_word(document.text):
-                raise InputError(f"{document.source}: a text of one word is no reference; give it a sentence")
-            for reference in self._whole(document) if whole else self._split(document):
-                unique.setdefault(reference.text, reference)
-        if not unique:
-            raise InputError("the corpus is empty: there is nothing to remember")
-        return count, list(unique.values())
 
-    def _split(self, document: Document) -> Iterator[Reference]:
-        for passage in self.splitter.split(document.text):
-            yield Reference(passage.text, document.source, passage.start, passage.end, passage.tokens)
+        def counted() -> Iterator[Document]:
+            nonlocal count
+            for document in documents:
+                count += 1
+                yield document
 
-    def _whole(self, document: Document) -> Iterator[Reference]:
-        text = document.text.strip()
-        start = document.text.index(text)
-        tokens, limit = self.adapter.count_tokens(text), self.adapter.spec.reference_tokens
-        if tokens > limit:
-            raise InputError(
-                f"{document.source}: {tokens} tokens, but a reference has at most {limit}; "
-                "shorten it, or write without --whole"
-            )
-        yield Reference(text, document.source, start, start + len(text), tokens)
+        references = list(references_of(counted(), self.splitter, whole=whole))
+        return count, references
 
     def _open(self, references: Sequence[Reference], progress: OnProgress | None) -> Bank:
-        """The bank after its manifest was found to fit, or a new one with a codec trained on these references."""
+        """The bank after its manifest was found to fit, or a new one with its codec."""
         adapter, open_home = self.adapter, assembly.open_home(self.config)
         if Bank.exists(self.config.bank, open_home):
             bank = assembly.open_bank(self.config)
@@ -122,6 +106,7 @@ class Writer:
                 adapter.check(bank.manifest, bank.path)
                 codec = assembly.make_codec(self.config, adapter.spec)
                 bank.manifest.check_codec(kind=self.config.codec.kind, options=codec.options, where=bank.path)
+                codec_files.check_bank(self.config, bank)
                 bank.manifest.check_embedder(
                     embedder=self.embedder.fingerprint, name=self.config.embedder.path, where=bank.path
                 )
@@ -146,13 +131,13 @@ class Writer:
         return Bank.create(self.config.bank, open_home, manifest, codec)
 
     def _train(self, references: Sequence[Reference], progress: OnProgress | None) -> Codec:
-        """The configured codec, trained if it learns on memories of a sample that depends on the corpus alone."""
+        """The configured codec: that of ``codec.file``, or trained if it learns on a sample of these references."""
+        if codec := codec_files.load_configured(self.config, self.adapter.spec):
+            return codec
         codec = assembly.make_codec(self.config, self.adapter.spec)
         if codec.trained:
             return codec
-        wanted = min(sample_size(self.adapter.spec), len(references))
-        drawn = random.Random(0).sample(range(len(references)), wanted)
-        texts = [references[i].text for i in sorted(drawn)]
+        texts = [reference.text for reference in reservoir(references, sample_size(self.adapter.spec))]
         fit_codec(codec, self.adapter, texts, self.config.memory.batch_size, progress and partial(progress, "codec"))
         return codec
 

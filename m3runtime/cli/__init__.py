@@ -5,9 +5,9 @@ from io import TextIOWrapper
 
 import typer
 
-from m3runtime.cli import ask, bank, config, write
+from m3runtime.cli import ask, bank, codec, config, write
 from m3runtime.cli import eval as evaluation
-from m3runtime.errors import BankError, ConfigError, InputError, M3Error, PluginError
+from m3runtime.errors import BankError, CodecError, ConfigError, InputError, M3Error, PluginError
 
 app = typer.Typer(
     name="m3",
@@ -25,8 +25,9 @@ app.command("inspect")(bank.inspect)
 app.command("forget")(bank.forget)
 app.command("config")(config.config)
 app.add_typer(evaluation.app)
+app.add_typer(codec.app)
 
-USER_ERRORS = (ConfigError, InputError, PluginError, BankError)
+USER_ERRORS = (ConfigError, InputError, PluginError, BankError, CodecError)
 """What the user can mend; these end in exit code 2, other failures in 1."""
 _INTERRUPTED = 130
 

@@ -96,7 +96,13 @@ def write(
     data = safetensors.torch.save(tensors, {_KEY: text})
     at = data.index(_escaped(_ZEROS))
     digest = _escaped(xxhash.xxh3_128_hexdigest(data))
-    _replace(path, data[:at] + digest + data[at + len(digest) :])
+    replace(path, data[:at] + digest + data[at + len(digest) :])
+
+
+def stated(path: Path) -> tuple[str, MemorySpec]:
+    """The kind and the spec of the codec in a file, which is checked as by `read`."""
+    _, kind, spec = _checked(path)
+    return kind, spec
 
 
 def read(path: Path, kind: str, spec: MemorySpec) -> CodecFile:
@@ -105,6 +111,38 @@ def read(path: Path, kind: str, spec: MemorySpec) -> CodecFile:
     Raises `CodecError` that names the file if it is missing, damaged, of another kind or spec, or of a newer
     format.
     """
+    file, found, written = _checked(path)
+    if found != kind:
+        raise CodecError(f"{path}: holds a codec of kind {found!r}, not {kind!r}")
+    if written != spec:
+        raise CodecError(f"{path}: the codec is of another spec: {written.difference(spec)}")
+    return file
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write all of a file or nothing, over what was there. Raises `CodecError` if the drive does not take it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        # The rename lasts only once the folder is on the drive too.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise CodecError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _checked(path: Path) -> tuple[CodecFile, str, MemorySpec]:
+    """What a file holds after every check, and the kind and spec that it states."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -128,13 +166,9 @@ def read(path: Path, kind: str, spec: MemorySpec) -> CodecFile:
         file = CodecFile(path, record["options"], tensors, Distortion(**measured) if measured else None)
     except (SafetensorError, ConfigError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise CodecError(f"{path}: not the file of a codec: {error}") from error
-    if found != kind:
-        raise CodecError(f"{path}: holds a codec of kind {found!r}, not {kind!r}")
-    if written != spec:
-        raise CodecError(f"{path}: the codec is of another spec: {written.difference(spec)}")
     if stated != {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}:
         raise CodecError(f"{path}: its tensors are not those that it states")
-    return file
+    return file, found, written
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -144,24 +178,3 @@ def _bytes(tensor: Tensor) -> bytes:
 def _escaped(digest: str) -> bytes:
     """The digest's field as it stands in the file: JSON inside a string of JSON."""
     return f'\\"digest\\":\\"{digest}\\"'.encode()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        # The rename lasts only once the folder is on the drive too.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise CodecError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

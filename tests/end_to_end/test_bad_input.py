@@ -50,6 +50,7 @@ class TestConfiguration:
         ["search", "why"],
         ["inspect"],
         ["forget", "1"],
+        ["codec", "report"],
         ["config"],
     )
 

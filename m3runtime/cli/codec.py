@@ -1,0 +1,220 @@
+"""``m3 codec``: trained codecs as files of their own."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json, show_size
+from m3runtime.cli.progress import stages
+from m3runtime.errors import CodecError, InputError
+
+if TYPE_CHECKING:
+    from m3runtime.codecs import Codec
+    from m3runtime.spec import MemorySpec
+
+app = typer.Typer(
+    name="codec",
+    help="Train a codec by hand, look into one, exchange quantisers with faiss.",
+    no_args_is_help=True,
+)
+
+Force = Annotated[bool, typer.Option("--force", help="Replace files that are there already.")]
+
+
+@app.command()
+def fit(
+    corpus: Annotated[list[Path] | None, typer.Option("--corpus", help="Files or folders, as of `m3 write`.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file to make; default: `codec.file`.")] = None,
+    config: ConfigFile = None,
+    text_field: Annotated[str, typer.Option(help="The field of a jsonl line that holds the text.")] = "text",
+    whole: Annotated[bool, typer.Option("--whole", help="Each document is one reference; do not split.")] = False,
+    force: Force = False,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Train the configured codec on a sample of a corpus, for `codec.file`.
+
+    It is the codec that `m3 write` would train for a new bank of this corpus.
+    """
+    settings = configuration(config, set)
+    if not corpus:
+        raise InputError("say what to learn from: --corpus PATH, more than once for several")
+    if (path := out or settings.codec.file) is None:
+        raise InputError("say what file to make: --out FILE, or set `codec.file`")
+    _check_free(path, force=force)
+    from m3runtime.text import read_documents
+
+    documents = read_documents(corpus, text_field=text_field)
+
+    from m3runtime import assembly
+    from m3runtime.fitting import fit_codec, sample_size
+    from m3runtime.references import references_of
+    from m3runtime.sampling import reservoir
+    from m3runtime.splitting import Splitter
+
+    adapter = assembly.open_adapter(settings)
+    codec = assembly.make_codec(settings, adapter.spec)
+    if codec.trained:
+        raise InputError(f"a codec of kind {settings.codec.kind} learns nothing: there is nothing to fit")
+    splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
+    references = references_of(documents, splitter, whole=whole)
+    texts = [reference.text for reference in reservoir(references, sample_size(adapter.spec))]
+    with stages({"codec": "Training the codec"}, shown=not json) as progress:
+        fit_codec(codec, adapter, texts, settings.memory.batch_size, partial(progress, "codec"))
+    codec.save(path)
+    _print(codec, path, json=json)
+
+
+@app.command()
+def report(
+    file: Annotated[Path | None, typer.Argument(help="A codec's file; default: the bank's.")] = None,
+    config: ConfigFile = None,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Print what a codec is, how small it makes memories and what it loses. Needs no model."""
+    if file is not None:
+        from m3runtime.codec_files import load_any
+
+        _print(load_any(file), file, json=json)
+        return
+    settings = configuration(config, set)
+    from m3runtime import assembly
+    from m3runtime.bank import CODEC
+
+    bank = assembly.open_bank(settings, read_only=True)
+    try:
+        _print(bank.codec, bank.path / CODEC, json=json)
+    finally:
+        bank.close()
+
+
+@app.command(name="import")
+def import_(
+    keys: Annotated[Path, typer.Option("--keys", help="An index of faiss, trained on keys.")],
+    values: Annotated[Path, typer.Option("--values", help="An index of faiss, trained on values.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to make.")],
+    bank: Annotated[bool, typer.Option("--bank", help="For memories as the bank has them; needs no model.")] = False,
+    config: ConfigFile = None,
+    force: Force = False,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Make a product codec of two quantisers that faiss trained, for memories of the configured model."""
+    settings = configuration(config, set)
+    _check_free(out, force=force, inputs={"--keys": keys, "--values": values})
+    from m3runtime import assembly
+    from m3runtime.codecs.faiss_exchange import from_faiss
+
+    spec: MemorySpec
+    if bank:
+        opened = assembly.open_bank(settings, read_only=True)
+        spec = opened.manifest.spec
+        opened.close()
+    else:
+        adapter = assembly.open_adapter(settings)
+        spec = adapter.spec
+        adapter.close()
+    codec = from_faiss(spec, keys, values)
+    codec.save(out)
+    _print(codec, out, json=json)
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="A codec's file.")],
+    keys: Annotated[Path, typer.Option("--keys", help="The index to make for keys.")],
+    values: Annotated[Path, typer.Option("--values", help="The index to make for values.")],
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Write a codec's quantisers as indexes of faiss, whose codes are the codec's own, byte for byte."""
+    _check_free(keys, force=force, inputs={"the codec": file})
+    _check_free(values, force=force, inputs={"the codec": file, "--keys": keys})
+    from m3runtime.codec_files import load_any
+    from m3runtime.codecs import files
+    from m3runtime.codecs.product import ProductCodec
+
+    codec = load_any(file)
+    if not isinstance(codec, ProductCodec):
+        raise InputError(f"{file}: a codec of kind {codec.kind}; faiss has indexes for those of kind product alone")
+    from m3runtime.codecs.faiss_exchange import to_faiss
+
+    try:
+        indexes = {keys: to_faiss(codec, "keys"), values: to_faiss(codec, "values")}
+    except CodecError as error:
+        raise InputError(f"{file}: {error}") from error
+    import faiss
+
+    written = {path: faiss.serialize_index(index).tobytes() for path, index in indexes.items()}
+    for path, data in written.items():
+        files.replace(path, data)
+    if json:
+        print_json({"file": str(file), "keys": str(keys), "values": str(values), "fingerprint": codec.fingerprint})
+        return
+    for path, data in written.items():
+        typer.echo(f"{path}: {show_size(len(data))}")
+
+
+def _check_free(path: Path, *, force: bool, inputs: Mapping[str, Path] | None = None) -> None:
+    """Raise `InputError` unless a file can be made here: before anything is computed."""
+    for name, other in (inputs or {}).items():
+        if path.resolve() == other.resolve():
+            raise InputError(f"{path}: cannot be both {name} and what is made")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}; make it first")
+    if path.exists() and not force:
+        raise InputError(f"{path}: is there already; --force replaces it")
+
+
+def _print(codec: "Codec", path: Path, *, json: bool) -> None:
+    facts = _facts(codec, path)
+    if json:
+        print_json(facts)
+        return
+    facts["spec"] = _in_short(codec.spec)
+    facts["options"] = ", ".join(f"{name}: {value}" for name, value in codec.options.items()) or "none"
+    fewer = facts.pop("times_fewer")
+    measured = [facts.pop(name) for name in ("key_error", "value_error")]
+    for name, value in facts.items():
+        typer.echo(f"{name}: {show_size(value) if name.endswith('bytes') else value}")
+    typer.echo(f"smaller than bfloat16: {fewer:.2f} times")
+    for name, error in zip(("keys", "values"), measured, strict=True):
+        typer.echo(f"relative squared error of {name}: {'not measured' if error is None else f'{error:.4g}'}")
+
+
+def _facts(codec: "Codec", path: Path) -> dict[str, Any]:
+    """What there is to say of a codec, as JSON values."""
+    spec, reference = codec.spec, codec.payload_bytes(codec.spec.tokens)
+    plain = 2 * 2 * spec.vectors_per_token * spec.head_dim * spec.tokens  # keys and values of two bytes each
+    measured = getattr(codec, "measured", None)  # not of the contract: codecs that learn nothing need not have it
+    return {
+        "file": str(path),
+        "kind": codec.kind,
+        "options": dict(codec.options),
+        "spec": spec.to_json(),
+        "fingerprint": codec.fingerprint,
+        "file_bytes": path.stat().st_size,
+        # Of one more token: what stands once in a memory is in the bytes of a reference.
+        "token_bytes": reference - codec.payload_bytes(spec.tokens - 1) if spec.tokens > 1 else reference,
+        "reference_bytes": reference,
+        "times_fewer": plain / reference,
+        "key_error": None if measured is None else measured.keys,
+        "value_error": None if measured is None else measured.values,
+    }
+
+
+def _in_short(spec: "MemorySpec") -> str:
+    layers = spec.layers
+    run = layers == tuple(range(layers[0], layers[-1] + 1)) and len(layers) > 1
+    named = f"{layers[0]}-{layers[-1]}" if run else ", ".join(map(str, layers))
+    kept = "all" if spec.dense else f"{spec.tokens} of"
+    return (
+        f"layers {named}; {spec.kv_heads} heads of {spec.head_dim}; "
+        f"{kept} {spec.reference_tokens} tokens of a reference; computed in {spec.dtype}"
+    )
