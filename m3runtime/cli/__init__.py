@@ -5,7 +5,7 @@ from io import TextIOWrapper
 
 import typer
 
-from m3runtime.cli import ask, bank, codec, config, write
+from m3runtime.cli import ask, bank, bench, codec, config, write
 from m3runtime.cli import eval as evaluation
 from m3runtime.errors import BankError, CodecError, ConfigError, InputError, M3Error, PluginError
 
@@ -26,6 +26,7 @@ app.command("forget")(bank.forget)
 app.command("config")(config.config)
 app.add_typer(evaluation.app)
 app.add_typer(codec.app)
+app.add_typer(bench.app)
 
 USER_ERRORS = (ConfigError, InputError, PluginError, BankError, CodecError)
 """What the user can mend; these end in exit code 2, other failures in 1."""

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -53,9 +53,6 @@ class Quantiser(ABC):
 
 class Design(ABC):
     """Untrained: how memories of a spec are to be quantised."""
-
-    names: ClassVar[Sequence[str]]
-    """Of the tensors that a trained quantiser has."""
 
     def __init__(self, spec: MemorySpec) -> None:
         self.spec = spec

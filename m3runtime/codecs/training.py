@@ -115,7 +115,7 @@ def _each(work: Callable[[_W], _R], items: Sequence[_W], progress: Progress | No
 
     done: list[_R] = []
     threads = torch.get_num_threads()
-    with _one_at_a_time, _blas(), ThreadPoolExecutor(threads) as pool:
+    with _one_at_a_time, by_blas(), ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(alone, item) for item in items]
         try:
             for future in futures:
@@ -226,7 +226,8 @@ def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
 
 
 @contextmanager
-def _blas() -> Iterator[None]:
+def by_blas() -> Iterator[None]:
+    """Let faiss compare by matrix products meanwhile. A setting of the whole process."""
     before = faiss.cvar.distance_compute_blas_threshold
     faiss.cvar.distance_compute_blas_threshold = _BLAS_FROM
     try:

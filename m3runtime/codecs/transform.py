@@ -8,7 +8,7 @@ none.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,8 +34,6 @@ class TransformDesign(Design):
     value is one by itself: less to compute, and more bytes for the same error. Raises `CodecError` for options that do
     not fit the spec.
     """
-
-    names: ClassVar[Sequence[str]] = ("parts", "mean", "forward", "inverse", *(f"width{width}" for width in WIDTHS))
 
     def __init__(self, spec: MemorySpec, bytes: int | None = None, together: str = "layer") -> None:
         super().__init__(spec)

@@ -1,0 +1,115 @@
+"""``m3 bench``: how fast, and how exactly."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json, show_size
+from m3runtime.cli.progress import stages
+from m3runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from m3runtime.adapter import Adapter
+    from m3runtime.bench.codec import CodecBench
+    from m3runtime.config import Config
+
+app = typer.Typer(name="bench", help="Measure speed, as ratios against a named baseline.", no_args_is_help=True)
+
+_STAGES = {
+    "memories": "Computing memories",
+    "errors": "Measuring errors",
+    "codec": "Training the codec",
+    "decoding": "Measuring times",
+}
+
+
+@app.callback()
+def bench() -> None:
+    """Measure speed, as ratios against a named baseline in the same run."""
+
+
+@app.command()
+def codec(
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option("--corpus", help="Texts to take memories of; may be repeated. Default: those of the bank."),
+    ] = None,
+    config: ConfigFile = None,
+    references: Annotated[int, typer.Option(min=16, help="References to take memories of.")] = 128,
+    decoded: Annotated[int, typer.Option(min=1, help="Memories that are decoded at once.")] = 5,
+    layers: Annotated[int, typer.Option(min=1, help="Layers that squared errors are measured on.")] = 2,
+    rounds: Annotated[int, typer.Option(min=5, help="How often everything is timed, in turns.")] = 15,
+    threads: Annotated[int, typer.Option(min=0, help="Threads on a CPU; 0: as many as torch takes.")] = 0,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Codecs: squared error at equal bytes and speed of decoding beside faiss, and bytes at rest.
+
+    Everything is measured in one run, on the same vectors and threads. The bank is not changed.
+    """
+    settings = configuration(config, set)
+    from m3runtime import assembly, plugins
+
+    plugins.require("m3 bench codec", "train")
+    import torch
+
+    from m3runtime.bench.codec import BenchSettings, bench_codec
+
+    asked = BenchSettings(references, decoded, layers, rounds, threads or torch.get_num_threads())
+    adapter = assembly.open_adapter(settings)
+    with stages(_STAGES, shown=not json) as progress:
+        found = bench_codec(settings, adapter, _texts(settings, adapter, corpus), asked, progress)
+    if json:
+        print_json(found.to_json())
+    else:
+        _show(found)
+
+
+def _texts(config: "Config", adapter: "Adapter", corpus: list[Path] | None) -> list[str]:
+    """The references of a corpus, or those of the bank."""
+    from m3runtime import assembly
+    from m3runtime.bank import Bank
+    from m3runtime.references import references_of
+    from m3runtime.splitting import Splitter
+    from m3runtime.text import read_documents
+
+    if corpus:
+        splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
+        return [one.text for one in references_of(read_documents(corpus), splitter, whole=False)]
+    if not Bank.exists(config.bank, assembly.open_home(config, read_only=True)):
+        raise InputError(f"there is no bank at {config.bank}; give texts with --corpus")
+    bank = assembly.open_bank(config, read_only=True)
+    try:
+        return [one.text for one in bank.home.references(bank.home.ids()) if one is not None]
+    finally:
+        bank.close()
+
+
+def _show(found: "CodecBench") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from m3runtime.bench.codec import ratios, speedups
+
+    console = Console()
+    error = Table("bytes of a vector", "codec", "keys", "values", "both", title="Relative squared error, held out")
+    for size, rows in found.errors.items():
+        for row in rows:
+            error.add_row(f"{row.bytes:.1f}", row.codec, f"{row.keys:.4f}", f"{row.values:.4f}", f"{row.both:.4f}")
+        for name, ratio in ratios(rows):
+            error.add_row(str(size), f"{name}: over the best of faiss", "", "", f"{ratio:.3f}", end_section=True)
+    console.print(error)
+    speed = found.speed
+    title = f"Decoding {speed.memories} memories, {speed.tokens} tokens"
+    times = Table("", "median (quartiles)", "of the copy", title=title)
+    for name, spread in speed.times.items():
+        times.add_row(name, str(spread), f"{spread.median / speed.limit(name):.1f}")
+    console.print(times)
+    for name, ratio in speedups(speed).items():
+        console.print(f"{name}: {ratio:.2f}")
+    console.print(f"{show_size(speed.bytes)} written, on {found.device}, {found.settings.threads} threads")
+    rest = Table("codec", "bytes a memory", "with zstd", "of it", title="At rest")
+    for one in found.at_rest:
+        rest.add_row(one.codec, f"{one.bytes:,.0f}", f"{one.zstd:,.0f}", f"{one.zstd / one.bytes:.3f}")
+    console.print(rest)
