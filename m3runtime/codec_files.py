@@ -24,31 +24,36 @@ def load_any(path: Path) -> Codec:
     return codec.load(path, spec)
 
 
-def load_configured(config: Config, spec: MemorySpec) -> Codec | None:
-    """The codec of ``codec.file``; None if none is configured.
+def configured(config: Config, spec: MemorySpec) -> Codec:
+    """The codec of ``codec.file``, or else the configured one, untrained if it learns.
 
-    Raises `ConfigError` that names the file, unless it can be read and is of the kind and options that are configured,
-    and of this spec.
+    Without options beside it, the file's own hold. Raises `ConfigError` that names the file, unless it can be read and
+    is of the kind and options that are configured, and of this spec.
     """
     path = config.codec.file
     if path is None:
-        return None
-    wanted = assembly.make_codec(config, spec)
+        return assembly.make_codec(config, spec)
+    kind: type[Codec] = load("codecs", config.codec.kind)
     try:
-        codec = type(wanted).load(path, spec)
+        codec = kind.load(path, spec)
     except CodecError as error:
         raise ConfigError(f"codec.file: {error}; make one with `m3 codec fit`, or leave `codec.file` out") from error
-    theirs, ours = codec.options, wanted.options
-    if differing := sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)):
-        named = ", ".join(f"{name} {theirs.get(name)} against {ours.get(name)}" for name in differing)
-        raise ConfigError(f"codec.file: {path}: its options are not those of `codec`: {named}")
+    if config.codec.options:
+        theirs, ours = codec.options, assembly.make_codec(config, spec).options
+        if differing := sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)):
+            named = ", ".join(f"{name} {theirs.get(name)} against {ours.get(name)}" for name in differing)
+            raise ConfigError(f"codec.file: {path}: its options are not those of `codec`: {named}")
     return codec
 
 
 def check_bank(config: Config, bank: Bank) -> None:
-    """Raise `BankMismatchError` if ``codec.file`` is given and is not the codec of this bank; see `load_configured`."""
-    codec = load_configured(config, bank.manifest.spec)
-    if codec is not None and codec.fingerprint != bank.manifest.codec:
+    """Raise `BankMismatchError` unless the bank's codec is the configured one; see `configured`.
+
+    With ``codec.file`` it must be the very codec of that file.
+    """
+    codec = configured(config, bank.manifest.spec)
+    bank.manifest.check_codec(kind=config.codec.kind, options=codec.options, where=bank.path)
+    if config.codec.file is not None and codec.fingerprint != bank.manifest.codec:
         raise BankMismatchError(
             f"{bank.path}: the bank's codec ({bank.manifest.codec[:8]}) is not that of {config.codec.file} "
             f"({codec.fingerprint[:8]}); leave `codec.file` out, or write into another bank"

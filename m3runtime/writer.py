@@ -104,8 +104,6 @@ class Writer:
             bank = assembly.open_bank(self.config)
             try:
                 adapter.check(bank.manifest, bank.path)
-                codec = assembly.make_codec(self.config, adapter.spec)
-                bank.manifest.check_codec(kind=self.config.codec.kind, options=codec.options, where=bank.path)
                 codec_files.check_bank(self.config, bank)
                 bank.manifest.check_embedder(
                     embedder=self.embedder.fingerprint, name=self.config.embedder.path, where=bank.path
@@ -132,9 +130,7 @@ class Writer:
 
     def _train(self, references: Sequence[Reference], progress: OnProgress | None) -> Codec:
         """The configured codec: that of ``codec.file``, or trained if it learns on a sample of these references."""
-        if codec := codec_files.load_configured(self.config, self.adapter.spec):
-            return codec
-        codec = assembly.make_codec(self.config, self.adapter.spec)
+        codec = codec_files.configured(self.config, self.adapter.spec)
         if codec.trained:
             return codec
         texts = [reference.text for reference in reservoir(references, sample_size(self.adapter.spec))]

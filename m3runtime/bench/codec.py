@@ -11,11 +11,11 @@ import torch
 import zstandard
 from torch import Tensor
 
-from m3runtime import assembly
 from m3runtime.adapter import Adapter
 from m3runtime.bench.codec_error import Error, errors
 from m3runtime.bench.codec_speed import Speed, decode_speed, filled
 from m3runtime.block import HEADER_BYTES
+from m3runtime.codec_files import configured
 from m3runtime.codecs import Codec
 from m3runtime.codecs.product import ProductCodec
 from m3runtime.codecs.raw import RawCodec
@@ -41,7 +41,7 @@ class BenchSettings:
     decoded: int = 5
     """Memories that are decoded at once: those of a chunk."""
     layers: int = 2
-    """Memory layers, evenly spread, whose vectors squared errors are measured on."""
+    """Memory layers, evenly spread, whose vectors squared errors are measured on; 0 for no errors."""
     rounds: int = 15
     threads: int = 2
     seed: int = 0
@@ -121,21 +121,16 @@ def bench_codec(
         raise InputError(f"a sample of {tokens} tokens is too small to measure on; give more texts, for {LEAST}")
     memories = _encode(adapter, drawn, config.memory.batch_size, lambda done, of: progress("memories", done, of))
     sample, held_out = rows(memories, slice(0, cut)), rows(memories, slice(cut, None))
-    spec, few = fewer_layers(adapter.spec, settings.layers)
     with _threads(settings.threads):
-        found = errors(
-            rows(sample, slice(None), few),
-            rows(held_out, slice(None), few),
-            spec,
-            settings.threads,
-            lambda done, of: progress("errors", done, of),
-        )
+        found: Mapping[int, Sequence[Error]] = {}
+        if settings.layers:
+            spec, few = fewer_layers(adapter.spec, settings.layers)
+            pair = (rows(sample, slice(None), few), rows(held_out, slice(None), few))
+            found = errors(*pair, spec, settings.threads, lambda done, of: progress("errors", done, of))
         quarters = {scope: quarter(adapter.spec, sample, scope) for scope in ("head", "model")}
-        configured = assembly.make_codec(config, adapter.spec)
-        fit_codec(
-            configured, adapter, drawn[:cut], config.memory.batch_size, lambda done, of: progress("codec", done, of)
-        )
-        others: dict[str, Codec] = {f"configured ({config.codec.kind})": configured}
+        ours = configured(config, adapter.spec)
+        fit_codec(ours, adapter, drawn[:cut], config.memory.batch_size, lambda done, of: progress("codec", done, of))
+        others: dict[str, Codec] = {f"configured ({config.codec.kind})": ours}
         others |= {"scalar int4": ScalarCodec(adapter.spec, 4), "raw float32": RawCodec(adapter.spec, "float32")}
         speed = decode_speed(
             quarters,
@@ -151,10 +146,10 @@ def bench_codec(
             "scalar int8": ScalarCodec(adapter.spec, 8),
             "scalar int4": ScalarCodec(adapter.spec, 4),
             "product, a quarter of a byte a channel": quarters["head"],
-            f"configured ({config.codec.kind})": configured,
+            f"configured ({config.codec.kind})": ours,
         }
         at_rest = [_at_rest(name, codec, held_out) for name, codec in stored.items()]
-    prints = {"model": adapter.model_fingerprint, "codec": configured.fingerprint}
+    prints = {"model": adapter.model_fingerprint, "codec": ours.fingerprint}
     return CodecBench(settings, str(adapter.device), config.model_dump(mode="json"), prints, found, speed, at_rest)
 
 

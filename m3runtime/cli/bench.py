@@ -38,7 +38,7 @@ def codec(
     config: ConfigFile = None,
     references: Annotated[int, typer.Option(min=16, help="References to take memories of.")] = 128,
     decoded: Annotated[int, typer.Option(min=1, help="Memories that are decoded at once.")] = 5,
-    layers: Annotated[int, typer.Option(min=1, help="Layers that squared errors are measured on.")] = 2,
+    layers: Annotated[int, typer.Option(min=0, help="Layers that squared errors are measured on; 0: none.")] = 2,
     rounds: Annotated[int, typer.Option(min=5, help="How often everything is timed, in turns.")] = 15,
     threads: Annotated[int, typer.Option(min=0, help="Threads on a CPU; 0: as many as torch takes.")] = 0,
     set: Set = None,
@@ -99,7 +99,8 @@ def _show(found: "CodecBench") -> None:
             error.add_row(f"{row.bytes:.1f}", row.codec, f"{row.keys:.4f}", f"{row.values:.4f}", f"{row.both:.4f}")
         for name, ratio in ratios(rows):
             error.add_row(str(size), f"{name}: over the best of faiss", "", "", f"{ratio:.3f}", end_section=True)
-    console.print(error)
+    if found.errors:
+        console.print(error)
     speed = found.speed
     title = f"Decoding {speed.memories} memories, {speed.tokens} tokens"
     times = Table("", "median (quartiles)", "of the copy", title=title)

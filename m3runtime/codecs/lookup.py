@@ -1,7 +1,7 @@
 """The centroids that codes stand for, the work of decoding: one call for all memories, layers and heads."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 
@@ -96,12 +96,19 @@ def by_numba(
             lookup_kernel.look_up(*arguments, first, end)
 
     # A thread takes neighbouring heads, of all memories: their centroids stay in its cache.
-    jobs = out.shape[0] * out.shape[1]
-    count = max(1, min(torch.get_num_threads(), jobs, out.numel() // _WORTH_A_THREAD))
+    share_out(some, out.shape[0] * out.shape[1], out.numel())
+
+
+def share_out(work: Callable[[int, int], None], jobs: int, numbers: int) -> None:
+    """Call ``work(first, end)`` for all jobs, on ``torch.get_num_threads()`` threads if so many numbers are worth it.
+
+    ``work`` must let other threads run, and not raise.
+    """
+    count = max(1, min(torch.get_num_threads(), jobs, numbers // _WORTH_A_THREAD))
     shares = list(pairwise(jobs * i // count for i in range(count + 1)))
-    threads = [threading.Thread(target=some, args=share) for share in shares[1:]]
+    threads = [threading.Thread(target=work, args=share) for share in shares[1:]]
     for thread in threads:
         thread.start()
-    some(*shares[0])
+    work(*shares[0])
     for thread in threads:
         thread.join()

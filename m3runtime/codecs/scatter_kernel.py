@@ -17,9 +17,11 @@ def _scatter(
     starts: Array,  # int64[parts]: where the centroids of each begin
     tables: Array,  # float32[all centroids]
     out: Array,  # float32[units, at least tokens, kept]
+    begin: int,  # of the parts
+    end: int,
 ) -> None:
     # Part by part: the centroids of one stay in the cache for all tokens.
-    for part in range(codes.shape[1]):
+    for part in range(begin, end):
         unit, first, width = parts[part, 0], parts[part, 1], parts[part, 2]
         start = starts[part]
         for token in range(codes.shape[0]):
@@ -29,8 +31,9 @@ def _scatter(
 
 
 def _compiled() -> Callable[..., None]:
+    floats, whole = numba.float32, numba.int64
     signature = numba.void(
-        numba.uint8[:, :], numba.int32[:, ::1], numba.int64[::1], numba.float32[::1], numba.float32[:, :, ::1]
+        numba.uint8[:, :], numba.int32[:, ::1], whole[::1], floats[::1], floats[:, :, ::1], whole, whole
     )
     with contextlib.suppress(RuntimeError):  # no folder can be written to
         return numba.njit(signature, nogil=True, cache=True)(_scatter)

@@ -38,7 +38,7 @@ class TransformDesign(Design):
     def __init__(self, spec: MemorySpec, bytes: int | None = None, together: str = "layer") -> None:
         super().__init__(spec)
         bytes = max(1, round(_SHARE * spec.head_dim)) if bytes is None else bytes
-        if isinstance(bytes, bool) or bytes not in range(1, 2 * spec.head_dim + 1):
+        if type(bytes) is not int or bytes not in range(1, 2 * spec.head_dim + 1):
             most = 2 * spec.head_dim
             raise CodecError(f"bytes of the product codec must be a whole number from 1 to {most}, not {bytes!r}")
         if together not in TOGETHER:
@@ -81,7 +81,9 @@ class TransformDesign(Design):
         listed = parts.tolist()
         width = [part[2] for part in listed]
         fit = all(0 <= u < self.units and 0 <= f < f + w <= self.channels and w in WIDTHS for u, f, w in listed)
-        if not fit or len(listed) > self.token_bytes or listed != sorted(listed, key=_order):
+        covered = {(u, at) for u, f, w in listed for at in range(f, f + w)}
+        apart = len(covered) == sum(width)  # or what a coordinate is would depend on which part comes last
+        if not fit or not apart or len(listed) > self.token_bytes or listed != sorted(listed, key=_order):
             raise CodecError("tensor 'parts' does not describe parts of these vectors")
         rows = sum(kept_by(parts, self.units))
         wanted: dict[str, tuple[int, ...]] = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from m3runtime.codecs.allocation import WIDTHS
-from m3runtime.codecs.lookup import compiled
+from m3runtime.codecs.lookup import compiled, share_out
 from m3runtime.codecs.nearest import nearest, scorer
 from m3runtime.codecs.quantiser import Quantiser, Vectors
 
@@ -131,7 +131,8 @@ class TransformQuantiser(Quantiser):
         if codes.device.type == "cpu" and compiled():
             from m3runtime.codecs.scatter_kernel import scatter
 
-            scatter(codes.numpy(), self.parts.numpy(), self._starts.numpy(), self._flat.numpy(), out.numpy())
+            of = (codes.numpy(), self.parts.numpy(), self._starts.numpy(), self._flat.numpy(), out.numpy())
+            share_out(lambda first, end: scatter(*of, first, end), len(self.parts), out.numel())
         else:
             out[:, : len(codes)] = self._coordinates(codes)
 

@@ -16,6 +16,7 @@ import torch
 from m3runtime import assembly
 from m3runtime.adapter import Adapter, Prompt
 from m3runtime.block import HEADER_BYTES
+from m3runtime.codec_files import configured
 from m3runtime.codecs import Codec
 from m3runtime.config import Config
 from m3runtime.evaluation.judging import is_right
@@ -161,7 +162,7 @@ class Trials:
         coded = canonical_json([shape, config.codec.model_dump(mode="json")])
         if self._coded[0] != coded:
             self._coded = ("", {}, 0.0)
-            self._coded = (coded, *self._recode(assembly.make_codec(config, adapter.spec), adapter))
+            self._coded = (coded, *self._recode(configured(config, adapter.spec), adapter))
         return self._coded[1:]
 
     def _encode(self, adapter: Adapter) -> dict[int, Part]:

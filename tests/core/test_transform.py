@@ -206,7 +206,7 @@ def test_a_vector_takes_so_many_bytes() -> None:
     assert 0.9 * 9 * 6 <= small.payload_bytes(1) <= 9 * 6
 
 
-@pytest.mark.parametrize("size", [0, 33, -1, True, 2.5, "many"])
+@pytest.mark.parametrize("size", [0, 33, -1, True, 2.5, 8.0, "many"])
 def test_bytes_that_cannot_be_are_refused(size: object) -> None:
     with pytest.raises(CodecError, match="whole number from 1 to 32, not"):
         ProductCodec(SPEC, bytes=size)  # type: ignore[arg-type]
@@ -254,6 +254,7 @@ def test_it_is_trained_on_very_little() -> None:
         torch.tensor([[0, 0, 5]], dtype=torch.int32),  # no such width
         torch.tensor([[0, 62, 4]], dtype=torch.int32),  # beyond the channels
         torch.tensor([[0, -1, 4]], dtype=torch.int32),
+        torch.tensor([[0, 3, 1], [0, 2, 4]], dtype=torch.int32),  # one coordinate twice
         torch.tensor([[1, 0, 1], [0, 0, 1]], dtype=torch.int32),  # out of order
         torch.tensor([[0, 0, 1]] * 100, dtype=torch.int32),  # more than the bytes
         torch.tensor([[0, 0, 1]]),

@@ -153,6 +153,13 @@ class TestConfiguredFile:
         assert fitted.m3("search", "the harbour lamp", "--json").code == 0
         assert fitted.m3("config", "--json").json["config"]["codec"]["file"] is None
 
+    def test_alone_its_own_options_hold(self, fitted: Place, said: dict[str, Any]) -> None:
+        set_codec(fitted, file="own.safetensors")
+        for _ in range(2):  # a new bank, and again into it
+            result = fitted.m3("write", "facts")
+            assert result.code == 0, result.err
+        assert fitted.m3("inspect", "--json").json["codec"]["fingerprint"] == said["fingerprint"]
+
     def test_paths_are_those_of_who_says_them(self, fitted: Place) -> None:
         fitted.configure(codec={"file": "own.safetensors"})
         (fitted.folder / "below").mkdir()
