@@ -290,7 +290,7 @@ def report(found: Mapping[str, Sequence[Result]], config: Config, adapter: Trans
             place = tuple(one.bytes / 1000 for one in own)
             lines.append(Series(f"{name}: {kind.strip(', ')}", tuple(one.lost for one in own), place))
     plot = Plot("codec", "What quantising costs", "log-likelihood lost, nats a token", tuple(lines), x="kB a memory")
-    best = {name: next(one for one in results if one.variant == "product, 41 bytes") for name, results in found.items()}
+    best = {name: next(one for one in results if one.variant == "product, 48 bytes") for name, results in found.items()}
     summary = tuple(
         f"{name}: the default codec takes {results[0].bytes / best[name].bytes:.1f} times fewer bytes than bfloat16 and"
         f" loses {best[name].lost} nats a token of log-likelihood."

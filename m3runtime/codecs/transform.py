@@ -21,14 +21,14 @@ from m3runtime.errors import CodecError
 from m3runtime.spec import MemorySpec
 
 TOGETHER = ("layer", "head")
-_SHARE = 41 / 64
+_SHARE = 48 / 64
 """Bytes for each channel of a head, key and value together, by default."""
 
 
 class TransformDesign(Design):
     """A key and a value of one head in ``bytes`` bytes together, on average over layers and heads.
 
-    The default is a little less than a sixth of what they take in bfloat16: 41 for a head of 64 channels.
+    The default is 3/16 of what they take in bfloat16: 48 for a head of 64 channels. docs/codecs.md says why.
 
     With ``together="layer"`` keys and values of all heads of a layer are one vector; with ``head`` each key and each
     value is one by itself: less to compute, and more bytes for the same error. Raises `CodecError` for options that do

@@ -200,8 +200,8 @@ def _fitted() -> ProductCodec:
 
 def test_a_vector_takes_so_many_bytes() -> None:
     codec = ProductCodec(MemorySpec(tuple(range(30)), 3, 128, 64, 128, "float32"))
-    assert codec.options == {"bytes": 41, "together": "layer"}
-    assert codec.payload_bytes(100) == 100 * 90 * 41
+    assert codec.options == {"bytes": 48, "together": "layer"}
+    assert codec.payload_bytes(100) == 100 * 90 * 48
     small = _fitted()
     assert 0.9 * 9 * 6 <= small.payload_bytes(1) <= 9 * 6
 
