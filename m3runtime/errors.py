@@ -10,11 +10,13 @@
     │   ├── BankMissingError    there is no bank at that path
     │   ├── BankFormatError     written by another format version
     │   ├── BankMismatchError   written by another model, tokenizer, spec, codec or embedder
+    │   ├── BankBusyError       another process, or this one, has it open for writing
     │   └── BankFullError       the home has reached its configured limit, or the drive is full
     ├── BlockError              bytes that are not the block they should be
     ├── CodecError              a codec that is untrained, unreadable or does not fit the spec
     ├── IndexFileError          an index file that cannot be used (it is rebuilt from the home)
     └── TierError               a tier that failed
+        ├── RecordError         a record of the home that is damaged: a reference, an embedding, metadata
         ├── TierClosedError     a tier used after ``close``
         └── TierReadOnlyError   a write to a tier opened for reading
 
@@ -54,6 +56,10 @@ class BankMismatchError(BankError):
     """The bank was written by another model, tokenizer, spec, codec or embedder."""
 
 
+class BankBusyError(BankError):
+    """The bank is open for writing already. Any number of processes may read it, one may write."""
+
+
 class BankFullError(BankError):
     """The home has reached its configured limit, or the drive is full. Nothing of the batch was written."""
 
@@ -72,6 +78,14 @@ class IndexFileError(M3Error):
 
 class TierError(M3Error):
     """A tier failed. Never raised for a block that simply is not there."""
+
+
+class RecordError(TierError):
+    """A record of the home is damaged. ``id`` is the memory that it belongs to, or None."""
+
+    def __init__(self, message: str, id: int | None = None) -> None:
+        super().__init__(message)
+        self.id = id
 
 
 class TierClosedError(TierError):

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 from m3runtime.errors import ConfigError
 
@@ -37,6 +38,14 @@ class EvictionPolicy(ABC):
     @abstractmethod
     def __len__(self) -> int:
         """How many ids are held."""
+
+
+@runtime_checkable
+class ScoreAware(Protocol):
+    """A policy that may have this looks at what retrieval thought of a block."""
+
+    def scored(self, id: int, score: float) -> None:
+        """``id``, which is held, was chosen by retrieval with this score in [-1, 1]."""
 
 
 class LruPolicy(EvictionPolicy):

@@ -4,12 +4,14 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from m3runtime.abilities import Persistent, Scored, Scores
 from m3runtime.block import BlockStamp, Found, Ids, check
 from m3runtime.errors import BankFullError, BlockError, TierClosedError, TierError, TierReadOnlyError
 from m3runtime.slab import finish, runs
@@ -37,6 +39,13 @@ class TierStats:
     """Blocks that failed their check."""
 
 
+class Recorder(Protocol):
+    """Is told what a hierarchy is asked for, before it does it. Called from any thread."""
+
+    def record(self, op: str, ids: Ids, scores: Scores | None = None) -> None:
+        """``op`` is ``read``, ``lift``, ``score``, ``pin``, ``unpin`` or ``discard``."""
+
+
 class _Cache:
     """A caching tier, and what the hierarchy knows of it."""
 
@@ -57,7 +66,12 @@ class Hierarchy:
     """
 
     def __init__(
-        self, tiers: Sequence[CachingTier], home: Home, stamp: BlockStamp, device: torch.device | str = "cpu"
+        self,
+        tiers: Sequence[CachingTier],
+        home: Home,
+        stamp: BlockStamp,
+        device: torch.device | str = "cpu",
+        recorder: Recorder | None = None,
     ) -> None:
         self.home = home
         self.stamp = stamp
@@ -72,6 +86,10 @@ class Hierarchy:
         self._promoting = threading.RLock()
         self._forgets = 0
         self._closed = False
+        self._recorder = recorder
+        for cache in self._caches:
+            if isinstance(cache.tier, Persistent):
+                cache.owed.update(np.setdiff1d(cache.tier.ids(), home.ids()).tolist())
 
     def read(self, ids: Ids, out: Tensor) -> Found:
         """Fill rows of ``out`` from the fastest tier that has each block.
@@ -79,12 +97,14 @@ class Hierarchy:
         ``out`` is ``uint8[n, slot_bytes]`` on any device; an id may occur twice. Rows that are not found
         have no meaning afterwards. What was found is kept in every faster tier.
         """
+        self._record("read", ids)
         return self._read(ids, out, lifting=False)
 
     def lift(self, ids: Ids) -> Found:
         """Bring blocks up to the fastest caching tier with room. Returns which any of them holds then."""
         self._open()
         ids = np.asarray(ids)
+        self._record("lift", ids)
         target = next((cache for cache in self._caches if cache.tier.capacity), None)
         if target is not None:
             wanted = np.unique(ids)
@@ -93,6 +113,17 @@ class Hierarchy:
                 some = wanted[start : start + LIFT_BLOCKS]
                 self._read(some, self._buffer(len(some), self.device), lifting=True)
         return self.held(ids)
+
+    def score(self, ids: Ids, scores: Scores) -> None:
+        """Tell the caching tiers what retrieval thought of these, for policies that look at it."""
+        self._open()
+        self._record("score", ids, scores)
+        for level, cache in enumerate(self._caches):
+            if isinstance(cache.tier, Scored):
+                try:
+                    cache.tier.score(ids, scores)
+                except TierError:
+                    self._count(level, faults=1)
 
     def held(self, ids: Ids) -> Found:
         """Which of these a caching tier holds now, so that reading them does not touch the home."""
@@ -104,6 +135,7 @@ class Hierarchy:
     def pin(self, ids: Ids) -> Found:
         """Keep these in the caching tiers that hold them, until as many `unpin`. Returns which are held."""
         self._open()
+        self._record("pin", ids)
         with self._pinning:
             self._pins.update(ids.tolist())
             for level, cache in enumerate(self._caches):
@@ -117,6 +149,7 @@ class Hierarchy:
     def unpin(self, ids: Ids) -> None:
         """Take back one `pin` of each id that had one, whether or not a tier held it."""
         self._open()
+        self._record("unpin", ids)
         with self._pinning:
             self._pins.subtract(id for id in ids.tolist() if id in self._pins)
             free = {id for id in ids.tolist() if self._pins[id] <= 0}
@@ -127,6 +160,7 @@ class Hierarchy:
     def discard(self, ids: Ids) -> None:
         """Forget blocks, in the home first. Once it returned no tier will ever answer with them."""
         self._open()
+        self._record("discard", ids)
         self.home.discard(ids)
         with self._promoting:
             self._forgets += 1
@@ -148,6 +182,10 @@ class Hierarchy:
         self._closed = True
         for cache in self._caches:
             cache.tier.close()
+
+    def _record(self, op: str, ids: Ids, scores: Scores | None = None) -> None:
+        if self._recorder is not None:
+            self._recorder.record(op, ids, scores)
 
     def _open(self) -> None:
         if self._closed:

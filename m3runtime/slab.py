@@ -9,9 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from m3runtime.abilities import Scores
 from m3runtime.block import Found, Ids
 from m3runtime.errors import ConfigError, TierClosedError, TierError
-from m3runtime.eviction import make_policy
+from m3runtime.eviction import ScoreAware, make_policy
 from m3runtime.tier import CachingTier, check_rows
 
 Slots = npt.NDArray[np.int64]
@@ -180,6 +181,15 @@ class SlabTier(CachingTier):
             for id in ids.tolist():
                 if (pins := self._pins.pop(id, 0)) > 1:
                     self._pins[id] = pins - 1
+
+    def score(self, ids: Ids, scores: Scores) -> None:
+        """See `m3runtime.abilities.Scored`. For policies that are `ScoreAware`; others pass it over."""
+        with self._lock:
+            self._open()
+            if isinstance(self._policy, ScoreAware):
+                for id, score in zip(ids.tolist(), scores.tolist(), strict=True):
+                    if id in self._held:
+                        self._policy.scored(id, score)
 
     def stats(self) -> SlabStats:
         """A snapshot; also of a closed tier."""

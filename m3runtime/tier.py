@@ -125,11 +125,11 @@ class Home(Tier):
     """
 
     @abstractmethod
-    def commit(self, batch: Batch) -> None:
-        """Add a batch in one transaction.
+    def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
+        """Add a batch in one transaction, and forget in the same one what it is ``replacing``, as `discard` does.
 
-        Ids are new (`next_id` or above), texts not remembered yet; else `InputError`. Raises
-        `BankFullError` and `TierReadOnlyError`. After any error nothing was written.
+        Ids are new (`next_id` or above), texts not remembered yet, or only by what is replaced; else `InputError`.
+        Raises `BankFullError` and `TierReadOnlyError`. After any error nothing was written.
         """
 
     @abstractmethod
@@ -142,7 +142,7 @@ class Home(Tier):
 
     @abstractmethod
     def references(self, ids: Ids) -> list[Reference | None]:
-        """The references of ids, None where an id is unknown."""
+        """The references of ids, None where an id is unknown. Raises `RecordError` for one that is damaged."""
 
     @abstractmethod
     def ids(self) -> Ids:
@@ -158,7 +158,10 @@ class Home(Tier):
 
     @abstractmethod
     def embeddings(self, ids: Ids | None = None, batch: int = 4096) -> Iterator[tuple[Ids, npt.NDArray[np.float32]]]:
-        """Embeddings in batches, ``ids[n]`` and ``float32[n, dim]``: of `ids()`, or of these where known."""
+        """Embeddings in batches, ``ids[n]`` and ``float32[n, dim]``: of `ids()`, or of these where known.
+
+        Raises `RecordError` for one that is damaged.
+        """
 
     @abstractmethod
     def quarantine(self, id: int, reason: str) -> None:
@@ -170,7 +173,7 @@ class Home(Tier):
 
     @abstractmethod
     def get_meta(self, key: str) -> bytes | None:
-        """A small value stored by `set_meta`, or None."""
+        """A small value stored by `set_meta`, or None. Raises `RecordError` if it is damaged."""
 
     @abstractmethod
     def set_meta(self, key: str, value: bytes) -> None:

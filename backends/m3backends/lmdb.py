@@ -68,7 +68,7 @@ class LmdbHome(LmdbReading):
 
         self._environment.write(work, need=size)
 
-    def commit(self, batch: Batch) -> None:
+    def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
         """See `Home.commit`."""
         ids, count = batch.ids, len(batch.ids)
         stored, size = self._packed(ids, batch.blocks)
@@ -81,6 +81,8 @@ class LmdbHome(LmdbReading):
             raise InputError("a batch has an id twice")
 
         def work(txn: Writing) -> None:
+            if replacing is not None:
+                self._forget(txn, replacing)
             self._use(txn, ids)
             first = txn.cursor(self._db.embeddings)
             if count and first.first() and len(first.value()) != vectors[0].nbytes:
@@ -100,21 +102,7 @@ class LmdbHome(LmdbReading):
 
     def discard(self, ids: Ids) -> None:
         """Forget for good: block, reference, embedding and all; the ids are never used again."""
-
-        def work(txn: Writing) -> None:
-            for key in pack_ids(ids):
-                record = txn.pop(key, db=self._db.references)
-                if record is not None:
-                    reference = unpack_reference(record)
-                    source = digest(reference.source)
-                    txn.delete(digest(reference.text), db=self._db.digests)
-                    txn.delete(source, key, db=self._db.members)
-                    if not txn.cursor(self._db.members).set_key(source):
-                        txn.delete(source, db=self._db.sources)
-                for db in (self._db.blocks, self._db.embeddings, self._db.quarantine):
-                    txn.delete(key, db=db)
-
-        self._environment.write(work, reserve=True)
+        self._environment.write(lambda txn: self._forget(txn, ids), reserve=True)
 
     def quarantine(self, id: int, reason: str) -> None:
         """See `Home.quarantine`. Passes over an id that is not held."""
@@ -154,6 +142,19 @@ class LmdbHome(LmdbReading):
         if len(wrong):
             raise InputError(f"id {ids[wrong[0]]} comes with bytes that are not its block")
         return rows, ends
+
+    def _forget(self, txn: Writing, ids: Ids) -> None:
+        for key in pack_ids(ids):
+            record = txn.pop(key, db=self._db.references)
+            if record is not None:
+                reference = unpack_reference(record)
+                source = digest(reference.source)
+                txn.delete(digest(reference.text), db=self._db.digests)
+                txn.delete(source, key, db=self._db.members)
+                if not txn.cursor(self._db.members).set_key(source):
+                    txn.delete(source, db=self._db.sources)
+            for db in (self._db.blocks, self._db.embeddings, self._db.quarantine):
+                txn.delete(key, db=db)
 
     def _use(self, txn: Writing, ids: Ids) -> None:
         """Take these ids, which nobody used before."""
