@@ -1,7 +1,21 @@
+import random
+from collections.abc import Iterable, Sequence
+
 import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from m3runtime.errors import ConfigError
-from m3runtime.eviction import EvictionPolicy, LruPolicy, make_policy
+from m3runtime.eviction import (
+    POLICIES,
+    EvictionPolicy,
+    LruPolicy,
+    S3FifoPolicy,
+    ScoreAware,
+    ScoredPolicy,
+    make_policy,
+)
+from m3runtime.testing.blocks import LAST_ID
 from m3runtime.testing.eviction import EvictionContract, anything
 
 
@@ -10,20 +24,248 @@ class TestLruPolicy(EvictionContract):
         return make_policy("lru", slots)
 
 
-def test_lru_gives_up_what_was_used_longest_ago() -> None:
-    policy = LruPolicy(3)
-    for id in (1, 2, 3):
+class TestS3FifoPolicy(EvictionContract):
+    def make(self, slots: int) -> EvictionPolicy:
+        return make_policy("s3-fifo", slots)
+
+
+class TestScoredPolicy(EvictionContract):
+    def make(self, slots: int) -> EvictionPolicy:
+        return make_policy("score", slots)
+
+
+class PolicyMachine(RuleBasedStateMachine):
+    """A policy against the set of what its tier holds, in every order of calls that hypothesis thinks of."""
+
+    name = "lru"
+
+    @initialize(slots=st.integers(1, 12))
+    def start(self, slots: int) -> None:
+        self.policy: EvictionPolicy = make_policy(self.name, slots)
+        self.held: set[int] = set()
+        self.pinned: set[int] = set()
+
+    @rule(id=st.integers(0, 15) | st.just(LAST_ID))
+    def ask_for(self, id: int) -> None:
+        """As a tier does: touch what is held, make room for what is not."""
+        if id in self.held:
+            self.policy.touched(id)
+            return
+        if len(self.held) == self.policy.slots:
+            victim = self.policy.victim(lambda other: other not in self.pinned)
+            if self.held <= self.pinned:
+                assert victim is None
+                return
+            assert victim in self.held - self.pinned
+            self.policy.removed(victim)
+            self.held.remove(victim)
+        self.policy.admitted(id)
+        self.held.add(id)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), score=st.floats(-1, 1, width=32))
+    def score(self, data: st.DataObject, score: float) -> None:
+        if isinstance(self.policy, ScoreAware):
+            self.policy.scored(data.draw(st.sampled_from(sorted(self.held))), score)
+
+    @rule(data=st.data())
+    def pin(self, data: st.DataObject) -> None:
+        """Any number of those held, all of them included."""
+        self.pinned = {id for id in sorted(self.held) if data.draw(st.booleans())}
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def discard(self, data: st.DataObject) -> None:
+        id = data.draw(st.sampled_from(sorted(self.held)))
+        self.policy.removed(id)
+        self.held.remove(id)
+        self.pinned.discard(id)
+
+    @rule()
+    def name_a_victim_and_keep_it(self) -> None:
+        victim = self.policy.victim(anything)
+        assert victim in self.held or (victim is None and not self.held)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def the_only_one_is_found(self, data: st.DataObject) -> None:
+        only = data.draw(st.sampled_from(sorted(self.held)))
+        assert self.policy.victim(lambda id: id == only) == only
+
+    @invariant()
+    def counts_what_is_held(self) -> None:
+        assert len(self.policy) == len(self.held)
+
+
+class S3FifoMachine(PolicyMachine):
+    name = "s3-fifo"
+
+
+class ScoredMachine(PolicyMachine):
+    name = "score"
+
+
+TestLruMachine = PolicyMachine.TestCase
+TestS3FifoMachine = S3FifoMachine.TestCase
+TestScoredMachine = ScoredMachine.TestCase
+
+
+def use(policy: EvictionPolicy, held: set[int], ids: Iterable[int]) -> int:
+    """Read through a cache. Returns how many were held."""
+    hits = 0
+    for id in ids:
+        if id in held:
+            hits += 1
+            policy.touched(id)
+            continue
+        if len(held) == policy.slots:
+            victim = policy.victim(anything)
+            assert victim is not None
+            held.remove(victim)
+            policy.removed(victim)
         policy.admitted(id)
-    policy.touched(1)
-    policy.touched(3)
-    policy.touched(1)
+        held.add(id)
+    return hits
+
+
+def drain(policy: EvictionPolicy) -> Sequence[int]:
+    """What is held, in the order in which it would be given up."""
     order = []
     while (victim := policy.victim(anything)) is not None:
         order.append(victim)
         policy.removed(victim)
-    assert order == [2, 3, 1]
+    return order
+
+
+def test_lru_gives_up_what_was_used_longest_ago() -> None:
+    policy = LruPolicy(3)
+    use(policy, set(), [1, 2, 3, 1, 3, 1])
+    assert drain(policy) == [2, 3, 1]
+
+
+def test_a_scan_flushes_the_hot_set_out_of_lru_alone() -> None:
+    kept = {}
+    for name in POLICIES:
+        policy, held = make_policy(name, 20), set[int]()
+        use(policy, held, [*range(10)] * 5)
+        use(policy, held, range(1000, 1060))
+        kept[name] = len(held.intersection(range(10)))
+    assert kept == {"lru": 0, "s3-fifo": 10, "score": 10}
+
+
+def test_no_scan_is_long_enough_for_s3_fifo() -> None:
+    policy, held = S3FifoPolicy(20), set[int]()
+    use(policy, held, [*range(10)] * 5)
+    use(policy, held, range(1000, 20_000))
+    assert held.issuperset(range(10))
+
+
+def test_s3_fifo_gives_up_what_was_used_once_before_what_was_used_again() -> None:
+    policy = S3FifoPolicy(10)
+    use(policy, set(), [*range(10), 0, 0, 1, 2, 2])
+    # 1 was used once after it came, which is not more than once. 0 and 2 went on to main.
+    assert drain(policy) == [1, 3, 4, 5, 6, 7, 8, 9, 0, 2]
+
+
+def test_s3_fifo_takes_what_comes_back_soon_into_main() -> None:
+    policy, held = S3FifoPolicy(10), set[int]()
+    use(policy, held, range(10))
+    use(policy, held, [10, 11])
+    assert 0 not in held
+    use(policy, held, [0])  # from the ghost queue; 2 made room
+    use(policy, held, range(20, 60))
+    assert 0 in held
+    assert len(held) == 10
+
+
+@pytest.mark.parametrize(
+    ("uses", "order"), [([0, 0, 1, 2, 2, 2], [3, 1, 0, 2]), ([0] * 100 + [1, 2, 3] * 3, [0, 1, 2, 3])]
+)
+def test_s3_fifo_gives_main_a_round_for_each_use_up_to_three(uses: list[int], order: list[int]) -> None:
+    policy, held = S3FifoPolicy(4), set[int]()
+    use(policy, held, [0, 1, 2, 3] * 3)
+    policy.victim(anything)  # all go on to main
+    use(policy, held, uses)
+    assert drain(policy) == order
+
+
+def test_score_keeps_what_scored_high_among_equally_recent() -> None:
+    policy = ScoredPolicy(4)
+    for id, score in ((1, 0.3), (2, 0.9), (3, -0.2), (4, 0.6)):
+        policy.admitted(id)
+    for id, score in ((1, 0.3), (2, 0.9), (3, -0.2), (4, 0.6)):
+        policy.scored(id, score)
+    assert drain(policy) == [3, 1, 4, 2]
+
+
+def test_score_forgets_old_scores() -> None:
+    policy, held = ScoredPolicy(4), set[int]()
+    use(policy, held, [1])
+    policy.scored(1, 1.0)
+    use(policy, held, range(10, 14))
+    assert 1 in held
+    use(policy, held, range(14, 60))
+    assert 1 not in held
+
+
+def test_score_counts_a_use_without_one() -> None:
+    policy = ScoredPolicy(3)
+    use(policy, set(), [1, 2, 3, 1])
+    assert drain(policy) == [2, 3, 1]
+
+
+def test_score_is_right_after_very_many_uses() -> None:
+    """As a policy that began anew: only differences of time matter."""
+    for slots in (1, 50, 10**7):
+        old, new = ScoredPolicy(slots), ScoredPolicy(slots)
+        old._time = 10**12
+        drawing, uses = random.Random(slots), []
+        for policy in (old, new):
+            for id in range(40):
+                policy.admitted(id)
+        for _ in range(400):
+            uses.append((drawing.randrange(40), drawing.uniform(-1, 1)))
+        for policy in (old, new):
+            for id, score in uses:
+                policy.touched(id)
+                policy.scored(id, score)
+        assert drain(old) == drain(new)
+
+
+def test_score_that_is_no_number_does_no_harm() -> None:
+    policy = ScoredPolicy(3)
+    use(policy, set(), [1, 2, 3])
+    policy.scored(2, float("nan"))
+    policy.scored(3, float("inf"))
+    assert drain(policy) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_what_a_policy_keeps_is_bounded(name: str) -> None:
+    """Blocks that come and are discarded, and ever new ones, leave nothing behind."""
+    policy = make_policy(name, 10)
+    for id in range(3000):
+        policy.admitted(id)
+        policy.touched(id)
+        if id % 3:
+            policy.removed(id)
+        elif len(policy) == 10:
+            victim = policy.victim(anything)
+            assert victim is not None
+            policy.removed(victim)
+    sizes = [len(part) for part in vars(policy).values() if hasattr(part, "__len__")]
+    assert sizes
+    assert max(sizes) <= 40
+
+
+def test_only_the_score_policy_looks_at_scores() -> None:
+    assert {name: isinstance(make_policy(name, 1), ScoreAware) for name in POLICIES} == {
+        "lru": False,
+        "s3-fifo": False,
+        "score": True,
+    }
 
 
 def test_an_unknown_policy_names_the_choices() -> None:
-    with pytest.raises(ConfigError, match="one of lru, not 'fifo'"):
+    with pytest.raises(ConfigError, match="one of lru, s3-fifo, score, not 'fifo'"):
         make_policy("fifo", 3)
