@@ -12,12 +12,15 @@ as usearch wrote      the index
 16                    XXH3-128 of everything before
 ====================  =========================================================
 
-usearch trusts what it reads, so it is given a file only after the digest of the whole file was found right.
+usearch trusts what it reads, so it is given a file only after the digest of the whole file was found right, and all
+that it follows in it too (`m3backends.usearch_layout`): whoever wrote the file can compute a digest. What the digest
+does not prove is that vectors are the home's; whoever can write a bank's files can write the bank.
 """
 
 import json
 import mmap
 import os
+import secrets
 import threading
 from pathlib import Path
 from typing import Any
@@ -28,8 +31,10 @@ import xxhash
 from usearch.index import BatchMatches
 from usearch.index import Index as NativeIndex
 
+from m3backends.usearch_layout import problem
 from m3runtime.block import Ids
 from m3runtime.errors import ConfigError, IndexFileError, InputError
+from m3runtime.regular_files import open_regular
 from m3runtime.retrieval import Index, Vectors
 from m3runtime.spec import canonical_json
 
@@ -37,6 +42,8 @@ DTYPES = ("f32", "f16", "bf16", "i8")
 MAGIC = b"M3INDEX1"
 _TAIL_BYTES = 8 + len(MAGIC) + 16
 _PIECE = 1 << 24
+_MOST_ABOUT = 1 << 16
+"""Bytes of JSON at most."""
 # usearch keeps the key 2**64-1 for itself and would lose that id in silence. Flipping bits moves the gap
 # from an id at the edge, which a caller may think of, to one in the middle of nowhere.
 _FLIP = np.uint64(0x9E3779B97F4A7C15)
@@ -158,7 +165,8 @@ class UsearchIndex(Index):
 
         Raises `IndexFileError` if it cannot be written; what was at ``path`` before is then still there.
         """
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        # A name that nobody can foresee: usearch would follow a link that waits there.
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         try:
             with self._lock:
                 self._native.save(temporary)
@@ -184,7 +192,7 @@ class UsearchIndex(Index):
     def load(self, path: Path, stamp: str) -> None:
         """Replace what is held by what `save` wrote. After `IndexFileError` nothing has changed."""
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 if os.fstat(file.fileno()).st_size < _TAIL_BYTES:
                     raise IndexFileError(f"{path} is too short for an index")
                 # Mapped, so that the bytes that are checked are those that are read, whatever is renamed
@@ -197,18 +205,25 @@ class UsearchIndex(Index):
             self._native = native
 
     def _read(self, file: memoryview, path: Path, stamp: str) -> NativeIndex:
+        """The index of a file, read from its end on: what lies about its size is found out before it is read."""
         with file, file[:-16] as body, file[-16:] as digest:
-            if xxhash.xxh3_128_digest(body) != bytes(digest):
-                raise IndexFileError(f"{path} is damaged or no index: its digest does not match")
             if bytes(body[-8:]) != MAGIC:
-                raise IndexFileError(f"{path} is no index of this format version ({MAGIC.decode()})")
-            end = len(body) - 16 - int.from_bytes(body[-16:-8], "little")
-            about = json.loads(bytes(body[end:-16]))
+                raise IndexFileError(f"{path} is damaged or no index of this format version ({MAGIC.decode()})")
+            size = int.from_bytes(body[-16:-8], "little")
+            end = len(body) - 16 - size
+            if end < 0 or size > _MOST_ABOUT:
+                raise IndexFileError(f"{path} is damaged or no index: it is too short for what it states")
+            about = _about(bytes(body[end:-16]), path)
             for key, mine in (("stamp", stamp), ("dim", self.dim), ("dtype", self.dtype)):
                 if about[key] != mine:
                     raise IndexFileError(f"{path} is of another {key}: {about[key]} instead of {mine}")
             native = NativeIndex(**self._options)
             with body[:end] as own:
+                wrong = problem(own, native.save() or b"", count=about["count"], dim=self.dim, dtype=self.dtype)
+                if wrong is not None:
+                    raise IndexFileError(f"{path} is damaged or cannot be read by this usearch: {wrong}")
+                if xxhash.xxh3_128_digest(body) != bytes(digest):
+                    raise IndexFileError(f"{path} is damaged: its digest does not match")
                 try:
                     native.load(own)
                 except RuntimeError as error:
@@ -223,6 +238,18 @@ class UsearchIndex(Index):
         if not np.isfinite(vectors).all():
             raise InputError("index: a vector is not finite")
         return np.ascontiguousarray(vectors, np.float32)
+
+
+def _about(text: bytes, path: Path) -> dict[str, Any]:
+    """What the trailer states. Raises `IndexFileError` unless it is a count, a dim, a dtype and a stamp."""
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError):
+        about = None
+    kinds = {"count": int, "dim": int, "dtype": str, "stamp": str}
+    if not isinstance(about, dict) or {key: type(value) for key, value in about.items()} != kinds:
+        raise IndexFileError(f"{path} is damaged: what it states of itself cannot be read")
+    return about
 
 
 def _sync_folder(folder: Path) -> None:
