@@ -1,0 +1,124 @@
+"""`WrappedTier` and `WrappedHome`: pass every call on to an inner tier, through one method to override."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from m3runtime.abilities import Auditable, Damage, Persistent, Scored, Scores
+from m3runtime.block import Found, Ids
+from m3runtime.tier import Batch, CachingTier, Home, Reference, Tier
+
+T = TypeVar("T")
+InnerT = TypeVar("InnerT", bound=Tier)
+
+
+class Wrapped(Tier, Generic[InnerT]):
+    """What both have in common. ``inner`` may be a wrapper too: they compose in any order."""
+
+    def __init__(self, inner: InnerT) -> None:
+        self.inner = inner
+        self.name = inner.name
+        self.slot_bytes = inner.slot_bytes
+
+    def around(self, method: str, work: Callable[[], T]) -> T:  # noqa: ARG002 - for those who override it
+        """Every call comes through here: ``work`` calls the inner tier's ``method`` (``len`` for `__len__`)."""
+        return work()
+
+    def read(self, ids: Ids, out: Tensor) -> Found:
+        return self.around("read", lambda: self.inner.read(ids, out))
+
+    def write(self, ids: Ids, blocks: Tensor) -> None:
+        self.around("write", lambda: self.inner.write(ids, blocks))
+
+    def discard(self, ids: Ids) -> None:
+        self.around("discard", lambda: self.inner.discard(ids))
+
+    def contains(self, ids: Ids) -> Found:
+        return self.around("contains", lambda: self.inner.contains(ids))
+
+    def __len__(self) -> int:
+        return self.around("len", lambda: len(self.inner))
+
+    @property
+    def capacity(self) -> int | None:
+        return self.inner.capacity
+
+    def close(self) -> None:
+        self.around("close", self.inner.close)
+
+
+class WrappedTier(Wrapped[CachingTier], CachingTier):
+    """A caching tier around another. It has the abilities ``score`` and ``ids`` if the inner one has them."""
+
+    def __init__(self, inner: CachingTier) -> None:
+        super().__init__(inner)
+        self.device = inner.device
+        self.can_rot = inner.can_rot
+        # Attributes of the object, not methods of the class: an ability is there or is not.
+        if isinstance(inner, Scored):
+            self.score: Callable[[Ids, Scores], None] = lambda ids, scores: self.around(
+                "score", lambda: inner.score(ids, scores)
+            )
+        if isinstance(inner, Persistent):
+            self.ids: Callable[[], Ids] = lambda: self.around("ids", inner.ids)
+
+    def pin(self, ids: Ids) -> Found:
+        return self.around("pin", lambda: self.inner.pin(ids))
+
+    def unpin(self, ids: Ids) -> None:
+        self.around("unpin", lambda: self.inner.unpin(ids))
+
+
+class WrappedHome(Wrapped[Home], Home):
+    """A home around another. It has the ability ``audit`` if the inner one has it."""
+
+    def __init__(self, inner: Home) -> None:
+        super().__init__(inner)
+        if isinstance(inner, Auditable):
+
+            def audit(progress: Callable[[int, int], None] | None = None) -> Iterator[Damage]:
+                return self.around("audit", lambda: inner.audit(progress))
+
+            self.audit = audit
+
+    def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
+        self.around("commit", lambda: self.inner.commit(batch, replacing=replacing))
+
+    def next_id(self) -> int:
+        return self.around("next_id", self.inner.next_id)
+
+    def find(self, texts: Sequence[str]) -> list[int | None]:
+        return self.around("find", lambda: self.inner.find(texts))
+
+    def references(self, ids: Ids) -> list[Reference | None]:
+        return self.around("references", lambda: self.inner.references(ids))
+
+    def ids(self) -> Ids:
+        return self.around("ids", self.inner.ids)
+
+    def ids_of(self, source: str) -> Ids:
+        return self.around("ids_of", lambda: self.inner.ids_of(source))
+
+    def sources(self) -> Mapping[str, int]:
+        return self.around("sources", self.inner.sources)
+
+    def embeddings(self, ids: Ids | None = None, batch: int = 4096) -> Iterator[tuple[Ids, npt.NDArray[np.float32]]]:
+        return self.around("embeddings", lambda: self.inner.embeddings(ids, batch))
+
+    def quarantine(self, id: int, reason: str) -> None:
+        self.around("quarantine", lambda: self.inner.quarantine(id, reason))
+
+    def quarantined(self) -> Mapping[int, str]:
+        return self.around("quarantined", self.inner.quarantined)
+
+    def get_meta(self, key: str) -> bytes | None:
+        return self.around("get_meta", lambda: self.inner.get_meta(key))
+
+    def set_meta(self, key: str, value: bytes) -> None:
+        self.around("set_meta", lambda: self.inner.set_meta(key, value))
+
+    def stored_bytes(self) -> int:
+        return self.around("stored_bytes", self.inner.stored_bytes)
