@@ -19,7 +19,8 @@ def load_any(path: Path) -> Codec:
     """
     kind, spec = files.stated(path)
     if kind not in (known := available("codecs")):
-        raise PluginError(f"{path}: no plug-in is called {kind} as its codec is; there are {', '.join(known)}")
+        called = " ".join(str(kind).split())[:100]
+        raise PluginError(f"{path}: no plug-in is called {called} as its codec is; there are {', '.join(known)}")
     codec: type[Codec] = load("codecs", kind)
     return codec.load(path, spec)
 

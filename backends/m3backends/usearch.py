@@ -216,7 +216,7 @@ class UsearchIndex(Index):
             about = _about(bytes(body[end:-16]), path)
             for key, mine in (("stamp", stamp), ("dim", self.dim), ("dtype", self.dtype)):
                 if about[key] != mine:
-                    raise IndexFileError(f"{path} is of another {key}: {about[key]} instead of {mine}")
+                    raise IndexFileError(f"{path} is of another {key}: {str(about[key])[:100]!r} instead of {mine!r}")
             native = NativeIndex(**self._options)
             with body[:end] as own:
                 wrong = problem(own, native.save() or b"", count=about["count"], dim=self.dim, dtype=self.dtype)

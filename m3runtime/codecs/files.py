@@ -7,6 +7,9 @@ key::
 
 The digest is XXH3-128 over the whole file with the digest's own digits as zeros. ``tensors`` states dtype
 and shape of each.
+
+A file is as long as its header says and no longer than a codec of its spec can be, or it is refused before it is read.
+The digest finds damage; it proves nothing against somebody who computes it anew, so whatever is read is checked.
 """
 
 import contextlib
@@ -26,6 +29,7 @@ from torch import Tensor
 
 from m3runtime.codecs.base import Codec, Distortion
 from m3runtime.errors import CodecError, ConfigError
+from m3runtime.regular_files import open_regular
 from m3runtime.spec import MemorySpec, canonical_json, fingerprint
 
 C = TypeVar("C", bound=Codec)
@@ -33,6 +37,12 @@ C = TypeVar("C", bound=Codec)
 FORMAT = 1
 _KEY = "m3runtime"
 _ZEROS = "0" * 32
+_MOST_HEAD = 4 << 20
+"""Bytes of the header at most."""
+_MOST = 8 << 30
+"""Bytes of a file at most, whatever its spec."""
+_MOST_STAGES = 4
+"""Of a quantiser, for `_most_bytes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +58,13 @@ class CodecFile:
         """The codec of these options, without its tensors. Raises `CodecError` if the options do not fit."""
         try:
             return codec(spec, **self.options)
-        except (TypeError, CodecError) as error:
-            raise CodecError(f"{self.path}: options do not fit: {error}") from error
+        except (TypeError, CodecError, RecursionError) as error:
+            raise CodecError(f"{self.path}: options do not fit: {_short(error)}") from error
 
     def expect(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise `CodecError` unless the tensors are exactly these, float32 and finite."""
         if self.tensors.keys() != shapes.keys():
-            raise CodecError(f"{self.path}: holds tensors {sorted(self.tensors)}, not {sorted(shapes)}")
+            raise CodecError(f"{self.path}: holds tensors {_short(sorted(self.tensors))}, not {sorted(shapes)}")
         for name, shape in shapes.items():
             tensor = self.tensors[name]
             if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
@@ -80,7 +90,7 @@ def codec_fingerprint(codec: Codec, tensors: Mapping[str, Tensor] | None = None)
 def write(
     path: Path, codec: Codec, tensors: Mapping[str, Tensor] | None = None, measured: Distortion | None = None
 ) -> None:
-    """Write all of a codec's file or nothing. Raises `CodecError` if the drive does not take it.
+    """Write all of a codec's file or nothing. Raises `CodecError` if the drive does not take it, or it is too large.
 
     Equal codecs give equal files.
     """
@@ -93,6 +103,8 @@ def write(
         "tensors": {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()},
     }
     text = canonical_json({"codec": record, "digest": _ZEROS, "format": FORMAT})
+    if sum(tensor.nbytes for tensor in tensors.values()) > min(_MOST, _most_bytes(codec.spec)):
+        raise CodecError(f"{path}: not written, a codec of this spec that large is not read back")
     data = safetensors.torch.save(tensors, {_KEY: text})
     at = data.index(_escaped(_ZEROS))
     digest = _escaped(xxhash.xxh3_128_hexdigest(data))
@@ -113,9 +125,9 @@ def read(path: Path, kind: str, spec: MemorySpec) -> CodecFile:
     """
     file, found, written = _checked(path)
     if found != kind:
-        raise CodecError(f"{path}: holds a codec of kind {found!r}, not {kind!r}")
+        raise CodecError(f"{path}: holds a codec of kind {_short(repr(found))}, not {kind!r}")
     if written != spec:
-        raise CodecError(f"{path}: the codec is of another spec: {written.difference(spec)}")
+        raise CodecError(f"{path}: the codec is of another spec: {_short(written.difference(spec))}")
     return file
 
 
@@ -143,32 +155,96 @@ def replace(path: Path, data: bytes) -> None:
 
 def _checked(path: Path) -> tuple[CodecFile, str, MemorySpec]:
     """What a file holds after every check, and the kind and spec that it states."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CodecError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        end = 8 + int.from_bytes(data[:8], "little")
-        head = json.loads(json.loads(data[8:end])["__metadata__"][_KEY])
-        version, digest, record = head["format"], _escaped(head["digest"]), head["codec"]
-        at = data.index(digest, 8, end)
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CodecError(f"{path}: damaged, or not the file of a codec") from error
+    data, end, head = _read(path)
+    version, digest, record = head["format"], _escaped(head["digest"]), head["codec"]
     if version != FORMAT:
-        raise CodecError(f"{path}: format version {version}, this release reads {FORMAT}")
-    blanked = data[:at] + _escaped(_ZEROS) + data[at + len(digest) :]
-    if _escaped(xxhash.xxh3_128_hexdigest(blanked)) != digest:
+        raise CodecError(f"{path}: format version {_short(repr(version))}, this release reads {FORMAT}")
+    at = data.find(digest, 8, end)
+    computed = xxhash.xxh3_128()
+    for piece in (memoryview(data)[:at], _escaped(_ZEROS), memoryview(data)[at + len(digest) :]):
+        computed.update(piece)
+    if at < 0 or _escaped(computed.hexdigest()) != digest:
         raise CodecError(f"{path}: damaged, its digest does not match")
     try:
         tensors = safetensors.torch.load(data)
         found, measured, written = record["kind"], record["measured"], MemorySpec.from_json(record["spec"])
         stated = {name: (dtype, tuple(shape)) for name, (dtype, shape) in record["tensors"].items()}
-        file = CodecFile(path, record["options"], tensors, Distortion(**measured) if measured else None)
+        file = CodecFile(path, record["options"], tensors, _distortion(measured))
     except (SafetensorError, ConfigError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise CodecError(f"{path}: not the file of a codec: {error}") from error
+        raise CodecError(f"{path}: not the file of a codec: {_short(error)}") from error
     if stated != {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}:
         raise CodecError(f"{path}: its tensors are not those that it states")
     return file, found, written
+
+
+def _read(path: Path) -> tuple[bytes, int, dict[str, Any]]:
+    """The bytes of a file, where its header ends, and our part of it, which states what it should.
+
+    Reads no more than the header unless the file is as long as that says, and as a codec can be.
+    """
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            end = 8 + int.from_bytes(start, "little")
+            if len(start) < 8 or end > min(size, _MOST_HEAD):
+                raise CodecError(f"{path}: damaged, or not the file of a codec")
+            start += file.read(end - 8)
+            entries, head = _head(start[8:], path)
+            if size != end + entries or size > min(
+                _MOST, end + _most_bytes(MemorySpec.from_json(head["codec"]["spec"]))
+            ):
+                raise CodecError(f"{path}: damaged, it has {size} bytes, and states others")
+            data = start + file.read(size - end)
+    except OSError as error:
+        raise CodecError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(data) != size:
+        raise CodecError(f"{path}: damaged, it was cut off while it was read")
+    return data, end, head
+
+
+def _head(text: bytes, path: Path) -> tuple[int, dict[str, Any]]:
+    """Of the header's JSON, how many bytes of tensors follow, and our part."""
+    try:
+        entries = json.loads(text, object_pairs_hook=_unique)
+        head = json.loads(entries.pop("__metadata__")[_KEY], object_pairs_hook=_unique)
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
+        fits = isinstance(head["digest"], str) and isinstance(head["codec"], dict) and "format" in head
+        if not fits or {*map(type, ends)} > {int}:
+            raise TypeError
+        MemorySpec.from_json(head["codec"]["spec"])
+    except (ValueError, LookupError, TypeError, AttributeError, ConfigError, RecursionError) as error:
+        raise CodecError(f"{path}: damaged, or not the file of a codec") from error
+    return max(ends, default=0), head
+
+
+def _most_bytes(spec: MemorySpec) -> int:
+    """Bytes that the tensors of no codec of this spec exceed: stages of 16 bits, and matrices of whole layers."""
+    layer = 2 * spec.kv_heads * spec.head_dim  # numbers of one token in one layer
+    return 4 * len(spec.layers) * layer * (_MOST_STAGES * 2**16 + 4 * layer)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. One key with two values would mean one thing to us and another to safetensors."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found
+
+
+def _distortion(measured: Any) -> Distortion | None:
+    if measured is None:
+        return None
+    found = Distortion(**measured)
+    if not all(isinstance(number, float | int) for number in (found.keys, found.values)):
+        raise ValueError("the distortion that it states is no number")
+    return found
+
+
+def _short(what: object) -> str:
+    """One line of a message, however much the file says."""
+    line = " ".join(str(what).split())
+    return line if len(line) <= 300 else f"{line[:300]}..."
 
 
 def _bytes(tensor: Tensor) -> bytes:

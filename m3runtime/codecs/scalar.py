@@ -37,7 +37,7 @@ class ScalarCodec(Codec):
         self.key_bits = bits if key_bits is None else key_bits
         self.value_bits = bits if value_bits is None else value_bits
         for found in (self.key_bits, self.value_bits):
-            if found not in (4, 8):
+            if type(found) is not int or found not in (4, 8):
                 raise CodecError(f"bits of the scalar codec must be 4 or 8, not {found!r}")
         self._range_bytes = 2 * spec.vectors_per_token * spec.head_dim * _HALF_BYTES
         self._key_bytes = spec.vectors_per_token * _packed_bytes(spec.head_dim, self.key_bits)

@@ -81,7 +81,8 @@ class TransformDesign(Design):
         listed = parts.tolist()
         width = [part[2] for part in listed]
         fit = all(0 <= u < self.units and 0 <= f < f + w <= self.channels and w in WIDTHS for u, f, w in listed)
-        covered = {(u, at) for u, f, w in listed for at in range(f, f + w)}
+        # What is covered is counted only where widths are some that can be: they may be any number of a file.
+        covered = {(u, at) for u, f, w in listed for at in range(f, f + w)} if fit else set()
         apart = len(covered) == sum(width)  # or what a coordinate is would depend on which part comes last
         if not fit or not apart or len(listed) > self.token_bytes or listed != sorted(listed, key=_order):
             raise CodecError("tensor 'parts' does not describe parts of these vectors")
