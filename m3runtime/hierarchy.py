@@ -3,7 +3,7 @@
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
 from typing import Protocol
 
 import numpy as np
@@ -11,32 +11,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from m3runtime.abilities import Persistent, Scored, Scores
+from m3runtime.abilities import Scores
 from m3runtime.block import BlockStamp, Found, Ids, check
-from m3runtime.errors import BankFullError, BlockError, TierClosedError, TierError, TierReadOnlyError
+from m3runtime.cache import Cache, Tally
+from m3runtime.cache import TierStats as TierStats
+from m3runtime.errors import BankError, BlockError, TierClosedError, TierError, TierReadOnlyError
 from m3runtime.slab import finish, runs
 from m3runtime.tier import CachingTier, Home, check_rows
 
 LIFT_BLOCKS = 32
 """How many blocks `Hierarchy.lift` moves at a time: what its scratch buffer holds."""
-
-
-@dataclass(frozen=True, slots=True)
-class TierStats:
-    """What one tier did in a hierarchy. Each count only grows."""
-
-    name: str
-    hits: int = 0
-    """Blocks that `Hierarchy.read` got from this tier."""
-    misses: int = 0
-    bytes: int = 0
-    """Bytes of the slots that were found."""
-    lifted: int = 0
-    """Blocks that `Hierarchy.lift` got from this tier."""
-    faults: int = 0
-    """Calls that ended in a `TierError`; the next tier answered."""
-    bad_blocks: int = 0
-    """Blocks that failed their check."""
 
 
 class Recorder(Protocol):
@@ -46,23 +30,17 @@ class Recorder(Protocol):
         """``op`` is ``read``, ``lift``, ``score``, ``pin``, ``unpin`` or ``discard``."""
 
 
-class _Cache:
-    """A caching tier, and what the hierarchy knows of it."""
-
-    def __init__(self, tier: CachingTier) -> None:
-        self.tier = tier
-        self.pinned: set[int] = set()
-        # Forgotten ids that it failed to discard. Until it does, it is asked for nothing.
-        self.owed: set[int] = set()
-
-
 class Hierarchy:
     """Reads blocks through caching tiers and a home, and keeps what is used in the faster ones.
 
-    ``device`` is where blocks are decoded and where `read` fills buffers. A block from a tier that can rot
-    is checked against ``stamp``, its id and its digest; a bad one is never handed out. A caching tier that
-    fails is counted and the next tier answers; what the home raises is raised. Thread-safe. It closes the
-    caching tiers, while the home belongs to the bank.
+    ``device`` is where blocks are decoded and where `read` fills buffers. A block from the home, or from a tier that
+    can rot or outlives the process, is checked against ``stamp``, its id and its digest; a bad one is never handed
+    out. A bad copy in a caching tier is discarded there, and the next tier answers. A block of the home that is bad is
+    read once more, for the drive or the way from it may have erred; one that is bad twice is quarantined.
+
+    A caching tier that fails is counted, and the next tier answers; what it could not do is owed, and done when it is
+    whole again (see `Cache`). What the home raises is raised, except where only keeping a copy, or quarantining,
+    would have needed it. Thread-safe. It closes the caching tiers, while the home belongs to the bank.
     """
 
     def __init__(
@@ -77,19 +55,17 @@ class Hierarchy:
         self.stamp = stamp
         self.device = torch.device(device)
         self.slot_bytes = home.slot_bytes
-        self._caches = [_Cache(tier) for tier in tiers]
-        self._stats = [TierStats(tier.name) for tier in (*tiers, home)]
-        self._counting = threading.Lock()
-        self._pinning = threading.Lock()
-        self._pins: Counter[int] = Counter()
-        # What enters a caching tier, against what is forgotten meanwhile: see `_promote` and `discard`.
-        self._promoting = threading.RLock()
+        # What enters, stays in or leaves a caching tier is decided under this lock: what is forgotten while it is
+        # read does not come back (see `_promote`), and a pin and a discard of one block never cross.
+        self._changing = threading.RLock()
         self._forgets = 0
+        self._pins: Counter[int] = Counter()
+        self._caches = [Cache(tier, self._remembered, self._changing) for tier in tiers]
+        self._tallies = [*(cache.tally for cache in self._caches), Tally(home.name)]
         self._closed = False
         self._recorder = recorder
         for cache in self._caches:
-            if isinstance(cache.tier, Persistent):
-                cache.owed.update(np.setdiff1d(cache.tier.ids(), home.ids()).tolist())
+            cache.is_usable()  # takes what outlived the last process; a tier that fails is asked again later
 
     def read(self, ids: Ids, out: Tensor) -> Found:
         """Fill rows of ``out`` from the fastest tier that has each block.
@@ -108,7 +84,7 @@ class Hierarchy:
         target = next((cache for cache in self._caches if cache.tier.capacity), None)
         if target is not None:
             wanted = np.unique(ids)
-            wanted = wanted[~self._held(target, wanted)]
+            wanted = wanted[~target.contains(wanted)]
             for start in range(0, len(wanted), LIFT_BLOCKS):
                 some = wanted[start : start + LIFT_BLOCKS]
                 self._read(some, self._buffer(len(some), self.device), lifting=True)
@@ -118,70 +94,61 @@ class Hierarchy:
         """Tell the caching tiers what retrieval thought of these, for policies that look at it."""
         self._open()
         self._record("score", ids, scores)
-        for level, cache in enumerate(self._caches):
-            if isinstance(cache.tier, Scored):
-                try:
-                    cache.tier.score(ids, scores)
-                except TierError:
-                    self._count(level, faults=1)
+        for cache in self._caches:
+            cache.score(ids, scores)
 
     def held(self, ids: Ids) -> Found:
         """Which of these a caching tier holds now, so that reading them does not touch the home."""
+        self._open()
         held = np.zeros(len(ids), np.bool_)
         for cache in self._caches:
-            held |= self._held(cache, ids)
+            held |= cache.contains(ids)
         return held
 
     def pin(self, ids: Ids) -> Found:
         """Keep these in the caching tiers that hold them, until as many `unpin`. Returns which are held."""
         self._open()
         self._record("pin", ids)
-        with self._pinning:
+        with self._changing:
             self._pins.update(ids.tolist())
-            for level, cache in enumerate(self._caches):
-                new = np.array(sorted(set(ids.tolist()) - cache.pinned), np.uint64)
-                try:
-                    cache.pinned.update(new[cache.tier.pin(new)].tolist())
-                except TierError:
-                    self._count(level, faults=1)
-            return np.array([any(id in cache.pinned for cache in self._caches) for id in ids.tolist()], np.bool_)
+            wanted = set(ids.tolist())
+            pinned = set[int]().union(*(cache.pin(wanted) for cache in self._caches))
+            return np.array([id in pinned for id in ids.tolist()], np.bool_)
 
     def unpin(self, ids: Ids) -> None:
         """Take back one `pin` of each id that had one, whether or not a tier held it."""
         self._open()
         self._record("unpin", ids)
-        with self._pinning:
+        with self._changing:
             self._pins.subtract(id for id in ids.tolist() if id in self._pins)
-            free = {id for id in ids.tolist() if self._pins[id] <= 0}
-            for id in free:
-                del self._pins[id]
-            self._release(free, discarded=False)
+            self._drop_pins({id for id in ids.tolist() if self._pins[id] <= 0})
 
     def discard(self, ids: Ids) -> None:
         """Forget blocks, in the home first. Once it returned no tier will ever answer with them."""
         self._open()
         self._record("discard", ids)
-        self.home.discard(ids)
-        with self._promoting:
+        try:
+            self.home.discard(ids)
+        except (TierError, BankError):
+            self._tallies[-1].add(faults=1)
+            raise
+        forgotten = set(ids.tolist())
+        with self._changing:
             self._forgets += 1
-            for level, cache in enumerate(self._caches):
-                cache.owed.update(ids.tolist())
-                self._settle(level, cache)
-        with self._pinning:
-            for id in ids.tolist():
-                self._pins.pop(id, None)
-            self._release(set(ids.tolist()), discarded=True)
+            for cache in self._caches:
+                cache.forget(forgotten)
+            self._drop_pins(forgotten)
 
     def stats(self) -> tuple[TierStats, ...]:
-        """A snapshot for each tier, the home's last."""
-        with self._counting:
-            return tuple(self._stats)
+        """A snapshot of each tier, the home's last."""
+        return tuple(tally.stats() for tally in self._tallies)
 
     def close(self) -> None:
-        """Close the caching tiers. Closing twice is fine."""
+        """Close the caching tiers, all of them whatever one raises. Closing twice is fine."""
         self._closed = True
-        for cache in self._caches:
-            cache.tier.close()
+        with ExitStack() as closing:
+            for cache in reversed(self._caches):
+                closing.callback(cache.close)
 
     def _record(self, op: str, ids: Ids, scores: Scores | None = None) -> None:
         if self._recorder is not None:
@@ -196,7 +163,7 @@ class Hierarchy:
         check_rows(ids, out, self.slot_bytes)
         forgets = self._forgets
         found = np.zeros(len(ids), np.bool_)
-        for level in range(len(self._caches) + 1):
+        for level in range(len(self._tallies)):
             if not found.all():
                 found |= self._read_level(level, ids, ~found, out, forgets, lifting)
         return found
@@ -204,11 +171,7 @@ class Hierarchy:
     def _read_level(self, level: int, ids: Ids, missing: Found, out: Tensor, forgets: int, lifting: bool) -> Found:
         """Read the missing rows from one tier, and give what it had to all faster ones."""
         rows = np.flatnonzero(missing)
-        cache = self._caches[level] if level < len(self._caches) else None
-        tier = self.home if cache is None else cache.tier
-        checked = cache is None or cache.tier.can_rot
-        if cache is not None and not self._settle(level, cache):
-            return np.zeros_like(missing)
+        checked = level == len(self._caches) or self._caches[level].is_checked
         # One copy where the missing rows lie side by side and the CPU, which checks digests, can see them.
         direct = rows[-1] - rows[0] + 1 == len(rows) and not (checked and out.device.type != "cpu")
         buffer = (
@@ -216,21 +179,20 @@ class Hierarchy:
             if direct
             else self._buffer(len(rows), torch.device("cpu") if checked else out.device)
         )
+        got = None
         try:
-            got = tier.read(ids[rows], buffer)
-        except TierError:
-            if cache is None:
-                raise
-            self._count(level, faults=1)
-            return np.zeros_like(missing)
-        if checked:
-            got = self._checked(level, ids[rows], buffer, got)
+            got = self._ask(level, ids[rows], buffer)
+        finally:  # also where the home raises
+            if got is None and not lifting:
+                self._tallies[level].add(unanswered=len(rows))
+        found = np.zeros_like(missing)
+        if got is None:
+            return found
         hits = int(got.sum())
         if lifting:
-            self._count(level, lifted=hits)
+            self._tallies[level].add(lifted=hits)
         else:
-            self._count(level, hits=hits, misses=len(rows) - hits, bytes=hits * self.slot_bytes)
-        found = np.zeros_like(missing)
+            self._tallies[level].add(hits=hits, misses=len(rows) - hits, bytes=hits * self.slot_bytes)
         found[rows[got]] = True
         if not direct:
             for start, end, source in _ranges(found, rows):
@@ -251,84 +213,93 @@ class Hierarchy:
         forgets: int,
     ) -> None:
         """Give what ``level`` had to the faster tiers, but nothing that was forgotten since it was read."""
-        with self._promoting:
+        with self._changing:
             if self._forgets != forgets:
-                found = found & self.home.contains(ids)
-            for faster, cache in enumerate(self._caches[:level]):
-                if not self._settle(faster, cache):
-                    continue
-                try:
+                remembered = self._remembered(ids)
+                if remembered is None:
+                    return
+                found = found & remembered
+            for cache in self._caches[:level]:
+                if cache.is_usable():
+                    # What crossed to the device already does not cross again.
+                    here = cache.tier.device == out.device
                     for start, end, source in _ranges(found, rows):
-                        # What crossed to the device already does not cross again.
-                        here = cache.tier.device == out.device
                         blocks = out[start:end] if here else buffer[source : source + end - start]
-                        cache.tier.write(ids[start:end], blocks)
-                except TierError:
-                    self._count(faster, faults=1)
+                        if not cache.write(ids[start:end], blocks):
+                            break
 
-    def _checked(self, level: int, ids: Ids, blocks: Tensor, got: Found) -> Found:
-        """``got`` without the blocks that are not what they should be, which are set apart."""
-        got, rows = got.copy(), blocks.numpy()
-        for row in np.flatnonzero(got).tolist():
-            id = int(ids[row])
-            try:
-                check(rows[row], id=id, stamp=self.stamp)
-            except BlockError as error:
-                got[row] = False
-                self._count(level, bad_blocks=1)
-                self._set_apart(level, id, str(error))
+    def _ask(self, level: int, ids: Ids, blocks: Tensor) -> Found | None:
+        """Which of these one tier filled, and filled right. None if it cannot answer; raises what the home raises."""
+        if level == len(self._caches):
+            return self._ask_home(ids, blocks)
+        cache = self._caches[level]
+        got = cache.read(ids, blocks)
+        if got is not None and cache.is_checked and (bad := self._bad(ids, blocks, got)):
+            got = got.copy()
+            got[list(bad)] = False
+            cache.tally.add(bad_blocks=len(bad))
+            with self._changing:
+                cache.forget(set(ids[list(bad)].tolist()))
         return got
 
-    def _set_apart(self, level: int, id: int, reason: str) -> None:
-        if level == len(self._caches):
-            try:
-                self.home.quarantine(id, reason)
-            except (TierReadOnlyError, BankFullError):
-                return  # it stays a miss: every reading of it is checked again
-        else:
-            with self._promoting:
-                self._caches[level].owed.add(id)
-                self._settle(level, self._caches[level])
-            with self._pinning:
-                self._caches[level].pinned.discard(id)
+    def _ask_home(self, ids: Ids, blocks: Tensor) -> Found:
+        got = self._read_home(ids, blocks)
+        if bad := self._bad(ids, blocks, got):
+            got = got.copy()
+            rows = np.array(list(bad))
+            again = torch.zeros((len(rows), self.slot_bytes), dtype=torch.uint8)
+            got[rows] = self._read_home(ids[rows], again)
+            bad = {int(rows[row]): reason for row, reason in self._bad(ids[rows], again, got[rows]).items()}
+            got[list(bad)] = False
+            healed = got[rows]
+            blocks[torch.from_numpy(rows[healed])] = again[torch.from_numpy(healed)]
+            self._tallies[-1].add(bad_blocks=len(bad), recovered=int(healed.sum()))
+            for row, reason in bad.items():
+                self._quarantine(int(ids[row]), reason)
+        return got
 
-    def _settle(self, level: int, cache: _Cache) -> bool:
-        """Whether the tier can be used: it discarded all that it should have."""
-        if cache.owed:
-            with self._promoting:
-                try:
-                    cache.tier.discard(np.array(sorted(cache.owed), np.uint64))
-                    cache.owed.clear()
-                except TierError:
-                    self._count(level, faults=1)
-                    return False
-        return True
-
-    def _release(self, ids: set[int], *, discarded: bool) -> None:
-        for level, cache in enumerate(self._caches):
-            ours = cache.pinned & ids
-            cache.pinned -= ours
-            if ours and not discarded:
-                try:
-                    cache.tier.unpin(np.array(sorted(ours), np.uint64))
-                except TierError:
-                    self._count(level, faults=1)
-
-    def _held(self, cache: _Cache, ids: Ids) -> Found:
+    def _read_home(self, ids: Ids, blocks: Tensor) -> Found:
         try:
-            return cache.tier.contains(ids)
-        except TierError:
-            self._count(self._caches.index(cache), faults=1)
-            return np.zeros(len(ids), np.bool_)
+            return self.home.read(ids, blocks)
+        except (TierError, BankError):
+            self._tallies[-1].add(faults=1)
+            raise
+
+    def _quarantine(self, id: int, reason: str) -> None:
+        try:
+            self.home.quarantine(id, reason)
+        except TierReadOnlyError:
+            return  # it stays a miss: every reading of it is checked again
+        except (TierError, BankError):
+            self._tallies[-1].add(faults=1)
+
+    def _remembered(self, ids: Ids) -> Found | None:
+        """Which of these the home has. None if it cannot say: what needs to know can do without."""
+        try:
+            return self.home.contains(ids)
+        except (TierError, BankError):
+            self._tallies[-1].add(faults=1)
+            return None
+
+    def _bad(self, ids: Ids, blocks: Tensor, got: Found) -> dict[int, str]:
+        """The rows that were found and are not the blocks they should be, and why."""
+        bad, rows = dict[int, str](), blocks.numpy()
+        for row in np.flatnonzero(got).tolist():
+            try:
+                check(rows[row], id=int(ids[row]), stamp=self.stamp)
+            except BlockError as error:
+                bad[row] = str(error)
+        return bad
+
+    def _drop_pins(self, ids: set[int]) -> None:
+        for id in ids:
+            self._pins.pop(id, None)
+        for cache in self._caches:
+            cache.unpin(ids)
 
     def _buffer(self, count: int, device: torch.device) -> Tensor:
         locked = device.type == "cpu" and torch.cuda.is_available()
         return torch.empty((count, self.slot_bytes), dtype=torch.uint8, device=device, pin_memory=locked)
-
-    def _count(self, level: int, **more: int) -> None:
-        with self._counting:
-            stats = self._stats[level]
-            self._stats[level] = replace(stats, **{key: getattr(stats, key) + by for key, by in more.items()})
 
 
 def _ranges(found: Found, rows: npt.NDArray[np.intp]) -> Iterator[tuple[int, int, int]]:

@@ -115,9 +115,12 @@ class SlabTier(CachingTier):
             slab = self._open()
             slots = np.array([self._held.get(id, -1) for id in ids.tolist()], np.int64)
             found: Found = slots >= 0
-            for start, end in runs(found):
-                gather(slab, slots[start:end], out[start:end])
-            finish(slab.device, out.device)
+            try:
+                for start, end in runs(found):
+                    gather(slab, slots[start:end], out[start:end])
+                finish(slab.device, out.device)
+            except RuntimeError as error:  # from the device
+                raise TierError(f"tier {self.name}: {str(error).splitlines()[0]}") from error
             for id in ids[found].tolist():
                 self._policy.touched(id)
             self._hits += (hits := int(found.sum()))
@@ -135,21 +138,26 @@ class SlabTier(CachingTier):
             # A batch larger than the slab evicts its own first blocks: a slot takes the last row assigned
             # to it.
             row_of: dict[int, int] = {}
-            for row, id in enumerate(ids.tolist()):
-                if id not in self._held and (slot := self._claim()) is not None:
-                    self._held[id] = slot
-                    self._policy.admitted(id)
-                    row_of[slot] = row
-            slots = np.full(len(ids), -1, np.int64)
-            slots[list(row_of.values())] = list(row_of)
+            are_filled = False
             try:
+                for row, id in enumerate(ids.tolist()):
+                    if id not in self._held and (slot := self._claim()) is not None:
+                        row_of[slot] = row
+                        self._held[id] = slot
+                        self._policy.admitted(id)
+                slots = np.full(len(ids), -1, np.int64)
+                slots[list(row_of.values())] = list(row_of)
                 for start, end in runs(slots >= 0):
                     scatter(slab, slots[start:end], blocks[start:end])
                 finish(slab.device, blocks.device)
-            except RuntimeError as error:  # from the device: what these slots hold is not known
-                for row in row_of.values():
-                    self._remove(int(ids[row]))
+                are_filled = True
+            except RuntimeError as error:  # from the device
                 raise TierError(f"tier {self.name}: {str(error).splitlines()[0]}") from error
+            finally:  # whatever ended it, Ctrl-C included: what these slots hold is not known
+                if not are_filled:
+                    for slot, row in row_of.items():
+                        if self._held.get(id := int(ids[row])) == slot:
+                            self._remove(id)
 
     def discard(self, ids: Ids) -> None:
         """See `Tier.discard`. Pinned blocks go too, and their pins with them."""
