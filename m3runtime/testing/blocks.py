@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3runtime.block import HEADER_BYTES, BlockStamp, Ids, seal
+from m3runtime.block import HEADER_BYTES, BlockStamp, Ids, length, seal
 from m3runtime.tier import Batch, Reference
 
 STAMP = BlockStamp(bank="0b" * 16, codec="0c" * 16)
@@ -20,11 +20,14 @@ def make_ids(*ids: int) -> Ids:
     return np.array(ids, np.uint64)
 
 
-def make_blocks(ids: Ids, slot_bytes: int = SLOT_BYTES, stamp: BlockStamp = STAMP) -> Tensor:
-    """Sealed blocks of many lengths, ``uint8[n, slot_bytes]``; the rest of each slot is noise."""
+def make_blocks(ids: Ids, slot_bytes: int = SLOT_BYTES, stamp: BlockStamp = STAMP, edition: int = 0) -> Tensor:
+    """Sealed blocks of many lengths, ``uint8[n, slot_bytes]``; the rest of each slot is noise.
+
+    Another ``edition`` of an id is what no tier should ever be given: other bytes that claim to be the same block.
+    """
     blocks = np.empty((len(ids), slot_bytes), np.uint8)
     for block, id in zip(blocks, ids.tolist(), strict=True):
-        noise = np.random.default_rng(id)
+        noise = np.random.default_rng([id, edition] if edition else id)
         block[:] = noise.integers(0, 256, slot_bytes, np.uint8)
         payload = int(noise.integers(0, slot_bytes - HEADER_BYTES, endpoint=True))
         seal(block, id=id, tokens=1, payload_bytes=payload, stamp=stamp)
@@ -54,7 +57,13 @@ def make_batch(ids: Iterable[int], slot_bytes: int = SLOT_BYTES) -> Batch:
     )
 
 
+def stored_bytes(block: Tensor) -> bytes:
+    """A block, header and payload, without the rest of its slot."""
+    row = block.cpu().numpy()
+    return row[: length(row)].tobytes()
+
+
 def same_block(read: Tensor, made: Tensor) -> bool:
     """Whether two slots hold the same block. A tier need not keep what follows the block in its slot."""
-    length = HEADER_BYTES + int.from_bytes(bytes(made[32:36].tolist()), "little")
-    return torch.equal(read[:length].cpu(), made[:length].cpu())
+    own = length(made.cpu().numpy())
+    return torch.equal(read[:own].cpu(), made[:own].cpu())

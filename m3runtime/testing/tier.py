@@ -1,73 +1,26 @@
 """`TierContract`: the laws of every tier."""
 
-import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from random import Random
-
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from m3runtime.block import Found, Ids
-from m3runtime.errors import TierClosedError
+from m3runtime.errors import InputError
 from m3runtime.testing.blocks import LAST_ID, SLOT_BYTES, make_blocks, make_ids, same_block
+from m3runtime.testing.threads import together
+from m3runtime.testing.tier_laws import UNKNOWN, check_read, read, write
+from m3runtime.testing.tier_storage import StorageLaws
 from m3runtime.tier import Tier
 
-
-def read(tier: Tier, ids: Ids) -> tuple[Found, Tensor]:
-    """What is found, and the rows on the CPU. Rows hold 0xEE before."""
-    out = torch.full((len(ids), tier.slot_bytes), 0xEE, dtype=torch.uint8)
-    return tier.read(ids, out), out
+__all__ = ["UNKNOWN", "TierContract", "check_read", "read", "together", "write"]
 
 
-def check_read(tier: Tier, ids: Ids) -> Found:
-    """Read, and fail unless each row is its id's block, or was not found and not touched."""
-    found, out = read(tier, ids)
-    assert found.dtype == np.bool_
-    assert found.shape == ids.shape
-    for row, made in enumerate(make_blocks(ids, tier.slot_bytes)):
-        if found[row]:
-            assert same_block(out[row], made), f"id {ids[row]} came back with other bytes"
-        else:
-            assert bool((out[row] == 0xEE).all()), f"id {ids[row]} was missed, and its row touched"
-    return found
+class TierContract(StorageLaws):
+    """What every tier keeps. Use `CachingTierContract` or `HomeContract`, which say how to make one.
 
+    Its themes: reading and writing (here), and `StorageLaws`.
+    """
 
-def write(tier: Tier, ids: Ids) -> None:
-    """Write the blocks of ids."""
-    tier.write(ids, make_blocks(ids, tier.slot_bytes))
-
-
-def together(count: int, work: Callable[[int], None]) -> None:
-    """Run ``work(0)`` to ``work(count - 1)`` in threads that start at once; raise what any of them raised."""
-    start, errors = threading.Barrier(count), list[BaseException]()
-
-    def run(number: int) -> None:
-        start.wait()
-        try:
-            work(number)
-        except BaseException as error:  # noqa: BLE001 - raised again below
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for error in errors:
-        raise error
-
-
-class TierContract(ABC):
-    """What every tier keeps. Use `CachingTierContract` or `HomeContract`, which say how to make one."""
-
-    @pytest.fixture
-    @abstractmethod
-    def tier(self, tmp_path: Path) -> Tier | Iterator[Tier]:
-        """A new tier with slots of `SLOT_BYTES` and room for at least 16 blocks; closed afterwards."""
+    # Writing and reading
 
     def test_is_empty_at_first(self, tier: Tier) -> None:
         assert len(tier) == 0
@@ -81,6 +34,8 @@ class TierContract(ABC):
         write(tier, ids)
         assert len(tier) == 4
         assert tier.contains(ids).all()
+        assert 0 in tier
+        assert LAST_ID in tier
         assert check_read(tier, ids).all()
         assert check_read(tier, ids[::-1].copy()).all()
 
@@ -99,26 +54,21 @@ class TierContract(ABC):
         assert not slab[:2].any()
         assert not slab[4:].any()
 
-    def test_empty_batches(self, tier: Tier) -> None:
-        write(tier, make_ids(1))
-        none = make_ids()
-        write(tier, none)
-        tier.discard(none)
-        assert check_read(tier, none).tolist() == []
-        assert tier.contains(none).tolist() == []
-        assert len(tier) == 1
-
-    def test_an_id_twice_in_a_batch_is_held_once(self, tier: Tier) -> None:
-        write(tier, make_ids(5, 5, 6, 5))
-        assert len(tier) == 2
-        assert check_read(tier, make_ids(5, 6, 5)).all()
-
-    def test_writing_again_changes_nothing(self, tier: Tier) -> None:
-        write(tier, make_ids(5))
-        write(tier, make_ids(5, 6))
-        write(tier, make_ids(6, 5))
-        assert len(tier) == 2
-        assert check_read(tier, make_ids(5, 6)).all()
+    def test_rows_may_lie_apart(self, tier: Tier) -> None:
+        ids = make_ids(8, 9, 10)
+        made = make_blocks(ids)
+        wide = torch.zeros((6, SLOT_BYTES + 24), dtype=torch.uint8)
+        rows = wide[::2, 5 : 5 + SLOT_BYTES]
+        rows.copy_(made)
+        tier.write(ids, rows)
+        assert check_read(tier, ids).all()
+        wide.zero_()
+        assert tier.read(make_ids(10, UNKNOWN, 8), rows).tolist() == [True, False, True]
+        assert same_block(rows[0], made[2])
+        assert same_block(rows[2], made[0])
+        assert not wide[1:4].any()
+        assert not wide[:, :5].any()
+        assert not wide[:, 5 + SLOT_BYTES :].any()
 
     def test_keeps_its_own_copy(self, tier: Tier) -> None:
         ids = make_ids(1, 2)
@@ -132,41 +82,83 @@ class TierContract(ABC):
 
     def test_discards(self, tier: Tier) -> None:
         write(tier, make_ids(1, 2, 3))
-        tier.discard(make_ids(2, 2, 99, 3))
+        tier.discard(make_ids(2, 2, UNKNOWN, 3))
         assert check_read(tier, make_ids(1, 2, 3)).tolist() == [True, False, False]
         assert len(tier) == 1
         assert 2 not in tier
+        tier.discard(make_ids(2, 3))
+        assert len(tier) == 1
 
-    def test_closes_twice_and_then_refuses_everything(self, tier: Tier) -> None:
-        ids = make_ids(1)
+    def test_never_gives_another_id_s_bytes(self, tier: Tier) -> None:
+        ids, random = make_ids(*range(16)), np.random.default_rng(0)
+        made = make_blocks(ids)
+        tier.write(ids, made)
+        for _ in range(40):
+            wanted = random.integers(0, 20, 400)
+            found = check_read(tier, wanted.astype(np.uint64), made[np.minimum(wanted, 15)])
+            assert np.array_equal(found, wanted < 16)
+
+    # Batches
+
+    def test_empty_batches(self, tier: Tier) -> None:
+        write(tier, make_ids(1))
+        none = make_ids()
+        write(tier, none)
+        tier.discard(none)
+        assert check_read(tier, none).tolist() == []
+        assert tier.contains(none).tolist() == []
+        assert len(tier) == 1
+
+    def test_an_id_twice_in_a_batch_is_held_once(self, tier: Tier) -> None:
+        write(tier, make_ids(5, 5, 6, 5))
+        assert len(tier) == 2
+        assert check_read(tier, make_ids(5, 6, 5)).all()
+        assert tier.contains(make_ids(5, 7, 5)).tolist() == [True, False, True]
+        tier.discard(make_ids(5, 5))
+        assert len(tier) == 1
+
+    def test_thousands_of_ids_in_a_batch(self, tier: Tier) -> None:
+        ids = make_ids(*range(3000))
         write(tier, ids)
-        tier.close()
-        tier.close()
-        for use in (
-            lambda: read(tier, ids),
-            lambda: write(tier, ids),
-            lambda: tier.discard(ids),
-            lambda: tier.contains(ids),
-            lambda: len(tier),
-        ):
-            with pytest.raises(TierClosedError):
-                use()
+        found = check_read(tier, ids)
+        assert found.sum() == len(tier) >= 16
+        assert np.array_equal(tier.contains(ids), found)
+        tier.discard(ids[:2990])
+        assert np.array_equal(check_read(tier, ids), found & (ids >= 2990))
 
-    def test_is_a_context_manager(self, tier: Tier) -> None:
-        with tier as same:
-            assert same is tier
-        with pytest.raises(TierClosedError):
-            len(tier)
+    # What is held stays as it is
 
-    def test_threads_get_their_own_bytes(self, tier: Tier) -> None:
-        def work(number: int) -> None:
-            random = Random(number)
-            for turn in range(40):
-                ids = make_ids(*(random.randrange(12) for _ in range(random.randrange(1, 6))))
-                if turn % 3 == 0:
-                    write(tier, ids)
-                check_read(tier, ids)
+    def test_writing_again_changes_nothing(self, tier: Tier) -> None:
+        write(tier, make_ids(5))
+        write(tier, make_ids(5, 6))
+        write(tier, make_ids(6, 5))
+        assert len(tier) == 2
+        assert check_read(tier, make_ids(5, 6)).all()
 
-        write(tier, make_ids(*range(12)))
-        together(6, work)
-        assert check_read(tier, make_ids(*range(12))).all()
+    def test_a_block_that_is_held_is_not_overwritten(self, tier: Tier) -> None:
+        write(tier, make_ids(5))
+        tier.write(make_ids(5), make_blocks(make_ids(5), edition=1))
+        assert len(tier) == 1
+        assert check_read(tier, make_ids(5)).all()
+
+    @pytest.mark.parametrize("fault", ["width", "count", "type of rows", "type of ids", "shape of ids"])
+    def test_rows_or_ids_that_do_not_fit_are_refused(self, tier: Tier, fault: str) -> None:
+        write(tier, make_ids(1, 2))
+        ids, rows = make_ids(1, 2), torch.full((2, SLOT_BYTES), 0xEE, dtype=torch.uint8)
+        match fault:
+            case "width":
+                rows = torch.full((2, SLOT_BYTES + 1), 0xEE, dtype=torch.uint8)
+            case "count":
+                rows = rows[:1]
+            case "type of rows":
+                rows = rows.to(torch.int16)
+            case "type of ids":
+                ids = ids.astype(np.int64)
+            case "shape of ids":
+                ids = ids[None]
+        with pytest.raises(InputError):
+            tier.read(ids, rows)
+        assert bool((rows == 0xEE).all())
+        with pytest.raises(InputError):
+            tier.write(ids, rows)
+        assert check_read(tier, make_ids(1, 2)).all()

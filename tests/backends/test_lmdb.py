@@ -26,13 +26,14 @@ from m3runtime.errors import (
     TierError,
 )
 from m3runtime.testing.blocks import SLOT_BYTES, STAMP, make_batch, make_blocks, make_ids
-from m3runtime.testing.home import HomeContract, check_whole, contents
+from m3runtime.testing.home import check_whole, contents
 from m3runtime.tier import Home
+from tests.backends.lmdb_contract import LmdbContract
 
 BIG = 1 << 20
 
 
-class TestLmdbHome(HomeContract):
+class TestLmdbHome(LmdbContract):
     def open(self, folder: Path, *, read_only: bool = False) -> Home:
         return LmdbHome(path=folder, slot_bytes=SLOT_BYTES, read_only=read_only)
 

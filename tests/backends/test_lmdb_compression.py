@@ -14,11 +14,11 @@ from m3backends.lmdb_compression import pack, unpack
 from m3runtime.block import HEADER_BYTES, check, seal
 from m3runtime.errors import BlockError
 from m3runtime.testing.blocks import SLOT_BYTES, STAMP, make_batch, make_ids
-from m3runtime.testing.home import HomeContract
 from m3runtime.tier import Batch, Home
+from tests.backends.lmdb_contract import LmdbContract
 
 
-class TestCompressedLmdbHome(HomeContract):
+class TestCompressedLmdbHome(LmdbContract):
     def open(self, folder: Path, *, read_only: bool = False) -> Home:
         return LmdbHome(path=folder, slot_bytes=SLOT_BYTES, compression="zstd", read_only=read_only)
 

@@ -1,0 +1,48 @@
+"""What a home tells of all that it holds."""
+
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import torch
+
+from m3runtime.block import Ids
+from m3runtime.testing.blocks import make_embeddings, make_reference
+from m3runtime.testing.tier import check_read
+from m3runtime.tier import Home
+
+
+def contents(home: Home) -> dict[str, Any]:
+    """Everything a home tells of what it holds, in values that can be compared."""
+    ids = home.ids()
+    out = torch.zeros((len(ids), home.slot_bytes), dtype=torch.uint8)
+    found = home.read(ids, out)
+    return {
+        "ids": ids.tolist(),
+        "found": found.tolist(),
+        "blocks": out.tolist(),
+        "references": home.references(ids),
+        "embeddings": [(i.tolist(), v.tolist()) for i, v in home.embeddings()],
+        "sources": dict(home.sources()),
+        "quarantined": dict(home.quarantined()),
+        "next_id": home.next_id(),
+        "len": len(home),
+    }
+
+
+def digest(home: Home) -> str:
+    """`contents` as 64 hex digits, to be compared between processes."""
+    return sha256(repr(contents(home)).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def check_whole(home: Home, ids: Ids) -> None:
+    """Fail unless all of each of these is there, and right."""
+    assert check_read(home, ids).all()
+    references = [make_reference(id) for id in ids.tolist()]
+    assert home.references(ids) == references
+    assert home.find([reference.text for reference in references]) == ids.tolist()
+    for reference, id in zip(references, ids.tolist(), strict=True):
+        assert id in home.ids_of(reference.source)
+    batches = list(home.embeddings(ids))
+    assert np.concatenate([some for some, _ in batches]).tolist() == ids.tolist()
+    assert np.array_equal(np.concatenate([vectors for _, vectors in batches]), make_embeddings(ids))

@@ -1,0 +1,141 @@
+"""The laws of what a home keeps beyond its process, and of the processes beside it."""
+
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from m3runtime.errors import BankBusyError, BankMissingError, TierReadOnlyError
+from m3runtime.testing.blocks import make_batch, make_ids
+from m3runtime.testing.cachestat import can_tell, unsynced_files
+from m3runtime.testing.home_contents import check_whole, contents, digest
+from m3runtime.testing.home_laws import HomeLaws
+from m3runtime.testing.process import OtherProcess
+from m3runtime.testing.tier import check_read, write
+from m3runtime.tier import Home
+
+Change = Callable[[Home], None]
+CHANGES: dict[str, Change] = {
+    "opening": lambda home: None,  # noqa: ARG005
+    "commit": lambda home: home.commit(make_batch([3, 0, 7, 8])),
+    "write": lambda home: write(home, make_ids(20)),
+    "quarantine": lambda home: home.quarantine(7, "rotten"),
+    "discard": lambda home: home.discard(make_ids(0, 20)),
+    "set_meta": lambda home: home.set_meta("manifest", b"\0\xff"),
+    "replacing": lambda home: home.commit(make_batch([30, 31]), replacing=make_ids(3, 7)),
+    "last commit": lambda home: home.commit(make_batch([40])),
+}
+"""One after another: whatever changes a home."""
+
+
+class DurabilityLaws(HomeLaws):
+    """What a call returned from is there for the next process, and for those beside this one."""
+
+    @pytest.fixture
+    def other(self) -> Iterator[OtherProcess]:
+        """Another process, which has opened nothing yet."""
+        with OtherProcess(type(self)) as process:
+            yield process
+
+    def open_there(self, other: OtherProcess, *, read_only: bool) -> dict[str, str]:
+        """Open the home in the other process. Returns its answer."""
+        return other.ask("open", str(self.place), read_only=read_only)
+
+    # Opened again
+
+    @pytest.mark.parametrize("read_only", [False, True])
+    def test_survives_closing(self, home: Home, read_only: bool) -> None:
+        for change in CHANGES.values():
+            change(home)
+        home.quarantine(8, "rotten")
+        before = contents(home)
+        home.close()
+        with self.open(self.place, read_only=read_only) as again:
+            assert contents(again) == before
+            assert again.get_meta("manifest") == b"\0\xff"
+            assert again.quarantined() == {8: "rotten"}
+            assert check_read(again, make_ids(0, 3, 7, 8, 20)).sum() == 0
+            check_whole(again, make_ids(30, 31, 40))
+
+    def test_a_copy_of_its_files_holds_what_was_committed(self, home: Home) -> None:
+        """A copy between two calls is what a process that is killed leaves behind."""
+        if not self.of_files:
+            pytest.skip("this home is not made of files")
+        for name, change in CHANGES.items():
+            change(home)
+            copy = self.folder / f"after {name}"
+            shutil.copytree(self.place, copy)
+            with self.open(copy) as copied:
+                assert contents(copied) == contents(home), f"the files do not hold the {name}"
+
+    def test_is_on_the_drive_when_the_call_returns(self, home: Home) -> None:
+        """The page cache knows of no page that would be lost with the power."""
+        if not self.of_files or not can_tell(self.folder):
+            pytest.skip("neither files nor kernel tell what is on the drive")
+        for name, change in CHANGES.items():
+            change(home)
+            unsynced = unsynced_files(self.place)
+            assert not unsynced, f"after {name}: pages that are not on the drive"
+
+    # Opened for reading only
+
+    def test_reading_only(self, home: Home) -> None:
+        home.commit(make_batch([1, 2]))
+        before = contents(home)
+        home.close()
+        with self.open(self.place, read_only=True) as again:
+            assert contents(again) == before
+            check_whole(again, make_ids(1, 2))
+            changes: tuple[Callable[[], None], ...] = (
+                lambda: again.commit(make_batch([3])),
+                lambda: again.commit(make_batch([]), replacing=make_ids(1)),
+                lambda: write(again, make_ids(4)),
+                lambda: again.discard(make_ids(1)),
+                lambda: again.quarantine(1, "bad"),
+                lambda: again.set_meta("a", b"1"),
+            )
+            for change in (*changes, *changes):
+                with pytest.raises(TierReadOnlyError):
+                    change()
+            assert contents(again) == before
+
+    def test_reading_only_makes_nothing(self) -> None:
+        with pytest.raises(BankMissingError):
+            self.open(self.folder / "none", read_only=True)
+        assert not (self.folder / "none").exists()
+
+    # Other processes
+
+    def test_two_may_not_write(self, home: Home, other: OtherProcess) -> None:
+        home.commit(make_batch([1, 2]))
+        with pytest.raises(BankBusyError):
+            self.open(self.place)
+        refused = self.open_there(other, read_only=False)
+        assert refused.get("error") == "BankBusyError"
+        assert "\n" not in refused["message"]
+        home.commit(make_batch([3]))  # whoever was there first still writes
+        home.close()
+        assert self.open_there(other, read_only=False) == {}
+        with pytest.raises(BankBusyError):
+            self.open(self.place)
+
+    def test_a_reader_beside_the_writer_sees_every_change(self, home: Home, other: OtherProcess) -> None:
+        assert self.open_there(other, read_only=True) == {}
+        for name, change in CHANGES.items():
+            change(home)
+            assert other.ask("look") == {"contents": digest(home)}, f"the reader does not see the {name}"
+        assert other.ask("close") == {}
+        home.commit(make_batch([50]))
+
+    def test_what_a_killed_process_had_committed_is_there(self, other: OtherProcess) -> None:
+        """Every batch that it was told of is whole, and of the one that it was about to write all or nothing."""
+        assert self.open_there(other, read_only=False) == {}
+        other.tell("commit", [0, 10_000, 3])
+        heard = [other.hear() for _ in range(7)]
+        heard += other.kill()
+        told = heard[-1]["committed"]
+        with self.open(self.place) as home:
+            assert home.next_id() in (told, told + 3)
+            assert home.ids().tolist() == list(range(home.next_id()))
+            check_whole(home, home.ids())
+            home.commit(make_batch([home.next_id()]))

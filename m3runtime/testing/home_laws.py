@@ -1,0 +1,71 @@
+"""What the laws of a home need: how to open it, and calls of all its methods."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from m3runtime.block import Ids
+from m3runtime.testing.blocks import make_batch, make_ids
+from m3runtime.testing.tier import UNKNOWN, TierContract
+from m3runtime.tier import Home, Tier
+
+
+class HomeLaws(TierContract):
+    """The base of the themes that `HomeContract` joins."""
+
+    of_files: ClassVar[bool] = True
+    """Whether all that the home keeps lies in files of the folder that `open` is given.
+
+    If not, laws about those files are skipped: what a copy of them holds, and whether they are on the drive.
+    """
+
+    @abstractmethod
+    def open(self, folder: Path, *, read_only: bool = False) -> Home:
+        """The home in this folder, slots of `SLOT_BYTES`: made if there is none, unless ``read_only``.
+
+        Another process calls it too, on an instance of your class (at the top of its module) that pytest did not make.
+        """
+
+    @property
+    def place(self) -> Path:
+        """The folder of the fixture ``home``."""
+        return self.folder / "home"
+
+    @pytest.fixture
+    def home(self) -> Iterator[Home]:
+        """A new home, closed afterwards."""
+        home = self.open(self.place)
+        yield home
+        home.close()
+
+    @pytest.fixture
+    def tier(self, home: Home) -> Tier:
+        """See `TierContract.tier`. The fixture ``home`` closes it."""
+        return home
+
+    def calls(self, tier: Tier, ids: Ids) -> Sequence[Callable[[], object]]:
+        """See `TierContract.calls`."""
+        assert isinstance(tier, Home)
+        none = make_ids()
+        return [
+            *super().calls(tier, ids),
+            lambda: tier.commit(make_batch([])),
+            lambda: tier.commit(make_batch([]), replacing=make_ids(UNKNOWN)),
+            tier.next_id,
+            lambda: tier.find(["a"]),
+            lambda: tier.references(ids),
+            tier.ids,
+            lambda: tier.ids_of("a"),
+            tier.sources,
+            lambda: list(tier.embeddings()),
+            lambda: list(tier.embeddings(ids)),
+            lambda: tier.quarantine(UNKNOWN, "bad"),
+            tier.quarantined,
+            lambda: tier.get_meta("a"),
+            lambda: tier.set_meta("a", b""),
+            tier.stored_bytes,
+            lambda: tier.references(none),
+        ]

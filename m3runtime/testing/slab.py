@@ -1,0 +1,28 @@
+"""`SlabTierContract`: the contract of caching tiers, for one that is a `SlabTier`."""
+
+import torch
+
+from m3runtime.slab import SlabTier
+from m3runtime.testing.caching import CachingTierContract
+from m3runtime.tier import Tier
+
+
+class SlabTierContract(CachingTierContract):
+    """Subclass it as ``TestMyTier`` and say how to make the tier. The back door is the slab and its table."""
+
+    def raw_read(self, tier: Tier, id: int) -> bytes | None:
+        """See `TierContract.raw_read`."""
+        assert isinstance(tier, SlabTier)
+        assert tier._slab is not None
+        slot = tier._held.get(id)
+        return None if slot is None else bytes(tier._slab[slot].tolist())
+
+    def raw_write(self, tier: Tier, id: int, block: bytes) -> None:
+        """See `TierContract.raw_write`. The slot is the next free one; table and policy are told."""
+        assert isinstance(tier, SlabTier)
+        assert tier._slab is not None
+        if id not in tier._held:
+            tier._held[id] = tier._free.pop()
+            tier._policy.admitted(id)
+        slot = tier._slab[tier._held[id]]
+        slot[: len(block)] = torch.frombuffer(bytearray(block), dtype=torch.uint8)
