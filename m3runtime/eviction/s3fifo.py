@@ -1,4 +1,4 @@
-"""`S3FifoPolicy`: three FIFO queues, after Yang et al., "FIFO queues are all you need for cache eviction" (SOSP 2023)."""
+"""`S3FifoPolicy`: three queues (Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023)."""
 
 from collections import OrderedDict
 from collections.abc import Callable

@@ -9,16 +9,16 @@ from m3runtime.eviction.base import EvictionPolicy
 HALF_LIFE = 2.0
 """Uses of any blocks, in multiples of the slots, after which a use counts half."""
 GAIN = 3.0
-"""How many times a use with a score of 1 counts twice what it counts without a score."""
+"""A score of 1 weighs ``2**GAIN`` times as much as one of 0."""
 
 
 class ScoredPolicy(EvictionPolicy):
     """Gives up the block whose uses, weighted by score and faded with time, add up to the least.
 
-    A use weighs ``2**(GAIN * score)``, as one without a score does with 0. Time is counted in uses, and each weight
-    halves every ``HALF_LIFE * slots``. As all fade alike, the order of two blocks changes only when one is used: what is
-    kept for a block is the logarithm of its sum seen from time 0, which grows by one for each half-life. A float orders
-    it rightly for 2**52 uses. With one weight for all this is LRFU (Lee et al., 2001), between LRU and LFU.
+    A use weighs 1, and ``2**(GAIN * score)`` more with a score. Time is counted in uses; every ``HALF_LIFE * slots`` of
+    them each weight halves. As all fade alike, the order of two blocks changes only when one is used: what is kept for
+    a block is the logarithm of its sum as seen from time 0. Times grow by one for each half-life, and a float tells
+    2**52 uses apart. With one weight for all this is LRFU (Lee et al., 2001), between LRU and LFU.
     """
 
     def __init__(self, slots: int) -> None:

@@ -191,7 +191,7 @@ def test_s3_fifo_gives_main_a_round_for_each_use_up_to_three(uses: list[int], or
 
 def test_score_keeps_what_scored_high_among_equally_recent() -> None:
     policy = ScoredPolicy(4)
-    for id, score in ((1, 0.3), (2, 0.9), (3, -0.2), (4, 0.6)):
+    for id in (1, 2, 3, 4):
         policy.admitted(id)
     for id, score in ((1, 0.3), (2, 0.9), (3, -0.2), (4, 0.6)):
         policy.scored(id, score)
@@ -219,12 +219,11 @@ def test_score_is_right_after_very_many_uses() -> None:
     for slots in (1, 50, 10**7):
         old, new = ScoredPolicy(slots), ScoredPolicy(slots)
         old._time = 10**12
-        drawing, uses = random.Random(slots), []
+        drawing = random.Random(slots)
         for policy in (old, new):
             for id in range(40):
                 policy.admitted(id)
-        for _ in range(400):
-            uses.append((drawing.randrange(40), drawing.uniform(-1, 1)))
+        uses = [(drawing.randrange(40), drawing.uniform(-1, 1)) for _ in range(400)]
         for policy in (old, new):
             for id, score in uses:
                 policy.touched(id)
