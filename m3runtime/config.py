@@ -185,6 +185,8 @@ class RecallConfig(_Section):
     """How long a recall waits for blocks that are still below."""
     when_late: Literal["wait", "skip", "next_chunk"] = "skip"
     """For memories that miss the deadline: wait for them, go on without, or give them to the next chunk."""
+    trace: Annotated[Path, BeforeValidator(_name)] | None = None
+    """A file to record into what is asked of the tiers, relative to the file that says so; null: none."""
 
     @model_validator(mode="after")
     def _look_ahead_within_a_chunk(self) -> Self:

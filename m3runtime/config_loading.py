@@ -213,6 +213,8 @@ def _with_paths(config: Config, origins: dict[Key, str], file: Path) -> Config:
     if config.codec.file is not None:
         file_of_codec = absolute(config.codec.file, "codec", "file")
         changes["codec"] = config.codec.model_copy(update={"file": file_of_codec})
+    if config.recall.trace is not None:
+        changes["recall"] = config.recall.model_copy(update={"trace": absolute(config.recall.trace, "recall", "trace")})
     for name, section in (("model", config.model), ("embedder", config.embedder)):
         if section.path in (".", "..", "~") or section.path.startswith(("./", "../", "~/")):  # else perhaps a hub name
             changes[name] = section.model_copy(update={"path": str(absolute(section.path, name, "path"))})

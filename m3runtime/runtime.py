@@ -8,6 +8,7 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
 
 from m3runtime import assembly
@@ -21,6 +22,7 @@ from m3runtime.prefetch import Prefetcher
 from m3runtime.retrieval import Match, Retriever, log_weights
 from m3runtime.stream import Part, Recalled, Stream
 from m3runtime.tier import Reference
+from m3runtime.trace import TraceWriter
 
 
 class Runtime:
@@ -40,13 +42,14 @@ class Runtime:
         self._lock = threading.Lock()
         self._closed = False
         self._index_changed = False
+        self._trace: TraceWriter | None = None
 
     @classmethod
     def open(cls, config: Config | str | Path | None = None, *, read_only: bool = False) -> Self:
         """Open the bank that a configuration (or its file) names, with everything around it.
 
         Raises `ConfigError`, `PluginError`, `BankMissingError`, `BankFormatError`, `BankMismatchError` (the bank is
-        another embedder's), or another `BankError`.
+        another embedder's), another `BankError`, or `InputError` if it cannot record into ``recall.trace``.
         """
         config = config if isinstance(config, Config) else Config.load(config)
         with contextlib.ExitStack() as undo:
@@ -56,8 +59,14 @@ class Runtime:
             undo.callback(embedder.close)
             bank.manifest.check_embedder(embedder=embedder.fingerprint, name=config.embedder.path, where=bank.path)
             device = assembly.device(config)
-            hierarchy = Hierarchy(assembly.open_tiers(config, bank.home.slot_bytes), bank.home, bank.stamp, device)
-            undo.callback(hierarchy.close)
+            tiers = assembly.open_tiers(config, bank.home.slot_bytes)
+            for tier in tiers:
+                undo.callback(tier.close)
+            trace = None
+            if config.recall.trace is not None:
+                trace = TraceWriter(config.recall.trace, bank.home.slot_bytes, tiers)
+                undo.callback(trace.close)
+            hierarchy = Hierarchy(tiers, bank.home, bank.stamp, device, recorder=trace)
             index, changed = assembly.open_index(config, bank)
             recall = config.recall
             retriever = Retriever(
@@ -65,6 +74,7 @@ class Runtime:
             )
             runtime = cls(config, bank, hierarchy, retriever, device)
             runtime._index_changed = changed and not read_only
+            runtime._trace = trace
             undo.pop_all()
         return runtime
 
@@ -96,6 +106,7 @@ class Runtime:
         if not waits and len(new):
             new, late = self._await(new, searched + self.config.recall.deadline)
         fetched = self.fetch(new, streams[0].dtype if streams else torch.float32)
+        self._score([match for matches in chosen for match in matches])
         parts = held | fetched
         results = [self._deliver(stream, matches, parts, late) for stream, matches in zip(streams, chosen, strict=True)]
         self.stats.count(
@@ -114,6 +125,7 @@ class Runtime:
         def work() -> None:
             (matches,) = self.retriever.search([text])
             self.hierarchy.lift(as_ids([match.id for match in matches]))
+            self._score(matches)
 
         self._prefetcher.hint(id(stream), work)
 
@@ -181,6 +193,8 @@ class Runtime:
             closing.callback(self.retriever.embedder.close)
             if self._index_changed:
                 closing.callback(assembly.save_index, self.retriever.index, self.bank)
+            if self._trace is not None:
+                closing.callback(self._trace.close)
             closing.callback(self.hierarchy.close)
             closing.callback(self._lifter.close)
             closing.callback(self._prefetcher.close)
@@ -204,6 +218,12 @@ class Runtime:
             # What no caching tier had room for is read from the home: it would not come any other way.
             return ids, set()
         return ids[there], set(ids[~there].tolist())
+
+    def _score(self, matches: Sequence[Match]) -> None:
+        """Tell the tiers how well these matched, after they hold them."""
+        if matches:
+            scores = np.array([match.score for match in matches], np.float32)
+            self.hierarchy.score(as_ids([match.id for match in matches]), scores)
 
     def _deliver(self, stream: Stream, matches: list[Match], parts: dict[int, Part], late: set[int]) -> Recalled:
         """Give a stream its memories, and take back those it no longer holds."""

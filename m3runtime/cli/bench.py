@@ -1,4 +1,4 @@
-"""``m3 bench``: how fast, and how exactly."""
+"""``m3 bench``: how fast, how exactly, and how well blocks are kept."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,9 +12,10 @@ from m3runtime.errors import InputError
 if TYPE_CHECKING:
     from m3runtime.adapter import Adapter
     from m3runtime.bench.codec import CodecBench
+    from m3runtime.bench.eviction import EvictionBench
     from m3runtime.config import Config
 
-app = typer.Typer(name="bench", help="Measure speed, as ratios against a named baseline.", no_args_is_help=True)
+app = typer.Typer(name="bench", help="Measure speed, errors and hit rates beside a baseline.", no_args_is_help=True)
 
 _STAGES = {
     "memories": "Computing memories",
@@ -26,7 +27,7 @@ _STAGES = {
 
 @app.callback()
 def bench() -> None:
-    """Measure speed, as ratios against a named baseline in the same run."""
+    """Measure speed, errors and hit rates beside a named baseline in the same run."""
 
 
 @app.command()
@@ -64,6 +65,40 @@ def codec(
         print_json(found.to_json())
     else:
         _show(found)
+
+
+@app.command()
+def eviction(
+    trace: Annotated[Path, typer.Option("--trace", help="A trace, as `recall.trace` in the configuration records it.")],
+    capacity: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Room in the tier, such as 2GiB; may be repeated. Default: the fastest tier's, a quarter, four times.",
+        ),
+    ] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A policy; may be repeated. Default: each.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Eviction policies: hit rates on a recorded trace beside the optimum for the same room (Belady's MIN).
+
+    Nothing is timed: the same trace gives the same figures.
+    """
+    from m3runtime.bench.eviction import bench_eviction
+    from m3runtime.eviction import POLICIES
+    from m3runtime.units import parse_size
+
+    try:
+        capacities = [parse_size(size) for size in capacity or ()]
+    except ValueError as error:
+        raise InputError(f"--capacity {error}") from None
+    found = bench_eviction(trace, list(dict.fromkeys(policy or POLICIES)), capacities)
+    if json:
+        print_json(found.to_json())
+    else:
+        _show_eviction(found)
 
 
 def _texts(config: "Config", adapter: "Adapter", corpus: list[Path] | None) -> list[str]:
@@ -114,3 +149,23 @@ def _show(found: "CodecBench") -> None:
     for one in found.at_rest:
         rest.add_row(one.codec, f"{one.bytes:,.0f}", f"{one.zstd:,.0f}", f"{one.zstd / one.bytes:.3f}")
     console.print(rest)
+
+
+def _show_eviction(found: "EvictionBench") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("room", "blocks", "policy", "hit rate", "brought up", "bytes", title="One tier before slower ones")
+    for row, following in zip(found.rows, [*found.rows[1:], None], strict=True):
+        table.add_row(
+            show_size(row.slots * found.slot_bytes),
+            f"{row.slots:,}",
+            row.policy,
+            f"{row.hit_rate:.3f}",
+            f"{row.brought_up:,}",
+            show_size(row.brought_up * found.slot_bytes),
+            end_section=following is None or following.slots != row.slots,
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"{found.requests:,} requests of {found.blocks:,} blocks, in {found.runs} runs: {found.trace}")
