@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from m3runtime import records
+from m3runtime.abilities import Persistent
 from m3runtime.bank import INDEX, Bank, LoadCodec, OpenHome
 from m3runtime.codecs import Codec
 from m3runtime.config import Config, default_tiers
@@ -47,15 +49,16 @@ def open_home(config: Config, *, read_only: bool = False) -> OpenHome:
 
 def open_bank(config: Config, *, read_only: bool = False) -> Bank:
     """Open the bank; see `Bank.open`."""
-    return Bank.open(config.bank, open_home(config, read_only=read_only), LoadCodec())
+    return Bank.open(config.bank, open_home(config, read_only=read_only), LoadCodec(config.codec.kind))
 
 
-def open_tiers(config: Config, slot_bytes: int) -> list[CachingTier]:
-    """The caching tiers, fastest first."""
+def open_tiers(config: Config, slot_bytes: int, *, persistent: bool = False) -> list[CachingTier]:
+    """The caching tiers, fastest first; with ``persistent`` only those that may hold something when they are opened."""
     opened: list[CachingTier] = []
     try:
         for place, (kind, options) in enumerate(tiers(config)[:-1]):
-            opened.append(construct(kind, options, f"tiers.{place}", slot_bytes=slot_bytes))
+            if issubclass(kind, Persistent) or not persistent:
+                opened.append(construct(kind, options, f"tiers.{place}", slot_bytes=slot_bytes))
     except BaseException:
         for tier in opened:
             tier.close()
@@ -92,9 +95,9 @@ def make_codec(config: Config, spec: MemorySpec) -> Codec:
 
 def open_index(config: Config, bank: Bank) -> tuple[Index, bool]:
     """The bank's index, loaded or rebuilt and in line with the home, and whether it differs from its file."""
-    index, rebuilt = make_index(config, bank.manifest.dim), False
+    rebuilt = False
     try:
-        index.load(bank.path / INDEX, _stamp(bank))
+        index = load_index(config, bank)
     except IndexFileError as error:
         log.info("the index is rebuilt: %s", error)
         index, rebuilt = make_index(config, bank.manifest.dim), True
@@ -103,14 +106,25 @@ def open_index(config: Config, bank: Bank) -> tuple[Index, bool]:
 
 
 def catch_up(index: Index, bank: Bank) -> tuple[int, int]:
-    """Bring an index in line with the home, the only truth. Returns how many ids were added and removed."""
+    """Bring an index in line with the home, the only truth. Returns how many ids were added and removed.
+
+    Memories whose embedding is damaged or missing cannot be found: they are set apart.
+    """
     there, wanted = index.ids(), bank.home.ids()
     gone, missing = np.setdiff1d(there, wanted), np.setdiff1d(wanted, there)
     index.remove(gone)
-    if len(missing):
-        for ids, vectors in bank.home.embeddings(missing):
-            index.add(ids, vectors)
-    return len(missing), len(gone)
+    damaged: dict[int, str] = {}
+    for ids, vectors in records.embeddings(bank.home, missing, bank.manifest.dim, damaged):
+        index.add(ids, vectors)
+    records.set_apart(bank.home, damaged)
+    return len(missing) - len(damaged), len(gone)
+
+
+def load_index(config: Config, bank: Bank) -> Index:
+    """The bank's index as its file has it. Raises `IndexFileError` if that cannot be used."""
+    index = make_index(config, bank.manifest.dim)
+    index.load(bank.path / INDEX, _stamp(bank))
+    return index
 
 
 def save_index(index: Index, bank: Bank) -> None:

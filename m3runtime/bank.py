@@ -10,9 +10,10 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ from m3runtime.errors import (
     CodecError,
     ConfigError,
     InputError,
+    RecordError,
 )
 from m3runtime.memory import Memories
-from m3runtime.plugins import construct, load
+from m3runtime.plugins import available, construct, load
 from m3runtime.spec import MemorySpec, canonical_json, fingerprint
 from m3runtime.tier import Home
 
@@ -41,6 +43,7 @@ FORMAT = 1
 HOME, CODEC, INDEX = "home", "codec.safetensors", "index"
 UNFINISHED = "home.unfinished"
 _MANIFEST = "manifest"
+_RESTORE = "restore the bank from a copy, or write it anew"
 _MEND = "configure it as it was, or set `bank` to another folder"
 
 
@@ -94,15 +97,28 @@ class Manifest:
     def from_bytes(cls, value: bytes, where: Path) -> "Manifest":
         """Read `to_bytes`. Raises `BankFormatError` for another format version, `BankError` for anything else."""
         try:
-            fields = json.loads(value)
-            if fields["format"] != FORMAT:
+            stated = json.loads(value)
+            if stated["format"] != FORMAT:
+                mend = "install a newer m3runtime" if stated["format"] > FORMAT else "write the bank anew"
                 raise BankFormatError(
-                    f"{where}: bank of format {fields['format']}, this release reads {FORMAT}; "
-                    + ("install a newer m3runtime" if fields["format"] > FORMAT else "write the bank anew")
+                    f"{where}: bank of format {_short(stated['format'])}, this release reads {FORMAT}; {mend}"
                 )
-            return cls(**{**fields, "spec": MemorySpec.from_json(fields["spec"])})
-        except (ValueError, KeyError, TypeError, ConfigError) as error:
-            raise BankError(f"{where}: the manifest cannot be read: {error}") from error
+            manifest = cls(**{**stated, "spec": MemorySpec.from_json(stated["spec"])})
+            manifest._check_types()
+        except (ValueError, KeyError, TypeError, ConfigError, RecursionError) as error:
+            raise BankError(f"{where}: the manifest cannot be read: {_short(error)}; {_RESTORE}") from error
+        return manifest
+
+    def _check_types(self) -> None:
+        """Raise `ValueError` for a field that is not what it is declared as: what is read may be anything."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not (field.type if field.type in (str, int, MemorySpec) else dict):
+                raise ValueError(f"{field.name} cannot be {value!r}")
+        if self.dim < 1:
+            raise ValueError(f"dim cannot be {self.dim}")
+        if not re.fullmatch("[0-9a-f]{32}", self.codec):
+            raise ValueError(f"codec is no fingerprint: {self.codec!r}")
 
     def check_model(self, *, model: str, name: str, tokenizer: str, sink: str, spec: MemorySpec, where: Path) -> None:
         """Raise `BankMismatchError` that names what differs, unless the bank was written by this model."""
@@ -180,22 +196,26 @@ class Bank:
             raise BankMissingError(f"there is no bank at {path}; make one with `m3 write`")
         opened = home(path=path / HOME)
         try:
-            value = opened.get_meta(_MANIFEST)
-            if value is None:
-                raise BankMissingError(f"the bank at {path} was never finished; run `m3 write` again")
-            manifest = Manifest.from_bytes(value, path)
-            try:
-                codec = load_codec(manifest, path / CODEC)
-            except CodecError as error:
-                raise BankError(f"{error}; restore the file, or write the bank anew") from error
-            if codec.fingerprint != manifest.codec:
-                raise BankMismatchError(f"{path / CODEC}: not the codec that the bank was written with")
-            if opened.slot_bytes != slot_bytes(codec):
-                raise BankMismatchError(f"{path}: slots of {opened.slot_bytes} bytes do not fit the codec")
+            return cls.over(path, opened, read_manifest(path, opened), load_codec)
         except BaseException:
             opened.close()
             raise
-        return cls(path, opened, manifest, codec)
+
+    @classmethod
+    def over(cls, path: Path, home: Home, manifest: Manifest, load_codec: "LoadCodec") -> "Bank":
+        """The bank of a home that is open already, and of its manifest. Raises what `open` does of the codec."""
+        try:
+            codec = load_codec(manifest, path / CODEC)
+        except CodecError as error:
+            raise BankError(f"{error}; restore the file, or write the bank anew") from error
+        if codec.fingerprint != manifest.codec:
+            raise BankMismatchError(
+                f"{path / CODEC}: not the codec that the bank was written with; restore the file, "
+                "or write the bank anew"
+            )
+        if home.slot_bytes != slot_bytes(codec):
+            raise BankMismatchError(f"{path}: slots of {home.slot_bytes} bytes do not fit the codec; {_RESTORE}")
+        return cls(path, home, manifest, codec)
 
     @staticmethod
     def exists(path: Path, home: "OpenHome") -> bool:
@@ -208,7 +228,7 @@ class Bank:
             return False
         try:
             with home(path=folder) as opened:
-                if opened.get_meta(_MANIFEST) is not None:
+                if _stored_manifest(path, opened) is not None:
                     return True
         except BankMissingError:
             pass
@@ -236,6 +256,26 @@ class Bank:
         self.home.close()
 
 
+def read_manifest(path: Path, home: Home) -> Manifest:
+    """The manifest of the bank at ``path``. Raises `BankMissingError`, `BankFormatError`, or `BankError` if damaged."""
+    value = _stored_manifest(path, home)
+    if value is None:
+        raise BankMissingError(f"the bank at {path} was never finished; run `m3 write` again")
+    return Manifest.from_bytes(value, path)
+
+
+def _stored_manifest(path: Path, home: Home) -> bytes | None:
+    try:
+        return home.get_meta(_MANIFEST)
+    except RecordError as error:
+        raise BankError(f"{path}: the manifest cannot be read: {error}; {_RESTORE}") from error
+
+
+def _short(what: object) -> str:
+    """At most a line of what may be anything."""
+    return str(what)[:200]
+
+
 def slot_bytes(codec: Codec) -> int:
     """Bytes of the block of a full reference."""
     return block.HEADER_BYTES + codec.payload_bytes(codec.spec.tokens)
@@ -260,9 +300,22 @@ class OpenHome:
 class LoadCodec:
     """Loads the codec that a manifest names."""
 
+    def __init__(self, configured: str) -> None:
+        """``configured`` is the kind in the configuration, the only one that may be an import path."""
+        self.configured = configured
+
     def __call__(self, manifest: Manifest, path: Path) -> Codec:
-        """Load it. Raises `CodecError` or `PluginError`."""
-        kind: type[Codec] = load("codecs", manifest.codec_kind)
+        """Load it. Raises `CodecError` or `PluginError`, and `BankError` for what the configuration does not name.
+
+        A manifest cannot make us import what it likes.
+        """
+        name = manifest.codec_kind
+        if name != self.configured and name not in available("codecs"):
+            raise BankMismatchError(
+                f"{path.parent}: the bank's codec is {_short(name)}, which is no plug-in; if you trust it, "
+                "name it as `codec.kind` of the configuration"
+            )
+        kind: type[Codec] = load("codecs", name)
         return kind.load(path, manifest.spec)
 
 

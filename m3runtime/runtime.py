@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from m3runtime import assembly
+from m3runtime import assembly, records
 from m3runtime.bank import Bank, as_ids
 from m3runtime.block import Ids
 from m3runtime.config import Config
@@ -147,8 +147,10 @@ class Runtime:
         return everything.search(texts)
 
     def references(self, ids: Sequence[int]) -> list[Reference | None]:
-        """The references of ids, None where an id is not remembered."""
-        return self.bank.home.references(as_ids(ids))
+        """The references of ids, None where an id is not remembered, or was set apart because its record is damaged."""
+        found, damaged = records.references(self.bank.home, as_ids(ids))
+        records.set_apart(self.bank.home, damaged)
+        return found
 
     def fetch(self, ids: Sequence[int] | Ids, dtype: torch.dtype) -> dict[int, Part]:
         """The decoded memories of ids, on the device and in one call; those that are gone or bad are left out."""
@@ -165,7 +167,7 @@ class Runtime:
             memories = self.bank.decode(blocks, dtype)
         except BlockError as error:
             if len(ids) == 1:
-                self.bank.home.quarantine(int(ids[0]), str(error))
+                records.set_apart(self.bank.home, {int(ids[0]): str(error)})
                 return {}
             return {k: v for i in range(len(ids)) for k, v in self.fetch(ids[i : i + 1], dtype).items()}
         return {
@@ -174,13 +176,17 @@ class Runtime:
         }
 
     def forget(self, ids: Sequence[int]) -> int:
-        """Forget references in the home, the index and every tier. Returns how many there were."""
+        """Forget references in the home, every tier and the index. Returns how many there were.
+
+        Once the home has forgotten, nothing answers with them any more: what a crash leaves in the index or in a tier
+        is removed when the bank is opened again.
+        """
         wanted = as_ids(sorted(set(ids)))
-        known = [id for id, one in zip(wanted, self.bank.home.references(wanted), strict=True) if one is not None]
+        found, damaged = records.references(self.bank.home, wanted)
         self.hierarchy.discard(wanted)
         self.retriever.index.remove(wanted)
         self._index_changed = True
-        return len(known)
+        return sum(one is not None for one in found) + len(damaged)
 
     def close(self) -> None:
         """Save the index, if it changed, and close everything. Closing twice is fine."""
@@ -227,7 +233,7 @@ class Runtime:
 
     def _deliver(self, stream: Stream, matches: list[Match], parts: dict[int, Part], late: set[int]) -> Recalled:
         """Give a stream its memories, and take back those it no longer holds."""
-        references = self.bank.home.references(as_ids([match.id for match in matches]))
+        references = self.references([match.id for match in matches])
         held: dict[int, Part] = {}
         given: list[tuple[Match, Reference]] = []
         for match, reference in zip(matches, references, strict=True):

@@ -5,24 +5,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
-from m3runtime import assembly, codec_files
+from m3runtime import assembly, codec_files, encoding
 from m3runtime.adapter import Adapter
-from m3runtime.bank import Bank, Manifest, as_ids
+from m3runtime.bank import Bank, Manifest
 from m3runtime.block import HEADER_BYTES
 from m3runtime.codecs import Codec
 from m3runtime.config import Config
+from m3runtime.encoding import GROUP
 from m3runtime.fitting import fit_codec, sample_size
 from m3runtime.references import references_of
 from m3runtime.retrieval import Embedder
 from m3runtime.sampling import reservoir
 from m3runtime.splitting import Splitter
 from m3runtime.text import Document
-from m3runtime.tier import Batch, Reference
-
-GROUP = 64
-"""References of one transaction. Always grouped alike, so that writing again after a crash gives equal bytes."""
+from m3runtime.tier import Reference
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the stage (``codec`` or ``memories``), the steps done, and all of them."""
@@ -139,18 +135,8 @@ class Writer:
 
     def _commit(self, bank: Bank, references: Sequence[Reference], encoded: Callable[[int], None]) -> int:
         """Encode and commit one group in one transaction. Returns the bytes of its blocks."""
-        first = bank.home.next_id()
-        ids = as_ids(range(first, first + len(references)))
-        blocks = torch.zeros(len(references), bank.home.slot_bytes, dtype=torch.uint8)
-        # Batches of references of like length waste little on padding; rows and ids keep the corpus' order.
-        order = sorted(range(len(references)), key=lambda i: (references[i].tokens, i))
-        size = self.config.memory.batch_size
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            memories = self.adapter.encode([references[i].text for i in rows])
-            blocks[rows] = bank.blocks(ids[rows], memories)
-            encoded(start + len(rows))
-        vectors = self.embedder.embed_references([reference.text for reference in references])
-        bank.home.commit(Batch(ids, blocks, references, vectors))
+        bank.home.commit(
+            encoding.encoded(bank, self.adapter, self.embedder, references, self.config.memory.batch_size, encoded)
+        )
         kept = [min(reference.tokens, self.adapter.spec.tokens) for reference in references]
         return sum(bank.codec.payload_bytes(tokens) + HEADER_BYTES for tokens in kept)

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
+from m3runtime.errors import BankBusyError
 
 if TYPE_CHECKING:
     from m3runtime.adapter import Adapter, Answer, Prompt
+    from m3runtime.runtime import Runtime
 
 NoMemory = Annotated[bool, typer.Option("--no-memory", help="The model as it is: recall nothing.")]
 
@@ -23,7 +25,7 @@ def ask(
     json: Json = False,
 ) -> None:
     """Answer a question once, and print which memories were read."""
-    with _Talk(config, set, no_memory=no_memory) as talk:
+    with _Talk(config, set, no_memory=no_memory, lasting=False) as talk:
         prompt = talk.adapter.render(question, talk.settings.generate.prompt)
         answer = talk.answer(prompt, shown=not json)
         if json:
@@ -37,7 +39,7 @@ def chat(config: ConfigFile = None, no_memory: NoMemory = False, set: Set = None
 
     With --json, each answer is one line of JSON.
     """
-    with _Talk(config, set, no_memory=no_memory) as talk:
+    with _Talk(config, set, no_memory=no_memory, lasting=True) as talk:
         messages: list[dict[str, str]] = []
         while True:
             if sys.stdin.isatty():
@@ -59,21 +61,29 @@ def chat(config: ConfigFile = None, no_memory: NoMemory = False, set: Set = None
 class _Talk(ExitStack):
     """A model with its runtime for one command."""
 
-    def __init__(self, file: Path | None, settings: list[str] | None, *, no_memory: bool) -> None:
+    def __init__(self, file: Path | None, settings: list[str] | None, *, no_memory: bool, lasting: bool) -> None:
         super().__init__()
         self.settings = configuration(file, settings)
         from m3runtime import assembly
-        from m3runtime.runtime import Runtime
 
         self.runtime: Runtime | None = None
         with ExitStack() as opened:  # closes what is open if the next cannot be opened
             if not no_memory:
-                self.runtime = opened.enter_context(Runtime.open(self.settings))
+                self.runtime = opened.enter_context(self._open_runtime(lasting=lasting))
             self.adapter: Adapter = assembly.open_adapter(self.settings)
             opened.callback(self.adapter.close)
             if self.runtime is not None:
                 self.adapter.check(self.runtime.bank.manifest, self.runtime.bank.path)
             self.push(opened.pop_all())
+
+    def _open_runtime(self, *, lasting: bool) -> "Runtime":
+        """A runtime that keeps the index and sets apart what is damaged, unless that would keep a writer out for long."""
+        from m3runtime.runtime import Runtime
+
+        try:
+            return Runtime.open(self.settings, read_only=lasting)
+        except BankBusyError:
+            return Runtime.open(self.settings, read_only=True)
 
     def answer(self, prompt: "Prompt", *, shown: bool) -> "Answer":
         def show(_: int, text: str) -> None:

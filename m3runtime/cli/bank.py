@@ -69,35 +69,43 @@ def inspect(
 def forget(
     ids: Annotated[list[int] | None, typer.Argument(min=0, help="Ids of memories.")] = None,
     source: Annotated[list[str] | None, typer.Option("--source", help="Forget all that came from a source.")] = None,
+    quarantined: Annotated[bool, typer.Option("--quarantined", help="Forget all that is quarantined.")] = False,
     config: ConfigFile = None,
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Forget memories and their references, for good."""
+    """Forget memories and their references, for good: in the bank, its index and every tier that outlives a process."""
     settings = configuration(config, set)
-    if not ids and not source:
+    if not ids and not source and not quarantined:
         raise InputError("say what to forget: ids, or --source")
-    from m3runtime import assembly
-    from m3runtime.bank import as_ids
+    from contextlib import closing
 
-    bank = assembly.open_bank(settings)
-    try:
+    from m3runtime import assembly, records
+    from m3runtime.bank import as_ids
+    from m3runtime.hierarchy import Hierarchy
+
+    with closing(assembly.open_bank(settings)) as bank:
         wanted = dict.fromkeys(ids or [])
         for name in source or ():
             of_source = bank.home.ids_of(name).tolist()
             if not of_source:
                 raise InputError(f"the bank remembers nothing from {name}; `m3 inspect` lists its sources")
             wanted.update(dict.fromkeys(of_source))
-        unknown = [
-            id for id, one in zip(wanted, bank.home.references(as_ids(list(wanted))), strict=True) if one is None
-        ]
+        found, damaged = records.references(bank.home, as_ids(list(wanted)))
+        unknown = [id for id, one in zip(wanted, found, strict=True) if one is None and id not in damaged]
         if unknown:
             raise InputError(f"the bank has no memory {', '.join(map(str, unknown))}; nothing was forgotten")
-        bank.home.discard(as_ids(list(wanted)))
+        if quarantined:
+            wanted.update(dict.fromkeys(bank.home.quarantined()))
+        # What a crash leaves in a tier or in the index is removed when they are opened again.
+        tiers = assembly.open_tiers(settings, bank.home.slot_bytes, persistent=True)
+        with closing(Hierarchy(tiers, bank.home, bank.stamp)) as hierarchy:
+            hierarchy.discard(as_ids(list(wanted)))
+            failed = [tier.name for tier in hierarchy.stats() if tier.faults]
         index, _ = assembly.open_index(settings, bank)
         assembly.save_index(index, bank)
-    finally:
-        bank.close()
+    for name in failed:
+        typer.echo(f"tier {name} failed: what it still holds is discarded when it is used again", err=True)
     if json:
         print_json({"forgotten": list(wanted)})
     else:
