@@ -14,6 +14,7 @@ The digest finds damage; it proves nothing against somebody who computes it anew
 
 import contextlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Mapping
@@ -236,7 +237,7 @@ def _distortion(measured: Any) -> Distortion | None:
     if measured is None:
         return None
     found = Distortion(**measured)
-    if not all(isinstance(number, float | int) for number in (found.keys, found.values)):
+    if not all(isinstance(number, float | int) and math.isfinite(number) for number in (found.keys, found.values)):
         raise ValueError("the distortion that it states is no number")
     return found
 
