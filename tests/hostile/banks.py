@@ -23,26 +23,7 @@ from tests.end_to_end.commands import Place
 
 T = TypeVar("T")
 SPEC = MemorySpec(layers=(0, 1, 3), kv_heads=2, tokens=40, head_dim=16, reference_tokens=40, dtype="float32")
-WORDS = (
-    "harbour lamp walnut oil keeper dusk ferry crossing caraway loaves quarry granite heron abbey owl library".split()  # noqa: SIM905
-)
-    "harbour",
-    "lamp",
-    "walnut",
-    "oil",
-    "keeper",
-    "dusk",
-    "ferry",
-    "crossing",
-    "caraway",
-    "loaves",
-    "quarry",
-    "granite",
-    "heron",
-    "abbey",
-    "owl",
-    "library",
-]
+WORDS = "harbour lamp walnut oil keeper dusk ferry crossing loaves quarry granite heron abbey owl library bell"
 FORGOTTEN = (3, 11)
 COUNT = 20
 QUERIES = ("lamp oil of the harbour", "granite quarry", "an owl", "keeper 4")
@@ -64,7 +45,8 @@ def configure(place: Place) -> None:
 
 def make_reference(id: int, salt: str = "") -> Reference:
     """Of words that the queries share."""
-    text = f"{salt}Keeper {id}: {WORDS[id % 16]} {WORDS[id * 5 % 16]} {WORDS[id * 7 % 16]}, page {id}."
+    words = WORDS.split()
+    text = f"{salt}Keeper {id}: {words[id % 16]} {words[id * 5 % 16]} {words[id * 7 % 16]}, page {id}."
     return Reference(text, f"notes/{id % 4}.md", id, id + len(text), 1 + 3 * id % SPEC.tokens)
 
 
