@@ -6,23 +6,39 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+import zstandard
 from torch import Tensor
 
-from m3backends.lmdb_compression import unpack
+from m3backends.lmdb_compression import dictionary_of, load_dictionary, unpack
 from m3backends.lmdb_environment import Environment, Reading, Writing
-from m3backends.lmdb_records import digest, pack_ids, pack_text, unpack_ids, unpack_reference, unpack_text
+from m3backends.lmdb_records import (
+    Source,
+    digest,
+    pack_ids,
+    pack_text,
+    unpack_id,
+    unpack_ids,
+    unpack_number,
+    unpack_reference,
+    unpack_source,
+    unpack_text,
+)
 from m3backends.lmdb_schema import Databases
 from m3runtime.block import HEADER_BYTES, Found, Ids, Rows, length
-from m3runtime.errors import TierError
 from m3runtime.tier import Home, Reference, check_rows
 
 
 class LmdbReading(Home):
-    """The half of `LmdbHome` that reads. Each method is one snapshot; `embeddings` is one for each batch."""
+    """The half of `LmdbHome` that reads. Each method is one snapshot; `embeddings` is one for each batch.
+
+    Every record is checked as it is read: a damaged one raises `RecordError`.
+    """
 
     path: Path
     _environment: Environment
     _db: Databases
+    _above: int
+    _dictionary: zstandard.ZstdCompressionDict | None = None
 
     @property
     def capacity(self) -> None:
@@ -42,10 +58,10 @@ class LmdbReading(Home):
 
         def work(txn: Reading) -> None:
             for row, key in enumerate(pack_ids(ids)):
-                if txn.get(key, db=self._db.quarantine) is None:
+                if txn.get(key, db=self._db.quarantine.handle) is None:
                     block = txn.get(key, db=self._db.blocks)
                     if block is not None:
-                        _fill(rows_out[row], block)
+                        _fill(rows_out[row], self._unpack(txn, block))
                         found[row] = True
 
         self._environment.read(work)
@@ -55,26 +71,25 @@ class LmdbReading(Home):
         """See `Tier.contains`."""
         return self._environment.read(
             lambda txn: np.array(
-                [self._has(txn, key) and txn.get(key, db=self._db.quarantine) is None for key in pack_ids(ids)],
+                [self._has(txn, key) and txn.get(key, db=self._db.quarantine.handle) is None for key in pack_ids(ids)],
                 np.bool_,
             )
         )
 
     def __len__(self) -> int:
         return self._environment.read(
-            lambda txn: txn.stat(self._db.blocks)["entries"] - txn.stat(self._db.quarantine)["entries"]
+            lambda txn: txn.stat(self._db.blocks)["entries"] - txn.stat(self._db.quarantine.handle)["entries"]
         )
 
     def next_id(self) -> int:
         """See `Home.next_id`."""
-        return self._environment.read(lambda txn: int(bytes(txn.get(b"next_id", b"0", db=self._db.home))))
+        return self._environment.read(self._next_id)
 
     def find(self, texts: Sequence[str]) -> list[int | None]:
         """See `Home.find`. Also finds what is quarantined."""
 
         def work(txn: Reading) -> list[int | None]:
-            keys = [txn.get(digest(text), db=self._db.digests) for text in texts]
-            return [None if key is None else int.from_bytes(key, "big") for key in keys]
+            return [self._db.digests.read(txn, digest(text), unpack_id) for text in texts]
 
         return self._environment.read(work)
 
@@ -82,8 +97,7 @@ class LmdbReading(Home):
         """See `Home.references`. Also those of what is quarantined."""
 
         def work(txn: Reading) -> list[Reference | None]:
-            records = [txn.get(key, db=self._db.references) for key in pack_ids(ids)]
-            return [None if record is None else unpack_reference(record) for record in records]
+            return [self._db.references.read(txn, key, unpack_reference) for key in pack_ids(ids)]
 
         return self._environment.read(work)
 
@@ -91,33 +105,31 @@ class LmdbReading(Home):
         """See `Home.ids`."""
 
         def work(txn: Reading) -> Ids:
-            all_ids, bad = (
-                unpack_ids(txn.cursor(db).iternext(values=False)) for db in (self._db.references, self._db.quarantine)
-            )
-            return np.setdiff1d(all_ids, bad, assume_unique=True)
+            return np.setdiff1d(self._db.references.ids(txn), self._db.quarantine.ids(txn), assume_unique=True)
 
         return self._environment.read(work)
 
     def ids_of(self, source: str) -> Ids:
         """See `Home.ids_of`. Also what is quarantined."""
+        key, sources = digest(source), self._db.sources
 
         def work(txn: Reading) -> Ids:
-            cursor = txn.cursor(self._db.members)
-            return unpack_ids(cursor.iternext_dup() if cursor.set_key(digest(source)) else ())
+            cursor, known = txn.cursor(self._db.members), sources.read(txn, key, unpack_source)
+            try:
+                members = unpack_ids(cursor.iternext_dup() if cursor.set_key(key) else ())
+            except ValueError as error:
+                raise sources.damaged(key, f"its members are not: {error}") from error
+            if not (known or Source(source, 0, 0)).fits(members):
+                raise sources.damaged(key, "its members are not those it counts")
+            return members
 
         return self._environment.read(work)
 
     def sources(self) -> Mapping[str, int]:
         """See `Home.sources`. Counts what is quarantined too."""
-
-        def work(txn: Reading) -> dict[str, int]:
-            members, counts = txn.cursor(self._db.members), {}
-            for key, source in txn.cursor(self._db.sources):
-                members.set_key(key)
-                counts[unpack_text(source)] = members.count()
-            return counts
-
-        return self._environment.read(work)
+        return self._environment.read(
+            lambda txn: {known.name: known.count for _, known in self._db.sources.items(txn, unpack_source)}
+        )
 
     def embeddings(self, ids: Ids | None = None, batch: int = 4096) -> Iterator[tuple[Ids, npt.NDArray[np.float32]]]:
         """See `Home.embeddings`. Given ids are found in quarantine too."""
@@ -126,13 +138,9 @@ class LmdbReading(Home):
             some = wanted[start : start + batch]
 
             def work(txn: Reading, some: Ids = some) -> tuple[Ids, npt.NDArray[np.float32]]:
-                values = [txn.get(key, db=self._db.embeddings) for key in pack_ids(some)]
-                known = [value for value in values if value is not None]
-                if len({len(value) for value in known}) > 1:
-                    raise TierError(f"bank {self.path}: embeddings are not all of one length")
-                vectors = np.frombuffer(b"".join(known), "<f4").astype(np.float32)
-                found = np.array([value is not None for value in values], np.bool_)
-                return some[found], vectors.reshape(len(known), -1 if known else 0)
+                values = [self._db.embeddings.get(txn, key) for key in pack_ids(some)]
+                known = some[[value is not None for value in values]]
+                return known, self._vectors(known, [value for value in values if value is not None])
 
             known_ids, vectors = self._environment.read(work)
             if len(known_ids):
@@ -140,24 +148,19 @@ class LmdbReading(Home):
 
     def quarantined(self) -> Mapping[int, str]:
         """See `Home.quarantined`."""
-        return self._environment.read(
-            lambda txn: {
-                int.from_bytes(key, "big"): unpack_text(reason) for key, reason in txn.cursor(self._db.quarantine)
-            }
-        )
 
-    def get_meta(self, key: str) -> bytes | None:
-        """See `Home.get_meta`."""
-
-        def work(txn: Reading) -> bytes | None:
-            value = txn.get(pack_text(key), db=self._db.meta)
-            return None if value is None else bytes(value)
+        def work(txn: Reading) -> dict[int, str]:
+            return {unpack_id(key): reason for key, reason in self._db.quarantine.items(txn, unpack_text)}
 
         return self._environment.read(work)
 
+    def get_meta(self, key: str) -> bytes | None:
+        """See `Home.get_meta`."""
+        return self._environment.read(lambda txn: self._db.meta.read(txn, pack_text(key), bytes))
+
     def stored_bytes(self) -> int:
         """See `Home.stored_bytes`. Room that forgetting left is used again and does not leave the file."""
-        return self._environment.read(lambda _: self._environment.data.stat().st_size)
+        return self._environment.read(lambda _: self._environment.files.data.stat().st_size)
 
     def close(self) -> None:
         """See `Tier.close`. Waits for the calls that are running."""
@@ -167,10 +170,36 @@ class LmdbReading(Home):
         """Whether a block is stored; a cursor, unlike `get`, does not read it."""
         return txn.cursor(self._db.blocks).set_key(key)
 
+    def _vectors(self, ids: Ids, values: Sequence[memoryview]) -> npt.NDArray[np.float32]:
+        """``float32[n, dim]`` of the stored embeddings of ids, which must be of one length, and finite."""
+        sizes = np.array([len(value) for value in values], np.int64)
+        wrong = (sizes != sizes[:1]) | (sizes % 4 != 0)
+        vectors = np.zeros((0, 0), np.float32)
+        if len(values) and not wrong.any():
+            vectors = np.frombuffer(b"".join(values), "<f4").astype(np.float32).reshape(len(values), -1)
+            wrong = ~np.isfinite(vectors).all(axis=1)
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise self._db.embeddings.damaged(
+                pack_ids(ids)[row], f"it is not finite, or has {sizes[row]} bytes and others {sizes[0]}"
+            )
+        return vectors
 
-def _fill(row: Rows, block: memoryview) -> None:
-    """Copy a stored block into a slot."""
-    whole = unpack(block, len(row))
+    def _next_id(self, txn: Reading | Writing) -> int:
+        next_id = self._db.home.read(txn, b"next_id", unpack_number)
+        if next_id is None:
+            raise self._db.home.damaged(b"next_id", "it is missing")
+        return max(next_id, self._above)
+
+    def _unpack(self, txn: Reading | Writing, stored: memoryview) -> Rows:
+        """The block that was stored. The writer may have made the dictionary since this home was opened."""
+        if self._dictionary is None and dictionary_of(stored):
+            self._dictionary = self._db.home.read(txn, b"dictionary", load_dictionary)
+        return unpack(stored, self.slot_bytes, self._dictionary)
+
+
+def _fill(row: Rows, whole: Rows) -> None:
+    """Copy a block into a slot."""
     stored = whole[: len(row)]
     row[: len(stored)] = stored
     # A record cut short must not be completed by what a former read left in the row.

@@ -1,51 +1,77 @@
 """The databases of an LMDB home, and how they are made and opened.
 
-==========  ===========================================  =====================================================
-database    key                                          value
-==========  ===========================================  =====================================================
-home        ``version``, ``slot_bytes``, ``next_id``     decimal
-blocks      id                                           exactly the block's bytes, not the slot
-references  id                                           JSON of text, source, start, end, tokens
-digests     digest of the text                           id
-sources     digest of the source                         the source
-members     digest of the source                         ids, sorted
-embeddings  id                                           float32, little-endian
-quarantine  id                                           reason
-meta        any                                          any
-==========  ===========================================  =====================================================
+==========  ==========================  =============================================================
+database    key                         value
+==========  ==========================  =============================================================
+home        ``version``                 2, and nothing else: every release can read it
+home        ``slot_bytes``              *sealed* decimal
+home        ``next_id``                 *sealed* decimal
+home        ``packing``                 *sealed* ``none``, ``zstd`` or ``dictionary``: see `Packing`
+home        ``dictionary``              *sealed* dictionary of zstd
+blocks      id                          exactly the block's bytes, not the slot, or a zstd frame of them
+references  id                          *sealed* JSON of text, source, start, end, tokens
+digests     digest of the text          *sealed* id
+sources     digest of the source        *sealed* count and sum of its ids, 8 bytes each, and its name
+members     digest of the source        ids, sorted
+embeddings  id                          *sealed* float32, little-endian
+quarantine  id                          *sealed* reason
+meta        any                         *sealed* any
+==========  ==========================  =============================================================
+
+Ids have 8 bytes, big-endian. A digest of a text is BLAKE2b of its UTF-8, 32 bytes. A sealed value follows 8 bytes of
+XXH3-64 over the database's name, a zero byte, the key's length (16 bits), the key and the value.
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast, get_args
 
 import lmdb
 
+from m3backends.lmdb_compression import Method, Packing, load_dictionary
 from m3backends.lmdb_environment import Environment, Reading, Writing
-from m3runtime.errors import BankError, BankFormatError, BankMismatchError, BankMissingError
+from m3backends.lmdb_files import sync_folder
+from m3backends.lmdb_records import unpack_id, unpack_number, unpack_text
+from m3backends.lmdb_table import Table
+from m3runtime.errors import BankError, BankFormatError, BankMismatchError, BankMissingError, RecordError
 
-VERSION = 1
+VERSION = 2
+_LARGEST_SLOT = 64 + 2**32
+_BY_ID = ("references", "embeddings", "quarantine")
+_UNSEALED = ("blocks", "members")
 
 
 class Databases(NamedTuple):
-    """Handles of the databases; the fields are their names."""
+    """The databases; the fields are their names."""
 
-    home: "lmdb._Database"
+    home: Table
     blocks: "lmdb._Database"
-    references: "lmdb._Database"
-    digests: "lmdb._Database"
-    sources: "lmdb._Database"
+    references: Table
+    digests: Table
+    sources: Table
     members: "lmdb._Database"
-    embeddings: "lmdb._Database"
-    quarantine: "lmdb._Database"
-    meta: "lmdb._Database"
+    embeddings: Table
+    quarantine: Table
+    meta: Table
+
+
+class Opened(NamedTuple):
+    """An open home."""
+
+    databases: Databases
+    slot_bytes: int
+    above: int
+    """An id above all whose records are there and sound."""
+    packing: Packing | None
+    """What was decided, if it was."""
 
 
 def create_folder(path: Path, slot_bytes: int | None, read_only: bool) -> None:
     """Make the folder of a new home; LMDB makes the files. Raises `BankMissingError`, `BankError`."""
     if path.exists() and not path.is_dir():
         raise BankError(f"{path} is not the folder of a bank")
-    if (path / "data.mdb").exists():
+    if os.path.lexists(path / "data.mdb"):
         return
     if read_only or slot_bytes is None:
         raise BankMissingError(f"there is no bank at {path}")
@@ -55,51 +81,92 @@ def create_folder(path: Path, slot_bytes: int | None, read_only: bool) -> None:
         raise BankError(f"bank {path}: {error}") from error
 
 
-def open_databases(environment: Environment, slot_bytes: int | None) -> tuple[Databases, int]:
-    """Open the databases, or make all in one transaction. Returns them and the bytes of a slot.
+def open_databases(environment: Environment, slot_bytes: int | None) -> Opened:
+    """Open the databases, or make all in one transaction.
 
     Raises `BankMissingError`, `BankError`, `BankFormatError` or `BankMismatchError`: see `LmdbHome`.
     """
-    path, env = environment.path, environment.env
-
-    def names(txn: Reading | Writing) -> set[bytes]:
-        return {bytes(name) for name in txn.cursor().iternext(values=False)}
-
-    def open_all(txn: Writing | None) -> Databases:
-        # LMDB drops handles that were opened in a transaction which did not commit, as one that only reads.
-        return Databases(
-            *(
-                env.open_db(name.encode(), txn, dupsort=name == "members", create=txn is not None)
-                for name in Databases._fields
-            )
-        )
-
-    def make(txn: Writing) -> Databases:
-        databases = open_all(txn)
-        if txn.put(b"version", str(VERSION).encode(), overwrite=False, db=databases.home):
-            txn.put(b"slot_bytes", str(slot_bytes).encode(), db=databases.home)
-        return databases
-
-    there = environment.read(names)
+    path = environment.path
+    there = environment.read(lambda txn: {bytes(name) for name in txn.cursor().iternext(values=False)})
     if there and b"home" not in there:
-        raise BankError(f"{environment.data} belongs to another program")
+        raise BankError(f"{environment.files.data} belongs to another program")
     if not there and (environment.read_only or slot_bytes is None):
         raise BankMissingError(f"there is no bank at {path}")
+
+    def make(txn: Writing) -> Databases:
+        databases = _open_all(environment, txn)
+        if txn.put(b"version", b"%d" % VERSION, overwrite=False, db=databases.home.handle):
+            databases.home.put(txn, b"slot_bytes", b"%d" % (slot_bytes or 0))
+            databases.home.put(txn, b"next_id", b"0")
+        return databases
+
+    def look(txn: Reading) -> Opened:
+        _check_version(txn, databases, path)
+        slot, next_id = (databases.home.read(txn, key, unpack_number) for key in (b"slot_bytes", b"next_id"))
+        if slot is None or next_id is None or slot > _LARGEST_SLOT or next_id > 2**64:
+            raise ValueError(f"it states slots of {slot} bytes and {next_id} as the next id")
+        return Opened(databases, slot, above_all(txn, databases), _packing(txn, databases))
+
     try:
-        databases = open_all(None) if there else environment.write(make)
-        version, slot = environment.read(
-            lambda txn: [int(bytes(txn.get(key, db=databases.home) or b"")) for key in (b"version", b"slot_bytes")]
-        )
-    except (lmdb.Error, ValueError) as error:
-        raise BankError(f"bank {environment.data} is damaged: {error}") from error
+        databases = _open_all(environment, None) if there else environment.write(make)
+        opened = environment.read(look)
+    except (lmdb.Error, ValueError, RecordError) as error:
+        raise BankError(f"bank {environment.files.data} is damaged: {error}") from error
+    if slot_bytes not in (None, opened.slot_bytes):
+        raise BankMismatchError(f"bank {path} has slots of {opened.slot_bytes} bytes, not {slot_bytes}")
+    if not there:  # LMDB syncs the file, not the folders that name it
+        sync_folder(path)
+        sync_folder(path.parent)
+    return opened
+
+
+def store_packing(txn: Writing, databases: Databases, packing: Packing) -> None:
+    """Record how blocks are packed from now on."""
+    databases.home.put(txn, b"packing", packing.method.encode())
+    if packing.dictionary:
+        databases.home.put(txn, b"dictionary", packing.dictionary)
+
+
+def _packing(txn: Reading, databases: Databases) -> Packing | None:
+    method = databases.home.read(txn, b"packing", unpack_text)
+    dictionary = databases.home.read(txn, b"dictionary", bytes) or b""
+    if method not in (None, *get_args(Method)) or (method == "dictionary") != bool(dictionary):
+        raise ValueError(f"it states {method!r} as its packing, with {len(dictionary)} bytes of a dictionary")
+    load_dictionary(dictionary)
+    return None if method is None else Packing(cast(Method, method), dictionary)
+
+
+def _open_all(environment: Environment, txn: Writing | None) -> Databases:
+    """Open each database, or make it. Raises `lmdb.Error`, and `ValueError` for one of other properties."""
+    env, opened = environment.env, dict[str, Table | lmdb._Database]()
+    # LMDB drops handles that were opened in a transaction which did not commit, as one that only reads.
+    for name in Databases._fields:
+        handle = env.open_db(name.encode(), txn, dupsort=name == "members", create=txn is not None)
+        if {flag for flag, on in handle.flags().items() if on} != ({"dupsort"} if name == "members" else set()):
+            raise ValueError(f"{name} has other properties")
+        sealed = name not in _UNSEALED
+        opened[name] = Table(environment.path, name, handle, by_id=name in _BY_ID) if sealed else handle
+    return Databases(**opened)  # type: ignore[arg-type]
+
+
+def _check_version(txn: Reading, databases: Databases, path: Path) -> None:
+    version = unpack_number(txn.get(b"version", b"", db=databases.home.handle))
     if version != VERSION:
         mend = "install a newer m3runtime" if version > VERSION else "write the bank anew"
         raise BankFormatError(f"bank {path} has format {version}, this release reads {VERSION}; {mend}")
-    if slot_bytes not in (None, slot):
-        raise BankMismatchError(f"bank {path} has slots of {slot} bytes, not {slot_bytes}")
-    if not there and os.name == "posix":  # LMDB syncs the file, not the folders that name it
-        for folder in (path, path.parent):
-            file = os.open(folder, os.O_RDONLY)
-            os.fsync(file)
-            os.close(file)
-    return databases, slot
+
+
+def above_all(txn: Reading, databases: Databases) -> int:
+    """The id above all that are in use, whatever ``next_id`` says: above the last key of a sound record."""
+    above = 0
+    for table in (databases.references, databases.embeddings, databases.quarantine):
+        cursor = txn.cursor(table.handle)
+        there = cursor.last()
+        while there:
+            key = cursor.key()
+            with suppress(RecordError, ValueError):  # a flipped bit can make any key the largest
+                table.open(key, cursor.value())
+                above = max(above, unpack_id(key) + 1)
+                break
+            there = cursor.prev()
+    return above

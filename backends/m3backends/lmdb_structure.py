@@ -1,0 +1,59 @@
+"""Whether LMDB can be trusted with a file. It trusts its pages: a flipped bit in one can crash or hang the process."""
+
+import os
+import struct
+from pathlib import Path
+
+from lmdb.verify import VerifyError, verify
+
+from m3runtime.errors import BankError
+
+_META = struct.Struct("=16x I I 8x Q I 92x Q Q")
+"""Of the page header and what follows it in format 0.9: magic, version, map size, page size, last page, transaction."""
+_MAGIC = 0xBEEFC0DE
+_UNWRITTEN = 64 << 20
+"""Bytes of pages that a file may lack at its end: LMDB leaves free ones unwritten if it is killed."""
+
+
+def check_structure(data: Path) -> None:
+    """Raise `BankError` unless every page is as LMDB needs it. Nobody may write meanwhile.
+
+    Takes about 12 microseconds a record, and 2 bytes of memory for each page. Reads with plain Python and never with
+    LMDB, so no file can harm it.
+    """
+    problems = structure_problems(data)
+    if problems:
+        raise BankError(f"bank {data} is damaged: {problems[0]}; restore it from a copy, or write it anew")
+
+
+def structure_problems(data: Path) -> list[str]:
+    """What is wrong with the pages of a file that nobody writes to: nothing, if LMDB can be trusted with it."""
+    try:
+        return _too_large(data) or verify(str(data), subdir=False)  # type: ignore[no-untyped-call]
+    except (VerifyError, OSError) as error:
+        return [str(error)]
+    except RecursionError:
+        return ["databases within databases"]
+
+
+def _too_large(data: Path) -> list[str]:
+    """Whether the file states more pages than it can have: memory and time go by that number."""
+    with data.open("rb") as file:
+        status = os.fstat(file.fileno())
+        size = status.st_size
+        # Holes cost nothing to claim. A real file has few, even where the file system compresses it.
+        allocated = 16 * 512 * status.st_blocks + (4 << 30) if hasattr(status, "st_blocks") else size
+        page_bytes = None
+        for number in (0, 1):
+            file.seek(number * (page_bytes or 0))
+            page = file.read(_META.size)
+            if len(page) < _META.size:
+                return []  # for the verifier to describe
+            magic, _, _, stated, last, _ = _META.unpack(page)
+            if magic != _MAGIC or not stated:
+                return []
+            page_bytes = page_bytes or stated
+            needed = (last + 1) * page_bytes
+            if needed > size + _UNWRITTEN or needed > allocated + _UNWRITTEN:
+                return [f"it states {last + 1} pages of {page_bytes} bytes, and has {size} bytes"]
+    return []
