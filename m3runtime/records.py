@@ -45,6 +45,14 @@ def embeddings(home: Home, ids: Ids, dim: int | None, damaged: dict[int, str]) -
         _note(damaged, wanted, "there is no embedding")
 
 
+def quarantined(home: Home) -> dict[int, str]:
+    """What is quarantined, and why. Of a home with damaged records of that, only one whose record is damaged."""
+    try:
+        return dict(home.quarantined())
+    except RecordError as error:
+        return {} if error.id is None else {error.id: str(error)}
+
+
 def set_apart(home: Home, damaged: Mapping[int, str]) -> None:
     """Quarantine these for the reasons given. In a home that cannot be written to they are merely left out."""
     for id, why in damaged.items():

@@ -1,18 +1,21 @@
 """`repair`: makes a damaged bank sound again, from the texts that it remembers."""
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from m3runtime import assembly, records
-from m3runtime.abilities import Damage
+from m3runtime import assembly, encoding, records
 from m3runtime.adapter import Adapter
 from m3runtime.bank import INDEX, Bank, LoadCodec, as_ids, read_manifest
 from m3runtime.config import Config
-from m3runtime.encoding import GROUP, encoded
+from m3runtime.encoding import GROUP
+from m3runtime.errors import InputError, RecordError
 from m3runtime.retrieval import Embedder
-from m3runtime.tier import Reference
+from m3runtime.tier import Home, Reference
 from m3runtime.verification import OnProgress, VerifyReport, examine, home_folder
+
+log = logging.getLogger("m3runtime")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,83 +23,109 @@ class RepairReport:
     """What `repair` found and did."""
 
     found: VerifyReport
-    quarantined: tuple[int, ...]
+    left: VerifyReport
+    """What is found afterwards."""
+    quarantined: tuple[int, ...] = ()
     """What was set apart before anything else."""
-    recomputed: Mapping[int, int]
+    recomputed: Mapping[int, int] = field(default_factory=dict)
     """Memories that were computed again: the id that each had, and the one that it has now."""
-    dropped: tuple[int, ...]
-    """What was forgotten because nobody knows its text any more."""
-    left: tuple[Damage, ...]
-    """What is still wrong."""
+    dropped: tuple[int, ...] = ()
+    """What was forgotten because its text cannot be read any more."""
 
 
 def repair(
     config: Config, *, compute: bool = True, drop: bool = False, progress: OnProgress | None = None
 ) -> RepairReport:
-    """Examine a bank and mend what can be mended. It can be stopped at any instant and called again.
+    """Examine a bank, mend what can be mended, and examine it again if anything was wrong.
 
     Damaged memories are quarantined first, so that nothing recalls them. With ``compute`` those whose reference is
     intact are computed again, by the bank's own model and under new ids; with ``drop`` the others are forgotten. No
     text is forgotten that can still be read. A damaged manifest or codec cannot be mended, and nothing is changed then.
+    It can be stopped at any instant and called again.
 
     Raises `BankBusyError` if the bank is open for writing already, and `BankMismatchError`, before anything is
     changed, if the configured model or embedder is not the bank's.
     """
-    with assembly.open_home(config)(path=home_folder(config)) as home, ExitStack() as opened:
+    with assembly.open_home(config)(path=home_folder(config)) as home:
+        _rewrite_quarantine(home)
         found = examine(config, home, progress)
         if any(one.where in ("manifest", "codec") for one in found.damage):
-            return RepairReport(found, (), {}, (), found.damage)
+            return RepairReport(found, found)
         bank = Bank.over(config.bank, home, read_manifest(config.bank, home), LoadCodec(config.codec.kind))
-        wrong = [one for one in found.damage if one.where != "index" and one.id is not None]
-        reasons = {one.id: f"{one.where}: {one.what}" for one in reversed(wrong) if one.id is not None}
-        references, _ = records.references(home, as_ids(sorted(reasons)))
-        lost = {one.id for one in wrong if one.where == "reference"}
-        intact = {
-            id: one for id, one in zip(sorted(reasons), references, strict=True) if one is not None and id not in lost
-        }
-        compute = compute and bool(intact)
-        if compute:  # another model's is refused before anything is changed
-            adapter, embedder = assembly.open_adapter(config), assembly.open_embedder(config)
-            opened.callback(adapter.close)
-            opened.callback(embedder.close)
-            adapter.check(bank.manifest, bank.path)
-            bank.manifest.check_embedder(embedder=embedder.fingerprint, name=config.embedder.path, where=bank.path)
-        apart = sorted(reasons.keys() - home.quarantined().keys())
-        for id in apart:
-            home.quarantine(id, reasons[id])
-        recomputed = _recompute(bank, adapter, embedder, intact, config, progress) if compute else {}
-        dropped = sorted(reasons.keys() - intact.keys()) if drop else []
-        home.discard(as_ids(dropped))
+        report = _Repair(config, bank, progress).mend(found, compute=compute, drop=drop)
         if any(one.where == "index" for one in found.damage):
             (bank.path / INDEX).unlink()
         index, changed = assembly.open_index(config, bank)
         if changed:
             assembly.save_index(index, bank)
-    mended = {*recomputed, *dropped}
-    left = tuple(one for one in found.damage if one.where != "index" and one.id not in mended)
-    return RepairReport(found, tuple(apart), recomputed, tuple(dropped), left)
+        return report if found.clean else replace(report, left=examine(config, home, progress))
 
 
-def _recompute(
-    bank: Bank,
-    adapter: Adapter,
-    embedder: Embedder,
-    references: Mapping[int, Reference],
-    config: Config,
-    progress: OnProgress | None,
-) -> dict[int, int]:
-    """Compute memories again, a group at a time, and forget the damaged ones in the same transaction."""
-    new: dict[int, int] = {}
+def _rewrite_quarantine(home: Home) -> None:
+    """Write damaged records of what is quarantined anew: they hide the others."""
+    last = None
+    while True:
+        try:
+            home.quarantined()
+            return
+        except RecordError as error:
+            if error.id in (None, last):
+                return
+            last = error.id
+            home.quarantine(last, "nobody knows why any more")
 
-    def done(count: int) -> None:
-        if progress:
-            progress("memories", len(new) + count, len(references))
 
-    done(0)
-    old = list(references)
-    for start in range(0, len(old), GROUP):
-        ids = old[start : start + GROUP]
-        batch = encoded(bank, adapter, embedder, [references[id] for id in ids], config.memory.batch_size, done)
-        bank.home.commit(batch, replacing=as_ids(ids))
-        new.update(zip(ids, batch.ids.tolist(), strict=True))
-    return new
+class _Repair:
+    """Mends the memories of one bank."""
+
+    def __init__(self, config: Config, bank: Bank, progress: OnProgress | None) -> None:
+        self.config = config
+        self.bank = bank
+        self.progress = progress
+        self.recomputed: dict[int, int] = {}
+
+    def mend(self, found: VerifyReport, *, compute: bool, drop: bool) -> RepairReport:
+        """Quarantine what is damaged, then compute or forget it."""
+        home = self.bank.home
+        damaged = {one.id: f"{one.where}: {one.what}" for one in found.damage if one.where != "index"}
+        ids = sorted(id for id in damaged if id is not None)
+        references, _ = records.references(home, as_ids(ids))
+        intact = {id: one for id, one in zip(ids, references, strict=True) if one is not None}
+        with ExitStack() as opened:
+            if compute and intact:  # another model's is refused before anything is changed
+                adapter, embedder = assembly.open_adapter(self.config), assembly.open_embedder(self.config)
+                opened.callback(adapter.close)
+                opened.callback(embedder.close)
+                adapter.check(self.bank.manifest, self.bank.path)
+                self.bank.manifest.check_embedder(
+                    embedder=embedder.fingerprint, name=self.config.embedder.path, where=self.bank.path
+                )
+            apart = [id for id in ids if id not in records.quarantined(home)]
+            for id in apart:
+                home.quarantine(id, damaged[id])
+            if compute and intact:
+                for start in range(0, len(intact), GROUP):
+                    self._compute(adapter, embedder, dict(list(intact.items())[start : start + GROUP]), len(intact))
+        dropped = [id for id in ids if id not in intact] if drop else []
+        home.discard(as_ids(dropped))
+        return RepairReport(found, found, tuple(apart), self.recomputed, tuple(dropped))
+
+    def _compute(self, adapter: Adapter, embedder: Embedder, group: Mapping[int, Reference], total: int) -> None:
+        """Compute memories again, and forget the damaged ones in the transaction that adds the new."""
+
+        def done(count: int) -> None:
+            if self.progress:
+                self.progress("memories", len(self.recomputed) + count, total)
+
+        done(0)
+        try:
+            size = self.config.memory.batch_size
+            batch = encoding.encoded(self.bank, adapter, embedder, list(group.values()), size, done)
+            self.bank.home.commit(batch, replacing=as_ids(list(group)))
+            self.recomputed.update(zip(group, batch.ids.tolist(), strict=True))
+        except InputError as error:  # a text that is no reference, or is another memory's too
+            if len(group) == 1:
+                log.warning("memory %d cannot be computed again: %s", *group, error)
+                return
+            for id, reference in group.items():
+                self._compute(adapter, embedder, {id: reference}, total)

@@ -166,11 +166,11 @@ class _Walk:
         ids = sorted({one.id for one in damage if one.id is not None})
         found, _ = records.references(self.home, as_ids(ids))
         sources = {id: one.source for id, one in zip(ids, found, strict=True) if one is not None}
-        quarantined = len(self.home.quarantined())
+        quarantined = len(records.quarantined(self.home))
         return VerifyReport(self.blocks, self.good, self.bytes, quarantined, damage, sources, tuple(self.notes))
 
     def _remembered(self) -> Ids:
-        return np.union1d(self.home.ids(), as_ids(list(self.home.quarantined())))
+        return np.union1d(self.home.ids(), as_ids(list(records.quarantined(self.home))))
 
     def _batch_size(self) -> int:
         """How many memories are read at once."""
@@ -190,7 +190,7 @@ class _Walk:
         ]
         damage += self._read_embeddings(ids)
         there = self.home.read(ids, slots)
-        quarantined = self.home.quarantined()
+        quarantined = records.quarantined(self.home)
         whole = []
         for row, (id, reference) in enumerate(zip(ids.tolist(), references, strict=True)):
             if there[row]:

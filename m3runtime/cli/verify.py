@@ -10,9 +10,6 @@ from m3runtime.cli.progress import stages
 from m3runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from m3runtime.abilities import Damage
     from m3runtime.repair import RepairReport
     from m3runtime.verification import VerifyReport
 
@@ -57,24 +54,21 @@ def verify(
             mended = repairing.repair(settings, compute=not no_model, drop=drop, progress=progress)
             report, left = mended.found, mended.left
         else:
-            report = verification.verify(settings, progress)
-            left = report.damage
+            report = left = verification.verify(settings, progress)
     if json:
         print_json(_facts(str(settings.bank), report, mended))
     else:
         _show(str(settings.bank), report, mended)
-    if left:
+    if not left.clean:
         raise typer.Exit(1)
 
 
 def _facts(bank: str, report: "VerifyReport", mended: "RepairReport | None") -> dict[str, Any]:
     facts = {
         "bank": bank,
-        "clean": not (report.damage if mended is None else mended.left),
+        "clean": (report if mended is None else mended.left).clean,
         **{name: getattr(report, name) for name in ("blocks", "good", "bad", "bytes", "quarantined")},
-        "damage": [
-            {**asdict(one), "source": report.sources.get(-1 if one.id is None else one.id)} for one in report.damage
-        ],
+        "damage": _damage_facts(report),
         "notes": list(report.notes),
     }
     if mended is not None:
@@ -82,9 +76,13 @@ def _facts(bank: str, report: "VerifyReport", mended: "RepairReport | None") -> 
             "quarantined": list(mended.quarantined),
             "recomputed": {str(old): new for old, new in mended.recomputed.items()},
             "dropped": list(mended.dropped),
-            "left": [asdict(one) for one in mended.left],
+            "left": _damage_facts(mended.left),
         }
     return facts
+
+
+def _damage_facts(report: "VerifyReport") -> list[dict[str, Any]]:
+    return [{**asdict(one), "source": None if one.id is None else report.sources.get(one.id)} for one in report.damage]
 
 
 def _show(bank: str, report: "VerifyReport", mended: "RepairReport | None") -> None:
@@ -94,50 +92,46 @@ def _show(bank: str, report: "VerifyReport", mended: "RepairReport | None") -> N
     )
     for note in report.notes:
         typer.echo(f"  note: {note}")
-    _list("damaged:", report.damage, report)
+    _show_damage(report, "damaged:", _advice(report) if mended is None else [])
     if mended is None:
-        for line in _advice(report.damage, repaired=False):
-            typer.echo(line)
         return
-    if report.damage:
+    if not report.clean:
         typer.echo(
             f"{len(mended.quarantined)} memories quarantined, {len(mended.recomputed)} computed again under new ids, "
             f"{len(mended.dropped)} forgotten"
         )
-    _list("still damaged:", mended.left, report)
-    for line in _advice(mended.left, repaired=True):
-        typer.echo(line)
-    if not mended.left:
+        _show_damage(mended.left, "still damaged:", _advice(mended.left, repaired=True))
+    if mended.left.clean:
         typer.echo("the bank is sound")
 
 
-def _list(title: str, damage: "Sequence[Damage]", report: "VerifyReport") -> None:
-    if damage:
-        typer.echo(title)
-    for one in damage[:_SHOWN]:
+def _show_damage(report: "VerifyReport", title: str, advice: list[str]) -> None:
+    if report.clean:
+        return
+    typer.echo(title)
+    for one in report.damage[:_SHOWN]:
         source = "" if one.id is None else f" of memory {one.id} ({report.sources.get(one.id, 'source unknown')})"
         typer.echo(f"  {one.where}{source}: {one.what}")
-    if len(damage) > _SHOWN:
-        typer.echo(f"  and {len(damage) - _SHOWN} more; --json lists all")
+    if len(report.damage) > _SHOWN:
+        typer.echo(f"  and {len(report.damage) - _SHOWN} more; --json lists all")
+    for line in advice:
+        typer.echo(line)
 
 
-def _advice(damage: "Sequence[Damage]", *, repaired: bool) -> list[str]:
+def _advice(report: "VerifyReport", *, repaired: bool = False) -> list[str]:
     """What to do about what is damaged."""
-    lost = {one.id for one in damage if one.where == "reference"}
-    lines = []
+    damage, lines = report.damage, []
+    lost = {one.id for one in damage if one.id is not None and one.id not in report.sources}
     if any(one.where in ("manifest", "codec") for one in damage):
-        lines.append("a damaged manifest or codec cannot be repaired: restore it from a copy, or write the bank anew")
-    elif any(one.id is None for one in damage if one.where != "index"):
-        lines.append("what is damaged about the home itself cannot be repaired: restore the bank, or write it anew")
-    if any(one.id not in lost for one in damage if one.id is not None or one.where == "index"):
-        lines.append(
-            "`m3 verify --repair` without --no-model computes these memories again from their texts"
-            if repaired
-            else "`m3 verify --repair` computes these memories again from their texts"
-        )
+        return ["a damaged manifest or codec cannot be repaired: restore it from a copy, or write the bank anew"]
+    if any(one.id in report.sources or one.where == "index" for one in damage):
+        without = " without --no-model" if repaired else ""
+        lines.append(f"`m3 verify --repair`{without} computes these memories again from their texts")
     if lost:
         lines.append(
             f"the texts of {len(lost)} memories are lost: `m3 verify --repair --drop` forgets them, "
             "and their sources can be written again"
         )
+    if any(one.id is None and one.where == "home" for one in damage):
+        lines.append("where repairing does not help, restore the bank from a copy, or write it anew")
     return lines
