@@ -1,8 +1,11 @@
-"""`HierarchyMachine`: a hierarchy against a dict, in every order of calls that hypothesis thinks of."""
+"""`HierarchyMachine`: a hierarchy under faults against a dict, in every order of calls that hypothesis thinks of."""
 
+import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -10,88 +13,199 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from m3runtime.errors import BankError, TierError
 from m3runtime.hierarchy import Hierarchy
+from m3runtime.prefetch import Prefetcher
 from m3runtime.testing.blocks import SLOT_BYTES, STAMP, make_batch, make_blocks, make_ids, same_block
-from m3runtime.testing.tier import check_read
+from m3runtime.testing.faulty import KINDS, Fault, FaultyHome, FaultyTier, Injection, Kind, Schedule
 from m3runtime.tier import CachingTier, Home
 
 some_ids = st.lists(st.integers(0, 15), max_size=8)
+places = st.integers(0, 7)
+# Which calls a fault strikes: a share of them, or the n-th from now.
+rates = st.sampled_from([0.2, 0.5, 1.0]).map(lambda rate: (rate, set[int]()))
+strikes = rates | st.integers(1, 4).map(lambda at: (0.0, {at}))
+methods = st.sampled_from(("", "read", "write", "discard", "contains", "pin", "unpin", "close", "ids", "quarantine"))
+
+NEVER_USED = 2**63
+"""An id that no home of the machine ever has."""
 
 
 class HierarchyMachine(RuleBasedStateMachine):
     """Subclass it, say how to make tiers and home, and give pytest the subclass's ``TestCase``.
 
-    After every step: what is found is right, all that is committed and not forgotten is found, what is
-    forgotten is nowhere, no tier holds more than its capacity or lets go of what is pinned, and the
-    statistics add up.
+    It wraps every tier and the home itself, and lets them fail. After every step, whatever failed: what is found is
+    right; all that is committed, and neither forgotten nor damaged in the home, is found, unless the home failed and
+    the caller was told so; what is forgotten is never found, and not held by a tier that is whole; no tier holds more
+    than its capacity, or lets go of what is pinned while it is whole; the statistics add up, and count every fault.
+    Once the faults are off everything is as if there had been none, without a restart.
     """
 
+    rot: bool = True
+    """Whether faults may damage bytes of the caching tiers. If not, they only fail, and need not be checked."""
+
     def make_tiers(self) -> Sequence[CachingTier]:
-        """New caching tiers with slots of `SLOT_BYTES`, fastest first; a few blocks each find the most."""
+        """Caching tiers as a new process has them, slots of `SLOT_BYTES`, fastest first; a few blocks each find most.
+
+        What outlives the process may lie in ``self.root``.
+        """
         raise NotImplementedError
 
     def open_home(self, folder: Path) -> Home:
         """The home in this folder, made if there is none."""
         raise NotImplementedError
 
+    def damage(self, home: Home, id: int) -> bool:  # noqa: ARG002 - for those who can
+        """Change a byte of a stored block behind the home's back. False if there is no such back door."""
+        return False
+
+    def kill(self, folder: Path, left: Path) -> None:
+        """Put into ``left`` what a kill of the process would leave of a home in ``folder``, which is open."""
+        shutil.copytree(folder, left)
+
     def __init__(self) -> None:
         super().__init__()
-        self.folder = tempfile.TemporaryDirectory(prefix="m3-hierarchy-")
+        self.temporary = tempfile.TemporaryDirectory(prefix="m3-hierarchy-")
+        self.root = Path(self.temporary.name)
+        self.numbers = count()
+        self.folder = self.root / f"home-{next(self.numbers)}"
         self.committed: set[int] = set()
         self.forgotten: set[int] = set()
+        self.damaged: set[int] = set()
         self.next_id = 0
+        self.schedules: list[Schedule] = []
         self.start()
 
     def start(self) -> None:
-        """Open everything as a new process would."""
-        self.home = self.open_home(Path(self.folder.name))
-        self.tiers = self.make_tiers()
-        self.hierarchy = Hierarchy(self.tiers, self.home, STAMP)
+        """Open everything as a new process would. Faults that are on go on."""
+        self.home = self.open_home(self.folder)
+        self.tiers = list(self.make_tiers())
+        if not self.schedules:  # the last is the home's
+            self.schedules = [Schedule(seed=seed) for seed in range(len(self.tiers) + 1)]
+            self.whole = [True for _ in self.tiers]
+        faulty = [FaultyTier(tier, schedule) for tier, schedule in zip(self.tiers, self.schedules[:-1], strict=True)]
+        if not self.rot:
+            for wrapped, tier in zip(faulty, self.tiers, strict=True):
+                wrapped.can_rot = tier.can_rot
+        self.before = [len(schedule.injected) for schedule in self.schedules]
+        self.faulty_home = FaultyHome(self.home, self.schedules[-1])
+        self.hierarchy = Hierarchy(faulty, self.faulty_home, STAMP)
+        self.prefetcher = Prefetcher()
+        self.is_busy = False
         self.pins: Counter[int] = Counter()
         self.kept: list[set[int]] = [set() for _ in self.tiers]
         self.asked = 0
 
-    def teardown(self) -> None:
+    def stop(self) -> None:
+        """Close everything."""
+        self.prefetcher.close()
         self.hierarchy.close()
         self.home.close()
-        self.folder.cleanup()
+
+    def teardown(self) -> None:
+        self.stop()
+        self.temporary.cleanup()
+
+    # What happened
+
+    @contextmanager
+    def the_home_may_fail(self) -> Iterator[None]:
+        """An error ends the block, if the home was made to fail meanwhile."""
+        before = len(self.schedules[-1].injected)
+        try:
+            yield
+        except (TierError, BankError):
+            if not any(injection.id is None for injection in self.schedules[-1].injected[before:]):
+                raise
+
+    def injected(self, place: int) -> tuple[Injection, ...]:
+        """The faults of one tier since the hierarchy was opened."""
+        return self.schedules[place].injected[self.before[place] :]
+
+    def torn(self, place: int) -> set[int]:
+        """What a tier was given damaged, at any time: no reading of it can be right."""
+        return {
+            injection.id
+            for injection in self.schedules[place].injected
+            if injection.id is not None and injection.method != "read"
+        }
+
+    def read_wrong_twice(self) -> set[int]:
+        """What the home's faults may have made it look damaged for good."""
+        reads = Counter(injection.id for injection in self.schedules[-1].injected if injection.method == "read")
+        return {id for id, times in reads.items() if id is not None and times > 1}
+
+    def drain(self) -> None:
+        """Let what runs in the background end."""
+        assert self.prefetcher.drain(timeout=600)
+        failed = sum(injection.id is None for injection in self.injected(-1))
+        assert self.prefetcher.stats().failed <= failed
+        self.is_busy = False
+
+    # Steps
 
     @rule(count=st.integers(0, 3), gap=st.integers(0, 1))
     def commit(self, count: int, gap: int) -> None:
         first = self.next_id + gap
-        self.home.commit(make_batch(range(first, first + count)))
-        self.committed.update(range(first, first + count))
-        self.next_id = first + count if count else self.next_id
+        with self.the_home_may_fail():
+            self.faulty_home.commit(make_batch(range(first, first + count)))
+            self.committed.update(range(first, first + count))
+            self.next_id = first + count if count else self.next_id
         assert self.home.next_id() == self.next_id
 
     @rule(wanted=some_ids, before=st.integers(0, 2))
     def read(self, wanted: list[int], before: int) -> None:
         ids = make_ids(*wanted)
         slab = torch.full((before + len(ids) + 1, SLOT_BYTES), 0xEE, dtype=torch.uint8)
-        found = self.hierarchy.read(ids, slab[before : before + len(ids)])
         self.asked += len(ids)
-        assert found.tolist() == [id in self.committed for id in wanted]
-        for row in np.flatnonzero(found).tolist():
-            assert same_block(slab[before + row], make_blocks(ids[row : row + 1])[0])
+        with self.the_home_may_fail():
+            found = self.hierarchy.read(ids, slab[before : before + len(ids)])
+            self.check_rows(wanted, found.tolist(), slab[before:])
+            damaged = self.damaged | self.torn(-1) | self.read_wrong_twice()
+            for id, is_found in zip(wanted, found.tolist(), strict=True):
+                assert is_found or id not in self.committed - damaged, f"{id} is lost"
         assert bool((slab[:before] == 0xEE).all())
         assert bool((slab[-1] == 0xEE).all())
 
+    def check_rows(self, wanted: list[int], found: list[bool], rows: torch.Tensor) -> None:
+        """Fail unless what was found is remembered, and right."""
+        for row, (id, is_found) in enumerate(zip(wanted, found, strict=True)):
+            if is_found:
+                assert id in self.committed, f"{id} is not remembered and was found"
+                assert same_block(rows[row], make_blocks(make_ids(id))[0]), f"{id} came back with other bytes"
+
     @rule(wanted=some_ids)
     def lift(self, wanted: list[int]) -> None:
-        held = self.hierarchy.lift(make_ids(*wanted))
-        for id, is_held in zip(wanted, held.tolist(), strict=True):
-            assert is_held == any(id in tier for tier in self.tiers)
-            assert id in self.committed or not is_held
+        with self.the_home_may_fail():
+            held = self.hierarchy.lift(make_ids(*wanted))
+            for id, is_held in zip(wanted, held.tolist(), strict=True):
+                assert id in self.committed or not is_held
+                if all(self.whole) and not self.is_busy:
+                    assert is_held == any(id in tier for tier in self.tiers)
+
+    @rule(wanted=some_ids, stream=st.integers(0, 2), drained=st.booleans())
+    def prefetch(self, wanted: list[int], stream: int, drained: bool) -> None:
+        ids = make_ids(*wanted)
+        self.prefetcher.hint(stream, lambda: self.hierarchy.lift(ids))
+        self.is_busy = True
+        if drained:
+            self.drain()
 
     @rule(wanted=some_ids)
     def pin(self, wanted: list[int]) -> None:
+        self.drain()  # what is lifted after the pin is not pinned
         pinned = self.hierarchy.pin(make_ids(*wanted))
         self.pins.update(wanted)
-        for tier, kept in zip(self.tiers, self.kept, strict=True):
-            kept.update(id for id in wanted if id in tier)
+        here = [[id for id in wanted if whole and id in tier] for whole, tier in self.whole_tiers()]
+        for place, held in enumerate(here):
+            self.kept[place].update(set(held) - self.torn(place))
         for id, is_pinned in zip(wanted, pinned.tolist(), strict=True):
             assert id in self.committed or not is_pinned
-            assert not any(id in tier for tier in self.tiers) or is_pinned
+            assert is_pinned or not any(id in held for held in here)
+
+    def whole_tiers(self) -> list[tuple[bool, CachingTier]]:
+        """Each tier, and whether nothing has failed in it since all was well."""
+        return list(zip(self.whole, self.tiers, strict=True))
 
     @rule(wanted=some_ids)
     def unpin(self, wanted: list[int]) -> None:
@@ -100,35 +214,117 @@ class HierarchyMachine(RuleBasedStateMachine):
         self.pins = +self.pins
         self.kept = [kept & set(self.pins) for kept in self.kept]
 
+    @rule(wanted=some_ids, score=st.floats(-1, 1, width=32))
+    def score(self, wanted: list[int], score: float) -> None:
+        self.hierarchy.score(make_ids(*wanted), np.full(len(wanted), score, np.float32))
+
     @rule(wanted=some_ids)
     def forget(self, wanted: list[int]) -> None:
-        self.hierarchy.discard(make_ids(*wanted))
-        self.forgotten.update(self.committed.intersection(wanted))
-        self.committed.difference_update(wanted)
-        for id in wanted:
-            self.pins.pop(id, None)
-        self.kept = [kept.difference(wanted) for kept in self.kept]
+        with self.the_home_may_fail():
+            self.hierarchy.discard(make_ids(*wanted))
+            self.forgotten.update(self.committed.intersection(wanted))
+            self.committed.difference_update(wanted)
+            for id in wanted:
+                self.pins.pop(id, None)
+            self.kept = [kept.difference(wanted) for kept in self.kept]
 
     @precondition(lambda self: self.tiers)
-    @rule(wanted=some_ids, number=st.integers(0, 7))
-    def look_into_a_tier(self, wanted: list[int], number: int) -> None:
-        check_read(self.tiers[number % len(self.tiers)], make_ids(*wanted))
+    @rule(wanted=some_ids, place=places)
+    def press(self, wanted: list[int], place: int) -> None:
+        """Blocks given straight to a tier make it evict others."""
+        ids = make_ids(*self.committed.intersection(wanted))
+        self.tiers[place % len(self.tiers)].write(ids, make_blocks(ids))
+
+    @precondition(lambda self: self.tiers)
+    @rule(wanted=some_ids, place=places)
+    def look_into_a_tier(self, wanted: list[int], place: int) -> None:
+        place %= len(self.tiers)
+        known = [id for id in wanted if id not in self.torn(place) and (self.whole[place] or id in self.committed)]
+        rows = torch.zeros((len(known), SLOT_BYTES), dtype=torch.uint8)
+        self.check_rows(known, self.tiers[place].read(make_ids(*known), rows).tolist(), rows)
+
+    @precondition(lambda self: self.tiers and all(self.whole))
+    @rule(place=places)
+    def nothing_is_pinned_for_ever(self, place: int) -> None:
+        """Fill a tier with other blocks that are pinned: what they cannot drive out is pinned by a stream."""
+        self.drain()
+        tier = self.tiers[place % len(self.tiers)]
+        others = range(NEVER_USED + 1, NEVER_USED + 1 + (tier.capacity or 0) // SLOT_BYTES)
+        for other in others:
+            tier.write(make_ids(other), make_blocks(make_ids(other)))
+            tier.pin(make_ids(other))
+        left = tier.contains(make_ids(*range(self.next_id))).nonzero()[0]
+        tier.discard(make_ids(*others))
+        assert set(left.tolist()) <= set(self.pins)
+
+    @rule(place=places, kind=st.sampled_from(KINDS), strike=strikes, method=methods)
+    def fault_on(self, place: int, kind: Kind, strike: tuple[float, set[int]], method: str) -> None:
+        place %= len(self.schedules)
+        is_home = place == len(self.tiers)
+        damages = kind not in {"error", "lost_reply", "no_space"}
+        # What cannot rot does not damage, and of a home that did what it does not answer for nobody can say what it
+        # should hold.
+        if (kind == "lost_reply" and is_home) or (damages and not (self.rot or is_home)):
+            kind, damages = "error", False
+        some = {method} if method and kind in {"error", "lost_reply"} else ()
+        self.schedules[place].set(Fault(kind, *strike, methods=some))
+        if not is_home:
+            self.whole[place] = False
+            self.kept[place] = set()
+
+    @rule(place=places)
+    def fault_off(self, place: int) -> None:
+        """The tier works again, but was not asked for anything yet."""
+        self.schedules[place % len(self.schedules)].set()
+
+    @rule()
+    def recover(self) -> None:
+        """All faults off: one reading later everything is as if there had been none."""
+        self.drain()
+        for schedule in self.schedules:
+            schedule.set()
+        everything = [*sorted(self.committed | self.forgotten), NEVER_USED]
+        self.read(everything, 0)
+        self.whole = [True for _ in self.tiers]
+        self.read(everything, 1)
+
+    @rule(id=st.integers(0, 15))
+    def damage_a_block(self, id: int) -> None:
+        self.drain()
+        if id in self.committed - self.damaged and self.damage(self.home, id):
+            self.damaged.add(id)
 
     @rule()
     def restart(self) -> None:
-        self.hierarchy.close()
-        self.home.close()
+        self.stop()
         self.start()
+
+    @rule()
+    def crash(self) -> None:
+        """The process is killed: the home is opened from what lies there, without being closed."""
+        self.drain()  # a kill stops everything at one instant, a copy does not
+        left = self.root / f"home-{next(self.numbers)}"
+        self.kill(self.folder, left)
+        self.stop()
+        shutil.rmtree(self.folder)
+        self.folder = left
+        self.start()
+
+    # Laws
 
     @invariant()
     def the_home_holds_what_is_committed(self) -> None:
-        assert self.home.ids().tolist() == sorted(self.committed)
+        there, apart = set(self.home.ids().tolist()), set(self.home.quarantined())
+        assert there | apart == self.committed
+        assert apart <= self.damaged | self.torn(-1) | self.read_wrong_twice()
+        assert self.is_busy or not there & apart
 
     @invariant()
     def what_is_forgotten_is_nowhere(self) -> None:
         gone = make_ids(*sorted(self.forgotten))
-        for tier in (*self.tiers, self.home):
-            assert not tier.contains(gone).any()
+        assert not self.home.contains(gone).any()
+        for whole, tier in self.whole_tiers():
+            assert not whole or not tier.contains(gone).any()
 
     @invariant()
     def capacity_is_kept(self) -> None:
@@ -143,9 +339,17 @@ class HierarchyMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_statistics_add_up(self) -> None:
+        if self.is_busy:  # what runs in the background counts too
+            return
         asked = self.asked
-        for stats in self.hierarchy.stats():
-            assert stats.faults == stats.bad_blocks == 0
-            assert stats.hits + stats.misses == asked
+        for place, stats in enumerate(self.hierarchy.stats()):
+            injected = self.injected(place)
+            assert stats.faults == sum(one.id is None and one.method != "commit" for one in injected)
+            assert stats.hits + stats.misses + stats.unanswered == asked
             assert stats.bytes == stats.hits * SLOT_BYTES
-            asked = stats.misses
+            asked = stats.misses + stats.unanswered
+            is_home = place == len(self.tiers)
+            failed_checks = stats.bad_blocks + is_home * (stats.bad_blocks + stats.recovered)
+            spoilt = sum(one.id is not None and one.method == "read" for one in injected)
+            assert failed_checks >= spoilt
+            assert failed_checks == spoilt or self.torn(place) or (is_home and self.damaged)

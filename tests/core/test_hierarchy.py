@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
 from torch import Tensor
 
 from m3backends.gpu import GpuTier
@@ -14,6 +15,7 @@ from m3backends.lmdb import LmdbHome
 from m3backends.pinned import PinnedTier
 from m3runtime.block import Found, Ids
 from m3runtime.errors import InputError, TierClosedError, TierError
+from m3runtime.eviction import POLICIES
 from m3runtime.hierarchy import LIFT_BLOCKS, Hierarchy, TierStats
 from m3runtime.slab import SlabTier
 from m3runtime.testing.blocks import SLOT_BYTES, STAMP, make_batch, make_blocks, make_ids, same_block
@@ -22,46 +24,109 @@ from m3runtime.testing.tier import together
 from m3runtime.tier import CachingTier, Home
 
 
-def gpu(slots: int) -> GpuTier:
-    return GpuTier(slot_bytes=SLOT_BYTES, capacity=slots * SLOT_BYTES, device="cpu")
+def gpu(slots: int, policy: str = "lru") -> GpuTier:
+    return GpuTier(slot_bytes=SLOT_BYTES, capacity=slots * SLOT_BYTES, eviction=policy, device="cpu")
 
 
-def pinned(slots: int) -> PinnedTier:
-    return PinnedTier(slot_bytes=SLOT_BYTES, capacity=slots * SLOT_BYTES)
+def pinned(slots: int, policy: str = "lru") -> PinnedTier:
+    return PinnedTier(slot_bytes=SLOT_BYTES, capacity=slots * SLOT_BYTES, eviction=policy)
 
 
 class Machine(HierarchyMachine):
     slots: tuple[int, ...] = ()
+    policy = "lru"
 
     def make_tiers(self) -> Sequence[CachingTier]:
-        return [(gpu, pinned)[place % 2](slots) for place, slots in enumerate(self.slots)]
+        return [(gpu, pinned)[place % 2](slots, self.policy) for place, slots in enumerate(self.slots)]
 
     def open_home(self, folder: Path) -> Home:
         return LmdbHome(path=folder, slot_bytes=SLOT_BYTES)
 
+    def damage(self, home: Home, id: int) -> bool:
+        assert isinstance(home, LmdbHome)
+        with home._environment.env.begin(write=True, db=home._db.blocks) as txn:
+            key = id.to_bytes(8, "big")
+            stored = txn.get(key)
+            assert stored is not None
+            return txn.put(key, stored[:60] + bytes([stored[60] ^ 1]) + stored[61:])  # within the digest
 
-class TwoTiers(Machine):
-    slots = (2, 5)
+
+class LastingTier(SlabTier):
+    """Its blocks outlive the process: a tier takes over ``held`` and leaves there what it had when it was closed."""
+
+    def __init__(self, held: dict[int, Tensor]) -> None:
+        super().__init__(
+            name="lasting", slot_bytes=SLOT_BYTES, capacity=5 * SLOT_BYTES, eviction="lru", device=torch.device("cpu")
+        )
+        self.drive = held
+        for id, block in held.items():
+            self.write(make_ids(id), block[None])
+
+    def ids(self) -> Ids:
+        with self._lock:
+            self._open()
+            return np.array(list(self._held), np.uint64)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._slab is not None:
+                self.drive.clear()
+                self.drive.update({id: self._slab[slot].clone() for id, slot in self._held.items()})
+        super().close()
+
+
+class NoTier(Machine):
+    pass
 
 
 class OneTier(Machine):
     slots = (3,)
 
 
-class NoTier(Machine):
-    slots = ()
+class TwoTiers(Machine):
+    slots = (2, 5)
+
+
+class TwoTiersThatDoNotRot(Machine):
+    slots = (2, 5)
+    rot = False
+
+
+class ThreeTiers(Machine):
+    slots = (1, 3, 6)
 
 
 class UselessTiers(Machine):
-    slots = (0, 4, 1)
+    slots = (0, 4, 0, 1)
 
 
-for machine in (TwoTiers, OneTier, NoTier, UselessTiers):
-    machine.TestCase.settings = settings(max_examples=20, stateful_step_count=30)
-TestTwoTiers = TwoTiers.TestCase
-TestOneTier = OneTier.TestCase
-TestNoTier = NoTier.TestCase
-TestUselessTiers = UselessTiers.TestCase
+class ATierThatOutlivesTheProcess(Machine):
+    slots = (2,)
+
+    def __init__(self) -> None:
+        self.drive: dict[int, Tensor] = {}
+        super().__init__()
+
+    def make_tiers(self) -> Sequence[CachingTier]:
+        return [*super().make_tiers(), LastingTier(self.drive)]
+
+
+MACHINES: list[type[Machine]] = [
+    NoTier,
+    OneTier,
+    TwoTiers,
+    TwoTiersThatDoNotRot,
+    ThreeTiers,
+    UselessTiers,
+    ATierThatOutlivesTheProcess,
+    *(type(f"TwoTiersThatEvictBy-{policy}", (TwoTiers,), {"policy": policy}) for policy in POLICIES if policy != "lru"),
+]
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.__name__)
+def test_a_hierarchy_is_a_dict_whatever_fails(machine: type[Machine]) -> None:
+    examples = max(20, settings.default.max_examples // 4)
+    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=40))
 
 
 class BrokenTier(SlabTier):
