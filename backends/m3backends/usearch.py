@@ -42,6 +42,7 @@ DTYPES = ("f32", "f16", "bf16", "i8")
 MAGIC = b"M3INDEX1"
 _TAIL_BYTES = 8 + len(MAGIC) + 16
 _PIECE = 1 << 24
+_MOST_DIM = 1 << 20
 _MOST_ABOUT = 1 << 16
 """Bytes of JSON at most."""
 # usearch keeps the key 2**64-1 for itself and would lose that id in silence. Flipping bits moves the gap
@@ -78,10 +79,10 @@ class UsearchIndex(Index):
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"index dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-        if dim < 1 or exact_below < 0 or min(expansion_add, expansion_search) < 1 or connectivity < 2:
+        if not 1 <= dim <= _MOST_DIM or exact_below < 0 or min(expansion_add, expansion_search) < 1 or connectivity < 2:
             raise ConfigError(
                 "index: dim, expansion_add and expansion_search must be at least 1, connectivity at least 2, "
-                "and exact_below not negative"
+                f"dim at most {_MOST_DIM}, and exact_below not negative"
             )
         self.dim = dim
         self.dtype = dtype
