@@ -87,9 +87,9 @@ class CachingTierContract(TierContract):
         write(small, make_ids(*range(10)))
         assert len(small) == 3
         assert check_read(small, make_ids(*range(10))).sum() == 3
-        write(small, make_ids(*range(2000), *range(2000)))
+        write(small, make_ids(*range(1000), *range(1000)))
         assert len(small) == 3
-        assert check_read(small, make_ids(*range(2000))).sum() == 3
+        assert check_read(small, make_ids(*range(1000))).sum() == 3
 
     @pytest.mark.parametrize("capacity", [0, SLOT_BYTES - 1])
     def test_no_room_for_any(self, capacity: int) -> None:

@@ -1,86 +1,23 @@
 """`CodecContract`: the laws of a codec."""
 
-from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
-from m3runtime.codecs.base import Codec, Distortion
-from m3runtime.errors import BlockError, CodecError
+from m3runtime.codecs.base import Codec
 from m3runtime.memory import Memories
-from m3runtime.spec import MemorySpec
+from m3runtime.testing.codec_laws import OTHER_SPECS, OUT, SPEC, identical, make_memories, noise, rows
+from m3runtime.testing.codec_refusals import RefusalLaws
 
-SPEC = MemorySpec(layers=(0, 2, 3), kv_heads=2, tokens=12, head_dim=16, reference_tokens=12, dtype="float32")
-OTHER_SPECS = (
-    MemorySpec(layers=(0, 2), kv_heads=2, tokens=12, head_dim=16, reference_tokens=12, dtype="float32"),
-    MemorySpec(layers=(0, 2, 4), kv_heads=2, tokens=12, head_dim=16, reference_tokens=12, dtype="float32"),
-    MemorySpec(layers=(0, 2, 3), kv_heads=2, tokens=12, head_dim=16, reference_tokens=12, dtype="float16"),
-)
-OUT = (torch.float32, torch.float16, torch.bfloat16)
+__all__ = ["OTHER_SPECS", "OUT", "SPEC", "CodecContract", "identical", "make_memories", "noise", "rows"]
 
 
-def make_memories(tokens: list[int], seed: int = 0, spec: MemorySpec = SPEC) -> Memories:
-    """Random memories of so many tokens each, with an offset for each channel as keys have it.
+class CodecContract(RefusalLaws):
+    """Subclass it as ``TestMyCodec``, make the codec, and say how much of a random memory it may lose.
 
-    What lies beyond a memory's tokens is NaN, so that whoever reads it is found out.
+    Its themes: bytes and values (here), and `RefusalLaws`.
     """
-    random = torch.Generator().manual_seed(seed)
-    shape = (len(tokens), len(spec.layers), spec.kv_heads, max(tokens, default=0), spec.head_dim)
-    channels = torch.randn(2, 1, *shape[1:3], 1, shape[4], generator=torch.Generator().manual_seed(7))
-    keys, values = channels * torch.tensor([3.0, 0.5]).view(2, 1, 1, 1, 1, 1) + torch.randn(2, *shape, generator=random)
-    for i, own in enumerate(tokens):
-        keys[i, :, :, own:] = values[i, :, :, own:] = torch.nan
-    dtype: torch.dtype = getattr(torch, spec.dtype)
-    return Memories(keys.to(dtype), values.to(dtype), torch.tensor(tokens, dtype=torch.int64))
-
-
-def rows(memories: Memories, which: slice) -> Memories:
-    """Some of these memories."""
-    return Memories(memories.keys[which], memories.values[which], memories.tokens[which])
-
-
-def identical(a: Memories, b: Memories) -> bool:
-    """Whether two batches are equal bit by bit."""
-    same = torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
-    return same and torch.equal(a.tokens, b.tokens) and a.keys.dtype == b.keys.dtype
-
-
-def noise(count: int, size: int, seed: int) -> Tensor:
-    """``uint8[count, size]``, any bytes."""
-    return torch.randint(0, 256, (count, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
-
-class CodecContract(ABC):
-    """Subclass it as ``TestMyCodec``, make the codec, and say how much of a random memory it may lose."""
-
-    trains: ClassVar[bool] = False
-    """Whether the codec must be trained before use."""
-    worst: ClassVar[Distortion]
-    """The most distortion on the memories of `make_memories`, white noise on an offset: the hardest there are."""
-
-    @classmethod
-    @abstractmethod
-    def make(cls, spec: MemorySpec) -> Codec:
-        """A new codec, not trained."""
-
-    @classmethod
-    def fitted(cls) -> Codec:
-        """A new codec, trained on a sample that is always the same."""
-        codec = cls.make(SPEC)
-        codec.fit(make_memories([12, 9, 12, 7] * 12, seed=1))
-        return codec
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def codec(cls) -> Codec:
-        """A trained codec that no test changes."""
-        return cls.fitted()
 
     # Bytes
 
@@ -132,6 +69,28 @@ class CodecContract(ABC):
         keys, values = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (memories.keys, memories.values))
         assert torch.equal(codec.encode(Memories(keys, values, memories.tokens)), codec.encode(memories))
 
+    def test_hundreds_in_a_batch_and_some_twice(self, codec: Codec) -> None:
+        some = make_memories([12, 3, 8, 1])
+        which = torch.arange(300) % 4
+        many = Memories(some.keys[which], some.values[which], some.tokens[which])
+        payloads, few = codec.encode(many), codec.encode(some)
+        assert torch.equal(payloads, few[which])
+        decoded, alone = (
+            codec.decode(bytes_, memories.tokens, torch.float32) for bytes_, memories in ((payloads, many), (few, some))
+        )
+        assert torch.equal(decoded.keys, alone.keys[which])
+        assert torch.equal(decoded.values, alone.values[which])
+
+    def test_what_is_given_stays_as_it_is(self, codec: Codec) -> None:
+        memories, same = make_memories([12, 4]), make_memories([12, 4])
+        payloads = codec.encode(memories)
+        kept = payloads.clone()
+        codec.decode(payloads, memories.tokens, torch.float32).keys.zero_()
+        assert torch.equal(payloads, kept)
+        assert torch.equal(memories.tokens, same.tokens)
+        for mine, made in ((memories.keys, same.keys), (memories.values, same.values)):
+            torch.testing.assert_close(mine, made, rtol=0, atol=0, equal_nan=True)
+
     @pytest.mark.parametrize("dtype", OUT)
     def test_decoding_does_not_depend_on_the_batch(self, codec: Codec, dtype: torch.dtype) -> None:
         memories = make_memories([12, 3, 8, 12, 1, 11])
@@ -156,8 +115,14 @@ class CodecContract(ABC):
     def test_threads_share_a_codec(self, codec: Codec) -> None:
         batches = [make_memories([12, i + 1], seed=i) for i in range(8)]
         wanted = [codec.encode(batch) for batch in batches]
+        decoded = [
+            codec.decode(payloads, batch.tokens, torch.float32) for payloads, batch in zip(wanted, batches, strict=True)
+        ]
         with ThreadPoolExecutor(4) as pool:
-            assert all(map(torch.equal, pool.map(codec.encode, batches), wanted))
+            for _ in range(3):
+                assert all(map(torch.equal, pool.map(codec.encode, batches), wanted))
+                again = pool.map(lambda i: codec.decode(wanted[i], batches[i].tokens, torch.float32), range(8))
+                assert all(map(identical, again, decoded))
 
     # Values
 
@@ -211,124 +176,3 @@ class CodecContract(ABC):
         assert there.device.type == "cpu"
         different = (there != codec.encode(memories)).float().mean()
         assert float(different) < 0.01  # between centroids as near as rounding, either may be chosen
-
-    # Bytes that nobody encoded
-
-    # Each subclass runs it with a codec of its own, and finds its own examples.
-    @settings(suppress_health_check=[HealthCheck.differing_executors])
-    @given(seed=st.integers(0, 2**32), tokens=st.lists(st.integers(1, 12), min_size=1, max_size=3))
-    def test_any_bytes_decode_to_finite_values_or_are_refused(self, codec: Codec, seed: int, tokens: list[int]) -> None:
-        payloads = noise(len(tokens), codec.payload_bytes(max(tokens)), seed)
-        for dtype in OUT:
-            try:
-                decoded = codec.decode(payloads, torch.tensor(tokens), dtype)
-            except BlockError:
-                continue
-            assert torch.isfinite(decoded.keys).all()
-            assert torch.isfinite(decoded.values).all()
-
-    @pytest.mark.parametrize("byte", [0x00, 0x7B, 0x7F, 0x80, 0xFB, 0xFF])
-    def test_bytes_that_are_all_the_same(self, codec: Codec, byte: int) -> None:
-        payloads = torch.full((1, codec.payload_bytes(12)), byte, dtype=torch.uint8)
-        for dtype in OUT:
-            try:
-                decoded = codec.decode(payloads, torch.tensor([12]), dtype)
-            except BlockError:
-                continue
-            assert torch.isfinite(decoded.keys).all()
-            assert torch.isfinite(decoded.values).all()
-
-    @pytest.mark.parametrize("tokens", [0, -1, 13])
-    def test_a_number_of_tokens_that_cannot_be_is_refused(self, codec: Codec, tokens: int) -> None:
-        with pytest.raises(BlockError, match="between 1 and 12 tokens"):
-            codec.decode(noise(1, codec.payload_bytes(12), 0), torch.tensor([tokens]), torch.float32)
-
-    def test_a_payload_that_is_too_short_is_refused(self, codec: Codec) -> None:
-        with pytest.raises(BlockError, match="too short"):
-            codec.decode(noise(1, codec.payload_bytes(12) - 1, 0), torch.tensor([12]), torch.float32)
-
-    # Memories that cannot be encoded
-
-    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-    @pytest.mark.parametrize("part", ["keys", "values"])
-    def test_values_that_are_not_finite_are_refused(self, codec: Codec, part: str, value: float) -> None:
-        memories = make_memories([12, 5])
-        getattr(memories, part)[1, 2, 1, 4, 15] = value
-        with pytest.raises(CodecError, match="not finite"):
-            codec.encode(memories)
-
-    @pytest.mark.parametrize("spec", OTHER_SPECS[:1])
-    def test_memories_of_another_shape_are_refused(self, codec: Codec, spec: MemorySpec) -> None:
-        with pytest.raises(CodecError, match="do not fit"):
-            codec.encode(make_memories([12], spec=spec))
-
-    def test_an_untrained_codec_is_refused(self, tmp_path: Path) -> None:
-        codec = self.make(SPEC)
-        assert codec.trained is not self.trains
-        if not self.trains:
-            return
-        with pytest.raises(CodecError):
-            codec.encode(make_memories([12]))
-        with pytest.raises(CodecError):
-            codec.decode(noise(1, codec.payload_bytes(12), 0), torch.tensor([12]), torch.float32)
-        with pytest.raises(CodecError):
-            codec.save(tmp_path / "codec")
-        with pytest.raises(CodecError):
-            _ = codec.fingerprint
-
-    # Files
-
-    def test_a_saved_codec_is_the_same_codec(self, codec: Codec, tmp_path: Path) -> None:
-        codec.save(tmp_path / "codec")
-        loaded = type(codec).load(tmp_path / "codec", SPEC)
-        memories = make_memories([12, 5])
-        payloads = codec.encode(memories)
-        assert loaded.trained
-        assert loaded.options == codec.options
-        assert loaded.fingerprint == codec.fingerprint
-        assert torch.equal(loaded.encode(memories), payloads)
-        assert identical(
-            loaded.decode(payloads, memories.tokens, torch.float32),
-            codec.decode(payloads, memories.tokens, torch.float32),
-        )
-        loaded.save(tmp_path / "again")
-        assert (tmp_path / "again").read_bytes() == (tmp_path / "codec").read_bytes()
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "codec"]
-
-    def test_training_is_deterministic(self, codec: Codec) -> None:
-        again = self.fitted()
-        assert len(bytes.fromhex(again.fingerprint)) == 16
-        assert again.fingerprint == codec.fingerprint
-
-    @pytest.mark.parametrize("spec", OTHER_SPECS)
-    def test_a_file_of_another_spec_is_refused(self, codec: Codec, spec: MemorySpec, tmp_path: Path) -> None:
-        codec.save(tmp_path / "codec")
-        with pytest.raises(CodecError, match=r"codec: .* of another spec"):
-            type(codec).load(tmp_path / "codec", spec)
-
-    def test_a_file_with_a_wrong_byte_is_refused(self, codec: Codec, tmp_path: Path) -> None:
-        path = tmp_path / "codec"
-        codec.save(path)
-        good = path.read_bytes()
-        head = 8 + int.from_bytes(good[:8], "little")
-        for at in [*range(head), *range(head, len(good), max(1, len(good) // 50)), len(good) - 1]:
-            path.write_bytes(good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :])
-            with pytest.raises(CodecError, match=r"codec: "):
-                type(codec).load(path, SPEC)
-
-    def test_a_file_of_another_length_is_refused(self, codec: Codec, tmp_path: Path) -> None:
-        path = tmp_path / "codec"
-        codec.save(path)
-        good = path.read_bytes()
-        for bad in (b"", good[:7], good[:100], good[:-1], good + b"\0", b"\xff" * 8 + good[8:]):
-            path.write_bytes(bad)
-            with pytest.raises(CodecError, match=r"codec: "):
-                type(codec).load(path, SPEC)
-
-    def test_a_file_that_is_missing_is_refused(self, codec: Codec, tmp_path: Path) -> None:
-        with pytest.raises(CodecError, match="nowhere"):
-            type(codec).load(tmp_path / "nowhere", SPEC)
-
-    def test_a_folder_that_is_missing_is_refused(self, codec: Codec, tmp_path: Path) -> None:
-        with pytest.raises(CodecError, match="nowhere"):
-            codec.save(tmp_path / "nowhere" / "codec")

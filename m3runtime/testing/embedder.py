@@ -76,6 +76,22 @@ class EmbedderContract:
         for forth, back in zip(self.both(embedder, many), self.both(embedder, many[::-1]), strict=True):
             assert back[::-1] == pytest.approx(forth, abs=self.tolerance)
 
+    def test_hundreds_of_texts_and_some_twice(self, embedder: Embedder) -> None:
+        for many, once in zip(
+            self.both(embedder, [TEXTS[number % 5] for number in range(300)]),
+            self.both(embedder, list(TEXTS[:5])),
+            strict=True,
+        ):
+            assert many.shape == (300, embedder.dim)
+            assert many == pytest.approx(np.tile(once, (60, 1)), abs=self.tolerance)
+
+    def test_vectors_are_the_caller_s(self, embedder: Embedder) -> None:
+        kept = [vectors.copy() for vectors in self.both(embedder, list(TEXTS))]
+        for vectors in self.both(embedder, list(TEXTS)):
+            vectors[:] = 0
+        for vectors, before in zip(self.both(embedder, list(TEXTS)), kept, strict=True):
+            assert np.array_equal(vectors, before)
+
     def test_different_texts_differ_and_equal_ones_agree(self, embedder: Embedder) -> None:
         for vectors in self.both(embedder, [TEXTS[0], TEXTS[1], TEXTS[0]]):
             assert vectors[0] == pytest.approx(vectors[2], abs=self.tolerance)
@@ -98,8 +114,9 @@ class EmbedderContract:
         other.close()
 
     def test_threads(self, embedder: Embedder) -> None:
-        texts = list(TEXTS[:4])
-        expected = embedder.embed_references(texts)
-        with ThreadPoolExecutor(4) as pool:
-            for vectors in pool.map(embedder.embed_references, [texts] * 8):
-                assert vectors == pytest.approx(expected, abs=self.tolerance)
+        batches = [list(TEXTS[number % 4 : number % 4 + 1 + number % 3]) for number in range(8)]
+        for embed in (embedder.embed_references, embedder.embed_queries):
+            expected = [embed(texts) for texts in batches]
+            with ThreadPoolExecutor(4) as pool:
+                for vectors, wanted in zip(pool.map(embed, batches), expected, strict=True):
+                    assert vectors == pytest.approx(wanted, abs=self.tolerance)

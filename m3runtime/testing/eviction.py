@@ -1,9 +1,21 @@
 """`EvictionContract`: the laws of an eviction policy."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from random import Random
 
-from m3runtime.eviction import EvictionPolicy
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from m3runtime.eviction import EvictionPolicy, ScoreAware
 from m3runtime.testing.blocks import LAST_ID
 
 
@@ -19,8 +31,10 @@ class EvictionContract(ABC):
     def make(self, slots: int) -> EvictionPolicy:
         """A new policy for a tier of ``slots`` blocks."""
 
-    def test_a_new_policy_has_no_victim(self) -> None:
-        policy = self.make(4)
+    @pytest.mark.parametrize("slots", [0, 1, 4])
+    def test_a_new_policy_has_no_victim(self, slots: int) -> None:
+        policy = self.make(slots)
+        assert policy.slots == slots
         assert len(policy) == 0
         assert policy.victim(anything) is None
 
@@ -57,6 +71,19 @@ class EvictionContract(ABC):
             assert policy.victim(anything) == 5
             policy.removed(5)
 
+    def test_thousands_are_given_up_once_each(self) -> None:
+        policy, random = self.make(3000), Random(0)
+        for id in range(3000):
+            policy.admitted(id)
+        for _ in range(3000):
+            policy.touched(random.randrange(3000))
+        given_up = []
+        while (victim := policy.victim(anything)) is not None:
+            given_up.append(victim)
+            policy.removed(victim)
+        assert sorted(given_up) == list(range(3000))
+        assert len(policy) == 0
+
     def test_agrees_with_a_set_over_a_long_random_life(self) -> None:
         random, policy, held = Random(0), self.make(16), set[int]()
         for _ in range(5000):
@@ -77,3 +104,75 @@ class EvictionContract(ABC):
             policy.admitted(id)
             held.add(id)
             assert len(policy) == len(held)
+
+    def test_agrees_with_a_set_in_any_order_of_calls(self) -> None:
+        make = self.make
+
+        class Machine(EvictionMachine):
+            def make_policy(self, slots: int) -> EvictionPolicy:
+                return make(slots)
+
+        run_state_machine_as_test(Machine)
+
+
+class EvictionMachine(RuleBasedStateMachine):
+    """A policy against the set of what its tier holds, in every order of calls that hypothesis thinks of."""
+
+    make_policy: Callable[[int], EvictionPolicy]
+
+    @initialize(slots=st.integers(1, 12))
+    def start(self, slots: int) -> None:
+        self.policy = self.make_policy(slots)
+        self.held: set[int] = set()
+        self.pinned: set[int] = set()
+
+    @rule(id=st.integers(0, 15) | st.just(LAST_ID))
+    def ask_for(self, id: int) -> None:
+        """As a tier does: touch what is held, make room for what is not."""
+        if id in self.held:
+            self.policy.touched(id)
+            return
+        if len(self.held) == self.policy.slots:
+            victim = self.policy.victim(lambda other: other not in self.pinned)
+            if self.held <= self.pinned:
+                assert victim is None
+                return
+            assert victim in self.held - self.pinned
+            self.policy.removed(victim)
+            self.held.remove(victim)
+        self.policy.admitted(id)
+        self.held.add(id)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), score=st.floats(-1, 1, width=32))
+    def score(self, data: st.DataObject, score: float) -> None:
+        if isinstance(self.policy, ScoreAware):
+            self.policy.scored(data.draw(st.sampled_from(sorted(self.held))), score)
+
+    @rule(data=st.data())
+    def pin(self, data: st.DataObject) -> None:
+        """Any number of those held, all of them included."""
+        self.pinned = {id for id in sorted(self.held) if data.draw(st.booleans())}
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def discard(self, data: st.DataObject) -> None:
+        id = data.draw(st.sampled_from(sorted(self.held)))
+        self.policy.removed(id)
+        self.held.remove(id)
+        self.pinned.discard(id)
+
+    @rule()
+    def name_a_victim_and_keep_it(self) -> None:
+        victim = self.policy.victim(anything)
+        assert victim in self.held or (victim is None and not self.held)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def the_only_one_is_found(self, data: st.DataObject) -> None:
+        only = data.draw(st.sampled_from(sorted(self.held)))
+        assert self.policy.victim(lambda id: id == only) == only
+
+    @invariant()
+    def counts_what_is_held(self) -> None:
+        assert len(self.policy) == len(self.held)

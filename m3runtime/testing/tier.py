@@ -119,12 +119,13 @@ class TierContract(StorageLaws):
 
     def test_thousands_of_ids_in_a_batch(self, tier: Tier) -> None:
         ids = make_ids(*range(3000))
-        write(tier, ids)
-        found = check_read(tier, ids)
+        made = make_blocks(ids)
+        tier.write(ids, made)
+        found = check_read(tier, ids, made)
         assert found.sum() == len(tier) >= 16
         assert np.array_equal(tier.contains(ids), found)
         tier.discard(ids[:2990])
-        assert np.array_equal(check_read(tier, ids), found & (ids >= 2990))
+        assert np.array_equal(check_read(tier, ids, made), found & (ids >= 2990))
 
     # What is held stays as it is
 

@@ -11,7 +11,7 @@ class LmdbContract(HomeContract):
         assert isinstance(tier, LmdbHome)
         with tier._environment.env.begin(db=tier._db.blocks) as txn:
             stored = txn.get(id.to_bytes(8, "big"))
-            return None if stored is None else bytes(unpack(memoryview(stored), tier.slot_bytes))
+            return None if stored is None else bytes(unpack(memoryview(stored), tier.slot_bytes, tier._dictionary))
 
     def raw_write(self, tier: Tier, id: int, block: bytes) -> None:
         assert isinstance(tier, LmdbHome)
