@@ -9,7 +9,7 @@ CHECK := build/wheel-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment would disturb each other
-.PHONY: help install test test-slow demo quality wheel-check format clean
+.PHONY: help install test test-slow test-kill test-flips demo quality wheel-check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,12 @@ test: install  ## lint, check types and imports, run the tests; PYTEST_ARGS="-k 
 
 test-slow: install  ## run the tests that take minutes, with more examples of each property
 	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-thorough} $(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+test-kill: install  ## kill writers and readers of a bank 300 times
+	$(BIN)/pytest -m kill -n0
+
+test-flips: install  ## flip 10,000 bits of a bank's files
+	$(BIN)/pytest -m flips $(PYTEST_ARGS)
 
 demo: .venv/stamp-demo .venv/stamp-models  ## write a bank and answer from it, with real models
 	$(BIN)/python demo/run.py
