@@ -4,7 +4,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from m3runtime.encoding import GROUP
 from m3runtime.errors import BankMissingError
-from m3runtime.writer import GROUP
 from tests.end_to_end.commands import Contents, Place, environment
 from tests.end_to_end.conftest import NewPlace
 
@@ -30,9 +30,11 @@ import faiss, lmdb, m3backends.lmdb, m3backends.pinned, m3backends.usearch, m3mo
 import m3runtime.codecs.product, m3runtime.codecs.training, semantic_text_splitter, tests.end_to_end.embedders
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-BEGINS = {"Writer._train": "codec", "Bank.create": "creation", "Writer._commit": "commits", "save_index": "index"}
+BEGINS = {"Writer._train": "codec", "Bank.create": "creation", "Writer._commit": "commits", "save_index": "index",
+          "_Repair.mend": "repair", "_Repair._compute": "computing", "Hierarchy.discard": "forgetting",
+          "KeptTier.discard": "tiers"}
 
-def live(say, folder, arguments, moment, signal_number):
+def live(say, folder, arguments, moment, signal_number, delay):
     os.chdir(folder)
     sys.argv = ["m3", *arguments]
     sys.stdout, sys.stderr = open("stdout", "w"), open("stderr", "w")
@@ -46,7 +48,7 @@ def live(say, folder, arguments, moment, signal_number):
             phases.setdefault(BEGINS[frame.f_code.co_qualname], count)
         if count == moment:
             sys.setprofile(None)
-            if signal_number == signal.SIGKILL:
+            if signal_number == signal.SIGKILL and delay is not None:
                 os.write(say, b"now")
             else:
                 os.kill(os.getpid(), signal_number)
@@ -69,7 +71,7 @@ for line in sys.stdin:
     hear, say = os.pipe()
     child = os.fork()
     if not child:
-        live(say, folder, arguments, moment, signal_number)
+        live(say, folder, arguments, moment, signal_number, delay)
     os.close(say)
     heard = os.read(hear, 1 << 16)  # nothing, if it ended without a word
     if heard == b"now":
@@ -84,20 +86,26 @@ for line in sys.stdin:
 
 @dataclass
 class Nursery:
-    """Runs ``m3 write`` as processes of their own, one at a time."""
+    """Runs ``m3`` as processes of their own, one at a time."""
 
     process: "subprocess.Popen[str]"
 
     def run(
-        self, place: Place, moment: int | None = 0, *, signal_number: int = signal.SIGKILL, delay: float = 0
+        self,
+        place: Place,
+        moment: int | None = 0,
+        *,
+        arguments: Sequence[str] = ("write", "corpus.txt", "--json"),
+        signal_number: int = signal.SIGKILL,
+        delay: float | None = 0,
     ) -> tuple[int, Any]:
-        """The exit code of a writer that gets a signal at a moment; without a moment, its phases and their end too.
+        """The exit code of a command that gets a signal at a moment; without a moment, its phases and their end too.
 
-        SIGKILL comes ``delay`` seconds later, wherever the writer is by then.
+        SIGKILL comes ``delay`` seconds later, wherever the command is by then; with None, at that very moment.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        order = [str(place.folder), ["write", "corpus.txt", "--json"], moment, signal_number, delay]
+        order = [str(place.folder), list(arguments), moment, signal_number, delay]
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         code, said = json.loads(self.process.stdout.readline())
