@@ -7,12 +7,12 @@ import lmdb
 import numpy as np
 
 from m3backends.lmdb_environment import Environment, Reading
+from m3backends.lmdb_forgetting import members_of
 from m3backends.lmdb_records import (
     SEAL_BYTES,
     digest,
     pack_id,
     unpack_id,
-    unpack_ids,
     unpack_number,
     unpack_reference,
     unpack_source,
@@ -87,6 +87,9 @@ class _Walk:
         while there and looked < _BATCH:
             key, value = bytes(cursor.key()), cursor.value()
             damages += [Damage(self._where, id, what) for id, what in self._look(txn, key, value)]
+            probe = txn.cursor(self.database)
+            if not (probe.set_key_dup(key, value) if self._duplicates else probe.set_key(key)):
+                damages.append(Damage(self._where, _id(key), f"{ascii(key)[2:-1]} does not lead to its own record"))
             looked += 1
             self._last = key, bytes(value) if self._duplicates else b""
             there = cursor.next()
@@ -152,10 +155,12 @@ class _Books:
             yield id, "a source lists it and it has no reference" if not source else "another source lists it"
 
     def source(self, txn: Reading, key: bytes, stored: memoryview) -> Found:
-        known, members = _read(self._db.sources, key, stored, unpack_source), txn.cursor(self._db.members)
+        known, members = _read(self._db.sources, key, stored, unpack_source), members_of(txn, self._db, key)
         if known is None or digest(known.name) != key:
-            yield None, f"the record of the source with digest {key.hex()[:16]} is damaged"
-        elif not known.fits(unpack_ids(members.iternext_dup() if members.set_key(key) else ())):
+            # By one of those who have it: to compute that anew writes the record anew.
+            id = int(members[0]) if len(members) else None
+            yield id, f"the record of the source with digest {key.hex()[:16]} is damaged"
+        elif not known.fits(members):
             yield None, f"source {known.name} does not list the {known.count} references that it counts"
 
     def embedding(self, txn: Reading, key: bytes, stored: memoryview) -> Found:

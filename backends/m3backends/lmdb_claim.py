@@ -34,6 +34,8 @@ class Claim:
         self._files = files
         self._writer: FileLock | None = None
         self._reader: int | None = None
+        self.verified: bytes | None = None
+        """The state of the file that was verified just now: what LMDB finds in it is still to be looked at."""
         files.check()
         self.registers = files.can_register()
         """Whether LMDB is to note what we read."""
@@ -98,8 +100,9 @@ class Claim:
 
     def _verify(self) -> None:
         if not self._files.is_empty() and not self._files.is_verified():
+            state = self._files.state()
             check_structure(self._files.data)
-            self._files.set_verified()
+            self.verified = state
 
     def _busy(self) -> BankBusyError:
         return BankBusyError(

@@ -132,6 +132,16 @@ class Environment:
             return self._claim.at_rest(work)
 
     @property
+    def is_doubtful(self) -> bool:
+        """Whether the file was not known to be whole: its pages are, and `confirm` waits for its records."""
+        return self._claim.verified is not None
+
+    def confirm(self) -> None:
+        """State that the file is whole as it was when it was opened, for the next who opens it."""
+        if self._claim.verified is not None:
+            self.files.set_verified(self._claim.verified)
+
+    @property
     def env(self) -> lmdb.Environment:
         """LMDB's own object, to open databases with."""
         return self._env
@@ -139,10 +149,11 @@ class Environment:
     def close(self) -> None:
         """Wait for the transactions that are running, make all durable, and close. Closing twice is fine.
 
-        In another process than the one that opened it nothing is done: nothing of it is that process' to close.
+        In a process that forked since, this gives back only what that process has of it, so that it can be opened anew.
         Raises `TierError` if the drive does not take what was committed; closed it is all the same.
         """
         if os.getpid() != self._process:
+            self._env.close()
             return
         with self._guard.alone(closing=True):
             if not self._open:
@@ -157,7 +168,7 @@ class Environment:
             finally:
                 self._env.close()
                 if self._written and self._sound:
-                    self.files.set_verified()
+                    self.files.set_verified(self.files.state())
                 self._claim.release()
 
     def _check_process(self) -> None:

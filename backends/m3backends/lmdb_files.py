@@ -61,18 +61,18 @@ class HomeFiles:
             handle = os.open(self.stamp, os.O_RDONLY | _SAFELY)
             try:
                 regular = stat.S_ISREG(os.fstat(handle).st_mode)
-                return regular and os.read(handle, 256) == self._stamp()
+                return regular and os.read(handle, 256) == self.state()
             finally:
                 os.close(handle)
         except OSError:
             return False
 
-    def set_verified(self) -> None:
-        """State that ``data.mdb`` is whole, now that nobody writes to it. Without leave to write, it is not stated."""
+    def set_verified(self, state: bytes) -> None:
+        """State that ``data.mdb`` was whole in this `state`. Without leave to write, it is not stated."""
         with suppress(OSError):
             handle = os.open(self.stamp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _SAFELY, 0o644)
             try:
-                os.write(handle, self._stamp())
+                os.write(handle, state)
                 os.fsync(handle)
             finally:
                 os.close(handle)
@@ -83,7 +83,8 @@ class HomeFiles:
             self.stamp.unlink()
             sync_folder(self.folder)
 
-    def _stamp(self) -> bytes:
+    def state(self) -> bytes:
+        """What tells ``data.mdb`` as it is from what it was or will be, and a digest of that."""
         of = self.data.stat()
         state = f"{of.st_size} {of.st_mtime_ns} {of.st_ino}"
         return f"{state} {xxhash.xxh3_64_hexdigest(state.encode())}\n".encode()

@@ -98,7 +98,7 @@ class Source:
         more = list(ids)
         return replace(self, count=self.count + len(more), total=(self.total + sum(more)) % 2**64)
 
-    def with_less(self, id: int) -> "Source":
+    def without(self, id: int) -> "Source":
         """Without this id."""
         return replace(self, count=max(self.count - 1, 0), total=(self.total - id) % 2**64)
 

@@ -69,13 +69,13 @@ class Opened(NamedTuple):
 
 def create_folder(path: Path, slot_bytes: int | None, read_only: bool) -> None:
     """Make the folder of a new home; LMDB makes the files. Raises `BankMissingError`, `BankError`."""
-    if path.exists() and not path.is_dir():
-        raise BankError(f"{path} is not the folder of a bank")
-    if os.path.lexists(path / "data.mdb"):
-        return
-    if read_only or slot_bytes is None:
-        raise BankMissingError(f"there is no bank at {path}")
     try:
+        if path.exists() and not path.is_dir():
+            raise BankError(f"{path} is not the folder of a bank")
+        if os.path.lexists(path / "data.mdb"):
+            return
+        if read_only or slot_bytes is None:
+            raise BankMissingError(f"there is no bank at {path}")
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BankError(f"bank {path}: {error}") from error
@@ -105,6 +105,8 @@ def open_databases(environment: Environment, slot_bytes: int | None) -> Opened:
         slot, next_id = (databases.home.read(txn, key, unpack_number) for key in (b"slot_bytes", b"next_id"))
         if slot is None or next_id is None or slot > _LARGEST_SLOT or next_id > 2**64:
             raise ValueError(f"it states slots of {slot} bytes and {next_id} as the next id")
+        if environment.is_doubtful:
+            _check_findable(txn, databases)
         return Opened(databases, slot, above_all(txn, databases), _packing(txn, databases))
 
     try:
@@ -112,6 +114,7 @@ def open_databases(environment: Environment, slot_bytes: int | None) -> Opened:
         opened = environment.read(look)
     except (lmdb.Error, ValueError, RecordError) as error:
         raise BankError(f"bank {environment.files.data} is damaged: {error}") from error
+    environment.confirm()
     if slot_bytes not in (None, opened.slot_bytes):
         raise BankMismatchError(f"bank {path} has slots of {opened.slot_bytes} bytes, not {slot_bytes}")
     if not there:  # LMDB syncs the file, not the folders that name it
@@ -154,6 +157,17 @@ def _check_version(txn: Reading, databases: Databases, path: Path) -> None:
     if version != VERSION:
         mend = "install a newer m3runtime" if version > VERSION else "write the bank anew"
         raise BankFormatError(f"bank {path} has format {version}, this release reads {VERSION}; {mend}")
+
+
+def _check_findable(txn: Reading, databases: Databases) -> None:
+    """Raise `ValueError` where LMDB walks by a record that it does not find: damaged branches of a tree do that."""
+    for name, one in databases._asdict().items():
+        handle = one.handle if isinstance(one, Table) else one
+        walk, probe = txn.cursor(handle), txn.cursor(handle)
+        while walk.next():  # at first to the first
+            key = walk.key()
+            if not (probe.set_key_dup(key, walk.value()) if name == "members" else probe.set_key(key)):
+                raise ValueError(f"{name} has a record that its key, {key.hex()[:20]}, does not lead to")
 
 
 def above_all(txn: Reading, databases: Databases) -> int:
