@@ -58,7 +58,14 @@ def repair(
         index, changed = assembly.open_index(config, bank)
         if changed:
             assembly.save_index(index, bank)
-        return report if found.clean else replace(report, left=examine(config, home, progress))
+        if found.clean:
+            return report
+
+        def again(stage: str, done: int, total: int) -> None:
+            if progress:
+                progress(f"{stage} again", done, total)
+
+        return replace(report, left=examine(config, home, again))
 
 
 def _rewrite_quarantine(home: Home) -> None:

@@ -198,7 +198,7 @@ class _Walk:
                     self.bytes += self._check(slots[row], id, reference)
                     whole.append(row)
                 except BlockError as error:
-                    damage.append(Damage("block", id, str(error)))
+                    damage.append(Damage("block", id, str(error).removeprefix(f"block {id}: ")))
             else:
                 why = f"quarantined: {quarantined[id]}" if id in quarantined else "there is none"
                 damage.append(Damage("block", id, why))

@@ -17,8 +17,10 @@ _STAGES = {
     "home": "Reading the home's books",
     "blocks": "Reading memories",
     "index": "Comparing the index",
-    "codec": "Training the codec",
     "memories": "Computing memories again",
+    "home again": "Reading the home's books again",
+    "blocks again": "Reading memories again",
+    "index again": "Comparing the index again",
 }
 _SHOWN = 20
 """Lines of damage that are printed; JSON has all."""
@@ -94,6 +96,8 @@ def _show(bank: str, report: "VerifyReport", mended: "RepairReport | None") -> N
         typer.echo(f"  note: {note}")
     _show_damage(report, "damaged:", _advice(report) if mended is None else [])
     if mended is None:
+        if report.clean:
+            typer.echo("nothing is damaged")
         return
     if not report.clean:
         typer.echo(
