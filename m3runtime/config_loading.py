@@ -20,6 +20,11 @@ FILE_VARIABLE = "M3_CONFIG"
 DEFAULT_FILE = "m3.yaml"
 SET = "--set"
 
+_MOST_TEXT = 1 << 20
+"""Bytes of a configuration at most."""
+_MOST_NODES = 100_000
+"""Values of a configuration at most, each as often as aliases repeat it."""
+
 Key = tuple[str, ...]
 
 
@@ -69,13 +74,22 @@ def load_config(
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would keep the last, and leaves dates as text."""
+    """Refuses a key that is given twice, of which YAML would keep the last, and leaves dates as text.
+
+    Also refuses aliases of aliases that would multiply a short text beyond all memory.
+    """
 
     # A folder may be called 2024-05-01.
     yaml_implicit_resolvers = {  # noqa: RUF012 - so declared by yaml
         first: [resolver for resolver in resolvers if resolver[0] != "tag:yaml.org,2002:timestamp"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        if _nodes(node, {}) > _MOST_NODES:
+            problem = f"more than {_MOST_NODES} values, as often as aliases repeat them"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return super().construct_document(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -85,6 +99,16 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.MarkedYAMLError(problem=f"key {name.value} is given twice", problem_mark=name.start_mark)
                 seen.add(name.value)
         return super().construct_mapping(node, deep)
+
+
+def _nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values there are in a node, those of an alias anew each time. One within itself is not followed."""
+    if id(node) not in known:
+        known[id(node)] = 0
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        below = [part for pair in inner for part in pair] if isinstance(node, yaml.MappingNode) else inner
+        known[id(node)] = 1 + sum(_nodes(part, known) for part in below)
+    return known[id(node)]
 
 
 def _parse(text: str, origin: str) -> Any:
@@ -108,13 +132,17 @@ def _copied(node: Any) -> Any:
 
 def _read_file(file: Path) -> dict[str, Any]:
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        with file.open("rb") as opened:
+            data = opened.read(_MOST_TEXT + 1)
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"no such configuration file: {file}") from None
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file} is not text in UTF-8") from error
+    if len(data) > _MOST_TEXT:
+        raise ConfigError(f"{file} has more than {_MOST_TEXT} bytes: it is no configuration")
     tree = _parse(text, str(file))
     if tree is not None and not isinstance(tree, dict):
         raise ConfigError(f"{file} must be a mapping of keys to values")
