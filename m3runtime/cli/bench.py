@@ -168,4 +168,4 @@ def _show_eviction(found: "EvictionBench") -> None:
         )
     console = Console()
     console.print(table)
-    console.print(f"{found.requests:,} requests of {found.blocks:,} blocks, in {found.runs} runs: {found.trace}")
+    console.print(f"{found.requests:,} requests of {found.blocks:,} blocks; runs: {found.runs}; {found.trace}")
