@@ -75,6 +75,8 @@ def load_dictionary(dictionary: bytes | memoryview) -> zstandard.ZstdCompression
         loaded.precompute_compress(level=_LEVEL)
     except zstandard.ZstdError as error:
         raise ValueError(f"it is no dictionary of zstd: {error}") from error
+    if not loaded.dict_id():  # then no frame could name it
+        raise ValueError("it is a dictionary without a number")
     return loaded
 
 
