@@ -236,10 +236,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _distortion(measured: Any) -> Distortion | None:
     if measured is None:
         return None
-    found = Distortion(**measured)
-    if not all(isinstance(number, float | int) and math.isfinite(number) for number in (found.keys, found.values)):
+    if not all(type(number) in (float, int) and math.isfinite(number) for number in measured.values()):
         raise ValueError("the distortion that it states is no number")
-    return found
+    return Distortion(**measured)
 
 
 def _short(what: object) -> str:
