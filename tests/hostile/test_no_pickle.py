@@ -12,9 +12,7 @@ from tests.hostile import test_codec_file, test_index_file
 from tests.hostile.cases import spoiled
 from tests.hostile.nursery import Nursery
 
-SOURCES = [
-    file for folder in ("m3runtime", "backends", "model", "demo") for file in (REPOSITORY / folder).rglob("*.py")
-]
+PACKAGES = ("m3runtime", "backends", "model", "demo")
 MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
 CALLS = {
     "torch.load",
