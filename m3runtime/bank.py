@@ -43,6 +43,7 @@ FORMAT = 1
 HOME, CODEC, INDEX = "home", "codec.safetensors", "index"
 UNFINISHED = "home.unfinished"
 _MANIFEST = "manifest"
+_LARGEST_DIM = 1 << 20
 _RESTORE = "restore the bank from a copy, or write it anew"
 _MEND = "configure it as it was, or set `bank` to another folder"
 
@@ -115,7 +116,9 @@ class Manifest:
             value = getattr(self, field.name)
             if type(value) is not (field.type if field.type in (str, int, MemorySpec) else dict):
                 raise ValueError(f"{field.name} cannot be {value!r}")
-        if self.dim < 1:
+            if isinstance(value, str):
+                value.encode()  # a ValueError, where JSON escapes what is no character
+        if not 1 <= self.dim <= _LARGEST_DIM:
             raise ValueError(f"dim cannot be {self.dim}")
         if not re.fullmatch("[0-9a-f]{32}", self.codec):
             raise ValueError(f"codec is no fingerprint: {self.codec!r}")
@@ -273,7 +276,7 @@ def _stored_manifest(path: Path, home: Home) -> bytes | None:
 
 def _short(what: object) -> str:
     """At most a line of what may be anything."""
-    return str(what)[:200]
+    return " ".join(ascii(str(what)[:200])[1:-1].split())
 
 
 def slot_bytes(codec: Codec) -> int:

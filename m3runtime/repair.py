@@ -107,9 +107,11 @@ class _Repair:
                 self.bank.manifest.check_embedder(
                     embedder=embedder.fingerprint, name=self.config.embedder.path, where=self.bank.path
                 )
-            apart = [id for id in ids if id not in records.quarantined(home)]
-            for id in apart:
-                home.quarantine(id, damaged[id])
+            before = records.quarantined(home).keys()
+            for id in ids:
+                if id not in before:
+                    home.quarantine(id, damaged[id])
+            apart = sorted(records.quarantined(home).keys() - before)
             if compute and intact:
                 for start in range(0, len(intact), GROUP):
                     self._compute(adapter, embedder, dict(list(intact.items())[start : start + GROUP]), len(intact))

@@ -114,7 +114,7 @@ def _show_damage(report: "VerifyReport", title: str, advice: list[str]) -> None:
         return
     typer.echo(title)
     for one in report.damage[:_SHOWN]:
-        source = "" if one.id is None else f" of memory {one.id} ({report.sources.get(one.id, 'source unknown')})"
+        source = "" if one.id is None else f", memory {one.id} ({report.sources.get(one.id, 'source unknown')})"
         typer.echo(f"  {one.where}{source}: {one.what}")
     if len(report.damage) > _SHOWN:
         typer.echo(f"  and {len(report.damage) - _SHOWN} more; --json lists all")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from m3backends.lmdb_records import digest
 from m3runtime import assembly, block
 from m3runtime.bank import as_ids
 from m3runtime.config import Config
@@ -102,16 +103,21 @@ def of_text(database: str, work: Callable[[bytes], bytes | None], *, seal: bool 
     """`changed`, of the entry that the memory's text has."""
 
     def change(place: Place) -> None:
-        from m3backends.lmdb_records import digest
-
         changed(database, work, digest(place.contents().texts[BAD]), seal=seal)(place)
 
     return change
 
 
-def no_member(place: Place) -> None:
-    from m3backends.lmdb_records import digest
+def of_source(work: Callable[[bytes], bytes | None]) -> Work:
+    """`changed`, of the record that the memory's source has."""
 
+    def change(place: Place) -> None:
+        changed("sources", work, digest(place.contents().references[BAD].source))(place)
+
+    return change
+
+
+def no_member(place: Place) -> None:
     source = digest(place.contents().references[BAD].source)
     with raw.records(place, "members") as (txn, _):
         assert txn.delete(source, KEY)
@@ -142,6 +148,8 @@ MENDABLE: dict[str, tuple[Work, str]] = {
     "no digest of the text": (of_text("digests", lambda _: None), "reference"),
     "a damaged digest of the text": (of_text("digests", lambda old: raw.flip(old, 3)), "reference"),
     "no place in its source": (no_member, "reference"),
+    "no record of its source": (of_source(lambda _: None), "home"),
+    "a damaged record of its source": (of_source(lambda old: raw.flip(old, 90)), "home"),
 }
 """What is done to a memory whose text stays, and what is found to be damaged."""
 
@@ -197,6 +205,19 @@ def test_a_memory_without_its_text_is_forgotten_only_where_that_is_asked_for(wri
     assert sorted(written.contents().texts.values()) == sorted(before.texts.values())
 
 
+@pytest.mark.parametrize("database", ["members", "digests", "embeddings", "quarantine"])
+def test_what_is_left_of_a_memory_that_is_not_there_goes_where_lost_texts_do(written: Place, database: str) -> None:
+    before, id = written.contents(), raw.key_of(77)
+    source, text = digest(before.references[BAD].source), digest("nobody's")
+    key, value = {"members": (source, id), "digests": (text, raw.sealed("digests", text, id))}.get(database, (id, b"-"))
+    raw.put(written, database, key, value)
+    assert 77 in {one["id"] for one in verify(written, code=1)["damage"]}
+    verify(written, "--repair", code=1)
+    assert verify(written, "--repair", "--drop")["repair"]["dropped"] == [77]
+    verify(written)
+    assert written.contents() == before
+
+
 def test_everything_at_once_and_answers_are_as_they_were(written: Place) -> None:
     def answer() -> tuple[str, list[str]]:
         said = written.m3("ask", QUESTION, "--json").json
@@ -216,7 +237,7 @@ def test_everything_at_once_and_answers_are_as_they_were(written: Place) -> None
     result = written.m3("verify")
     assert result.code == 1
     for id in (0, 1, 3):
-        assert f"block of memory {id} ({before.references[id].source}): " in result.out
+        assert f"block, memory {id} ({before.references[id].source}): " in result.out
     assert "`m3 verify --repair` computes these memories again from their texts" in result.out
     result = written.m3("verify", "--repair")
     assert result.code == 0, result
