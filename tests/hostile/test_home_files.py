@@ -1,5 +1,6 @@
 """A home's files that are not what they should be: refused, or read as what they still are; nothing else is touched."""
 
+import contextlib
 import os
 import shutil
 import struct
@@ -11,6 +12,10 @@ from random import Random
 import lmdb
 import pytest
 
+from m3runtime import assembly
+from m3runtime.bank import Bank
+from m3runtime.config import Config
+from m3runtime.errors import M3Error
 from tests.end_to_end.commands import Place
 from tests.hostile.cases import Case, before, check, outcome
 from tests.hostile.nursery import Nursery
@@ -227,4 +232,29 @@ def lured(place: Place, which: tuple[str, str]) -> str:
 @pytest.mark.parametrize("name", PLACES)
 def test_links_lead_no_writer_out_of_the_bank(nursery: Nursery, name: str, kind: str) -> None:
     ended = nursery.run("tests.hostile.test_home_files:lured", [name, kind])
+    assert ended.how == "returned", ended.text
+
+
+def made_anew(place: Place, kind: str) -> str:
+    """Make a bank where a link to something outside is in place of what an interrupted making leaves."""
+    outside = place.folder / "outside"
+    (outside / "folder").mkdir(parents=True)
+    (outside / "file").write_bytes(TEXT)
+    (outside / "folder" / "file").write_bytes(TEXT)
+    config = Config.load(place.file, environ={})
+    bank = assembly.open_bank(config, read_only=True)
+    bank.close()
+    shutil.rmtree(place.bank / "home")
+    replaced(place, "home.unfinished", partial(linked, target=str(outside / kind)))
+    with contextlib.suppress(M3Error, OSError):
+        Bank.create(place.bank, assembly.open_home(config), bank.manifest, bank.codec).close()
+    assert (outside / "file").read_bytes() == TEXT
+    assert [path.name for path in (outside / "folder").iterdir()] == ["file"]
+    assert sorted(path.name for path in outside.iterdir()) == ["file", "folder"]
+    return ""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "nothing"])
+def test_a_link_in_place_of_an_unfinished_home_leads_nobody_out(nursery: Nursery, kind: str) -> None:
+    ended = nursery.run("tests.hostile.test_home_files:made_anew", kind)
     assert ended.how == "returned", ended.text
