@@ -443,6 +443,7 @@ def set_manifest(place: Place, change: Callable[[Any], Any]) -> None:
 
 
 def bank_bytes(place: Place) -> dict[str, bytes]:
-    """The bank's files; the lock file is nobody's."""
-    files = (path for path in place.bank.rglob("*") if path.is_file() and path.name != "lock.mdb")
+    """The bank's files; LMDB's table of readers and the stamp of a whole file, which names an inode, are nobody's."""
+    nobodys = ("lock.mdb", "verified")
+    files = (path for path in place.bank.rglob("*") if path.is_file() and path.name not in nobodys)
     return {str(path): path.read_bytes() for path in files}
