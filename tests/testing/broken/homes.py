@@ -1,0 +1,197 @@
+"""Homes with one mistake each, in LMDB."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3backends.lmdb import LmdbHome
+from m3backends.lmdb_files import HomeFiles
+from m3runtime.block import Found, Ids
+from m3runtime.errors import InputError, TierClosedError, TierReadOnlyError
+from m3runtime.testing.blocks import SLOT_BYTES
+from m3runtime.tier import Batch, Home
+from tests.backends.lmdb_contract import LmdbContract
+from tests.testing.broken.suites import make_suites
+
+
+class LosesTheLastCommit(LmdbHome):
+    """What the last transaction wrote is undone by closing."""
+
+    last: Ids | None = None
+
+    def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
+        super().commit(batch, replacing=replacing)
+        self.last = batch.ids
+
+    def close(self) -> None:
+        last, self.last = self.last, None
+        if last is not None:
+            super().discard(last)
+        super().close()
+
+
+class DoesNotSync(LmdbHome):
+    """Claims to be durable, and leaves it to the kernel when to write."""
+
+    def __init__(self, *, path: Path, slot_bytes: int, read_only: bool) -> None:
+        super().__init__(path=path, slot_bytes=slot_bytes, read_only=read_only, durability="relaxed")
+
+
+class CommitsRowByRow(LmdbHome):
+    def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
+        if len(batch.references) != len(batch.ids):
+            raise InputError("a reference for each id, please")
+        parts = range(len(batch.ids)) if len(batch.ids) else [0]
+        for row in parts:
+            one = slice(row, row + 1)
+            part = Batch(batch.ids[one], batch.blocks[one], batch.references[one], batch.embeddings[one])
+            super().commit(part, replacing=replacing if row == 0 else None)
+
+
+class ReplacesInTwoSteps(LmdbHome):
+    def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
+        if replacing is not None:
+            self.discard(replacing)
+        super().commit(batch)
+
+
+class ReusesIds(LmdbHome):
+    def next_id(self) -> int:
+        ids = self.ids()
+        return int(ids[-1]) + 1 if len(ids) else 0
+
+
+class ForgetsQuarantineOnOpening(LmdbHome):
+    def __init__(self, *, path: Path, slot_bytes: int, read_only: bool) -> None:
+        super().__init__(path=path, slot_bytes=slot_bytes, read_only=read_only)
+        if not read_only:
+            self._environment.write(lambda txn: txn.drop(self._db.quarantine.handle, delete=False))
+
+
+class BreaksTheLock(LmdbHome):
+    """Takes a lock that is held for one that a dead process left."""
+
+    def __init__(self, *, path: Path, slot_bytes: int, read_only: bool) -> None:
+        HomeFiles(path).writer.unlink(missing_ok=True)
+        super().__init__(path=path, slot_bytes=slot_bytes, read_only=read_only)
+
+
+class ReadsWhatWasThereOnOpening(LmdbHome):
+    def __init__(self, *, path: Path, slot_bytes: int, read_only: bool) -> None:
+        super().__init__(path=path, slot_bytes=slot_bytes, read_only=read_only)
+        self.known = super().ids() if read_only else None
+
+    def ids(self) -> Ids:
+        ids = super().ids()
+        return ids if self.known is None else np.intersect1d(ids, self.known)
+
+
+class SaysNothingWhenReadOnly(LmdbHome):
+    def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
+        with suppress(TierReadOnlyError):
+            super().commit(batch, replacing=replacing)
+
+
+class CompletesShortBlocks(LmdbHome):
+    """Copies as many bytes as there are, and leaves the rest of the row to what was in it before."""
+
+    def read(self, ids: Ids, out: Tensor) -> Found:
+        rows = out.clone()
+        found = super().read(ids, rows)
+        with self._environment.env.begin(db=self._db.blocks) as txn:
+            for row in np.flatnonzero(found).tolist():
+                stored = txn.get(int(ids[row]).to_bytes(8, "big")) or b""
+                out[row, : len(stored)] = rows[row, : len(stored)]
+        return found
+
+
+class AnotherIdsBytesOnceInAThousand(LmdbHome):
+    reads = 0
+
+    def read(self, ids: Ids, out: Tensor) -> Found:
+        found = super().read(ids, out)
+        for row in np.flatnonzero(found).tolist():
+            self.reads += 1
+            if self.reads % 1000 == 0:
+                out[row] = out[row - 1].clone()
+        return found
+
+
+class KeepsMetadataForLater(LmdbHome):
+    """Writes it with the next commit, or on closing."""
+
+    def __init__(self, *, path: Path, slot_bytes: int, read_only: bool) -> None:
+        self.later: dict[str, bytes] = {}
+        super().__init__(path=path, slot_bytes=slot_bytes, read_only=read_only)
+
+    def set_meta(self, key: str, value: bytes) -> None:
+        if self._environment.read_only:
+            super().set_meta(key, value)
+        len(self)
+        self.later[key] = value
+
+    def get_meta(self, key: str) -> bytes | None:
+        return self.later.get(key, super().get_meta(key))
+
+    def close(self) -> None:
+        while self.later:
+            super().set_meta(*self.later.popitem())
+        super().close()
+
+
+class ClosedIsEmpty(LmdbHome):
+    def contains(self, ids: Ids) -> Found:
+        try:
+            return super().contains(ids)
+        except TierClosedError:
+            return np.zeros(len(ids), np.bool_)
+
+
+class ForgetsTheTextNot(LmdbHome):
+    """Still finds the text of what was forgotten."""
+
+    def __init__(self, *, path: Path, slot_bytes: int, read_only: bool) -> None:
+        self.texts: dict[str, int] = {}
+        super().__init__(path=path, slot_bytes=slot_bytes, read_only=read_only)
+
+    def find(self, texts: Sequence[str]) -> list[int | None]:
+        found = super().find(texts)
+        self.texts.update((text, id) for text, id in zip(texts, found, strict=True) if id is not None)
+        return [self.texts.get(text) for text in texts]
+
+    def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
+        super().commit(batch, replacing=replacing)
+        self.find([reference.text for reference in batch.references])
+
+
+class EmbeddingsInOrderOfIds(LmdbHome):
+    def embeddings(self, ids: Ids | None = None, batch: int = 4096) -> Iterator[tuple[Ids, Any]]:
+        return super().embeddings(None if ids is None else np.sort(ids), batch)
+
+
+class DiscardKeepsTheBlock(LmdbHome):
+    """Its reference is gone, so nobody recalls it; its bytes are still read."""
+
+    def discard(self, ids: Ids) -> None:
+        rows = torch.zeros((len(ids), self.slot_bytes), dtype=torch.uint8)
+        found = self.read(ids, rows)
+        super().discard(ids)
+        for row in np.flatnonzero(found).tolist():
+            key, block = int(ids[row]).to_bytes(8, "big"), bytes(rows[row].tolist())
+            self._environment.write(lambda txn, key=key, block=block: txn.put(key, block, db=self._db.blocks))  # type: ignore[misc]
+
+
+class Homes(LmdbContract):
+    kind: ClassVar[type[LmdbHome]]
+
+    def open(self, folder: Path, *, read_only: bool = False) -> Home:
+        return self.kind(path=folder, slot_bytes=SLOT_BYTES, read_only=read_only)
+
+
+BROKEN = LmdbHome.__subclasses__()
+globals().update(make_suites(Homes, __name__, LmdbHome, BROKEN))

@@ -1,0 +1,72 @@
+"""Indexes with one mistake each."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from m3backends.usearch import UsearchIndex
+from m3runtime.block import Ids
+from m3runtime.errors import IndexFileError
+from m3runtime.retrieval import Index, Vectors
+from m3runtime.testing.index import IndexContract
+from tests.testing.broken.suites import make_suites
+
+
+class FindsWhatWasRemoved(UsearchIndex):
+    def remove(self, ids: Ids) -> None:
+        super().remove(ids[:-1] if len(ids) > 1 else ids)
+
+
+class FarthestFirst(UsearchIndex):
+    def search(self, vectors: Vectors, k: int) -> Any:
+        ids, scores = super().search(vectors, k)
+        return ids[:, ::-1], scores[:, ::-1]
+
+
+class LoadsAnyStamp(UsearchIndex):
+    def save(self, path: Path, stamp: str) -> None:
+        super().save(path, "0" * 32)
+
+    def load(self, path: Path, stamp: str) -> None:
+        super().load(path, "0" * 32)
+
+
+class ADamagedFileIsAnEmptyIndex(UsearchIndex):
+    def load(self, path: Path, stamp: str) -> None:
+        try:
+            super().load(path, stamp)
+        except IndexFileError as error:
+            if "digest" not in str(error):
+                raise
+            self.remove(self.ids())
+
+
+class TheLastVectorWins(UsearchIndex):
+    def add(self, ids: Ids, vectors: Vectors) -> None:
+        self.remove(ids)
+        super().add(ids, vectors)
+
+
+class SignedOrderOfTies(UsearchIndex):
+    def search(self, vectors: Vectors, k: int) -> Any:
+        ids, scores = super().search(vectors, k)
+        order = np.lexsort((-ids.astype(np.int64), -scores))
+        return np.take_along_axis(ids, order, 1), scores
+
+
+class DotProductsBeyondOne(UsearchIndex):
+    def search(self, vectors: Vectors, k: int) -> Any:
+        ids, scores = super().search(vectors, k)
+        return ids, scores * np.float32(1.001)
+
+
+class Indexes(IndexContract):
+    kind: ClassVar[type[UsearchIndex]]
+
+    def make_index(self) -> Index:
+        return self.kind(dim=self.dim, dtype="f32")
+
+
+BROKEN = UsearchIndex.__subclasses__()
+globals().update(make_suites(Indexes, __name__, UsearchIndex, BROKEN))

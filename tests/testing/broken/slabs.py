@@ -1,0 +1,214 @@
+"""Caching tiers with one mistake each, in memory."""
+
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from m3backends.pinned import PinnedTier
+from m3runtime.block import Found, Ids
+from m3runtime.errors import TierError
+from m3runtime.slab import gather, runs
+from m3runtime.testing.slab import SlabTierContract
+from m3runtime.tier import CachingTier, check_rows
+from tests.testing.broken.suites import make_suites
+
+
+class CapacityOffByOne(PinnedTier):
+    def __init__(self, *, slot_bytes: int, capacity: int) -> None:
+        super().__init__(slot_bytes=slot_bytes, capacity=capacity + slot_bytes)
+
+    @property
+    def capacity(self) -> int:
+        return super().capacity - self.slot_bytes
+
+
+class AnotherIdsBytesOnceInAThousand(PinnedTier):
+    reads = 0
+
+    def read(self, ids: Ids, out: Tensor) -> Found:
+        found = super().read(ids, out)
+        for row in np.flatnonzero(found).tolist():
+            self.reads += 1
+            others = [slot for id, slot in self._held.items() if id != ids[row]]
+            if self.reads % 1000 == 0 and others and self._slab is not None:
+                out[row] = self._slab[others[0]]
+        return found
+
+
+class EvictsWhatIsPinned(PinnedTier):
+    def _claim(self) -> int | None:
+        pins, self._pins = self._pins, {}
+        try:
+            return super()._claim()
+        finally:
+            self._pins = pins
+
+
+class CopiesOutsideTheLock(PinnedTier):
+    def read(self, ids: Ids, out: Tensor) -> Found:
+        check_rows(ids, out, self.slot_bytes)
+        with self._lock:
+            slab = self._open()
+            slots = np.array([self._held.get(id, -1) for id in ids.tolist()], np.int64)
+            found: Found = slots >= 0
+            for id in ids[found].tolist():
+                self._policy.touched(id)
+        for start, end in runs(found):
+            gather(slab, slots[start:end], out[start:end])
+        return found
+
+
+class PinsOutsideTheLock(PinnedTier):
+    def pin(self, ids: Ids) -> Found:
+        held = self.contains(ids)
+        for id in ids[held].tolist():
+            with self._lock:
+                self._pins[id] = self._pins.get(id, 0) + 1
+        return held
+
+
+class MissesAsErrors(PinnedTier):
+    def read(self, ids: Ids, out: Tensor) -> Found:
+        found = super().read(ids, out)
+        if not found.all():
+            raise TierError(f"tier {self.name}: block {ids[~found][0]} is not here")
+        return found
+
+
+class ErrorsAsMisses(PinnedTier):
+    def read(self, ids: Ids, out: Tensor) -> Found:
+        try:
+            return super().read(ids, out)
+        except TierError:
+            return np.zeros(len(ids), np.bool_)
+
+
+class TouchesRowsThatItMisses(PinnedTier):
+    def read(self, ids: Ids, out: Tensor) -> Found:
+        check_rows(ids, out, self.slot_bytes)
+        out.zero_()
+        return super().read(ids, out)
+
+
+class KeepsTheCallersBuffer(PinnedTier):
+    def __init__(self, *, slot_bytes: int, capacity: int) -> None:
+        super().__init__(slot_bytes=slot_bytes, capacity=capacity)
+        self.rows: dict[int, Tensor] = {}
+
+    def write(self, ids: Ids, blocks: Tensor) -> None:
+        new = ~self.contains(ids)
+        super().write(ids, blocks)
+        self.rows.update((int(ids[row]), blocks[row]) for row in np.flatnonzero(new).tolist())
+
+    def read(self, ids: Ids, out: Tensor) -> Found:
+        found = super().read(ids, out)
+        for row in np.flatnonzero(found).tolist():
+            out[row] = self.rows.get(int(ids[row]), out[row])
+        return found
+
+
+class SignedIds(PinnedTier):
+    def write(self, ids: Ids, blocks: Tensor) -> None:
+        check_rows(ids, blocks, self.slot_bytes)
+        known = ids.astype(np.int64) >= 0
+        super().write(ids[known], blocks[known.tolist()])
+
+
+class ZeroIsNoId(PinnedTier):
+    def contains(self, ids: Ids) -> Found:
+        return super().contains(ids) & (ids != 0)
+
+
+class CountsAnIdTwice(PinnedTier):
+    twice = 0
+
+    def write(self, ids: Ids, blocks: Tensor) -> None:
+        new = ids[~self.contains(ids)]
+        super().write(ids, blocks)
+        self.twice += len(new) - len(np.unique(new))
+
+    def __len__(self) -> int:
+        return super().__len__() + self.twice
+
+
+class DiscardLeavesThePins(PinnedTier):
+    def discard(self, ids: Ids) -> None:
+        pins = dict(self._pins)
+        super().discard(ids)
+        self._pins.update(pins)
+
+
+class PinsBelowZero(PinnedTier):
+    """Counts down what has no pin, so that the next pin only makes up for it."""
+
+    def __init__(self, *, slot_bytes: int, capacity: int) -> None:
+        super().__init__(slot_bytes=slot_bytes, capacity=capacity)
+        self.owed: dict[int, int] = {}
+
+    def unpin(self, ids: Ids) -> None:
+        for id in ids.tolist():
+            if id in self._held and id not in self._pins:
+                self.owed[id] = self.owed.get(id, 0) + 1
+        super().unpin(ids)
+
+    def pin(self, ids: Ids) -> Found:
+        held = super().pin(ids)
+        owed = [id for id in ids.tolist() if self.owed.pop(id, 0)]
+        super().unpin(np.array(owed, np.uint64))
+        return held
+
+
+class PinsDoNotCount(PinnedTier):
+    def unpin(self, ids: Ids) -> None:
+        for id in ids.tolist():
+            self._pins.pop(id, None)
+        super().unpin(ids)
+
+
+class PinsWhatIsNotHeld(PinnedTier):
+    def pin(self, ids: Ids) -> Found:
+        held = super().pin(ids)
+        for id in ids[~held].tolist():
+            self._pins[id] = self._pins.get(id, 0) + 1
+        return held
+
+
+class OverwritesABlock(PinnedTier):
+    def write(self, ids: Ids, blocks: Tensor) -> None:
+        held = self.contains(ids)
+        super().write(ids, blocks)
+        for row in np.flatnonzero(held).tolist():
+            if self._slab is not None and int(ids[row]) in self._held:
+                self._slab[self._held[int(ids[row])]] = blocks[row]
+
+
+class NoRoomIsAFault(PinnedTier):
+    def write(self, ids: Ids, blocks: Tensor) -> None:
+        super().write(ids, blocks)
+        if len(ids) and not self.contains(ids).any():
+            raise TierError(f"tier {self.name}: no room")
+
+
+class TakesAnyShape(PinnedTier):
+    def read(self, ids: Ids, out: Tensor) -> Found:
+        if tuple(out.shape) != (len(ids), self.slot_bytes):
+            return np.zeros(len(ids), np.bool_)
+        return super().read(ids, out)
+
+
+class ClosesOnlyOnce(PinnedTier):
+    def close(self) -> None:
+        len(self)
+        super().close()
+
+
+class Slabs(SlabTierContract):
+    kind: ClassVar[type[PinnedTier]]
+
+    def make(self, *, slot_bytes: int, capacity: int) -> CachingTier:
+        return self.kind(slot_bytes=slot_bytes, capacity=capacity)
+
+
+BROKEN = PinnedTier.__subclasses__()
+globals().update(make_suites(Slabs, __name__, PinnedTier, BROKEN))
