@@ -5,8 +5,8 @@ A trace is a file of JSON lines. The first is its header::
     {"m3_trace": 1, "slot_bytes": 553024, "tiers": [{"name": "pinned", "capacity": 1073419584}]}
 
 ``m3_trace`` is the version of the format, ``tiers`` are the caching tiers, fastest first, with the bytes that each
-holds at most. The very same line again begins another *run*, that of a process which found its tiers empty. Each other
-line is a call, in the order in which they were made::
+holds at most. The very same line again begins another *run*, that of another process, whose tiers are taken to be empty
+at first. Each other line is a call, in the order in which they were made::
 
     {"op": "read", "ids": [17, 4]}
     {"op": "score", "ids": [17, 4], "scores": [0.71, 0.55]}

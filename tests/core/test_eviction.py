@@ -110,6 +110,13 @@ def test_s3_fifo_gives_main_a_round_for_each_use_up_to_three(uses: list[int], or
     assert drain(policy) == order
 
 
+def test_s3_fifo_finds_the_only_one_on_its_way_to_main() -> None:
+    policy, held = S3FifoPolicy(20), set[int]()  # two slots of small
+    use(policy, held, [*range(20)] * 3)
+    use(policy, held, [100] * 3)  # alone in small, and used enough to leave it
+    assert policy.victim(lambda id: id == 100) == 100
+
+
 def test_score_keeps_what_scored_high_among_equally_recent() -> None:
     policy = ScoredPolicy(4)
     for id in (1, 2, 3, 4):
