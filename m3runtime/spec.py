@@ -65,7 +65,8 @@ class MemorySpec:
     def from_json(cls, value: dict[str, Any]) -> "MemorySpec":
         """Read what `to_json` wrote. Raises `ConfigError` if it does not describe a spec."""
         try:
-            numbers = [*value["layers"], *(value[key] for key in ("kv_heads", "tokens", "head_dim", "reference_tokens"))]
+            sizes = ("kv_heads", "tokens", "head_dim", "reference_tokens")
+            numbers = [*value["layers"], *(value[name] for name in sizes)]
             if any(type(number) is not int for number in numbers):
                 raise ConfigError(f"not a memory spec: not all whole numbers: {str(numbers)[:200]}")
             return cls(**{**value, "layers": tuple(value["layers"])})

@@ -77,7 +77,7 @@ class _Talk(ExitStack):
             self.push(opened.pop_all())
 
     def _open_runtime(self, *, lasting: bool) -> "Runtime":
-        """A runtime that keeps the index and sets apart what is damaged, unless that would keep a writer out for long."""
+        """A runtime that keeps the index and sets apart what is damaged, unless it would keep a writer out for long."""
         from m3runtime.runtime import Runtime
 
         try:
