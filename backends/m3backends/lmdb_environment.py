@@ -123,13 +123,19 @@ class Environment:
         return result
 
     def at_rest(self, work: Callable[[], T]) -> T | None:
-        """Run ``work`` while nobody writes to the file, or return None: another process may write at any time."""
+        """Run ``work`` while nobody writes to the file, or return None where another process does.
+
+        Raises `TierError`.
+        """
         self._check_process()
         with self._guard.shared():
-            if not self.read_only:
+            if self.read_only:
+                return self._claim.at_rest(work)
+            try:
                 with self._env.begin(write=True):
                     return work()
-            return self._claim.at_rest(work)
+            except lmdb.Error as error:
+                raise TierError(f"bank {self.path}: {error}") from error
 
     @property
     def is_doubtful(self) -> bool:
@@ -154,6 +160,7 @@ class Environment:
         """
         if os.getpid() != self._process:
             self._env.close()
+            self._claim.release()
             return
         with self._guard.alone(closing=True):
             if not self._open:

@@ -34,7 +34,7 @@ from m3backends.lmdb_environment import Environment, Reading, Writing
 from m3backends.lmdb_files import sync_folder
 from m3backends.lmdb_records import unpack_id, unpack_number, unpack_text
 from m3backends.lmdb_table import Table
-from m3runtime.errors import BankError, BankFormatError, BankMismatchError, BankMissingError, RecordError
+from m3runtime.errors import BankError, BankFormatError, BankMismatchError, BankMissingError, RecordError, TierError
 
 VERSION = 2
 _LARGEST_SLOT = 64 + 2**32
@@ -112,7 +112,7 @@ def open_databases(environment: Environment, slot_bytes: int | None) -> Opened:
     try:
         databases = _open_all(environment, None) if there else environment.write(make)
         opened = environment.read(look)
-    except (lmdb.Error, ValueError, RecordError) as error:
+    except (lmdb.Error, ValueError, TierError) as error:
         raise BankError(f"bank {environment.files.data} is damaged: {error}") from error
     environment.confirm()
     if slot_bytes not in (None, opened.slot_bytes):

@@ -4,6 +4,7 @@ import struct
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -299,6 +300,28 @@ def test_a_full_bank_has_room_again_after_forgetting(tmp_path: Path) -> None:
             assert end > start
             assert home.stored_bytes() <= limit
         check_whole(home, home.ids())
+
+
+def test_replacing_in_a_full_bank_is_refused_whole_and_works_after_forgetting(tmp_path: Path) -> None:
+    """Both are there until the transaction ends, so there must be room for both."""
+    limit = 8 << 20
+    with LmdbHome(path=tmp_path, slot_bytes=BIG, max_size=limit) as home:
+        end = fill(home, 0)
+        before = contents(home)
+        old = make_ids(*range(end))
+        batch = replace(make_batch(range(end, 2 * end), BIG), references=home.references(old))
+        with pytest.raises(BankFullError, match="its limit of 8MiB is reached"):
+            home.commit(batch, replacing=old)
+        assert contents(home) == before
+        assert home.stored_bytes() <= limit
+        home.discard(old[: end // 2 + 1])
+        rest = old[end // 2 + 1 :]
+        few = replace(make_batch([end], BIG), references=home.references(rest[:1]))
+        home.commit(few, replacing=rest[:1])
+        assert home.ids().tolist() == [*rest[1:].tolist(), end]
+        assert home.find([few.references[0].text]) == [end]
+        assert {one.where for one in home.audit()} == {"embedding"}  # these are not of length 1
+        assert home.stored_bytes() <= limit
 
 
 def test_a_limit_too_small_for_anything(tmp_path: Path) -> None:

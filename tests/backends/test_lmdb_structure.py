@@ -203,7 +203,7 @@ from m3runtime.testing.home import contents
 
 path, random, outcomes = sys.argv[1], Random(0), {}
 whole = open(path + "/data.mdb", "rb").read()
-for turn in range(300):
+for turn in range(150):
     data = bytearray(whole)
     for _ in range(random.choice([1, 1, 5])):
         page = random.randrange(len(data) // 4096)
