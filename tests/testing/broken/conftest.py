@@ -29,6 +29,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report = yield
-    if report.failed:
+    if report.failed and report.when == "call":
         item.config.stash[FAILED].add(owner(item))
     return report

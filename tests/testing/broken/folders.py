@@ -1,5 +1,7 @@
 """Caching tiers with one mistake each, in files: the tier of docs/write-a-tier.md, done wrong."""
 
+import atexit
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from tests.testing import guide
 from tests.testing.broken.suites import make_suites
 
 FOLDER = Path(tempfile.mkdtemp(prefix="m3-guide-"))
+atexit.register(shutil.rmtree, FOLDER)
 guide.write(FOLDER)
 FolderTier: Any = guide.load(FOLDER, "folder_tier").FolderTier
 Contract: Any = guide.load(FOLDER, "test_folder_tier").TestFolderTier
