@@ -177,7 +177,10 @@ class Bank:
         if cls.exists(path, home):
             raise BankError(f"{path}: there is a bank already")
         if (path / UNFINISHED).exists():
-            shutil.rmtree(path / UNFINISHED)
+            try:
+                shutil.rmtree(path / UNFINISHED)
+            except OSError as error:  # a link, for example: what it leads to is not ours
+                raise BankError(f"{path / UNFINISHED} cannot be made anew: {error}; remove it") from error
         with home(path=path / UNFINISHED, slot_bytes=slot) as made:
             codec.save(path / CODEC)
             made.set_meta(_MANIFEST, manifest.to_bytes())

@@ -23,6 +23,8 @@ OnProgress = Callable[[str, int, int], None]
 
 BATCH_BYTES = 64 << 20
 """About how much is held at once: blocks, and the memories that are decoded from them."""
+_LARGEST_SLOT = 1 << 30
+"""Of a slot that no codec vouches for: no memory is so large, and a lie must not cost so much."""
 _LENGTH_ERROR = 1e-2
 """How far the length of an embedding may be from 1."""
 
@@ -122,6 +124,9 @@ class _Walk:
 
     def read_memories(self) -> None:
         """Block, reference and embedding of every memory."""
+        if self.bank is None and self.home.slot_bytes > _LARGEST_SLOT:
+            self.found("home", None, f"it states slots of {self.home.slot_bytes} bytes")
+            return
         ids = self._remembered()
         size = self._batch_size()
         slots = torch.zeros(min(size, len(ids)), self.home.slot_bytes, dtype=torch.uint8)

@@ -1,6 +1,6 @@
 """Who may open a home: one process that writes, beside any number that read; and whether its file is to be trusted.
 
-Whoever opens a home takes ``opening.lock`` first, unless it reads and the stamp says that the file is whole. So the
+Whoever opens a home takes ``opening.lock`` first, unless it reads and the file is trusted by its stamp. So the
 one who holds it knows: where ``writer.lock`` is taken, that writer has verified the file; where it is not, no writer
 can come in between.
 """
@@ -81,9 +81,8 @@ class Claim:
             self._verify()
 
     def _trust_reading(self) -> None:
-        if self._files.is_verified():
-            return
-        self.at_rest(self._verify)
+        if not self._files.is_trusted():
+            self.at_rest(self._verify)
 
     def _read_alone(self) -> None:
         """Read without being noted anywhere, and therefore keep writers out, which might reuse what is being read."""
@@ -99,10 +98,13 @@ class Claim:
         self._verify()
 
     def _verify(self) -> None:
-        if not self._files.is_empty() and not self._files.is_verified():
-            state = self._files.state()
-            check_structure(self._files.data)
-            self.verified = state
+        if self._files.is_empty():
+            return
+        if self._files.is_trusted():
+            return
+        stamped, state = self._files.is_verified(), self._files.state()
+        check_structure(self._files.data)
+        self.verified = None if stamped else state
 
     def _busy(self) -> BankBusyError:
         return BankBusyError(

@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 
-from m3backends import lmdb_claim
+from m3backends import lmdb_claim, lmdb_files
 from m3backends.lmdb import LmdbHome
 from m3backends.lmdb_files import HomeFiles
 from m3backends.lmdb_structure import check_structure, structure_problems
@@ -42,7 +42,8 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def verified(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files whose structure was verified since."""
+    """The files whose structure was verified since, where the stamp is trusted for small ones, too."""
+    monkeypatch.setattr(lmdb_files, "SMALL", 0)
     seen: list[Path] = []
 
     def check(data: Path) -> None:
@@ -77,6 +78,20 @@ def test_a_file_is_verified_once_and_again_only_when_it_is_not_as_it_was_left(
     ):
         spoil()
         assert [reopen(), reopen()] == [1, 0]
+
+
+def test_the_structure_of_a_small_file_is_looked_at_whatever_its_stamp_says(path: Path) -> None:
+    """As on a drive that rots: LMDB would look for the root of a database far beyond the file's end."""
+    before = (path / "data.mdb").stat()
+    with (path / "data.mdb").open("r+b") as file:
+        for page in (0, 1):
+            file.seek(page * 4096 + 16 + 24 + 48 + 44)
+            file.write(b"\x01")
+    os.utime(path / "data.mdb", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert HomeFiles(path).is_verified()
+    for read_only in (True, False):
+        with pytest.raises(BankError, match="is damaged"):
+            LmdbHome(path=path, read_only=read_only)
 
 
 def test_what_writes_withdraws_the_statement_that_the_file_is_whole(path: Path, verified: list[Path]) -> None:

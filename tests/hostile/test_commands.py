@@ -48,6 +48,7 @@ CHOSEN = {
         "an embedding of NaN",
         "no members",
         "home: emptied",
+        "slots of 2^32 bytes",
         "meta: emptied",
         "set apart for a reason of many lines",
     ),
