@@ -246,7 +246,7 @@ def made_anew(place: Place, kind: str) -> str:
     bank.close()
     shutil.rmtree(place.bank / "home")
     replaced(place, "home.unfinished", partial(linked, target=str(outside / kind)))
-    with contextlib.suppress(M3Error, OSError):
+    with contextlib.suppress(M3Error):
         Bank.create(place.bank, assembly.open_home(config), bank.manifest, bank.codec).close()
     assert (outside / "file").read_bytes() == TEXT
     assert [path.name for path in (outside / "folder").iterdir()] == ["file"]
