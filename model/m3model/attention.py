@@ -29,20 +29,41 @@ def attend(
 ) -> Tensor:
     """Joint softmax over memories, sink and context (Memory³, section 3.1).
 
-    ``query`` is ``[B, Hq, Q, D]``, ``keys`` and ``values`` ``[B, Hkv, K, D]``, ``mask`` ``[B, 1, Q, K]``, boolean
-    (true: seen) or added to the logits, or None where all is seen. Returns ``[B, Hq, Q, D]``.
+    ``query`` is ``[B, Hq, Q, D]``, ``keys`` and ``values`` ``[B, Hkv, K, D]``, ``mask`` ``[B, 1, Q, K]``, added to the
+    logits, or None where all is seen. Returns ``[B, Hq, Q, D]``.
     """
-    if softcap is None:
-        return scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=True)
-    # Capped logits (Gemma 2) exist in no fused kernel: softcap * tanh(q.k / softcap) before the mask.
     batch, heads, length, dim = query.shape
-    grouped = query.reshape(batch, keys.shape[1], -1, dim)  # [B, Hkv, G * Q, D]
-    logits = torch.tanh(grouped @ keys.transpose(2, 3) * (scale / softcap)) * softcap
-    logits = logits.view(batch, heads, length, -1)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-    weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)
-    return (weights.view(batch, keys.shape[1], -1, keys.shape[2]) @ values).view(batch, heads, length, dim)
+    kv_heads = keys.shape[1]
+    if softcap is not None:
+        # Capped logits (Gemma 2) exist in no fused kernel: softcap * tanh(q.k / softcap) before the mask.
+        grouped = query.reshape(batch, kv_heads, -1, dim)  # [B, Hkv, G * Q, D]
+        logits = torch.tanh(grouped @ keys.transpose(2, 3) * (scale / softcap)) * softcap
+        logits = logits.view(batch, heads, length, -1)
+        if mask is not None:
+            logits = logits + mask
+        weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)
+        return (weights.view(batch, kv_heads, -1, keys.shape[2]) @ values).view(batch, heads, length, dim)
+    if heads == kv_heads or not _folds(query, kv_heads, mask):
+        return scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=heads != kv_heads)
+    if mask is not None and length > 1:
+        mask = mask.repeat(1, 1, heads // kv_heads, 1)  # [B, 1, G * Q, K]
+    folded = query.reshape(batch, kv_heads, -1, dim)  # [B, Hkv, G * Q, D]
+    return scaled_dot_product_attention(folded, keys, values, mask, scale=scale).reshape(batch, heads, length, dim)
+
+
+def _folds(query: Tensor, kv_heads: int, mask: Tensor | None) -> bool:
+    """Whether to let the query heads that share a KV head be queries of one head, and not rely on ``enable_gqa``.
+
+    On a CPU neither copies keys or values, but ``enable_gqa`` goes over them once for each query head: at one query,
+    9 heads over 3, 760 columns and one thread it takes 147 us against 140 us folded (batch 1), 1.22 ms against 1.16 ms
+    (batch 8); with an additive mask the same. Threads share the work by head, though: 3 heads on two threads take
+    110 us against 92 us of 9. On CUDA flash attention groups heads itself, but takes no mask; the
+    memory-efficient kernel takes one and does not group, so that keys and values would be repeated.
+    """
+    if query.device.type != "cpu":
+        return query.shape[2] == 1 or mask is not None
+    units, threads = query.shape[0] * kv_heads, torch.get_num_threads()
+    return query.shape[2] == 1 and (units % threads == 0 or units >= 8 * threads)
 
 
 def memory_attention(
@@ -70,7 +91,7 @@ def memory_attention(
     if m3_observer is not None:
         m3_observer(query, key, scale, softcap)
         return query.transpose(1, 2), None
-    mask = m3_cache.mask(query.shape[2], key.shape[2], sliding_window)
+    mask = m3_cache.mask(key.shape[2], sliding_window)
     return attend(query, key, value, mask, scale=scale, softcap=softcap).transpose(1, 2).contiguous(), None
 
 

@@ -4,7 +4,7 @@ The session knows nothing of retrieval, sampling or text. It is where positions 
 every memory in ``[s, s + 128)`` (parallel positions, Memory³ section 3.2), the context from its ``offset`` on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -19,6 +19,9 @@ from m3model.layout import AttentionLayout
 Sink = tuple[Tensor, Tensor]
 """Keys and values of the sink, each ``[layers, kv_heads, tokens, head_dim]``."""
 
+Memories = Sequence[Sequence[tuple[Tensor, Tensor]]]
+"""Of each row, keys and values of its memories, each ``[memory layers, kv_heads, tokens, head_dim]``."""
+
 
 def prepare(model: Any) -> None:
     """Let a transformers model read memories: set the attention implementation of `m3model.attention`."""
@@ -30,7 +33,9 @@ class Mark:
     """A place in a session."""
 
     columns: int
+    whole: bool
     lengths: Tensor
+    next: Tensor
 
 
 class Session:
@@ -58,23 +63,46 @@ class Session:
         if sink is not None:
             self.cache.put_sink(*sink)
         self.arrange = arrange
-        self.offset = offset
         self.lengths = torch.zeros(batch, dtype=torch.int64)
         """Tokens of context that each row has."""
+        # The same on the device, as the position of each row's next token: a decode step copies nothing there.
+        self._next = torch.full((batch,), offset, device=self.layout.device)
+        self._read: Memories = ()
 
     @torch.inference_mode()
     def read(
-        self, memories: Sequence[Sequence[tuple[Tensor, Tensor]]], log_weights: Sequence[Sequence[float]] | None = None
+        self,
+        memories: Memories,
+        log_weights: Sequence[Sequence[float]] | None = None,
+        ids: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """Let each row attend to these memories from the next forward pass on; see `MemoryCache.put_memories`."""
-        self.read_with_gradients(memories, log_weights)
+        """Let each row attend to these memories from the next forward pass on; see `MemoryCache.put_memories`.
 
-    def read_with_gradients(
-        self, memories: Sequence[Sequence[tuple[Tensor, Tensor]]], log_weights: Sequence[Sequence[float]] | None = None
+        A memory that the row reads already is not written again. It is known by its id, or, where no ``ids`` are given,
+        by being the same tensors.
+        """
+        self._place(memories, log_weights, ids)
+
+    def read_with_gradients(self, memories: Memories) -> None:
+        """As `read`, for memories that gradients are asked of. Only before the session's only forward pass."""
+        self._place(memories, None, None)
+        self.cache.separate()
+
+    def _place(
+        self,
+        memories: Memories,
+        log_weights: Sequence[Sequence[float]] | None,
+        ids: Sequence[Sequence[int]] | None,
     ) -> None:
-        """As `read`, for memories that gradients are asked of. Only before the session's first forward pass."""
-        arranged = memories if self.arrange is None else [self.arrange(row) for row in memories]
-        self.cache.put_memories(arranged, log_weights)
+        names: list[list[Hashable]] = (
+            [[("part", id(keys)) for keys, _ in row] for row in memories] if ids is None else [list(row) for row in ids]
+        )
+        arranged = memories
+        if self.arrange is not None:
+            arranged = [self.arrange(row) for row in memories]
+            names = [list(enumerate(row)) for row in names]  # how one is arranged depends on its place
+        self.cache.put_memories(arranged, names, log_weights)
+        self._read = memories  # so that tensors with the same `id` are the same
 
     @overload
     def forward(
@@ -91,22 +119,27 @@ class Session:
         None if not asked for.
         """
         batch, length = tokens.shape
-        last = (self._counted(tokens, counts) - 1).clamp_min(0)
-        # A count, not indices, where there is one token: indexing would copy.
-        keep = 1 if length == 1 else torch.unique(last) if logits else last[:1]
-        kept = self._run(tokens, counts, keep=keep)
         if not logits:
+            self._run(tokens, counts, keep=torch.zeros(0, dtype=torch.int64))
             return None
-        return kept[:, -1] if isinstance(keep, int) else kept[torch.arange(batch), torch.searchsorted(keep, last)]
+        if length == 1 or counts is None or min(counts) == length:
+            # A count, not indices: indexing would copy.
+            return self._run(tokens, counts, keep=1)[:, -1]
+        last = torch.tensor(counts) - 1
+        keep = torch.unique(last[last >= 0])  # the head is much of a small model
+        kept = self._run(tokens, counts, keep=keep)
+        places = torch.searchsorted(keep, last.clamp_min(0)).to(kept.device, non_blocking=True)
+        return kept[torch.arange(batch, device=kept.device), places]
 
     def mark(self) -> Mark:
         """Where the session is, to come back to by `rewind`."""
-        return Mark(self.cache.columns, self.lengths.clone())
+        return Mark(self.cache.columns, self.cache.whole, self.lengths, self._next)
 
+    @torch.inference_mode()
     def rewind(self, mark: "Mark") -> None:
         """Forget what was read since `mark`. Memories stay those that are read now."""
-        self.cache.columns = mark.columns
-        self.lengths = mark.lengths.clone()
+        self.cache.rewind(mark.columns, mark.whole)
+        self.lengths, self._next = mark.lengths, mark.next
 
     def all_logits(self, tokens: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """As `forward`, with the logits after every token, ``[B, Q, vocabulary]``, of no meaning after padding."""
@@ -122,29 +155,31 @@ class Session:
 
     def _pass(self, tokens: Tensor, counts: Sequence[int] | None, *, keep: int | Tensor) -> Tensor:
         """One forward pass; the logits at the indices ``keep``, after the last so many tokens, or (0) after all."""
-        device = self.layout.device
-        counted = self._counted(tokens, counts)
-        steps = torch.arange(tokens.shape[1])
-        valid = steps < counted[:, None]
-        # A padded query keeps the position of its row's next token; nothing ever sees its key.
-        positions = self.offset + self.lengths[:, None] + torch.minimum(steps, counted[:, None].clamp_min(1) - 1)
-        positions, valid = positions.to(device), valid.to(device)
-        self.cache.begin(positions, valid)
+        device, length = self.layout.device, tokens.shape[1]
+        counted = None if counts is None or min(counts) == length else torch.tensor(counts)
+        positions = self._next[:, None]
+        if length > 1:
+            positions = positions + torch.arange(length, device=device)
+        if counted is None:
+            read: int | Tensor = length
+            places = positions
+        else:
+            read = counted.to(device, non_blocking=True)
+            # A padded query has the position of its row's last token: models may look for the highest one.
+            places = torch.minimum(positions, (self._next + (read - 1).clamp_min(0))[:, None])
+        self.cache.begin(positions, counted)
         output = self.model(
-            input_ids=tokens.to(device),
-            position_ids=positions,
+            input_ids=tokens.to(device, non_blocking=True),
+            position_ids=places,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=keep.to(device) if isinstance(keep, Tensor) else keep,
+            logits_to_keep=keep.to(device, non_blocking=True) if isinstance(keep, Tensor) else keep,
             m3_cache=self.cache,
         )
         self.cache.commit()
-        self.lengths += counted
+        self.lengths = self.lengths + (length if counted is None else counted)
+        self._next = self._next + read
         return output.logits  # type: ignore[no-any-return]
-
-    def _counted(self, tokens: Tensor, counts: Sequence[int] | None) -> Tensor:
-        batch, length = tokens.shape
-        return torch.full((batch,), length) if counts is None else torch.tensor(counts)
 
 
 @torch.inference_mode()
