@@ -34,7 +34,7 @@ class Machine(HierarchyMachine):
     def open_home(self, folder: Path) -> LmdbHome:
         return LmdbHome(path=folder, slot_bytes=SLOT_BYTES)
 
-    def damage(self, home: Home, id: int) -> bool:
+    def corrupt(self, home: Home, id: int) -> bool:
         assert isinstance(home, LmdbHome)
         key = id.to_bytes(8, "big")
         with home._environment.env.begin(write=True, db=home._db.blocks) as txn:
@@ -68,4 +68,4 @@ def make_test(name: str, kind: type[Hierarchy], settings: settings = SETTINGS) -
 
 BROKEN = Hierarchy.__subclasses__()
 globals().update({f"Test{kind.__name__}": make_test(f"Test{kind.__name__}", kind) for kind in BROKEN})
-TestIntact = make_test("TestIntact", Hierarchy, settings(SETTINGS, max_examples=40))
+TestIntact = make_test("TestIntact", Hierarchy, settings(SETTINGS, max_examples=15))
