@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
+from m3model.detokenizing import Detokenizer
 from m3model.reading import Reading, Row
 from m3model.sampling import Sampler
 from m3model.session import Session
@@ -19,6 +20,7 @@ from m3runtime.stream import Stream
 class _Row(Row):
     """A sequence, and what of it was shown."""
 
+    detokenizer: Detokenizer = field(kw_only=True)
     text: str = ""
     shown: int = 0
     stopped_by: Literal["token", "text", "length"] | None = None
@@ -40,11 +42,16 @@ class Generation(Reading[_Row]):
         stop_tokens: frozenset[int],
         on_text: OnText | None,
     ) -> None:
-        rows = [_Row(prompt, list(row)) for prompt, row in zip(prompts, ids, strict=True)]
+        rows = [
+            _Row(prompt, list(row), detokenizer=Detokenizer(self.decode))
+            for prompt, row in zip(prompts, ids, strict=True)
+        ]
         super().__init__(session, tokenizer, rows, streams)
         self.settings = settings
         self.stop_tokens = stop_tokens
         self.on_text = on_text
+        self.watched = on_text is not None or bool(settings.stop)
+        """Whether the text is looked at while it is written."""
         self.sampler = Sampler(settings, [row.ids for row in rows])
 
     def run(self, began: float, after: torch.Tensor | None = None) -> list[Answer]:
@@ -56,13 +63,14 @@ class Generation(Reading[_Row]):
         limit = self.settings.max_new_tokens
         for step in range(limit):
             chosen = self.sampler.choose(logits)
+            tokens = chosen.tolist()  # the only time in a step that the device is waited for
             now = time.perf_counter() - began
-            for index, (row, token) in enumerate(zip(self.rows, chosen, strict=True)):
+            for index, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
                 self._take(index, row, token, now, last=step == limit - 1)
             if all(row.stopped_by for row in self.rows):
                 break
             self._between(step + 1)
-            logits = self.session.forward(torch.tensor(chosen)[:, None])
+            logits = self.session.forward(chosen[:, None])
         return [self._answer(row) for row in self.rows]
 
     def _between(self, generated: int) -> None:
@@ -93,9 +101,12 @@ class Generation(Reading[_Row]):
             self._show(index)
             return
         row.tokens.append(token)
-        # What was shown stays: some tokenizers, given more tokens, decode earlier bytes that are no UTF-8 anew.
-        row.text = row.text[: row.shown] + self.decode(row.tokens)[row.shown :]
-        places = [place for stop in self.settings.stop if (place := row.text.find(stop)) >= 0]
+        places: list[int] = []
+        if self.watched:
+            # What was shown stays: some tokenizers, given more tokens, decode earlier bytes that are no UTF-8 anew.
+            row.text = row.text[: row.shown] + row.detokenizer.add(token)[row.shown :]
+            # No stop text begins in what was shown, or that would have been held back.
+            places = [place for stop in self.settings.stop if (place := row.text.find(stop, row.shown)) >= 0]
         if places:
             row.text = row.text[: min(places)]
             row.stopped_by = "text"
@@ -119,7 +130,7 @@ class Generation(Reading[_Row]):
         steps = len(row.tokens) - 1
         elapsed = row.last_s - row.first_s
         return Answer(
-            text=row.text,
+            text=row.text if self.watched else self.decode(row.tokens),
             tokens=tuple(row.tokens),
             stopped_by=row.stopped_by or "length",
             chunks=tuple(row.chunks),

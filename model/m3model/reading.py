@@ -50,17 +50,28 @@ class Reading(Generic[AnyRow]):
         """Chunk by chunk, all rows beside each other; returns the logits after each row's last token."""
         size = self.recaller.config.recall.chunk_tokens if self.recaller else PREFILL
         longest = max(len(row.ids) for row in self.rows)
-        after: Tensor | None = None
+        after: dict[int, Tensor] = {}
+        texts = self._queries(0, size)
         for start in range(0, longest, size):
             parts = [row.ids[start : start + size] for row in self.rows]
             if self.recaller:
-                self.recall([self._query(row, part) for row, part in zip(self.rows, parts, strict=True)], wait=True)
-            logits = self.session.forward(padded(parts), [len(part) for part in parts])
-            after = torch.empty_like(logits) if after is None else after
-            ends = torch.tensor([start < len(row.ids) <= start + size for row in self.rows], device=logits.device)
-            after = torch.where(ends[:, None], logits, after)
-        assert after is not None
-        return after
+                self.recall(texts, wait=True)
+                texts, read = self._queries(start + size, size), texts
+                self._hint(texts, read)
+            ends = [index for index, row in enumerate(self.rows) if start < len(row.ids) <= start + size]
+            # The head is much of a small model: it is asked only where a prompt ends.
+            logits = self.session.forward(padded(parts), [len(part) for part in parts], logits=bool(ends))
+            if logits is not None:
+                after |= {index: logits[index] for index in ends}
+        return torch.stack([after[index] for index in range(len(self.rows))])
+
+    def _hint(self, texts: Sequence[str | None], read: Sequence[str | None]) -> None:
+        """While the chunks of ``read`` are read, look ahead for the texts that differ from theirs."""
+        if not (self.streams and self.recaller and self.recaller.config.recall.lookahead_tokens):
+            return
+        for stream, text, now in zip(self.streams, texts, read, strict=True):
+            if text is not None and text != now:
+                stream.hint(text)
 
     def recall(self, texts: Sequence[str | None], *, wait: bool | None = None) -> None:
         """New memories for the rows that have a text; the others keep theirs (they are at no boundary)."""
@@ -77,17 +88,25 @@ class Reading(Generic[AnyRow]):
     def attend(self) -> None:
         """Let every row attend to what was recalled for it last."""
         now = [row.chunks[-1] if row.chunks else None for row in self.rows]
-        self.session.read([one.parts if one else () for one in now], [one.log_weights if one else () for one in now])
+        self.session.read(
+            [one.parts if one else () for one in now],
+            [one.log_weights if one else () for one in now],
+            [one.ids if one else () for one in now],
+        )
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Tokens as text, without special tokens."""
         # No clean-up: it would take back spaces that were shown.
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _query(self, row: AnyRow, part: list[int]) -> str | None:
-        if not part:
-            return None
-        return row.prompt.query or self.decode(part)
+    def _queries(self, start: int, size: int) -> list[str | None]:
+        """What to recall by for the prompts' chunks from ``start`` on; None for a row that has none there."""
+        if not self.recaller:
+            return []
+        return [
+            (row.prompt.query or self.decode(row.ids[start : start + size])) if start < len(row.ids) else None
+            for row in self.rows
+        ]
 
 
 def padded(rows: Sequence[Sequence[int]]) -> Tensor:

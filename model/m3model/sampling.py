@@ -34,19 +34,29 @@ class Sampler:
                 self._processors.append(TopKLogitsWarper(settings.top_k))
             if settings.top_p < 1.0:
                 self._processors.append(TopPLogitsWarper(settings.top_p))
-        self._seen = [torch.tensor([prompt], dtype=torch.int64) for prompt in prompts]
         self._random = [torch.Generator().manual_seed(settings.seed) for _ in prompts]
+        # What a repetition penalty counts. Once or more often is the same, so a row's first token fills it up.
+        width = max(map(len, prompts), default=0) if settings.repetition_penalty != 1.0 else 0
+        self._seen = torch.tensor([[*row, *row[:1] * (width - len(row))][:width] for row in prompts], dtype=torch.int64)
 
-    def choose(self, logits: Tensor) -> list[int]:
-        """The next token of each row of ``logits``, ``[B, vocabulary]``."""
-        return [self._choose(row, scores) for row, scores in enumerate(logits.float().cpu())]
+    def choose(self, logits: Tensor) -> Tensor:
+        """The next token of each row of ``logits``, ``[B, vocabulary]``: int64 ``[B]`` on their device.
 
-    def _choose(self, row: int, scores: Tensor) -> int:
-        processed = self._processors(self._seen[row], scores[None])[0]
-        if self._greedy:
-            token = int(processed.argmax())
-        else:
-            token = int(torch.multinomial(processed.softmax(-1), 1, generator=self._random[row]))
+        Greedily, nothing is copied from the device and nobody waits for it.
+        """
+        scores = logits
         if self._processors:
-            self._seen[row] = torch.cat([self._seen[row], torch.tensor([[token]])], dim=1)
-        return token
+            self._seen = self._seen.to(logits.device)
+            scores = self._processors(self._seen, logits.float())
+        if self._greedy:
+            tokens = scores.argmax(-1)
+        else:
+            # Drawn on the CPU: generators of devices differ.
+            chances = scores.float().softmax(-1).cpu()
+            drawn = [
+                torch.multinomial(row, 1, generator=random) for row, random in zip(chances, self._random, strict=True)
+            ]
+            tokens = torch.cat(drawn).to(logits.device)
+        if self._seen.shape[1]:
+            self._seen = torch.cat([self._seen, tokens[:, None]], dim=1)
+        return tokens

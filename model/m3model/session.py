@@ -112,6 +112,9 @@ class Session:
     @overload
     def forward(self, tokens: Tensor, counts: Sequence[int] | None = None, *, logits: Literal[False]) -> None: ...
 
+    @overload
+    def forward(self, tokens: Tensor, counts: Sequence[int] | None = None, *, logits: bool) -> Tensor | None: ...
+
     def forward(self, tokens: Tensor, counts: Sequence[int] | None = None, *, logits: bool = True) -> Tensor | None:
         """Read ``tokens`` (int64 ``[B, Q]``), of which row ``i`` has ``counts[i]`` (default all), padded on the right.
 

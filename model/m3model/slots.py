@@ -47,7 +47,7 @@ def place(held: Mapping[Hashable, Slot], wanted: Sequence[tuple[Hashable, int]],
 
 def _gaps(slots: Iterable[Slot], columns: int) -> list[Slot]:
     gaps, end = [], 0
-    for slot in sorted(slots, key=lambda one: one.end):
+    for slot in sorted((slot for slot in slots if slot.length), key=lambda one: one.end):
         gaps.append(Slot(end, slot.start - end))
         end = slot.end
     return [*gaps, Slot(end, columns - end)]

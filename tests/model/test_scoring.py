@@ -48,10 +48,10 @@ def decoded(
         def __init__(self, *_: object) -> None:
             self.ahead = iter(tokens)
 
-        def choose(self, logits: Tensor) -> list[int]:
+        def choose(self, logits: Tensor) -> Tensor:
             token = next(self.ahead)
             log_probs.append(float(logits[0].log_softmax(-1)[token]))
-            return [token]
+            return torch.tensor([token])
 
     settings = GenerateConfig(max_new_tokens=len(tokens))
     with patch.object(generation, "Sampler", Forced), ExitStack() as closing:
