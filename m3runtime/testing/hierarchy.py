@@ -13,6 +13,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from m3runtime.abilities import Persistent
 from m3runtime.errors import BankError, TierError
 from m3runtime.hierarchy import Hierarchy
 from m3runtime.prefetch import Prefetcher
@@ -20,12 +21,16 @@ from m3runtime.testing.blocks import SLOT_BYTES, STAMP, make_batch, make_blocks,
 from m3runtime.testing.faulty import KINDS, Fault, FaultyHome, FaultyTier, Injection, Kind, Schedule
 from m3runtime.tier import CachingTier, Home
 
-some_ids = st.lists(st.integers(0, 15), max_size=8)
-places = st.integers(0, 7)
+# What a step does, to which ids, and a number that says how. Ids are counted back from the last that was committed.
+Action = tuple[str, list[int], int]
+ACTIONS = ("commit", "read", "lift", "prefetch", "recall", "recall", "pin", "unpin", "forget", "press", "damage")
+actions = st.lists(st.tuples(st.sampled_from(ACTIONS), st.lists(st.integers(-1, 6), max_size=4), st.integers(0, 7)))
 # Which calls a fault strikes: a share of them, or the n-th from now.
 rates = st.sampled_from([0.2, 0.5, 1.0]).map(lambda rate: (rate, set[int]()))
 strikes = rates | st.integers(1, 4).map(lambda at: (0.0, {at}))
-methods = st.sampled_from(("", "read", "write", "discard", "contains", "pin", "unpin", "close", "ids", "quarantine"))
+# Failing calls are the most telling, most of all where every method fails.
+kinds = st.sampled_from(("error", "lost_reply")) | st.sampled_from(KINDS)
+methods = st.just("") | st.sampled_from(("read", "write", "discard", "pin", "unpin", "close"))
 
 NEVER_USED = 2**63
 """An id that no home of the machine ever has."""
@@ -55,7 +60,7 @@ class HierarchyMachine(RuleBasedStateMachine):
         """The home in this folder, made if there is none."""
         raise NotImplementedError
 
-    def damage(self, home: Home, id: int) -> bool:  # noqa: ARG002 - for those who can
+    def corrupt(self, home: Home, id: int) -> bool:  # noqa: ARG002 - for those who can
         """Change a byte of a stored block behind the home's back. False if there is no such back door."""
         return False
 
@@ -82,7 +87,10 @@ class HierarchyMachine(RuleBasedStateMachine):
         self.tiers = list(self.make_tiers())
         if not self.schedules:  # the last is the home's
             self.schedules = [Schedule(seed=seed) for seed in range(len(self.tiers) + 1)]
-            self.whole = [True for _ in self.tiers]
+            self.whole, self.is_home_whole = [True for _ in self.tiers], True
+        for place, tier in enumerate(self.tiers):
+            # What it holds is compared with the home first.
+            self.whole[place] &= self.is_home_whole or not isinstance(tier, Persistent)
         faulty = [FaultyTier(tier, schedule) for tier, schedule in zip(self.tiers, self.schedules[:-1], strict=True)]
         if not self.rot:
             for wrapped, tier in zip(faulty, self.tiers, strict=True):
@@ -93,6 +101,7 @@ class HierarchyMachine(RuleBasedStateMachine):
         self.prefetcher = Prefetcher()
         self.is_busy = False
         self.pins: Counter[int] = Counter()
+        self.streams: list[list[int]] = [[], []]
         self.kept: list[set[int]] = [set() for _ in self.tiers]
         self.asked = 0
 
@@ -144,17 +153,28 @@ class HierarchyMachine(RuleBasedStateMachine):
 
     # Steps
 
-    @rule(count=st.integers(0, 3), gap=st.integers(0, 1))
-    def commit(self, count: int, gap: int) -> None:
-        first = self.next_id + gap
+    @rule(steps=actions)
+    def act(self, steps: list[Action]) -> None:
+        """Take these steps, and look at the laws after each."""
+        for name, backs, number in steps:
+            getattr(self, name)([max(0, self.next_id - 1 - back) for back in backs], number)
+            self.the_laws_hold()
+
+    def commit(self, wanted: list[int], number: int) -> None:
+        """Commit as many new blocks as ids are wanted, or leave a gap before them."""
+        first = self.next_id + number % 2
         with self.the_home_may_fail():
-            self.faulty_home.commit(make_batch(range(first, first + count)))
-            self.committed.update(range(first, first + count))
-            self.next_id = first + count if count else self.next_id
+            self.faulty_home.commit(make_batch(range(first, first + len(wanted))))
+            self.committed.update(range(first, first + len(wanted)))
+            self.next_id = first + len(wanted) if wanted else self.next_id
         assert self.home.next_id() == self.next_id
 
-    @rule(wanted=some_ids, before=st.integers(0, 2))
-    def read(self, wanted: list[int], before: int) -> None:
+    def read(self, wanted: list[int], number: int) -> None:
+        """Read through the hierarchy."""
+        self.check_read(wanted, number % 3)
+
+    def check_read(self, wanted: list[int], before: int) -> None:
+        """Read into rows of a larger slab that ``before`` others precede."""
         ids = make_ids(*wanted)
         slab = torch.full((before + len(ids) + 1, SLOT_BYTES), 0xEE, dtype=torch.uint8)
         self.asked += len(ids)
@@ -174,8 +194,8 @@ class HierarchyMachine(RuleBasedStateMachine):
                 assert id in self.committed, f"{id} is not remembered and was found"
                 assert same_block(rows[row], make_blocks(make_ids(id))[0]), f"{id} came back with other bytes"
 
-    @rule(wanted=some_ids)
-    def lift(self, wanted: list[int]) -> None:
+    def lift(self, wanted: list[int], _: int) -> None:
+        """Lift, and compare with what the tiers hold."""
         with self.the_home_may_fail():
             held = self.hierarchy.lift(make_ids(*wanted))
             for id, is_held in zip(wanted, held.tolist(), strict=True):
@@ -183,16 +203,23 @@ class HierarchyMachine(RuleBasedStateMachine):
                 if all(self.whole) and not self.is_busy:
                     assert is_held == any(id in tier for tier in self.tiers)
 
-    @rule(wanted=some_ids, stream=st.integers(0, 2), drained=st.booleans())
-    def prefetch(self, wanted: list[int], stream: int, drained: bool) -> None:
-        ids = make_ids(*wanted)
-        self.prefetcher.hint(stream, lambda: self.hierarchy.lift(ids))
+    def prefetch(self, wanted: list[int], number: int) -> None:
+        """Lift in the background, and wait for it or not."""
+        self.prefetcher.hint(number // 2, lambda: self.hierarchy.lift(make_ids(*wanted)))
         self.is_busy = True
-        if drained:
+        if number % 2:
             self.drain()
 
-    @rule(wanted=some_ids)
-    def pin(self, wanted: list[int]) -> None:
+    def recall(self, wanted: list[int], number: int) -> None:
+        """As a runtime does for a chunk: what a stream reads it pins, then it lets go of what it had."""
+        before, self.streams[number % 2] = self.streams[number % 2], wanted
+        self.hierarchy.score(make_ids(*wanted), np.linspace(-1, number / 7, len(wanted), dtype=np.float32))
+        self.check_read(wanted, 0)
+        self.pin(wanted)
+        self.unpin(before)
+
+    def pin(self, wanted: list[int], _: int = 0) -> None:
+        """Pin, and note what tiers that are whole hold of it."""
         self.drain()  # what is lifted after the pin is not pinned
         pinned = self.hierarchy.pin(make_ids(*wanted))
         self.pins.update(wanted)
@@ -207,19 +234,15 @@ class HierarchyMachine(RuleBasedStateMachine):
         """Each tier, and whether nothing has failed in it since all was well."""
         return list(zip(self.whole, self.tiers, strict=True))
 
-    @rule(wanted=some_ids)
-    def unpin(self, wanted: list[int]) -> None:
+    def unpin(self, wanted: list[int], _: int = 0) -> None:
+        """Take back a pin of each."""
         self.hierarchy.unpin(make_ids(*wanted))
         self.pins.subtract(wanted)
         self.pins = +self.pins
         self.kept = [kept & set(self.pins) for kept in self.kept]
 
-    @rule(wanted=some_ids, score=st.floats(-1, 1, width=32))
-    def score(self, wanted: list[int], score: float) -> None:
-        self.hierarchy.score(make_ids(*wanted), np.full(len(wanted), score, np.float32))
-
-    @rule(wanted=some_ids)
-    def forget(self, wanted: list[int]) -> None:
+    def forget(self, wanted: list[int], _: int) -> None:
+        """Forget: after that they are to be found nowhere."""
         with self.the_home_may_fail():
             self.hierarchy.discard(make_ids(*wanted))
             self.forgotten.update(self.committed.intersection(wanted))
@@ -228,55 +251,53 @@ class HierarchyMachine(RuleBasedStateMachine):
                 self.pins.pop(id, None)
             self.kept = [kept.difference(wanted) for kept in self.kept]
 
-    @precondition(lambda self: self.tiers)
-    @rule(wanted=some_ids, place=places)
-    def press(self, wanted: list[int], place: int) -> None:
-        """Blocks given straight to a tier make it evict others."""
-        ids = make_ids(*self.committed.intersection(wanted))
-        self.tiers[place % len(self.tiers)].write(ids, make_blocks(ids))
+    def press(self, wanted: list[int], number: int) -> None:
+        """Blocks given straight to a tier make it evict others; what it holds after that is right."""
+        if not self.tiers:
+            return
+        place = number % len(self.tiers)
+        tier, given = self.tiers[place], make_ids(*self.committed.intersection(wanted))
+        tier.write(given, make_blocks(given))
+        known = range(self.next_id) if self.whole[place] else sorted(self.committed)
+        ids = [id for id in known if id not in self.torn(place)]
+        rows = torch.zeros((len(ids), SLOT_BYTES), dtype=torch.uint8)
+        self.check_rows(ids, tier.read(make_ids(*ids), rows).tolist(), rows)
 
-    @precondition(lambda self: self.tiers)
-    @rule(wanted=some_ids, place=places)
-    def look_into_a_tier(self, wanted: list[int], place: int) -> None:
-        place %= len(self.tiers)
-        known = [id for id in wanted if id not in self.torn(place) and (self.whole[place] or id in self.committed)]
-        rows = torch.zeros((len(known), SLOT_BYTES), dtype=torch.uint8)
-        self.check_rows(known, self.tiers[place].read(make_ids(*known), rows).tolist(), rows)
-
-    @precondition(lambda self: self.tiers and all(self.whole))
-    @rule(place=places)
-    def nothing_is_pinned_for_ever(self, place: int) -> None:
-        """Fill a tier with other blocks that are pinned: what they cannot drive out is pinned by a stream."""
+    def damage(self, wanted: list[int], _: int) -> None:
+        """Damage a block where the home stores it."""
         self.drain()
-        tier = self.tiers[place % len(self.tiers)]
-        others = range(NEVER_USED + 1, NEVER_USED + 1 + (tier.capacity or 0) // SLOT_BYTES)
-        for other in others:
-            tier.write(make_ids(other), make_blocks(make_ids(other)))
-            tier.pin(make_ids(other))
-        left = tier.contains(make_ids(*range(self.next_id))).nonzero()[0]
-        tier.discard(make_ids(*others))
-        assert set(left.tolist()) <= set(self.pins)
+        for id in wanted[:1]:
+            if id in self.committed - self.damaged and self.corrupt(self.home, id):
+                self.damaged.add(id)
 
-    @rule(place=places, kind=st.sampled_from(KINDS), strike=strikes, method=methods)
-    def fault_on(self, place: int, kind: Kind, strike: tuple[float, set[int]], method: str) -> None:
+    @rule(place=st.integers(0, 7), kind=kinds, strike=strikes, method=methods, steps=actions)
+    def fault_on(
+        self, place: int, kind: Kind, strike: tuple[float, set[int]], method: str, steps: list[Action]
+    ) -> None:
+        """A tier, or the home, begins to fail, and is used."""
         place %= len(self.schedules)
         is_home = place == len(self.tiers)
         damages = kind not in {"error", "lost_reply", "no_space"}
         # What cannot rot does not damage, and of a home that did what it does not answer for nobody can say what it
         # should hold.
         if (kind == "lost_reply" and is_home) or (damages and not (self.rot or is_home)):
-            kind, damages = "error", False
-        some = {method} if method and kind in {"error", "lost_reply"} else ()
-        self.schedules[place].set(Fault(kind, *strike, methods=some))
-        if not is_home:
+            kind = "error"
+        self.schedules[place].set(Fault(kind, *strike, methods={method} if method and not damages else ()))
+        if is_home:
+            self.is_home_whole = False
+        else:
             self.whole[place] = False
             self.kept[place] = set()
+        self.act(steps)
 
-    @rule(place=places)
-    def fault_off(self, place: int) -> None:
-        """The tier works again, but was not asked for anything yet."""
+    @precondition(lambda self: not (self.is_home_whole and all(self.whole)))
+    @rule(place=st.integers(0, 7), steps=actions)
+    def fault_off(self, place: int, steps: list[Action]) -> None:
+        """It works again; what it owes is settled by what it is asked for."""
         self.schedules[place % len(self.schedules)].set()
+        self.act(steps)
 
+    @precondition(lambda self: not (self.is_home_whole and all(self.whole)))
     @rule()
     def recover(self) -> None:
         """All faults off: one reading later everything is as if there had been none."""
@@ -284,60 +305,67 @@ class HierarchyMachine(RuleBasedStateMachine):
         for schedule in self.schedules:
             schedule.set()
         everything = [*sorted(self.committed | self.forgotten), NEVER_USED]
-        self.read(everything, 0)
-        self.whole = [True for _ in self.tiers]
-        self.read(everything, 1)
+        self.check_read(everything, 0)
+        self.whole, self.is_home_whole = [True for _ in self.tiers], True
+        self.check_read(everything, 1)
+        for tier in self.tiers:
+            self.check_pins(tier)
 
-    @rule(id=st.integers(0, 15))
-    def damage_a_block(self, id: int) -> None:
-        self.drain()
-        if id in self.committed - self.damaged and self.damage(self.home, id):
-            self.damaged.add(id)
+    def check_pins(self, tier: CachingTier) -> None:
+        """Fill a tier with other blocks that are pinned: what they do not drive out is pinned by a stream."""
+        others = range(NEVER_USED + 1, NEVER_USED + 1 + (tier.capacity or 0) // SLOT_BYTES)
+        for other in others:
+            tier.write(make_ids(other), make_blocks(make_ids(other)))
+            tier.pin(make_ids(other))
+        left = tier.contains(make_ids(*range(self.next_id))).nonzero()[0]
+        tier.discard(make_ids(*others))
+        assert set(left.tolist()) <= set(self.pins), "something is pinned, and by no stream"
 
-    @rule()
-    def restart(self) -> None:
-        self.stop()
-        self.start()
-
-    @rule()
-    def crash(self) -> None:
-        """The process is killed: the home is opened from what lies there, without being closed."""
-        self.drain()  # a kill stops everything at one instant, a copy does not
-        left = self.root / f"home-{next(self.numbers)}"
-        self.kill(self.folder, left)
-        self.stop()
-        shutil.rmtree(self.folder)
-        self.folder = left
+    @rule(killed=st.booleans())
+    def reopen(self, killed: bool) -> None:
+        """Close everything and open it again; or open the home from what lies there, without closing it first."""
+        if killed:
+            self.drain()  # a kill stops everything at one instant, a copy does not
+            left = self.root / f"home-{next(self.numbers)}"
+            self.kill(self.folder, left)
+            self.stop()
+            shutil.rmtree(self.folder)
+            self.folder = left
+        else:
+            self.stop()
         self.start()
 
     # Laws
 
     @invariant()
+    def the_laws_hold(self) -> None:
+        self.the_home_holds_what_is_committed()
+        self.what_is_forgotten_is_nowhere()
+        self.capacity_is_kept()
+        self.what_is_pinned_stays()
+        self.the_statistics_add_up()
+
     def the_home_holds_what_is_committed(self) -> None:
         there, apart = set(self.home.ids().tolist()), set(self.home.quarantined())
         assert there | apart == self.committed
         assert apart <= self.damaged | self.torn(-1) | self.read_wrong_twice()
         assert self.is_busy or not there & apart
 
-    @invariant()
     def what_is_forgotten_is_nowhere(self) -> None:
         gone = make_ids(*sorted(self.forgotten))
         assert not self.home.contains(gone).any()
         for whole, tier in self.whole_tiers():
             assert not whole or not tier.contains(gone).any()
 
-    @invariant()
     def capacity_is_kept(self) -> None:
         for tier in self.tiers:
             assert tier.capacity is not None
             assert len(tier) * SLOT_BYTES <= tier.capacity
 
-    @invariant()
     def what_is_pinned_stays(self) -> None:
         for tier, kept in zip(self.tiers, self.kept, strict=True):
             assert tier.contains(make_ids(*kept)).all()
 
-    @invariant()
     def the_statistics_add_up(self) -> None:
         if self.is_busy:  # what runs in the background counts too
             return

@@ -13,14 +13,15 @@ from torch import Tensor
 from m3backends.gpu import GpuTier
 from m3backends.lmdb import LmdbHome
 from m3backends.pinned import PinnedTier
-from m3runtime.block import Found, Ids
+from m3runtime.block import BlockStamp, Found, Ids
 from m3runtime.errors import InputError, TierClosedError, TierError
 from m3runtime.eviction import POLICIES
 from m3runtime.hierarchy import LIFT_BLOCKS, Hierarchy, TierStats
 from m3runtime.slab import SlabTier
 from m3runtime.testing.blocks import SLOT_BYTES, STAMP, make_batch, make_blocks, make_ids, same_block
+from m3runtime.testing.faulty import Fault, FaultyHome, FaultyTier, Kind, Schedule
 from m3runtime.testing.hierarchy import HierarchyMachine
-from m3runtime.testing.tier import together
+from m3runtime.testing.threads import together
 from m3runtime.tier import CachingTier, Home
 
 
@@ -42,7 +43,7 @@ class Machine(HierarchyMachine):
     def open_home(self, folder: Path) -> Home:
         return LmdbHome(path=folder, slot_bytes=SLOT_BYTES)
 
-    def damage(self, home: Home, id: int) -> bool:
+    def corrupt(self, home: Home, id: int) -> bool:
         assert isinstance(home, LmdbHome)
         with home._environment.env.begin(write=True, db=home._db.blocks) as txn:
             key = id.to_bytes(8, "big")
@@ -126,7 +127,7 @@ MACHINES: list[type[Machine]] = [
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.__name__)
 def test_a_hierarchy_is_a_dict_whatever_fails(machine: type[Machine]) -> None:
     examples = max(20, settings.default.max_examples // 4)
-    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=40))
+    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=15))
 
 
 class BrokenTier(SlabTier):
@@ -333,9 +334,214 @@ def test_a_block_forgotten_while_it_is_read_does_not_come_back(tmp_path: Path) -
         assert read(hierarchy, 1, 2) == [False, True]
 
 
-def test_threads_read_lift_pin_and_forget(home: LmdbHome) -> None:
+def leftover_pins(tier: CachingTier) -> int:
+    """How many slots other blocks cannot have, though they are pinned and what is there should not be."""
+    slots = (tier.capacity or 0) // SLOT_BYTES
+    others = [make_ids(10_000 + number) for number in range(slots)]
+    for other in others:
+        tier.write(other, make_blocks(other))
+    return slots - sum(bool(tier.pin(other).all()) for other in others)
+
+
+def faulty(tier: CachingTier, *faults: Fault) -> FaultyTier:
+    return FaultyTier(tier, Schedule(*faults))
+
+
+@pytest.mark.parametrize("kind", ["error", "lost_reply"])
+def test_an_unpin_that_failed_is_owed(home: LmdbHome, kind: Kind) -> None:
+    inner = pinned(3)
+    tier = faulty(inner)
+    hierarchy = Hierarchy([tier], home, STAMP)
+    assert read(hierarchy, 1, 2) == [True, True]
+    assert hierarchy.pin(make_ids(1, 2)).all()
+    tier.schedule.set(Fault(kind, rate=1, methods={"unpin"}))
+    hierarchy.unpin(make_ids(1))
+    assert read(hierarchy, 1, 2, 3) == [True, True, True]  # it is used all the same
+    assert hierarchy.pin(make_ids(1)).tolist() == [False]  # but not for what it may have pinned
+    tier.schedule.set()
+    assert hierarchy.pin(make_ids(1)).tolist() == [True]
+    hierarchy.unpin(make_ids(1, 1, 2))
+    assert leftover_pins(inner) == 0
+
+
+@pytest.mark.parametrize("kind", ["error", "lost_reply"])
+def test_a_pin_that_failed_is_not_left_over(home: LmdbHome, kind: Kind) -> None:
+    inner = pinned(3)
+    tier = faulty(inner, Fault(kind, at={1}, methods={"pin"}))
+    hierarchy = Hierarchy([tier], home, STAMP)
+    assert read(hierarchy, 1) == [True]
+    assert hierarchy.pin(make_ids(1)).tolist() == [False]
+    assert hierarchy.pin(make_ids(1)).tolist() == [True]
+    hierarchy.unpin(make_ids(1, 1))
+    assert leftover_pins(inner) == 0
+
+
+def test_what_is_forgotten_is_neither_held_nor_pinned_by_a_tier_that_failed_to_discard(home: LmdbHome) -> None:
+    inner = pinned(3)
+    tier = faulty(inner, Fault("error", rate=1, methods={"discard"}))
+    hierarchy = Hierarchy([tier], home, STAMP)
+    assert read(hierarchy, 1, 2) == [True, True]
+    assert hierarchy.pin(make_ids(1)).all()
+    hierarchy.discard(make_ids(1))
+    assert 1 in inner
+    assert not hierarchy.held(make_ids(1)).any()
+    assert not hierarchy.lift(make_ids(1)).any()
+    assert not hierarchy.pin(make_ids(1)).any()
+    hierarchy.score(make_ids(1), np.ones(1, np.float32))
+    stats = hierarchy.stats()[0]
+    assert stats.faults == len(tier.schedule.injected)
+    assert read(hierarchy, 1, 2) == [False, True]
+    assert hierarchy.stats()[0].unanswered == stats.unanswered + 2
+    tier.schedule.set()
+    assert hierarchy.held(make_ids(1, 2)).tolist() == [False, True]
+    assert 1 not in inner
+    assert leftover_pins(inner) == 0
+
+
+def test_a_bad_copy_is_discarded_and_takes_its_pin_along(home: LmdbHome) -> None:
+    inner = pinned(3)
+    tier = faulty(inner, Fault("torn_write", at={1}))
+    hierarchy = Hierarchy([tier], home, STAMP)
+    assert read(hierarchy, 1) == [True]
+    assert hierarchy.pin(make_ids(1)).all()
+    for _ in range(3):
+        assert read(hierarchy, 1) == [True]
+    assert [(stats.bad_blocks, stats.hits) for stats in hierarchy.stats()] == [(1, 2), (0, 2)]
+    hierarchy.unpin(make_ids(1))
+    assert leftover_pins(inner) == 0
+    assert home.quarantined() == {}
+
+
+def test_every_tier_is_closed_whatever_one_raises(home: LmdbHome) -> None:
+    tiers = [gpu(2), pinned(2), pinned(2)]
+    hierarchy = Hierarchy([faulty(tier, Fault("error", rate=1, methods={"close"})) for tier in tiers], home, STAMP)
+    hierarchy.close()
+    assert [stats.faults for stats in hierarchy.stats()] == [1, 1, 1, 0]
+    for tier in tiers:
+        with pytest.raises(TierClosedError):
+            len(tier)
+
+
+@pytest.mark.parametrize("kind", ["bit_flip", "short_read", "stale", "other_id"])
+def test_a_block_that_only_came_wrong_from_the_home_is_read_again(home: LmdbHome, kind: Kind) -> None:
+    faulty_home = FaultyHome(home, Schedule(Fault(kind, at={2})))
+    hierarchy = Hierarchy([gpu(4)], faulty_home, STAMP)
+    assert read(hierarchy, 4) == [True]
+    assert read(hierarchy, 1, 99, 2) == [True, False, True]
+    assert len(faulty_home.schedule.injected) == 1
+    stats = hierarchy.stats()[-1]
+    assert (stats.hits, stats.bad_blocks, stats.recovered, stats.faults) == (3, 0, 1, 0)
+    assert home.quarantined() == {}
+
+
+def test_a_home_that_fails_when_asked_again_is_a_typed_error(home: LmdbHome) -> None:
+    faulty_home = FaultyHome(home, Schedule(Fault("bit_flip", at={1}), Fault("error", at={2}, methods={"read"})))
+    hierarchy = Hierarchy([gpu(4)], faulty_home, STAMP)
+    with pytest.raises(TierError, match="read failed"):
+        read(hierarchy, 1, 2)
+    assert hierarchy.stats()[-1] == TierStats("lmdb", faults=1, unanswered=2)
+    assert home.quarantined() == {}
+    assert read(hierarchy, 1, 2) == [True, True]
+
+
+def test_a_block_that_cannot_be_set_apart_is_a_miss_and_the_others_are_found(home: LmdbHome) -> None:
+    bad = make_blocks(make_ids(50))
+    bad[0, 20] ^= 1
+    home.write(make_ids(50), bad)
+    hierarchy = Hierarchy([], FaultyHome(home, Schedule(Fault("error", at={1}, methods={"quarantine"}))), STAMP)
+    assert read(hierarchy, 1, 50, 2) == [True, False, True]
+    assert home.quarantined() == {}
+    assert read(hierarchy, 1, 50, 2) == [True, False, True]
+    assert set(home.quarantined()) == {50}
+    assert hierarchy.stats() == (TierStats("lmdb", 4, 2, 4 * SLOT_BYTES, bad_blocks=2, faults=1),)
+
+
+def test_what_was_forgotten_while_a_tier_was_away_is_discarded_when_it_is_taken(home: LmdbHome) -> None:
+    drive = {id: make_blocks(make_ids(id))[0] for id in (1, 2, 77)}
+    home.discard(make_ids(1))
+    tier = LastingTier(drive)
+    hierarchy = Hierarchy([tier], home, STAMP)
+    assert tier.ids().tolist() == [2]
+    assert read(hierarchy, 1, 2, 77) == [False, True, False]
+    assert hierarchy.stats()[0].hits == 1
+
+
+@pytest.mark.parametrize("method", ["ids", "discard"])
+def test_a_tier_that_cannot_be_compared_with_the_home_is_not_asked_until_it_can(home: LmdbHome, method: str) -> None:
+    inner = LastingTier({id: make_blocks(make_ids(id))[0] for id in (1, 2)})
+    home.discard(make_ids(1))
+    tier = faulty(inner, Fault("error", rate=1, methods={method}))
+    hierarchy = Hierarchy([tier], home, STAMP)
+    assert hierarchy.stats()[0].faults == 1
+    assert read(hierarchy, 1, 2) == [False, True]
+    assert not hierarchy.held(make_ids(1, 2)).any()
+    assert hierarchy.stats()[0].hits == 0
+    tier.schedule.set()
+    assert read(hierarchy, 1, 2) == [False, True]
+    assert hierarchy.stats()[0].hits == 1
+    assert inner.ids().tolist() == [2]
+
+
+def test_a_home_that_fails_at_opening_keeps_a_lasting_tier_waiting(home: LmdbHome) -> None:
+    inner = LastingTier({id: make_blocks(make_ids(id))[0] for id in (1, 2)})
+    home.discard(make_ids(1))
+    faulty_home = FaultyHome(home, Schedule(Fault("error", at={1, 2}, methods={"contains"})))
+    hierarchy = Hierarchy([inner], faulty_home, STAMP)
+    assert not hierarchy.held(make_ids(1, 2)).any()
+    assert hierarchy.held(make_ids(1, 2)).tolist() == [False, True]
+    assert [stats.faults for stats in hierarchy.stats()] == [0, 2]
+
+
+def test_blocks_of_another_bank_in_a_lasting_tier_are_found_out_though_it_says_that_it_cannot_rot(
+    home: LmdbHome,
+) -> None:
+    foreign = BlockStamp(bank="0a" * 16, codec=STAMP.codec)
+    tier = LastingTier({id: make_blocks(make_ids(id), stamp=foreign)[0] for id in (1, 2)})
+    assert not tier.can_rot
+    hierarchy = Hierarchy([tier], home, STAMP)
+    assert read(hierarchy, 1, 2, 3) == [True, True, True]
+    assert hierarchy.stats()[0].bad_blocks == 2
+    assert read(hierarchy, 1, 2, 3) == [True, True, True]
+    assert hierarchy.stats()[0].hits == 3
+
+
+def test_a_home_that_cannot_say_what_was_forgotten_keeps_blocks_out_of_the_tiers(tmp_path: Path) -> None:
+    """Another block is forgotten while one is read, so the home is asked whether that one is still there."""
+
+    class Home(FaultyHome):
+        def read(self, ids: Ids, out: Tensor) -> Found:
+            found = super().read(ids, out)
+            forgetting = threading.Thread(target=hierarchy.discard, args=(make_ids(2),))
+            forgetting.start()
+            forgetting.join()
+            return found
+
+    tier = pinned(4)
+    with LmdbHome(path=tmp_path, slot_bytes=SLOT_BYTES) as inner:
+        inner.commit(make_batch([1, 2]))
+        home = Home(inner, Schedule(Fault("error", rate=1, methods={"contains"})))
+        hierarchy = Hierarchy([tier], home, STAMP)
+        assert read(hierarchy, 1) == [True]
+        assert len(tier) == 0
+        home.schedule.set()
+        assert read(hierarchy, 1) == [True]
+        assert 1 in tier
+
+
+ALL_AT_ONCE = [
+    Fault("error", rate=0.05),
+    Fault("lost_reply", rate=0.05),
+    Fault("bit_flip", rate=0.1),
+    Fault("other_id", rate=0.1),
+    Fault("torn_write", rate=0.1),
+]
+
+
+@pytest.mark.parametrize("faults", [[], ALL_AT_ONCE], ids=["all well", "with faults"])
+def test_threads_read_lift_pin_and_forget(home: LmdbHome, faults: list[Fault]) -> None:
     home.commit(make_batch(range(10, 40)))
-    tiers = [gpu(3), pinned(8)]
+    inner = [gpu(3), pinned(8)]
+    tiers = [FaultyTier(tier, Schedule(*faults, seed=seed)) for seed, tier in enumerate(inner)]
     hierarchy = Hierarchy(tiers, home, STAMP)
     forgotten: set[int] = set()
 
@@ -356,20 +562,46 @@ def test_threads_read_lift_pin_and_forget(home: LmdbHome) -> None:
                 one = int(random.integers(0, 10)) * 4 + 3
                 hierarchy.discard(make_ids(one))
                 forgotten.add(one)
-            assert len(tiers[0]) <= 3
-            assert len(tiers[1]) <= 8
+            assert len(inner[0]) <= 3
+            assert len(inner[1]) <= 8
 
     together(5, work)
-    for tier in tiers:
+    for wrapped, stats in zip(tiers, hierarchy.stats(), strict=False):
+        assert bool(wrapped.schedule.injected) == bool(faults)
+        assert stats.faults == sum(injection.id is None for injection in wrapped.schedule.injected)
+        wrapped.schedule.set()
+    assert not any(read(hierarchy, *sorted(forgotten)))
+    assert home.quarantined() == {}
+    for tier in inner:
         assert not tier.contains(make_ids(*forgotten)).any()
+        assert leftover_pins(tier) == 0
     hierarchy.close()
+
+
+def test_a_thread_that_pins_keeps_what_others_press_against(home: LmdbHome) -> None:
+    tiers = [gpu(2), pinned(4)]
+    hierarchy = Hierarchy(tiers, home, STAMP)
+
+    def work(number: int) -> None:
+        random = np.random.default_rng(number)
+        for _ in range(40):
+            ids = random.integers(0, 10, 2).astype(np.uint64)
+            read(hierarchy, *ids.tolist())
+            if number < 2:
+                pinned = hierarchy.pin(ids[:1])
+                read(hierarchy, *random.integers(0, 10, 4).tolist())
+                assert not pinned.any() or hierarchy.held(ids[:1]).all()
+                hierarchy.unpin(ids[:1])
+
+    together(4, work)
+    assert [leftover_pins(tier) for tier in tiers] == [0, 0]
 
 
 def test_a_closed_hierarchy_refuses_and_leaves_the_home_open(home: LmdbHome) -> None:
     hierarchy = Hierarchy([gpu(4)], home, STAMP)
     hierarchy.close()
     hierarchy.close()
-    uses: list[Any] = [hierarchy.lift, hierarchy.pin, hierarchy.unpin, hierarchy.discard]
+    uses: list[Any] = [hierarchy.lift, hierarchy.held, hierarchy.pin, hierarchy.unpin, hierarchy.discard]
     for use in uses:
         with pytest.raises(TierClosedError):
             use(make_ids(1))
