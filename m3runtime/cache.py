@@ -11,6 +11,7 @@ from torch import Tensor
 from m3runtime.abilities import Persistent, Scored, Scores
 from m3runtime.block import Found, Ids
 from m3runtime.errors import TierError
+from m3runtime.latency import Timer
 from m3runtime.tier import CachingTier
 
 
@@ -45,6 +46,8 @@ class Tally:
     """Counts what one tier does. Thread-safe."""
 
     def __init__(self, name: str) -> None:
+        self.reads = Timer()
+        """Calls that read from the tier, checks of what came included."""
         self._stats = TierStats(name)
         self._lock = threading.Lock()
 

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from m3runtime.units import Seconds, format_size, parse_size
+from m3runtime.units import Seconds, Size, format_size, parse_size
 
 _SIZES = ("capacity", "max_size")
 _MIB = 1024**2
@@ -180,7 +180,9 @@ class RecallConfig(_Section):
     score_temperature: Annotated[float, Field(gt=0)] | None = 0.03
     """Attention weighs memories by ``exp((score - best) / this)``; null: all alike, as a Memory³ model is trained."""
     lookahead_tokens: Annotated[Whole, Field(ge=0)] = 16
-    """Tokens before a chunk's end at which prefetching of the next chunk's memories starts."""
+    """Tokens before a chunk's end at which its memories are guessed, and brought beside decoding; 0: never."""
+    in_flight: Size = 256 * _MIB
+    """Most bytes of guessed memories, decoded or on their way, of all streams; what does not fit is only lifted."""
     deadline: Seconds = 0.05
     """How long a recall waits for blocks that are still below."""
     when_late: Literal["wait", "skip", "next_chunk"] = "skip"
@@ -195,6 +197,26 @@ class RecallConfig(_Section):
                 f"lookahead_tokens ({self.lookahead_tokens}) must be less than chunk_tokens ({self.chunk_tokens})"
             )
         return self
+
+
+class ThreadsConfig(_Section):
+    """What works beside decoding, so that it takes no more of the machine than it should."""
+
+    lookahead: Count = 2
+    """Threads that embed, search, read and decode for hints, and read what a recall must not wait for."""
+    cores: Count = 1
+    """Cores that each of them computes on."""
+
+
+class MetricsConfig(_Section):
+    """What a runtime shows of itself."""
+
+    port: Annotated[Whole, Field(ge=1, le=65_535)] | None = None
+    """Where Prometheus, and `m3 top`, can read them; null: nowhere."""
+    address: Name = "127.0.0.1"
+    """The address that is listened at; `0.0.0.0` is every network's."""
+    timeline: Annotated[Whole, Field(ge=0)] = 0
+    """How many of the last events a timeline keeps; 0: none."""
 
 
 class GenerateConfig(_Section):
@@ -238,6 +260,10 @@ class Config(_Section):
     """The tiers, fastest first, the home last. Empty: those of `default_tiers`, which fit the machine."""
     recall: RecallConfig = RecallConfig()
     """Which memories a chunk gets, and how long it waits for them."""
+    threads: ThreadsConfig = ThreadsConfig()
+    """What works beside decoding, so that it takes no more of the machine than it should."""
+    metrics: MetricsConfig = MetricsConfig()
+    """What a runtime shows of itself."""
     generate: GenerateConfig = GenerateConfig()
     """How answers are written."""
 

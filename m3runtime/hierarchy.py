@@ -1,6 +1,7 @@
 """`Hierarchy`: the tiers in order, fastest first, the home last."""
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -16,8 +17,9 @@ from m3runtime.block import BlockStamp, Found, Ids, check
 from m3runtime.cache import Cache, Tally
 from m3runtime.cache import TierStats as TierStats
 from m3runtime.errors import BankError, BlockError, TierClosedError, TierError, TierReadOnlyError
+from m3runtime.latency import Latency
 from m3runtime.slab import finish, runs
-from m3runtime.tier import CachingTier, Home, check_rows
+from m3runtime.tier import CachingTier, Home, Tier, check_rows
 
 LIFT_BLOCKS = 32
 """How many blocks `Hierarchy.lift` moves at a time: what its scratch buffer holds."""
@@ -81,7 +83,7 @@ class Hierarchy:
         self._open()
         ids = np.asarray(ids)
         self._record("lift", ids)
-        target = next((cache for cache in self._caches if cache.tier.capacity), None)
+        target = self._target
         if target is not None:
             wanted = np.unique(ids)
             wanted = wanted[~target.contains(wanted)]
@@ -104,6 +106,12 @@ class Hierarchy:
         for cache in self._caches:
             held |= cache.contains(ids)
         return held
+
+    def near(self, ids: Ids) -> Found:
+        """Which of these the fastest caching tier with room holds now: where `lift` brings blocks to."""
+        self._open()
+        target = self._target
+        return np.zeros(len(ids), np.bool_) if target is None else target.contains(ids)
 
     def pin(self, ids: Ids) -> Found:
         """Keep these in the caching tiers that hold them, until as many `unpin`. Returns which are held."""
@@ -150,6 +158,19 @@ class Hierarchy:
             for cache in reversed(self._caches):
                 closing.callback(cache.close)
 
+    def latencies(self) -> tuple[Latency, ...]:
+        """How long calls that read from each tier took, the home's last. A snapshot."""
+        return tuple(tally.reads.latency() for tally in self._tallies)
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """The caching tiers, fastest first, and the home."""
+        return (*(cache.tier for cache in self._caches), self.home)
+
+    @property
+    def _target(self) -> Cache | None:
+        return next((cache for cache in self._caches if cache.tier.capacity), None)
+
     def _record(self, op: str, ids: Ids, scores: Scores | None = None) -> None:
         if self._recorder is not None:
             self._recorder.record(op, ids, scores)
@@ -180,9 +201,11 @@ class Hierarchy:
             else self._buffer(len(rows), torch.device("cpu") if checked else out.device)
         )
         got = None
+        began = time.perf_counter()
         try:
             got = self._ask(level, ids[rows], buffer)
         finally:  # also where the home raises
+            self._tallies[level].reads.add(time.perf_counter() - began)
             if got is None and not lifting:
                 self._tallies[level].add(unanswered=len(rows))
         found = np.zeros_like(missing)

@@ -1,16 +1,23 @@
 """`Embedder` and `Index` contracts, and the `Retriever` that joins them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from m3runtime.batching import Recent
 from m3runtime.block import Ids
 
 Vectors = npt.NDArray[np.float32]
+
+Timed = Callable[[str], AbstractContextManager[object]]
+"""Is told that the block is the stage ``embed`` or ``search``."""
+
+_RECENT = 64
 
 
 class Embedder(ABC):
@@ -84,7 +91,7 @@ class Retriever:
     """Chooses memories for texts: embeds, searches, applies the score floor and margin.
 
     ``margin`` leaves out memories whose score lies more than that below the best one's: fewer, better memories beat
-    more. Thread-safe.
+    more. Vectors of the last calls are kept: a chunk whose very text was hinted at is not embedded again. Thread-safe.
     """
 
     def __init__(
@@ -95,15 +102,21 @@ class Retriever:
         self.memories = memories
         self.min_score = min_score
         self.margin = margin
+        # By all texts of a call: what embedders give may depend, in its last bits, on what stands beside a text.
+        self._recent = Recent[tuple[str, ...], Vectors](_RECENT)
 
-    def search(self, texts: Sequence[str], k: int | None = None) -> list[list[Match]]:
+    def search(self, texts: Sequence[str], k: int | None = None, timed: Timed = nullcontext) -> list[list[Match]]:
         """Matches of each text, best first; at most ``k`` (default ``memories``). A blank text has none."""
         wanted = self.memories if k is None else k
         asked = [i for i, text in enumerate(texts) if text.strip()]
         matches: list[list[Match]] = [[] for _ in texts]
         if not asked or not wanted or not len(self.index):
             return matches
-        ids, scores = self.index.search(self.embedder.embed_queries([texts[i] for i in asked]), wanted)
+        wording = tuple(texts[i] for i in asked)
+        with timed("embed"):
+            vectors = self._recent(wording, lambda: self.embedder.embed_queries(wording))
+        with timed("search"):
+            ids, scores = self.index.search(vectors, wanted)
         for row, i in enumerate(asked):
             found = [Match(int(id), float(score)) for id, score in zip(ids[row], scores[row], strict=True)]
             matches[i] = passing(found, min_score=self.min_score, margin=self.margin)

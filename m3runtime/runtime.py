@@ -3,8 +3,10 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import CancelledError
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Self
 
@@ -13,16 +15,34 @@ import torch
 
 from m3runtime import assembly, records
 from m3runtime.bank import Bank, as_ids
+from m3runtime.batching import Together
 from m3runtime.block import Ids
 from m3runtime.config import Config
-from m3runtime.errors import BlockError, InputError
+from m3runtime.errors import InputError, TierError
+from m3runtime.fetching import Fetcher
 from m3runtime.hierarchy import Hierarchy
-from m3runtime.metrics import RecallStats
+from m3runtime.lookahead import Hint, Lookahead
+from m3runtime.metrics import Event, Meter, Metrics, RecallStats, Stages, TierMetrics
 from m3runtime.prefetch import Prefetcher
 from m3runtime.retrieval import Match, Retriever, log_weights
 from m3runtime.stream import Part, Recalled, Stream
-from m3runtime.tier import Reference
+from m3runtime.threads import compute_on
+from m3runtime.tier import Reference, Tier
 from m3runtime.trace import TraceWriter
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """Streams that recall together, all of one dtype."""
+
+    streams: Sequence[Stream]
+    texts: Sequence[str]
+    waits: bool
+
+    @property
+    def kind(self) -> tuple[torch.dtype, bool]:
+        """Requests of one kind may be served together."""
+        return self.streams[0].dtype, self.waits
 
 
 class Runtime:
@@ -37,8 +57,20 @@ class Runtime:
         self.retriever = retriever
         self.device = device
         self.stats = RecallStats()
-        self._prefetcher = Prefetcher()
-        self._lifter = Prefetcher()
+        self.meter = Meter(config.metrics.timeline)
+        self._prefetcher = Prefetcher(
+            threads=config.threads.lookahead, prepare=partial(compute_on, config.threads.cores)
+        )
+        self._fetcher = Fetcher(bank, hierarchy, device)
+        self._lookahead = Lookahead(
+            self._fetcher,
+            lambda texts, stages: self.retriever.search(texts, timed=stages.stage),
+            self._prefetcher,
+            self.meter,
+            in_flight=config.recall.in_flight,
+        )
+        self._together = Together(self._choose, self._bring, lambda request: request.kind)
+        self._numbers = count(1)
         self._lock = threading.Lock()
         self._closed = False
         self._index_changed = False
@@ -82,60 +114,56 @@ class Runtime:
 
     def stream(self, dtype: torch.dtype | None = None) -> Stream:
         """A new stream, whose memories are decoded to ``dtype`` (default: what the model computed them in)."""
-        return Stream(self, dtype or getattr(torch, self.bank.manifest.spec.dtype))
+        return Stream(self, dtype or getattr(torch, self.bank.manifest.spec.dtype), next(self._numbers))
 
     def recall(self, streams: Sequence[Stream], texts: Sequence[str], *, wait: bool | None = None) -> list[Recalled]:
         """Recall for several streams at once: one embedding, one search, one read and one decoding for all of them.
 
-        A blank text keeps nothing and chooses nothing. See `Stream.recall`.
+        So it is for calls of several threads that come while another is being embedded. A blank text keeps nothing and
+        chooses nothing. See `Stream.recall`.
         """
-        if len(streams) != len(texts):
-            raise InputError(f"{len(streams)} streams, but {len(texts)} texts")
+        self._check(streams, texts)
         if len({stream.dtype for stream in streams}) > 1:
             raise InputError("streams that recall together must have the same dtype")
-        began = time.perf_counter()
         waits = self.config.recall.when_late == "wait" if wait is None else wait
-        chosen = self.retriever.search(texts)
-        for stream, matches in zip(streams, chosen, strict=True):
-            _add_owed(stream, matches, self.config.recall.memories)
-        searched = time.perf_counter()
-        # What one of the streams holds is there for all of them.
-        held = {id: part for stream in streams for id, part in stream.held.items()}
-        new = _unique(match.id for matches in chosen for match in matches if match.id not in held)
-        late: set[int] = set()
-        if not waits and len(new):
-            new, late = self._await(new, searched + self.config.recall.deadline)
-        fetched = self.fetch(new, streams[0].dtype if streams else torch.float32)
-        self._score([match for matches in chosen for match in matches])
-        parts = held | fetched
-        results = [self._deliver(stream, matches, parts, late) for stream, matches in zip(streams, chosen, strict=True)]
-        self.stats.count(
-            chunks=len(streams),
-            memories=sum(len(result) for result in results),
-            kept=sum(len(result) for result in results) - len(fetched),
-            late=sum(len(result.late) for result in results),
-            search_s=searched - began,
-            fetch_s=time.perf_counter() - searched,
+        return self._together(_Request(streams, texts, waits)) if streams else []
+
+    def hint(self, streams: Sequence[Stream], texts: Sequence[str]) -> None:
+        """Hints of several streams, embedded, searched and read together. See `Stream.hint`."""
+        self._check(streams, texts)
+        most = self.config.recall.memories
+        self._lookahead.hint(
+            [
+                Hint(stream.number, text, stream.dtype, frozenset(stream.held), partial(_add_owed, stream.owed, most))
+                for stream, text in zip(streams, texts, strict=True)
+            ]
         )
-        return results
-
-    def hint(self, stream: Stream, text: str) -> None:
-        """See `Stream.hint`."""
-
-        def work() -> None:
-            (matches,) = self.retriever.search([text])
-            self.hierarchy.lift(as_ids([match.id for match in matches]))
-            self._score(matches)
-
-        self._prefetcher.hint(id(stream), work)
 
     def release(self, stream: Stream) -> None:
         """See `Stream.close`."""
+        self._lookahead.forget(stream.number)
         if not self._closed:
-            self._prefetcher.forget(id(stream))
             self.hierarchy.unpin(as_ids(list(stream.held)))
         stream.held = {}
         stream.owed = []
+
+    # -- what it does -------------------------------------------------------------------------------------------
+
+    def metrics(self) -> Metrics:
+        """What it did so far, counted and timed. A snapshot."""
+        recall, lookahead = self.meter.latencies()
+        tiers = zip(self.hierarchy.stats(), self.hierarchy.latencies(), self.hierarchy.tiers, strict=True)
+        return Metrics(
+            recall=self.stats.snapshot(),
+            lookahead=self._lookahead.counts(),
+            recall_stages=recall,
+            lookahead_stages=lookahead,
+            tiers=tuple(TierMetrics(stats, latency, _blocks(tier), tier.capacity) for stats, latency, tier in tiers),
+        )
+
+    def timeline(self) -> tuple[Event, ...]:
+        """The last events, as many as ``metrics.timeline`` says. ``meter.timeline.note`` adds others beside them."""
+        return self.meter.timeline.events()
 
     # -- the bank -----------------------------------------------------------------------------------------------
 
@@ -148,32 +176,13 @@ class Runtime:
 
     def references(self, ids: Sequence[int]) -> list[Reference | None]:
         """The references of ids, None where an id is not remembered, or was set apart because its record is damaged."""
-        found, damaged = records.references(self.bank.home, as_ids(ids))
-        records.set_apart(self.bank.home, damaged)
-        return found
+        found = self._fetcher.references(ids)
+        return [found.get(id) for id in ids]
 
     def fetch(self, ids: Sequence[int] | Ids, dtype: torch.dtype) -> dict[int, Part]:
-        """The decoded memories of ids, on the device and in one call; those that are gone or bad are left out."""
-        if not len(ids):
-            return {}
-        ids = as_ids(ids)
-        blocks = torch.empty(len(ids), self.hierarchy.slot_bytes, dtype=torch.uint8, device=self.device)
-        found = self.hierarchy.read(ids, blocks)
-        if not found.all():
-            blocks, ids = blocks[torch.from_numpy(found).to(self.device)], ids[found]
-        if not len(ids):
-            return {}
-        try:
-            memories = self.bank.decode(blocks, dtype)
-        except BlockError as error:
-            if len(ids) == 1:
-                records.set_apart(self.bank.home, {int(ids[0]): str(error)})
-                return {}
-            return {k: v for i in range(len(ids)) for k, v in self.fetch(ids[i : i + 1], dtype).items()}
-        return {
-            id: (memories.keys[row, :, :, :tokens], memories.values[row, :, :, :tokens])
-            for row, (id, tokens) in enumerate(zip(ids.tolist(), memories.tokens.tolist(), strict=True))
-        }
+        """The decoded memories of ids, on the device; those that are gone or bad are left out."""
+        stages = self.meter.lookahead()
+        return dict(self._lookahead.gather({}, _unique(as_ids(ids).tolist()), dtype, stages, None).parts)
 
     def forget(self, ids: Sequence[int]) -> int:
         """Forget references in the home, every tier and the index. Returns how many there were.
@@ -184,6 +193,7 @@ class Runtime:
         wanted = as_ids(sorted(set(ids)))
         found, damaged = records.references(self.bank.home, wanted)
         self.hierarchy.discard(wanted)
+        self._fetcher.forget(wanted.tolist())
         self.retriever.index.remove(wanted)
         self._index_changed = True
         return sum(one is not None for one in found) + len(damaged)
@@ -202,7 +212,6 @@ class Runtime:
             if self._trace is not None:
                 closing.callback(self._trace.close)
             closing.callback(self.hierarchy.close)
-            closing.callback(self._lifter.close)
             closing.callback(self._prefetcher.close)
 
     def __enter__(self) -> Self:
@@ -213,17 +222,63 @@ class Runtime:
 
     # -- delivery -----------------------------------------------------------------------------------------------
 
-    def _await(self, ids: Ids, deadline: float) -> tuple[Ids, set[int]]:
-        """Lift in the background until the deadline. Returns the ids that have arrived, and those that have not."""
-        lifted = self._lifter.hint(ids.tobytes(), lambda: self.hierarchy.lift(ids))
-        try:
-            lifted.result(timeout=max(0.0, deadline - time.perf_counter()))
-        except (TimeoutError, CancelledError):
-            there = self.hierarchy.held(ids)
-        else:
-            # What no caching tier had room for is read from the home: it would not come any other way.
-            return ids, set()
-        return ids[there], set(ids[~there].tolist())
+    def _check(self, streams: Sequence[Stream], texts: Sequence[str]) -> None:
+        if len(streams) != len(texts):
+            raise InputError(f"{len(streams)} streams, but {len(texts)} texts")
+
+    def _choose(self, requests: Sequence[_Request]) -> tuple[Stages, float, list[list[Match]]]:
+        """The first step of a recall: embedding and search."""
+        began = time.perf_counter()
+        numbers = tuple(stream.number for request in requests for stream in request.streams)
+        stages = self.meter.recall(numbers)
+        self._lookahead.begin(numbers)
+        chosen = self.retriever.search([text for request in requests for text in request.texts], timed=stages.stage)
+        return stages, began, chosen
+
+    def _bring(
+        self, requests: Sequence[_Request], found: tuple[Stages, float, list[list[Match]]]
+    ) -> list[list[Recalled]]:
+        """The second step: whatever it raises, nothing has changed of the streams."""
+        stages, began, chosen = found
+        streams = [stream for request in requests for stream in request.streams]
+        dtype, waits = requests[0].kind
+        for stream, matches in zip(streams, chosen, strict=True):
+            _add_owed(stream.owed, self.config.recall.memories, matches)
+        searched = time.perf_counter()
+        # What one of the streams holds is there for all of them.
+        held = {id: part for stream in streams for id, part in stream.held.items()}
+        new = _unique(match.id for matches in chosen for match in matches if match.id not in held)
+        of_streams = {
+            stream.number: [match.id for match in matches] for stream, matches in zip(streams, chosen, strict=True)
+        }
+        with stages.stage("bring", len(new)):
+            deadline = None if waits else searched + self.config.recall.deadline
+            gathered = self._lookahead.gather(of_streams, new, dtype, stages, deadline)
+        with stages.stage("deliver"):
+            self._score([match for matches in chosen for match in matches])
+            parts = {**held, **gathered.parts}
+            ids = _unique(match.id for matches in chosen for match in matches if match.id in parts)
+            references = self._fetcher.references(ids, fresh=waits)
+            given = [
+                self._give(stream, matches, parts, references, gathered.late, stages)
+                for stream, matches in zip(streams, chosen, strict=True)
+            ]
+        ended = time.perf_counter()
+        stages.seconds["recall"] = ended - began
+        self.meter.timeline.note("recall", began, ended, stages.streams, len(new))
+        stages.count()
+        memories = sum(map(len, given))
+        self.stats.count(
+            chunks=len(streams),
+            memories=memories,
+            kept=memories - len(gathered.parts),
+            late=sum(len(one.late) for one in given),
+            search_s=searched - began,
+            fetch_s=ended - searched,
+            waited_s=stages.seconds.get("wait", 0.0),
+        )
+        results = iter(given)
+        return [[next(results) for _ in request.streams] for request in requests]
 
     def _score(self, matches: Sequence[Match]) -> None:
         """Tell the tiers how well these matched, after they hold them."""
@@ -231,43 +286,51 @@ class Runtime:
             scores = np.array([match.score for match in matches], np.float32)
             self.hierarchy.score(as_ids([match.id for match in matches]), scores)
 
-    def _deliver(self, stream: Stream, matches: list[Match], parts: dict[int, Part], late: set[int]) -> Recalled:
+    def _give(
+        self,
+        stream: Stream,
+        matches: list[Match],
+        parts: Mapping[int, Part],
+        references: Mapping[int, Reference],
+        late: frozenset[int],
+        stages: Stages,
+    ) -> Recalled:
         """Give a stream its memories, and take back those it no longer holds."""
-        references = self.references([match.id for match in matches])
-        held: dict[int, Part] = {}
-        given: list[tuple[Match, Reference]] = []
-        for match, reference in zip(matches, references, strict=True):
-            part = parts.get(match.id)
-            if part is not None and reference is not None:
-                held[match.id] = part
-                given.append((match, reference))
+        given = [match for match in matches if match.id in parts and match.id in references]
+        held = {match.id: parts[match.id] for match in given}
         self.hierarchy.pin(as_ids([id for id in held if id not in stream.held]))
         self.hierarchy.unpin(as_ids([id for id in stream.held if id not in held]))
         stream.held = held
         missed = [match for match in matches if match.id in late]
-        if self.config.recall.when_late == "next_chunk":
-            stream.owed = missed
+        stream.owed = missed if self.config.recall.when_late == "next_chunk" else []
         return Recalled(
-            ids=tuple(match.id for match, _ in given),
-            scores=tuple(match.score for match, _ in given),
-            references=tuple(reference for _, reference in given),
+            ids=tuple(match.id for match in given),
+            scores=tuple(match.score for match in given),
+            references=tuple(references[match.id] for match in given),
             late=tuple(match.id for match in missed),
             spec=self.bank.manifest.spec,
             device=self.device,
             dtype=stream.dtype,
-            parts=tuple(held[match.id] for match, _ in given),
-            log_weights=log_weights([match for match, _ in given], self.config.recall.score_temperature),
+            parts=tuple(held.values()),
+            log_weights=log_weights(given, self.config.recall.score_temperature),
+            stages=stages.seconds,
         )
 
 
-def _unique(ids: Iterable[int]) -> Ids:
-    return as_ids(list(dict.fromkeys(ids)))
+def _unique(ids: Iterable[int]) -> list[int]:
+    return list(dict.fromkeys(ids))
 
 
-def _add_owed(stream: Stream, matches: list[Match], most: int) -> None:
+def _add_owed(owed: Sequence[Match], most: int, matches: list[Match]) -> None:
     """Add what was late for the last chunk; the best ``most`` of both stay."""
     there = {match.id for match in matches}
-    matches.extend(match for match in stream.owed if match.id not in there)
+    matches.extend(match for match in owed if match.id not in there)
     matches.sort(key=lambda match: -match.score)
     del matches[most:]
-    stream.owed = []
+
+
+def _blocks(tier: Tier) -> int | None:
+    try:
+        return len(tier)
+    except TierError:  # closed, or failing just now
+        return None

@@ -1,6 +1,6 @@
 """`Stream`: one sequence being decoded, and the memories it holds now."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -34,6 +34,8 @@ class Recalled:
     """One for each id, on the device."""
     log_weights: tuple[float, ...]
     """What attention adds to the logits of each memory's keys; zeros if ``recall.score_temperature`` is null."""
+    stages: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False)
+    """Seconds of each of `m3runtime.metrics.RECALL_STAGES`, of all streams that recalled together."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -70,8 +72,8 @@ class Recaller(Protocol):
     def recall(self, streams: "Sequence[Stream]", texts: Sequence[str], *, wait: bool | None = None) -> list[Recalled]:
         """See `m3runtime.runtime.Runtime.recall`."""
 
-    def hint(self, stream: "Stream", text: str) -> None:
-        """See `Stream.hint`."""
+    def hint(self, streams: "Sequence[Stream]", texts: Sequence[str]) -> None:
+        """See `m3runtime.runtime.Runtime.hint`."""
 
     def release(self, stream: "Stream") -> None:
         """See `Stream.close`."""
@@ -80,9 +82,11 @@ class Recaller(Protocol):
 class Stream:
     """Recalls memories for one sequence. One thread at a time; streams of a runtime are independent."""
 
-    def __init__(self, runtime: Recaller, dtype: torch.dtype) -> None:
+    def __init__(self, runtime: Recaller, dtype: torch.dtype, number: int = 0) -> None:
         self.runtime = runtime
         self.dtype = dtype
+        self.number = number
+        """Tells the streams of a runtime apart."""
         self.held: dict[int, Part] = {}
         """Decoded memories of the last recall; an id that is recalled again is not decoded again."""
         self.owed: list[Match] = []
@@ -96,8 +100,11 @@ class Stream:
         return self.runtime.recall([self], [text], wait=wait)[0]
 
     def hint(self, text: str) -> None:
-        """Say what the chunk's text will be, about: the prefetcher lifts its memories in the background."""
-        self.runtime.hint(self, text)
+        """Say what the next chunk's text will be, about: its memories are found, read and decoded in the background.
+
+        A newer hint takes the place of an older one. What is recalled does not depend on hints, only when it is there.
+        """
+        self.runtime.hint([self], [text])
 
     def close(self) -> None:
         """Hold nothing any more. Closing twice is fine."""

@@ -46,7 +46,7 @@ class Laboratory:
         """Deliver what was chosen for these texts."""
         return [self._recalled(stream, self.choices.get(text, ())) for stream, text in zip(streams, texts, strict=True)]
 
-    def hint(self, stream: Stream, text: str) -> None:
+    def hint(self, streams: Sequence[Stream], texts: Sequence[str]) -> None:
         """Nothing to do: everything is there."""
 
     def release(self, stream: Stream) -> None:

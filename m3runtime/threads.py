@@ -1,0 +1,23 @@
+"""How many cores a thread computes on."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+_CHANGING = threading.Lock()
+
+
+def compute_on(threads: int) -> None:
+    """Let the calling thread compute on so many threads; all others compute as before.
+
+    OpenMP and MKL keep that number for each thread, and so does what the codecs start threads by. But torch also gives
+    the number that was set last to every thread that computes for the first time, so it is set back, by a thread that
+    ends at once.
+    """
+    with _CHANGING, ThreadPoolExecutor(1) as other:
+        before = other.submit(torch.get_num_threads).result()
+        torch.set_num_threads(threads)
+        torch.get_num_threads()  # from now on the number that is set last does not reach this thread
+        with ThreadPoolExecutor(1) as another:
+            another.submit(torch.set_num_threads, before).result()
