@@ -17,17 +17,25 @@ class _Slow(Wrapped[InnerT]):
     """Sleeps before or after the inner call and never inside: no lock of the inner tier is held meanwhile.
 
     ``latency`` is the seconds that every call but `close` takes more. ``bandwidth`` is bytes of slots a second
-    for each call by itself (two at once do not share it), None for no bound.
+    for each call by itself (two at once do not share it), None for no bound. ``sleep`` is given the seconds.
     """
 
-    def __init__(self, inner: InnerT, *, latency: float = 0.0, bandwidth: float | None = None) -> None:
+    def __init__(
+        self,
+        inner: InnerT,
+        *,
+        latency: float = 0.0,
+        bandwidth: float | None = None,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
         super().__init__(inner)
         self.latency = latency
         self.bandwidth = bandwidth
+        self.sleep = sleep
 
     def around(self, method: str, work: Callable[[], T]) -> T:
         if method != "close":
-            time.sleep(self.latency)
+            self.sleep(self.latency)
         return super().around(method, work)
 
     def read(self, ids: Ids, out: Tensor) -> Found:
@@ -42,7 +50,7 @@ class _Slow(Wrapped[InnerT]):
     def transfer(self, blocks: int) -> None:
         """Sleep as long as so many blocks take."""
         if self.bandwidth is not None:
-            time.sleep(blocks * self.slot_bytes / self.bandwidth)
+            self.sleep(blocks * self.slot_bytes / self.bandwidth)
 
 
 class SlowTier(_Slow[CachingTier], WrappedTier):
