@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from m3runtime.adapter import Adapter
 from m3runtime.bench.codec_error import Error, errors
 from m3runtime.bench.codec_speed import Speed, decode_speed, filled
+from m3runtime.bench.timing import threads
 from m3runtime.block import HEADER_BYTES
 from m3runtime.codec_files import configured
 from m3runtime.codecs import Codec
@@ -121,7 +121,7 @@ def bench_codec(
         raise InputError(f"a sample of {tokens} tokens is too small to measure on; give more texts, for {LEAST}")
     memories = _encode(adapter, drawn, config.memory.batch_size, lambda done, of: progress("memories", done, of))
     sample, held_out = rows(memories, slice(0, cut)), rows(memories, slice(cut, None))
-    with _threads(settings.threads):
+    with threads(settings.threads):
         found: Mapping[int, Sequence[Error]] = {}
         if settings.layers:
             spec, few = fewer_layers(adapter.spec, settings.layers)
@@ -202,13 +202,3 @@ def rows(memories: Memories, which: slice, layers: Tensor | None = None) -> Memo
     if layers is not None:
         keys, values = keys[:, layers], values[:, layers]
     return Memories(keys, values, memories.tokens[which])
-
-
-@contextmanager
-def _threads(count: int) -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

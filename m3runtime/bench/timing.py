@@ -2,7 +2,8 @@
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ _PAUSE = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Seconds of some rounds."""
+    """Figures of some rounds; seconds, where nothing else is said."""
 
     median: float
     low: float
@@ -22,34 +23,63 @@ class Spread:
     """Third quartile."""
     rounds: int
 
+    @classmethod
+    def of(cls, figures: Sequence[float]) -> "Spread":
+        """Of at least one figure."""
+        low, median, high = np.quantile(figures, [0.25, 0.5, 0.75])
+        return cls(float(median), float(low), float(high), len(figures))
+
     def __str__(self) -> str:
         return f"{1e3 * self.median:.2f} ms ({1e3 * self.low:.2f} to {1e3 * self.high:.2f})"
 
+    def show(self, digits: int) -> str:
+        """For figures that are no seconds, with so many digits after the point."""
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+
 
 def alternate(
-    contenders: Mapping[str, Callable[[], object]], rounds: int, progress: Callable[[int], None] | None = None
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    progress: Callable[[int], None] | None = None,
+    before: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, Spread]:
-    """Time every contender once in each round, after one round that does not count.
+    """Time every contender once in each round, after one round that does not count; see `turns`.
+
+    ``before`` is what to do before a contender's turn, untimed. What a contender starts on an accelerator is waited
+    for.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number, name in turns(list(contenders), rounds, progress, before):
+        began = time.perf_counter()
+        contenders[name]()
+        wait()
+        if number:
+            seconds[name].append(time.perf_counter() - began)
+    return {name: Spread.of(found) for name, found in seconds.items()}
+
+
+def turns(
+    names: Sequence[str],
+    rounds: int,
+    progress: Callable[[int], None] | None = None,
+    before: Mapping[str, Callable[[], object]] | None = None,
+) -> Iterator[tuple[int, str]]:
+    """Whose turn it is, and in which round; round 0 is for warming up.
 
     Whatever else the machine does then falls on all of them alike. The order is another one in each round, and before
-    each there is a pause: the threads of the one before may go on spinning for a while. What a contender starts on an
-    accelerator is waited for.
+    each turn there is a pause: the threads of the one before may go on spinning for a while.
     """
-    order, drawing = list(contenders), random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    order, drawing = list(names), random.Random(0)
     for number in range(rounds + 1):
         if progress:
             progress(number)
         drawing.shuffle(order)
         for name in order:
+            if before and name in before:
+                before[name]()
             wait()
             time.sleep(_PAUSE)
-            began = time.perf_counter()
-            contenders[name]()
-            wait()
-            if number:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: _spread(found) for name, found in seconds.items()}
+            yield number, name
 
 
 def wait() -> None:
@@ -58,6 +88,12 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def _spread(seconds: list[float]) -> Spread:
-    low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75])
-    return Spread(float(median), float(low), float(high), len(seconds))
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch compute on so many threads meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

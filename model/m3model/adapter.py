@@ -4,6 +4,7 @@ Any architecture whose layers keep plain rotary keys and values, and hand their 
 works: Llama, Qwen2, Qwen3, Mistral, Gemma 2 and 3, Phi-3 and OLMo2 are tested.
 """
 
+import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -11,6 +12,7 @@ from typing import Any, Self
 import torch
 
 from m3model.arrangement import Arrangement
+from m3model.baseline import TransformersBaseline
 from m3model.cutting import cut
 from m3model.generation import Generation
 from m3model.importance import importance
@@ -131,6 +133,12 @@ class TransformersAdapter(Adapter):
     def importance(self, references: Sequence[str]) -> torch.Tensor:
         """See `m3runtime.adapter.Weighing` and `m3model.importance`."""
         return importance(self, references)
+
+    def baseline(self) -> TransformersBaseline:
+        """See `m3runtime.adapter.Comparable`."""
+        endless = copy.copy(self)
+        endless.stop_tokens = frozenset()
+        return TransformersBaseline(self.model, lambda prompts: self._read_by(prompts, None), endless)
 
     def session(self, batch: int, *, memories: bool = True, context: int = 256) -> Session:
         """A batch to feed token by token: sink, room for memories, and the context after them."""
