@@ -15,6 +15,8 @@ workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 share = max(1, (os.cpu_count() or 1) // workers)
 os.environ["OMP_NUM_THREADS"] = str(min(share, int(os.environ.get("OMP_NUM_THREADS", share))))
 
+import faiss  # noqa: E402, F401 - before usearch: afterwards `faiss.index_factory`, which tests compare with, crashes
+
 import models  # noqa: E402
 
 # No deadlines: the first example of a property often pays for an import or a warm-up.

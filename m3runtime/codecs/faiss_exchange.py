@@ -81,14 +81,17 @@ def index_of(tables: Tables) -> Any:
     if groups != 1 or len(rest) > 1:
         raise CodecError(f"faiss has no index for {groups} quantisers of stages {text_of(tables.stages)}")
     dim = parts * size
+    # Not by `faiss.index_factory`, which crashes in a process that has imported usearch before faiss.
     if rest:
-        index: Any = faiss.index_factory(dim, f"Residual{first},PQ{rest[0]}")
-        coarse = _exactly(index.q1.quantizer)
+        coarse: Any = faiss.MultiIndexQuantizer(dim, first.parts, first.bits)
+        index: Any = faiss.Index2Layer(coarse, 1 << first.parts * first.bits, rest[0].parts, rest[0].bits)
+        coarse.this.disown()
+        index.q1.own_fields, index.q1.quantizer_trains_alone = True, 1
         _fill(coarse.pq, tables.centroids[0])
         coarse.ntotal = 1 << first.parts * first.bits
         coarse.is_trained = True
     else:
-        index = faiss.index_factory(dim, f"PQ{first}")
+        index = faiss.IndexPQ(dim, first.parts, first.bits)
     _fill(index.pq, tables.centroids[-1])
     index.is_trained = True
     if tables.rotation is None:

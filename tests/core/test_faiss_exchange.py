@@ -1,5 +1,7 @@
 """Codes exchanged with faiss, byte for byte, and quantisers with it."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -221,3 +223,21 @@ def test_decoding_needs_no_faiss_and_encoding_says_that_it_does(monkeypatch: pyt
     assert torch.isfinite(fresh.decode(payloads, memories.tokens, torch.float32).keys).all()
     with pytest.raises(PluginError, match=r"faiss, which is needed: pip install 'm3runtime\[train\]'"):
         fresh.encode(memories)
+
+
+def test_codes_that_are_exchanged_do_not_mind_what_was_imported_first() -> None:
+    """usearch's library and faiss' share names: `faiss.index_factory` crashes in a process that took usearch first."""
+    use = """
+import usearch.index
+from m3runtime.codecs.faiss_exchange import to_faiss
+from m3runtime.codecs.product import ProductCodec
+from m3runtime.testing.codec import SPEC, make_memories
+
+codec = ProductCodec(SPEC, keys="1x8+4x8", values="4x8", rotation="none", scope="model", offset=False)
+codec.fit(make_memories([12] * 40))
+codec.encode(make_memories([3]))
+print(type(to_faiss(codec, "keys")).__name__, type(to_faiss(codec, "values")).__name__)
+"""
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", use], capture_output=True, text=True, check=False, env=path)
+    assert done.stdout == "Index2Layer IndexPQ\n", done.stderr[-300:]
