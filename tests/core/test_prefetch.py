@@ -127,3 +127,42 @@ def test_closing_waits_for_what_runs_and_pushes_out_what_waits() -> None:
     prefetcher.close()
     with pytest.raises(TierClosedError):
         prefetcher.hint("a", lambda: None)
+
+
+def test_urgent_work_goes_first(prefetcher: Prefetcher) -> None:
+    gate, done = Gate(prefetcher), list[str]()
+    for key in "ab":
+        prefetcher.hint(key, partial(done.append, key))
+    for key in "cd":
+        prefetcher.hint(key, partial(done.append, key), urgent=True)
+    gate.opened.set()
+    prefetcher.drain()
+    assert done == ["c", "d", "a", "b"]
+
+
+def test_urgent_and_other_work_push_out_the_oldest_of_their_own(prefetcher: Prefetcher) -> None:
+    gate, done = Gate(prefetcher), list[int]()
+    for key in range(5):
+        prefetcher.hint(key, partial(done.append, key), urgent=key < 4)
+    gate.opened.set()
+    prefetcher.drain()
+    assert done == [1, 2, 3, 4]
+
+
+def test_threads_work_beside_each_other_and_none_is_left() -> None:
+    prepared = list[str]()
+    prefetcher = Prefetcher(threads=3, prepare=lambda: prepared.append(threading.current_thread().name))
+    met = threading.Barrier(3)
+    futures = [prefetcher.hint(key, met.wait) for key in range(3)]
+    assert sorted(future.result(timeout=60) for future in futures) == [0, 1, 2]
+    prefetcher.close()
+    assert len(set(prepared)) == 3
+    assert not {thread.name for thread in threading.enumerate() if thread.is_alive()}.intersection(prepared)
+
+
+def test_work_may_hint_at_more(prefetcher: Prefetcher) -> None:
+    done = list[str]()
+    prefetcher.hint("a", lambda: prefetcher.hint("b", lambda: done.append("b")))
+    assert prefetcher.drain()
+    assert done == ["b"]
+    assert prefetcher.stats() == PrefetchStats(done=2)

@@ -1,0 +1,544 @@
+"""Lookahead changes when memories are there, and nothing else."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from m3backends.pinned import PinnedTier
+from m3runtime.errors import TierClosedError, TierError
+from m3runtime.runtime import Runtime
+from m3runtime.stream import Recalled
+from m3runtime.testing.faulty import Fault, FaultyHome, Schedule
+from m3runtime.testing.recording import RecordingTier
+from m3runtime.testing.slow import SlowHome, SlowTier
+from m3runtime.tier import CachingTier
+from m3runtime.trace import Op
+from tests.core.recalling import (
+    BAD,
+    PART_BYTES,
+    TEXTS,
+    WORDS,
+    GatedHome,
+    decoded_by,
+    embedder_of,
+    home_of,
+    no_tiers,
+    open_runtime,
+    pinned,
+    shut,
+)
+
+Open = Callable[..., Runtime]
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Open]:
+    runtimes: list[Runtime] = []
+
+    def open(name: str = "bank", **options: Any) -> Runtime:
+        runtimes.append(open_runtime(tmp_path / name, wrap=options.pop("wrap", GatedHome), **options))
+        return runtimes[-1]
+
+    yield open
+    for runtime in runtimes:
+        if isinstance(runtime.bank.home, GatedHome):
+            runtime.bank.home.gate.set()
+        embedder_of(runtime).gate.set()
+        runtime.close()
+
+
+def drain(runtime: Runtime) -> None:
+    assert runtime._prefetcher.drain(timeout=60)
+
+
+def same(one: Recalled, other: Recalled) -> bool:
+    """Whether they are equal to the last bit."""
+    return (one.ids, one.scores, one.references, one.late, one.log_weights) == (
+        (other.ids, other.scores, other.references, other.late, other.log_weights)
+    ) and all(
+        torch.equal(x, y)
+        for mine, theirs in zip(one.parts, other.parts, strict=True)
+        for x, y in zip(mine, theirs, strict=True)
+    )
+
+
+# -- what is recalled does not depend on it ---------------------------------------------------------------------------
+
+texts = st.lists(st.sampled_from(WORDS), max_size=3).map(" ".join)
+# What is hinted at before a recall, which may be nothing, and whether it has time; then the text of the recall.
+chunks = st.lists(st.tuples(st.none() | texts, st.booleans(), texts), min_size=1, max_size=6)
+
+
+@settings(max_examples=25)
+@given(chunks=chunks, in_flight=st.sampled_from([0, PART_BYTES, 100 * PART_BYTES]), slots=st.integers(0, 4))
+def test_equal_memories_with_lookahead_on_and_off_and_without_tiers(
+    tmp_path_factory: pytest.TempPathFactory, chunks: list[Any], in_flight: int, slots: int
+) -> None:
+    folder = tmp_path_factory.mktemp("banks")
+    with (
+        open_runtime(folder / "on", tiers=pinned(slots), in_flight=in_flight) as on,
+        open_runtime(folder / "off", tiers=no_tiers) as off,
+        on.stream() as ahead,
+        off.stream() as plain,
+    ):
+        for hinted, has_time, text in chunks:
+            if hinted is not None:
+                ahead.hint(hinted)
+                if has_time:
+                    drain(on)
+            assert same(ahead.recall(text), plain.recall(text))
+            assert on.metrics().lookahead.in_flight_bytes == 0 or not has_time
+        drain(on)
+        assert on.metrics().lookahead.in_flight_bytes == 0
+
+
+def test_a_right_guess_leaves_nothing_to_read_or_decode(opened: Open) -> None:
+    runtime, plain = opened(), opened("other")
+    with runtime.stream() as stream, plain.stream() as other:
+        stream.hint("lamp oil harbour")
+        drain(runtime)
+        read, decoded = list(home_of(runtime).asked), list(decoded_by(runtime))
+        assert len(read) == 1
+        assert decoded == [1, 1, 1]
+        recalled = stream.recall("harbour lamp oil")  # other words in another order: the same memories
+        assert same(recalled, other.recall("harbour lamp oil"))
+        assert home_of(runtime).asked == read
+        assert decoded_by(runtime) == decoded
+        assert {"read", "decode", "wait"}.isdisjoint(recalled.stages)
+        counts = runtime.metrics().lookahead
+        assert (counts.guesses, counts.hits, counts.wasted_bytes, counts.in_flight_bytes) == (3, 3, 0, 0)
+        assert counts.hit_rate == 1
+
+
+def test_a_wrong_guess_is_dropped_and_counted(opened: Open) -> None:
+    runtime = opened()
+    with runtime.stream() as stream:
+        stream.hint("winter island")
+        drain(runtime)
+        held = runtime.metrics().lookahead.in_flight_bytes
+        assert 0 < held <= 3 * PART_BYTES
+        stream.recall("lamp harbour")
+        counts = runtime.metrics().lookahead
+        assert (counts.guesses, counts.hits, counts.wasted_bytes, counts.in_flight_bytes) == (3, 0, held, 0)
+
+
+def test_what_the_stream_holds_is_not_guessed(opened: Open) -> None:
+    runtime = opened()
+    with runtime.stream() as stream:
+        first = stream.recall("lamp harbour")
+        stream.hint("lamp harbour")
+        drain(runtime)
+        assert runtime.metrics().lookahead.guesses == 0
+        assert decoded_by(runtime) == [1, 1, 1]
+        again = stream.recall("lamp harbour")
+        assert again.parts[0][0] is first.parts[0][0]
+
+
+def test_a_newer_hint_keeps_what_both_guessed(opened: Open) -> None:
+    runtime = opened(memories=1)
+    with runtime.stream() as stream:
+        for text in (TEXTS[0], TEXTS[0], TEXTS[20]):
+            stream.hint(text)
+            drain(runtime)
+        assert decoded_by(runtime) == [1, 1]
+        assert runtime.metrics().lookahead.wasted_bytes > 0
+
+
+def test_a_text_that_was_hinted_at_is_not_embedded_again(opened: Open) -> None:
+    runtime = opened()
+    with runtime.stream() as one, runtime.stream() as other:
+        runtime.hint([one, other], ["lamp", "ferry oil"])
+        drain(runtime)
+        runtime.recall([one, other], ["lamp", "ferry oil"])
+        assert embedder_of(runtime).calls == [("lamp", "ferry oil")]
+        runtime.recall([one], ["lamp"])  # beside another text, an embedder may have rounded otherwise
+        assert embedder_of(runtime).calls == [("lamp", "ferry oil"), ("lamp",)]
+
+
+def test_a_kept_memory_holds_no_bytes_but_its_own(opened: Open) -> None:
+    runtime = opened()
+    with runtime.stream() as stream:
+        parts = [*stream.recall("lamp oil harbour").parts]
+        stream.hint("winter island")
+        drain(runtime)
+        parts += stream.recall("winter island").parts
+    assert len(parts) == 6
+    for part in parts:
+        for tensor in part:
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_what_is_decoded_in_inference_mode_serves_everybody(opened: Open) -> None:
+    runtime = opened()
+    with runtime.stream() as stream, torch.inference_mode():
+        parts = stream.recall("lamp").parts
+    assert not any(tensor.is_inference() for part in parts for tensor in part)
+
+
+# -- bounds -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_only_lifted(opened: Open) -> None:
+    runtime = opened(in_flight=2 * PART_BYTES)
+    with runtime.stream() as stream:
+        stream.hint("lamp oil harbour")
+        drain(runtime)
+        counts = runtime.metrics().lookahead
+        assert (counts.guesses, counts.beyond) == (3, 1)
+        assert decoded_by(runtime) == [1, 1]
+        chosen = [match.id for match in runtime.search(["lamp oil harbour"])[0]]
+        assert runtime.hierarchy.held(np.array(chosen, np.uint64)).all()
+        asked = len(home_of(runtime).asked)
+        assert len(stream.recall("lamp oil harbour")) == 3
+        assert len(home_of(runtime).asked) == asked
+        assert runtime.metrics().lookahead.hits == 3
+
+
+# -- nobody brings what another is bringing ---------------------------------------------------------------------------
+
+
+def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(work()))
+    thread.start()
+    return thread, results
+
+
+def test_a_recall_waits_for_the_guess_that_is_under_way(opened: Open) -> None:
+    runtime = opened()
+    home = home_of(runtime)
+    with runtime.stream() as stream:
+        with shut(home.gate):
+            stream.hint("lamp oil harbour")
+            home.entered.acquire()
+            thread, results = in_thread(lambda: stream.recall("harbour oil lamp"))
+            while not runtime._lookahead.arrivals._there or not all(
+                arrival.waiters for arrival in runtime._lookahead.arrivals._there.values()
+            ):
+                pass
+        thread.join()
+        assert len(results[0]) == 3
+        assert results[0].stages["wait"] > 0
+        assert len(home.asked) == 1
+        assert decoded_by(runtime) == [1, 1, 1]
+        assert runtime.metrics().recall.waited_s > 0
+
+
+def test_two_recalls_of_one_memory_read_and_decode_it_once(opened: Open) -> None:
+    ops: list[Op] = []
+
+    def tiers(slot_bytes: int) -> list[CachingTier]:
+        return [RecordingTier(tier, ops.append) for tier in pinned(6)(slot_bytes)]
+
+    runtime = opened(tiers=tiers)
+    home = home_of(runtime)
+    with runtime.stream() as one, runtime.stream() as other:
+        with shut(home.gate):
+            first, got = in_thread(lambda: one.recall("lamp oil harbour"))
+            home.entered.acquire()
+            second, also = in_thread(lambda: other.recall("harbour oil lamp"))
+            while not any(arrival.waiters == 2 for arrival in list(runtime._lookahead.arrivals._there.values())):
+                pass
+        first.join()
+        second.join()
+        assert same(got[0], also[0])
+        assert got[0].parts[0][0] is also[0].parts[0][0]
+        assert decoded_by(runtime) == [1, 1, 1]
+        assert len(home.asked) == 1
+        assert [len(op.ids) for op in ops if op.op == "read"] == [3]
+    assert not runtime._lookahead.arrivals._there
+
+
+def test_two_streams_that_guess_one_memory_share_it(opened: Open) -> None:
+    runtime = opened(memories=1)
+    with runtime.stream() as one, runtime.stream() as other:
+        runtime.hint([one, other], [TEXTS[3], TEXTS[3]])
+        drain(runtime)
+        assert decoded_by(runtime) == [1]
+        first = one.recall(TEXTS[3])
+        assert runtime.metrics().lookahead.in_flight_bytes > 0  # for the other one
+        assert other.recall(TEXTS[3]).parts[0][0] is first.parts[0][0]
+        counts = runtime.metrics().lookahead
+        assert (counts.guesses, counts.hits, counts.wasted_bytes, counts.in_flight_bytes) == (2, 2, 0, 0)
+
+
+def test_a_recall_brings_itself_what_a_guess_has_not_begun(opened: Open) -> None:
+    """What is needed now goes before what was guessed: the prefetcher is busy with something else."""
+    runtime = opened(sections={"threads": {"lookahead": 1}})
+    with runtime.stream() as stream, _Queued(runtime, stream, "lamp oil harbour"):
+        assert len(stream.recall("lamp oil harbour")) == 3
+        assert decoded_by(runtime) == [1, 1, 1]
+    drain(runtime)
+    assert len(home_of(runtime).asked) == 1
+
+
+def test_a_guess_that_has_not_begun_is_dropped_by_the_recall_that_shows_it_wrong(opened: Open) -> None:
+    runtime = opened(sections={"threads": {"lookahead": 1}})
+    with runtime.stream() as stream, _Queued(runtime, stream, "winter island"):
+        assert runtime.metrics().lookahead.in_flight_bytes == 3 * PART_BYTES
+        stream.recall("lamp oil harbour")
+        assert runtime.metrics().lookahead.in_flight_bytes == 0
+    drain(runtime)
+    assert len(home_of(runtime).asked) == 1
+    assert decoded_by(runtime) == [1, 1, 1]
+    assert runtime.metrics().lookahead.wasted_bytes == 0
+
+
+class _Queued:
+    """Meanwhile the guess of a hint waits for a prefetcher of one thread, which is held up."""
+
+    def __init__(self, runtime: Runtime, stream: Any, text: str) -> None:
+        self.runtime, self.stream, self.text = runtime, stream, text
+        self.entered, self.opened = threading.Event(), threading.Event()
+
+    def __enter__(self) -> None:
+        embedder = embedder_of(self.runtime)
+        with shut(embedder.gate):
+            self.stream.hint(self.text)
+            embedder.entered.acquire()
+            self.runtime._prefetcher.hint("held up", self.hold)
+        self.entered.wait()
+
+    def hold(self) -> None:
+        self.entered.set()
+        self.opened.wait()
+
+    def __exit__(self, *_: object) -> None:
+        self.opened.set()
+
+
+def test_a_hint_that_waits_is_overtaken_by_a_newer_one_and_by_the_recall(opened: Open) -> None:
+    runtime = opened(sections={"threads": {"lookahead": 1}})
+    embedder = embedder_of(runtime)
+    with runtime.stream() as busy, runtime.stream() as stream:
+        with shut(embedder.gate):
+            busy.hint("lamp")
+            embedder.entered.acquire()
+            stream.hint("ferry")
+            stream.hint("market")
+            thread, _ = in_thread(lambda: stream.recall("bridge"))
+            embedder.entered.acquire()
+            assert runtime.metrics().lookahead.cancelled == 2
+        thread.join()
+        drain(runtime)
+        assert embedder.calls == [("lamp",), ("bridge",)]
+
+
+def test_a_hint_whose_recall_came_first_brings_nothing(opened: Open) -> None:
+    runtime = opened()
+    embedder = embedder_of(runtime)
+    with runtime.stream() as stream:
+        stream.recall("bridge")
+        with shut(embedder.gate):
+            stream.hint("lamp")
+            embedder.entered.acquire()
+            embedder.entered.acquire()
+            stream.recall(" ")  # embeds nothing
+        drain(runtime)
+        counts = runtime.metrics().lookahead
+        assert (counts.cancelled, counts.guesses, counts.in_flight_bytes) == (1, 0, 0)
+
+
+def test_a_stream_that_ends_takes_its_guesses_along(opened: Open) -> None:
+    runtime = opened()
+    with runtime.stream() as stream:
+        stream.hint("lamp oil")
+        drain(runtime)
+        assert runtime.metrics().lookahead.in_flight_bytes > 0
+    assert runtime.metrics().lookahead.in_flight_bytes == 0
+
+
+# -- deadlines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when_late", ["skip", "next_chunk"])
+@pytest.mark.parametrize("tiers", [pinned(6), no_tiers], ids=["tier", "no tier"])
+def test_what_a_hint_is_still_bringing_is_late_once(when_late: str, tiers: Any, opened: Open) -> None:
+    runtime = opened(when_late=when_late, deadline=0.01, memories=1, tiers=tiers)
+    home = home_of(runtime)
+    with runtime.stream() as stream:
+        with shut(home.gate):
+            stream.hint(TEXTS[3])
+            home.entered.acquire()
+            recalled = stream.recall(TEXTS[3])
+            assert (recalled.ids, recalled.late) == ((), (3,))
+        drain(runtime)
+        assert runtime.metrics().lookahead.in_flight_bytes > 0  # it is ready for the next chunk
+        later = stream.recall(" ")
+        assert later.ids == ((3,) if when_late == "next_chunk" else ())
+        assert later.late == ()
+        assert len(home.asked) == 1
+        counts = runtime.metrics()
+        assert (counts.recall.late, counts.lookahead.in_flight_bytes) == (1, 0)
+
+
+@pytest.mark.parametrize("tiers", [pinned(6), no_tiers], ids=["tier", "no tier"])
+def test_decoding_goes_on_without_what_lies_below_and_with_what_is_near(tiers: Any, opened: Open) -> None:
+    runtime = opened(when_late="skip", deadline=0.01, memories=2, tiers=tiers, in_flight=0)
+    home = home_of(runtime)
+    with runtime.stream() as stream, runtime.stream() as other:
+        near = other.recall(TEXTS[3], wait=True).ids
+        far = runtime.search([TEXTS[20]])[0][0].id
+        assert far not in near
+        with shut(home.gate):
+            recalled = stream.recall(f"{TEXTS[3]} {TEXTS[20]}")
+            wanted = {match.id for match in runtime.search([f"{TEXTS[3]} {TEXTS[20]}"])[0]}
+            there = wanted.intersection(near) if tiers is not no_tiers else set()
+            assert set(recalled.ids) == there
+            assert set(recalled.late) == wanted - there
+            assert runtime.metrics().lookahead.in_flight_bytes == 0  # no room for what is late either
+        drain(runtime)
+        assert set(stream.recall(f"{TEXTS[3]} {TEXTS[20]}", wait=True).ids) == wanted
+
+
+def test_a_prompt_waits_whatever_is_late(opened: Open) -> None:
+    runtime = opened(when_late="skip", deadline=0.0)
+    home = home_of(runtime)
+    with runtime.stream() as stream:
+        with shut(home.gate):
+            stream.hint("lamp oil")
+            home.entered.acquire()
+            thread, results = in_thread(lambda: stream.recall("lamp oil", wait=True))
+        thread.join()
+        assert len(results[0]) == 3
+        assert results[0].late == ()
+
+
+@pytest.mark.parametrize("below", ["tier", "home"])
+def test_slow_storage_is_late_at_a_deadline_of_nothing_and_in_time_at_a_long_one(below: str, opened: Open) -> None:
+    slow: list[SlowTier] = []
+
+    def tiers(slot_bytes: int) -> list[CachingTier]:
+        slow.append(SlowTier(PinnedTier(slot_bytes=slot_bytes, capacity=30 * slot_bytes)))
+        return [*pinned(1)(slot_bytes), *(slow if below == "tier" else [])]
+
+    runtime = opened(when_late="skip", deadline=0.0, memories=1, tiers=tiers, wrap=SlowHome)
+    with runtime.stream() as stream:
+        chosen = stream.recall(TEXTS[3], wait=True)
+        for other in (TEXTS[20], TEXTS[10]):
+            stream.recall(other, wait=True)  # the second takes the place in the fastest tier, that is not pinned then
+        home = runtime.bank.home
+        assert isinstance(home, SlowHome)
+        (slow[0] if below == "tier" else home).latency = 0.3
+        late = stream.recall(TEXTS[3])
+        assert set(late.late) == set(chosen.ids)
+        drain(runtime)
+        assert stream.recall(TEXTS[3]).ids == chosen.ids
+    patient = opened(
+        "patient", when_late="skip", deadline=60.0, memories=1, wrap=lambda home: SlowHome(home, latency=0.01)
+    )
+    with patient.stream() as stream:
+        assert (stream.recall(TEXTS[3]).ids, patient.metrics().recall.late) == (chosen.ids, 0)
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+
+def faulty(*faults: Fault) -> Callable[[Any], FaultyHome]:
+    return lambda home: FaultyHome(home, Schedule(*faults))
+
+
+def test_a_guess_that_fails_is_counted_and_the_recall_tries_again(opened: Open) -> None:
+    runtime = opened(wrap=faulty(Fault("error", at={1}, methods={"read"})))
+    with runtime.stream() as stream:
+        stream.hint("lamp oil")
+        drain(runtime)
+        counts = runtime.metrics().lookahead
+        assert (counts.failed, counts.in_flight_bytes) == (1, 0)
+        assert "read failed" in counts.last_error
+        assert len(stream.recall("lamp oil")) == 3
+
+
+@pytest.mark.parametrize("when_late", ["wait", "skip"])
+def test_a_recall_that_fails_raises_and_leaves_the_stream_as_it_was(when_late: str, opened: Open) -> None:
+    fault = Fault("error", at={2}, methods={"read"})
+    runtime = opened(wrap=faulty(fault), when_late=when_late, deadline=60.0, tiers=pinned(1))
+    with runtime.stream() as stream:
+        first = stream.recall("lamp oil harbour")
+        with pytest.raises(TierError, match="read failed"):
+            stream.recall("winter island")
+        assert tuple(stream.held) == first.ids
+        assert stream.recall("lamp oil harbour").parts[0][0] is first.parts[0][0]
+        assert len(stream.recall("winter island")) == 3
+        assert not runtime._lookahead.arrivals._there
+
+
+def test_one_bad_hint_is_the_only_one_that_fails(opened: Open) -> None:
+    runtime = opened()
+    with runtime.stream() as one, runtime.stream() as other:
+        runtime.hint([one, other], [BAD, "lamp oil"])
+        drain(runtime)
+        counts = runtime.metrics().lookahead
+        assert (counts.failed, counts.guesses) == (1, 3)
+        assert "cannot be embedded" in counts.last_error
+
+
+def test_a_mistake_beside_decoding_is_raised_by_the_next_hint(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = opened()
+    with runtime.stream() as stream:
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime.bank.codec, "decode", lambda *_: 1 / 0)
+            stream.hint("lamp oil")
+            while runtime._prefetcher._mistake is None:
+                pass
+        with pytest.raises(ZeroDivisionError):
+            stream.hint("lamp oil")
+        assert len(stream.recall("lamp oil")) == 3
+
+
+@pytest.mark.parametrize("when_late", ["wait", "skip"])
+def test_a_mistake_is_raised_once_by_the_recall_that_waits_for_it(
+    when_late: str, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = opened(when_late=when_late, deadline=60.0, tiers=no_tiers)
+    with runtime.stream() as stream:
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime.bank.codec, "decode", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                stream.recall("lamp oil")
+        assert len(stream.recall("lamp oil")) == 3
+
+
+def test_a_closed_runtime_takes_no_hints_and_leaves_no_thread(opened: Open) -> None:
+    runtime = opened()
+    home = home_of(runtime)
+    stream = runtime.stream()
+    with shut(home.gate):
+        stream.hint("lamp oil")
+        home.entered.acquire()
+        thread, _ = in_thread(runtime.close)
+    thread.join()
+    with pytest.raises(TierClosedError):
+        stream.hint("lamp oil")
+    with pytest.raises(TierClosedError):
+        stream.recall("lamp oil")
+    assert not any(one.is_alive() for one in runtime._prefetcher._threads)
+    stream.close()
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_flight", [0, 100 * PART_BYTES])
+def test_equal_memories_with_and_without_lookahead_on_a_gpu(in_flight: int, opened: Open) -> None:
+    runtime, plain = opened(device="cuda", in_flight=in_flight), opened("other", device="cuda", tiers=no_tiers)
+    with runtime.stream() as stream, plain.stream() as other, torch.cuda.stream(torch.cuda.Stream()):
+        for at in range(20):
+            text = f"{WORDS[at % 12]} {WORDS[at * 5 % 12]}"
+            stream.hint(text)
+            if at % 3:
+                drain(runtime)
+            one, two = stream.recall(text), other.recall(text)
+            assert same(one, two)
+            assert one.parts[0][0].device.type == "cuda"
+            for part in one.parts:
+                for tensor in part:
+                    assert tensor.untyped_storage().nbytes() == tensor.nbytes
