@@ -390,8 +390,9 @@ def test_what_is_forgotten_is_neither_held_nor_pinned_by_a_tier_that_failed_to_d
     hierarchy.score(make_ids(1), np.ones(1, np.float32))
     stats = hierarchy.stats()[0]
     assert stats.faults == len(tier.schedule.injected)
-    assert read(hierarchy, 1, 2) == [False, True]
-    assert hierarchy.stats()[0].unanswered == stats.unanswered + 2
+    assert read(hierarchy, 1, 2, 3) == [False, True, True]
+    assert hierarchy.stats()[0].unanswered == stats.unanswered + 3
+    assert 3 not in inner  # it is asked for nothing
     tier.schedule.set()
     assert hierarchy.held(make_ids(1, 2)).tolist() == [False, True]
     assert 1 not in inner
@@ -407,7 +408,10 @@ def test_a_bad_copy_is_discarded_and_takes_its_pin_along(home: LmdbHome) -> None
     for _ in range(3):
         assert read(hierarchy, 1) == [True]
     assert [(stats.bad_blocks, stats.hits) for stats in hierarchy.stats()] == [(1, 2), (0, 2)]
-    hierarchy.unpin(make_ids(1))
+    assert hierarchy.pin(make_ids(1)).all()  # the good copy, which was not pinned
+    assert read(hierarchy, 2, 3, 4, 5) == [True] * 4
+    assert 1 in inner
+    hierarchy.unpin(make_ids(1, 1))
     assert leftover_pins(inner) == 0
     assert home.quarantined() == {}
 
