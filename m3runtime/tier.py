@@ -45,7 +45,10 @@ class Tier(ABC):
 
     @abstractmethod
     def write(self, ids: Ids, blocks: "Tensor") -> None:
-        """Take blocks, rows of ``uint8[n, slot_bytes]``. A caching tier may evict, or not admit one."""
+        """Take blocks, rows of ``uint8[n, slot_bytes]``. A caching tier may evict, or not admit one.
+
+        After an error each block is held whole or not at all.
+        """
 
     @abstractmethod
     def discard(self, ids: Ids) -> None:
