@@ -75,6 +75,7 @@ class Runtime:
         self._closed = False
         self._index_changed = False
         self._trace: TraceWriter | None = None
+        self._endpoint: contextlib.AbstractContextManager[object] | None = None
 
     @classmethod
     def open(cls, config: Config | str | Path | None = None, *, read_only: bool = False) -> Self:
@@ -107,6 +108,11 @@ class Runtime:
             runtime = cls(config, bank, hierarchy, retriever, device)
             runtime._index_changed = changed and not read_only
             runtime._trace = trace
+            undo.callback(runtime._stop)
+            if config.metrics.port is not None:
+                from m3runtime.prometheus import Endpoint  # an optional dependency
+
+                runtime._endpoint = Endpoint(runtime, config.metrics.address, config.metrics.port)
             undo.pop_all()
         return runtime
 
@@ -212,7 +218,14 @@ class Runtime:
             if self._trace is not None:
                 closing.callback(self._trace.close)
             closing.callback(self.hierarchy.close)
+            closing.callback(self._stop)
+
+    def _stop(self) -> None:
+        """End its own threads."""
+        with contextlib.ExitStack() as closing:
             closing.callback(self._prefetcher.close)
+            if self._endpoint is not None:
+                closing.push(self._endpoint)
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,191 @@
+"""``m3 top``: what a running process recalls, live."""
+
+import os
+import time
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from m3runtime.cli.options import ConfigFile, Set, configuration, print_json, show_size
+from m3runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from m3runtime.config import MetricsConfig
+
+DEFAULT_PORT = 9464
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What an endpoint said at one time."""
+
+    at: float
+    values: Mapping[str, float]
+    """Without labels, by name without ``m3_`` and ``_total``."""
+    by_label: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Of one label (tier or stage), by name and label; the buckets of latencies are left out."""
+
+
+def top(
+    config: ConfigFile = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65_535, help="Default: `metrics.port`, or 9464.")] = None,
+    address: Annotated[str | None, typer.Option(help="Default: `metrics.address`, or 127.0.0.1.")] = None,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one reading and end.")] = False,
+    set: Set = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one reading as JSON and end.")] = False,
+) -> None:
+    """Watch what a running process recalls, which was started with `metrics.port` set."""
+    configured = _configured(config, set)
+    where = f"{address or configured.address}:{port or configured.port or DEFAULT_PORT}"
+    sample = read(where)
+    if json:
+        print_json({**sample.values, **sample.by_label})
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console()
+    if once:
+        console.print(shown(where, sample, None))
+        return
+    # Ctrl-C is how it ends.
+    with suppress(KeyboardInterrupt), Live(shown(where, sample, None), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(interval)
+            before, sample = sample, read(where)
+            live.update(shown(where, sample, before), refresh=True)
+
+
+def _configured(file: Path | None, settings: list[str] | None) -> "MetricsConfig":
+    """The section of the configuration, where there is one: watching needs none."""
+    from m3runtime.config import MetricsConfig
+
+    if file is None and not settings and "M3_CONFIG" not in os.environ and not Path("m3.yaml").exists():
+        return MetricsConfig()
+    return configuration(file, settings).metrics
+
+
+def read(where: str) -> Sample:
+    """Ask an endpoint. Raises `InputError` if nobody listens there, or something else than a runtime."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(f"http://{where}/metrics", timeout=5) as answer:
+            text = answer.read(1 << 22).decode("utf-8", "replace")
+    except (OSError, ValueError, HTTPException) as error:  # of which urllib's own errors are kinds
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise InputError(
+            f"nobody answers at {where} ({reason}); start the process with M3_METRICS__PORT={DEFAULT_PORT}, "
+            "or name its port by --port"
+        ) from error
+    sample = parse(text)
+    if "recall_chunks" not in sample.values:
+        raise InputError(f"what answers at {where} is no runtime of m3")
+    return sample
+
+
+def parse(text: str) -> Sample:
+    """Read Prometheus' text format, what there is of ours."""
+    values: dict[str, float] = {}
+    by_label: dict[str, dict[str, float]] = defaultdict(dict)
+    for line in text.splitlines():
+        head, _, number = line.rpartition(" ")
+        name, brace, labels = head.partition("{")
+        if not name.startswith("m3_") or name.endswith(("_bucket", "_created")):
+            continue
+        name = name.removeprefix("m3_").removesuffix("_total")
+        try:
+            value = float(number)
+        except ValueError:
+            continue
+        if brace:
+            by_label[name][labels.partition('"')[2].rpartition('"')[0]] = value
+        else:
+            values[name] = value
+    return Sample(time.monotonic(), values, dict(by_label))
+
+
+def shown(where: str, now: Sample, before: Sample | None) -> "Group":
+    """A reading as tables; rates are those since ``before``, or since the process began to count."""
+    from rich.console import Group
+    from rich.text import Text
+
+    values = defaultdict(float, now.values)
+    rate = ""
+    if before is not None and now.at > before.at:
+        chunks = values["recall_chunks"] - before.values.get("recall_chunks", 0)
+        rate = f" ({chunks / (now.at - before.at):.1f}/s)"
+    guesses = values["lookahead_guesses"]
+    lines = [
+        f"m3 at {where}",
+        f"chunks {values['recall_chunks']:.0f}{rate}   memories {values['recall_memories']:.0f}, "
+        f"{_share(values['recall_kept'], values['recall_memories'])} kept   late {values['recall_late']:.0f}   "
+        f"waited {values['recall_waited_seconds']:.2f} s",
+        f"hints {values['lookahead_hints']:.0f}, {values['lookahead_cancelled']:.0f} overtaken   "
+        f"guesses {guesses:.0f}, {_share(values['lookahead_hits'], guesses)} right, "
+        f"{values['lookahead_beyond']:.0f} only lifted   wasted {show_size(values['lookahead_wasted_bytes'])}   "
+        f"in flight {show_size(values['lookahead_in_flight_bytes'])}   failed {values['lookahead_failed']:.0f}",
+    ]
+    return Group(Text("\n".join(lines)), _tiers(now, before), _stages(now, before))
+
+
+def _tiers(now: Sample, before: Sample | None) -> Any:
+    from rich.table import Table
+
+    table = Table("tier", "blocks", "of", "hit", "read", "lifted", "faults", "a read", box=None)
+    for tier in now.by_label.get("tier_hits", {}):
+        at = {name: of.get(tier, 0.0) for name, of in now.by_label.items() if name.startswith("tier_")}
+        capacity = now.by_label.get("tier_capacity_bytes", {}).get(tier)
+        table.add_row(
+            tier,
+            f"{at['tier_blocks']:.0f}" if tier in now.by_label.get("tier_blocks", {}) else "",
+            "" if capacity is None else show_size(capacity),
+            _share(at["tier_hits"], at["tier_hits"] + at["tier_misses"]),
+            show_size(at["tier_bytes"]),
+            f"{at['tier_lifted']:.0f}",
+            f"{at['tier_faults']:.0f}",
+            _mean("tier_read_seconds", tier, now, before),
+        )
+    return table
+
+
+def _stages(now: Sample, before: Sample | None) -> Any:
+    from rich.table import Table
+
+    table = Table("stage", "in recalls", "each", "beside", "each", box=None)
+    recall, beside = "recall_stage_seconds", "lookahead_stage_seconds"
+    counts = [now.by_label.get(f"{name}_count", {}) for name in (recall, beside)]
+    for stage in dict.fromkeys([*counts[0], *counts[1]]):
+        table.add_row(
+            stage,
+            f"{counts[0].get(stage, 0):.0f}",
+            _mean(recall, stage, now, before),
+            f"{counts[1].get(stage, 0):.0f}",
+            _mean(beside, stage, now, before),
+        )
+    return table
+
+
+def _mean(name: str, label: str, now: Sample, before: Sample | None) -> str:
+    """Of the calls since ``before``, or of all if there were none."""
+
+    def of(sample: Sample | None, what: str) -> float:
+        return 0.0 if sample is None else sample.by_label.get(f"{name}_{what}", {}).get(label, 0.0)
+
+    since = before if before is not None and of(now, "count") > of(before, "count") else None
+    count = of(now, "count") - of(since, "count")
+    return f"{(of(now, 'sum') - of(since, 'sum')) / count * 1000:.2f} ms" if count > 0 else ""
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else "–"
