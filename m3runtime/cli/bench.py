@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from m3runtime.cli import bench_speed
 from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json, show_size
 from m3runtime.cli.progress import stages
 from m3runtime.errors import InputError
@@ -23,6 +24,9 @@ _STAGES = {
     "codec": "Training the codec",
     "decoding": "Measuring times",
 }
+
+
+app.command("decode")(bench_speed.decode)
 
 
 @app.callback()

@@ -1,0 +1,115 @@
+"""``m3 bench decode``, ``tiers`` and ``recall``: how fast memories are read, and what decoding loses by it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json, show_size
+from m3runtime.cli.progress import stages
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from m3runtime.bench.decode import Batch, DecodeBench
+
+Corpus = Annotated[
+    list[Path] | None,
+    typer.Option("--corpus", help="Texts for a temporary bank; may be repeated. Default: the configured bank."),
+]
+References = Annotated[int, typer.Option(min=1, help="References of a temporary bank, at most.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads on a CPU; 0: as many as torch takes.")]
+
+
+def decode(
+    corpus: Corpus = None,
+    config: ConfigFile = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each sequence gets, without an early end.")] = 256,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Sequences at once; may be repeated. Default: 1 and 8.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often everything is timed, in turns.")] = 7,
+    memories: Annotated[int, typer.Option(min=1, help="Memories that every chunk gets.")] = 5,
+    references: References = 128,
+    threads: Threads = 0,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw one run's chunks and recalls, such as run.png.")
+    ] = None,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Decoding with memories beside the model's own library without them: throughput and time to the first token.
+
+    Every chunk gets its memories whatever its text is: recall.min_score and recall.margin are left aside.
+    """
+    settings = configuration(config, set)
+    from m3runtime import assembly, plugins
+
+    if plot:
+        plugins.require("m3 bench decode --plot", "eval")
+    import torch
+
+    from m3runtime.bench.decode import DecodeSettings, bench_decode
+
+    sizes = tuple(dict.fromkeys(batch or (1, 8)))
+    asked = DecodeSettings(new_tokens, sizes, rounds, memories, references, threads or torch.get_num_threads())
+    adapter = assembly.open_adapter(settings)
+    names = {"codec": "Training the codec", "memories": "Writing memories"}
+    names |= {f"baseline {size}": f"Choosing a baseline, batch {size}" for size in sizes}
+    names |= {f"rounds {size}": f"Decoding, batch {size}" for size in sizes}
+    with stages(names, shown=not json) as progress:
+        found = bench_decode(settings, adapter, corpus or [], asked, plot, progress)
+    if json:
+        print_json(found.to_json())
+    else:
+        _show_decode(found)
+
+
+def _show_decode(found: "DecodeBench") -> None:
+    from rich.console import Console
+
+    from m3runtime.evaluation.report import environment
+
+    console = Console()
+    for batch in found.batches:
+        _show_batch(console, batch)
+    settings = found.settings
+    console.print(
+        f"{found.model}, {found.dtype}, on {found.device}; {settings.threads} threads; {settings.new_tokens} tokens "
+        f"after {found.prompt_tokens}; {settings.rounds} rounds; bank: {found.bank}; {environment()['machine']}"
+    )
+
+
+def _show_batch(console: "Console", batch: "Batch") -> None:
+    from rich.table import Table
+
+    from m3runtime.bench.decode_runs import MEMORIES, PLAIN, TEXT
+
+    table = Table("", "tokens/s", "kept", "first token, s", "of text's", title=f"Batch {batch.batch}")
+    for name, one in batch.contenders.items():
+        chosen = f" ({batch.chosen[name]})" if name in batch.chosen else ""
+        table.add_row(
+            name + chosen,
+            one.tokens_per_s.show(1),
+            "" if name == PLAIN else one.kept.show(3),
+            one.first_token_s.show(3),
+            "" if name == TEXT else one.first_token_of_text.show(3),
+        )
+    console.print(table)
+    bound, ends = batch.bound, batch.boundaries[MEMORIES]
+    console.print(
+        f"bytes allow {bound.kept:.3f}: {show_size(bound.weight_bytes)} of weights, "
+        f"{batch.batch} x {show_size(bound.memory_bytes)} of memories ({bound.memory_tokens:.0f} tokens); "
+        f"{batch.contenders[MEMORIES].kept.median / bound.kept:.3f} of that reached"
+    )
+    for name, each in batch.boundaries.items():
+        console.print(
+            f"{name}: recalls take {each.recalling:.2%} of decoding, of which {each.waited:.2%} is waiting; "
+            f"{each.late} late in {each.chunks} chunks"
+        )
+    console.print(
+        f"{ends.kept:.0%} of a chunk's memories were there already, {ends.foreseen:.0%} of the others were foreseen; "
+        f"{ends.hit_rate:.0%} of {ends.guesses} guesses were right"
+    )
+    for name, is_same in batch.same_tokens.items():
+        console.print(f"{name}: {'the same tokens' if is_same else 'OTHER TOKENS'}")
