@@ -99,12 +99,14 @@ class TransformDesign(Design):
     # -- a token's vectors in units -----------------------------------------------------------------------------
 
     def joined(self, keys: Tensor, values: Tensor) -> Tensor:
-        """Vectors ``[layers * kv_heads, tokens, head_dim]`` as ``[units, tokens, channels]``."""
+        """Vectors ``[layers * kv_heads, tokens, head_dim]`` as ``[units, tokens, channels]`` of the caller's own."""
         if self.together == "head":
             return torch.cat([keys, values])
         layers, heads = len(self.spec.layers), self.spec.kv_heads
-        both = torch.cat([torch.unflatten(x, 0, (layers, heads)) for x in (keys, values)], 1)
-        return both.transpose(1, 2).reshape(layers, -1, self.channels)
+        both = keys.new_empty(layers, keys.shape[1], 2, heads, self.spec.head_dim)
+        for kind, x in enumerate((keys, values)):
+            both[:, :, kind] = torch.unflatten(x, 0, (layers, heads)).transpose(1, 2)
+        return both.view(layers, -1, self.channels)
 
     def parted(self, x: Tensor) -> Vectors:
         """Undo `joined`, of ``[units, tokens, channels]``: views."""

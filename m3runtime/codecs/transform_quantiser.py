@@ -12,7 +12,7 @@ from torch import Tensor
 
 from m3runtime.codecs.allocation import WIDTHS
 from m3runtime.codecs.lookup import compiled, share_out
-from m3runtime.codecs.nearest import nearest, scorer
+from m3runtime.codecs.nearest import nearest, nearest_at, scorer
 from m3runtime.codecs.quantiser import Quantiser, Vectors
 
 if TYPE_CHECKING:
@@ -78,9 +78,17 @@ class TransformQuantiser(Quantiser):
 
     def encode(self, vectors: Vectors, payload: Tensor) -> None:
         """See `Quantiser.encode`. On ``torch.get_num_threads()`` threads on a CPU."""
-        x = self.design.joined(*vectors) - self.mean[:, None]
+        x = self.design.joined(*vectors)
+        x -= self.mean[:, None]
         tokens = x.shape[1]
         coordinates = torch.bmm(x, self._padded_forward)  # [units, tokens, kept]
+        if x.device.type == "cpu" and compiled():
+            codes = payload.view(tokens, 1, self.token_bytes)
+            at = 0
+            for places, tables in self._where:
+                nearest_at(coordinates, places, tables, codes[:, :, at : at + len(places)])
+                at += len(places)
+            return
         flat = coordinates.transpose(0, 1).reshape(tokens, -1)[:, self._places.scatter]
         codes = payload.view(tokens, self.token_bytes)
         start = at = 0
@@ -173,6 +181,17 @@ class TransformQuantiser(Quantiser):
     def _padded_inverse(self) -> Tensor:
         """``float32[units, kept, channels]``."""
         return self._places.padded(self.inverse)
+
+    @cached_property
+    def _where(self) -> list[tuple[Tensor, Tensor]]:
+        """Of each width that there is, what `nearest_at` looks for, and in what."""
+        found = []
+        for width, against in zip(WIDTHS, self._scorers, strict=True):
+            parts = self.parts[self.parts[:, 2] == width]
+            places = torch.column_stack([parts[:, :2].to(torch.int64), torch.arange(len(parts))])
+            if len(parts):
+                found.append((places, against.flatten(0, 1)))
+        return found
 
     @cached_property
     def _scorers(self) -> list[Tensor]:
