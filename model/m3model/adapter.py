@@ -23,6 +23,7 @@ from m3model.reading import Row
 from m3model.scoring import Scoring
 from m3model.selection import attention_modules, encode_scored, select
 from m3model.session import Session, Sink, make_sink, prepare
+from m3model.stopping import stopping_after
 from m3runtime.adapter import Adapter, Answer, Form, OnText, Prompt, Score
 from m3runtime.config import GenerateConfig, MemoryConfig, ModelConfig
 from m3runtime.errors import ConfigError, InputError
@@ -122,7 +123,8 @@ class TransformersAdapter(Adapter):
         counts = [len(tokens) for tokens in ids]
         width = max(counts)
         session = Session(self.model, batch=len(ids), sink=self._sink, offset=len(self.sink_ids), context=width)
-        session.forward(torch.tensor([row + [0] * (width - len(row)) for row in ids]), counts, logits=False)
+        with stopping_after(session.cache, self.spec.layers[-1]):
+            session.forward(torch.tensor([row + [0] * (width - len(row)) for row in ids]), counts, logits=False)
         parts = [session.cache.context(layer) for layer in self.spec.layers]
         return Memories(
             keys=torch.stack([keys for keys, _ in parts], dim=1),
