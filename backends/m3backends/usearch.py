@@ -60,10 +60,11 @@ class UsearchIndex(Index):
     graph, which may pass over a neighbour and, among equal scores at the end of a row, keep any. ``dtype``
     is what vectors are stored in: scores differ from float32 cosine by up to 1e-3 with ``f16``, 1e-2 with
     ``bf16`` and 0.05 with ``i8``. ``connectivity``, ``expansion_add`` and ``expansion_search`` are HNSW's
-    M, efConstruction and ef.
+    M, efConstruction and ef. ``threads`` is how many cores a search of several vectors takes, 0 for all; one vector is
+    searched on one.
 
     The id 7046029254386353130 cannot be held (usearch keeps one key for itself). Thread-safe: one call at a
-    time, each of which uses all cores by itself. Raises `ConfigError` for options that make no index, and
+    time. Raises `ConfigError` for options that make no index, and
     `InputError` for vectors of another dim or that are not finite.
     """
 
@@ -76,17 +77,20 @@ class UsearchIndex(Index):
         connectivity: int = 16,
         expansion_add: int = 128,
         expansion_search: int = 64,
+        threads: int = 0,
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"index dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-        if not 1 <= dim <= _MOST_DIM or exact_below < 0 or min(expansion_add, expansion_search) < 1 or connectivity < 2:
+        too_few = min(exact_below, threads) < 0 or min(expansion_add, expansion_search) < 1 or connectivity < 2
+        if too_few or not 1 <= dim <= _MOST_DIM:
             raise ConfigError(
                 "index: dim, expansion_add and expansion_search must be at least 1, connectivity at least 2, "
-                f"dim at most {_MOST_DIM}, and exact_below not negative"
+                f"dim at most {_MOST_DIM}, exact_below and threads not negative"
             )
         self.dim = dim
         self.dtype = dtype
         self.exact_below = exact_below
+        self.threads = threads
         self._options: dict[str, Any] = {
             "ndim": dim,
             "dtype": dtype,
@@ -140,11 +144,11 @@ class UsearchIndex(Index):
 
     def _nearest(self, vectors: Vectors, count: int, size: int) -> tuple[npt.NDArray[np.uint64], Scores]:
         exact = size <= self.exact_below
-        found = self._native.search(vectors, count, exact=exact)
+        found = self._native.search(vectors, count, exact=exact, threads=self.threads)
         complete = found.counts.min() if isinstance(found, BatchMatches) else len(found)
         if complete < count and not exact:
             # HNSW may reach fewer, for example when ``count`` comes near to all there are.
-            found = self._native.search(vectors, count, exact=True)
+            found = self._native.search(vectors, count, exact=True, threads=self.threads)
         keys: npt.NDArray[np.uint64] = np.atleast_2d(np.asarray(found.keys, np.uint64))
         ids = keys ^ _FLIP
         scores = np.clip(1 - np.atleast_2d(found.distances), -1, 1).astype(np.float32)

@@ -142,3 +142,19 @@ def test_a_failed_save_leaves_the_file_before_it(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["blocked", "index"]
     index.load(path, STAMP)
     assert len(index) == 0
+
+
+@pytest.mark.parametrize("exact_below", [0, 4096])
+def test_as_many_cores_as_are_given_find_the_same(exact_below: int) -> None:
+    ids, vectors, queries = np.arange(2_000, dtype=np.uint64), unit_vectors(2_000, 16), unit_vectors(40, 16, seed=1)
+    found = []
+    for threads in (0, 1, 2):
+        index = UsearchIndex(dim=16, exact_below=exact_below, threads=threads)
+        for row in range(len(ids)):  # one after the other, so that there is one graph
+            index.add(ids[row : row + 1], vectors[row : row + 1])
+        found.append(index.search(queries, 5))
+    for other_ids, other_scores in found[1:]:
+        assert (found[0][0] == other_ids).all()
+        assert (found[0][1] == other_scores).all()
+    with pytest.raises(ConfigError, match="threads not negative"):
+        UsearchIndex(dim=16, threads=-1)
