@@ -1,5 +1,7 @@
 """`Collector`: a runtime's metrics for Prometheus, and an endpoint that serves them. Needs ``m3runtime[metrics]``."""
 
+import errno
+import logging
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import TYPE_CHECKING, Self
@@ -18,6 +20,8 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from m3runtime.runtime import Runtime
+
+log = logging.getLogger("m3runtime")
 
 _RECALL = {
     "chunks": "Chunks that were recalled for.",
@@ -98,6 +102,17 @@ class Endpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def serve(runtime: "Runtime", address: str, port: int) -> Endpoint | None:
+    """An `Endpoint`; None, with a warning in the log, where somebody listens: two processes may have one configuration."""
+    try:
+        return Endpoint(runtime, address, port)
+    except ConfigError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE:
+            log.warning("%s; nobody can watch this process", error)
+            return None
+        raise
 
 
 def _tiers(metrics: Metrics) -> Iterator[Metric]:

@@ -110,9 +110,9 @@ class Runtime:
             runtime._trace = trace
             undo.callback(runtime._stop)
             if config.metrics.port is not None:
-                from m3runtime.prometheus import Endpoint  # an optional dependency
+                from m3runtime.prometheus import serve  # an optional dependency
 
-                runtime._endpoint = Endpoint(runtime, config.metrics.address, config.metrics.port)
+                runtime._endpoint = serve(runtime, config.metrics.address, config.metrics.port)
             undo.pop_all()
         return runtime
 

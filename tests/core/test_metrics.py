@@ -17,7 +17,7 @@ from m3runtime.cli import app, top
 from m3runtime.errors import ConfigError, InputError
 from m3runtime.latency import BOUNDS_S, Timer
 from m3runtime.metrics import RECALL_STAGES, LookaheadCounts, RecallCounts, Timeline
-from m3runtime.prometheus import _LOOKAHEAD, _RECALL, _TIER, Collector, Endpoint
+from m3runtime.prometheus import _LOOKAHEAD, _RECALL, _TIER, Collector, Endpoint, serve
 from m3runtime.runtime import Runtime
 from m3runtime.testing.threads import together
 from tests.core.recalling import TEXTS, open_runtime
@@ -225,6 +225,15 @@ def test_one_line_where_nobody_listens_or_somebody_else(tmp_path: Path, monkeypa
 def test_a_port_that_is_taken_is_named(runtime: Runtime, endpoint: Endpoint) -> None:
     with pytest.raises(ConfigError, match=rf"metrics\.port: cannot listen at 127\.0\.0\.1:{endpoint.port}"):
         Endpoint(runtime, "127.0.0.1", endpoint.port)
+
+
+def test_a_second_process_of_one_configuration_goes_unwatched(
+    runtime: Runtime, endpoint: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert serve(runtime, "127.0.0.1", endpoint.port) is None
+    assert "nobody can watch this process" in caplog.text
+    with pytest.raises(ConfigError, match="cannot listen at no host:1"):
+        serve(runtime, "no host", 1)
 
 
 def test_a_closed_runtime_still_answers(runtime: Runtime, endpoint: Endpoint) -> None:
