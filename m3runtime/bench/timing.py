@@ -38,12 +38,19 @@ class Spread:
 
 
 def alternate(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, progress: Callable[[int], None] | None = None
+) -> dict[str, Spread]:
+    """Time every contender once in each round, after one round that does not count; see `timed`."""
+    return {name: Spread.of(found) for name, found in timed(contenders, rounds, progress).items()}
+
+
+def timed(
     contenders: Mapping[str, Callable[[], object]],
     rounds: int,
     progress: Callable[[int], None] | None = None,
     before: Mapping[str, Callable[[], object]] | None = None,
-) -> dict[str, Spread]:
-    """Time every contender once in each round, after one round that does not count; see `turns`.
+) -> dict[str, list[float]]:
+    """Seconds of every contender in each round; see `turns`.
 
     ``before`` is what to do before a contender's turn, untimed. What a contender starts on an accelerator is waited
     for.
@@ -55,7 +62,7 @@ def alternate(
         wait()
         if number:
             seconds[name].append(time.perf_counter() - began)
-    return {name: Spread.of(found) for name, found in seconds.items()}
+    return seconds
 
 
 def turns(
@@ -67,7 +74,8 @@ def turns(
     """Whose turn it is, and in which round; round 0 is for warming up.
 
     Whatever else the machine does then falls on all of them alike. The order is another one in each round, and before
-    each turn there is a pause: the threads of the one before may go on spinning for a while.
+    each turn there is a pause: the threads of the one before may go on spinning for a while. ``progress`` is called
+    with each round's number when it begins.
     """
     order, drawing = list(names), random.Random(0)
     for number in range(rounds + 1):

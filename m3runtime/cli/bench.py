@@ -27,6 +27,7 @@ _STAGES = {
 
 
 app.command("decode")(bench_speed.decode)
+app.command("tiers")(bench_speed.tiers)
 
 
 @app.callback()

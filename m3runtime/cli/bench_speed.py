@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from m3runtime.bench.decode import Batch, DecodeBench
+    from m3runtime.bench.tiers import TierBench
 
 Corpus = Annotated[
     list[Path] | None,
     typer.Option("--corpus", help="Texts for a temporary bank; may be repeated. Default: the configured bank."),
 ]
 References = Annotated[int, typer.Option(min=1, help="References of a temporary bank, at most.")]
+_WRITING = {"codec": "Training the codec", "memories": "Writing memories"}
 Threads = Annotated[int, typer.Option(min=0, help="Threads on a CPU; 0: as many as torch takes.")]
 
 
@@ -54,8 +56,7 @@ def decode(
     sizes = tuple(dict.fromkeys(batch or (1, 8)))
     asked = DecodeSettings(new_tokens, sizes, rounds, memories, references, threads or torch.get_num_threads())
     adapter = assembly.open_adapter(settings)
-    names = {"codec": "Training the codec", "memories": "Writing memories"}
-    names |= {f"baseline {size}": f"Choosing a baseline, batch {size}" for size in sizes}
+    names = _WRITING | {f"baseline {size}": f"Choosing a baseline, batch {size}" for size in sizes}
     names |= {f"rounds {size}": f"Decoding, batch {size}" for size in sizes}
     with stages(names, shown=not json) as progress:
         found = bench_decode(settings, adapter, corpus or [], asked, plot, progress)
@@ -63,6 +64,37 @@ def decode(
         print_json(found.to_json())
     else:
         _show_decode(found)
+
+
+def tiers(
+    corpus: Corpus = None,
+    config: ConfigFile = None,
+    blocks: Annotated[
+        list[int] | None, typer.Option(min=1, help="Blocks at once; may be repeated. Default: 1, 5 and 32.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often everything is timed, in turns.")] = 15,
+    references: References = 64,
+    threads: Threads = 0,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Each tier, and the whole way up to keys and values, beside plain reads, writes and copies of the same bytes.
+
+    The bank is not changed; a temporary folder beside it is written to, so that both are on one drive.
+    """
+    settings = configuration(config, set)
+    import torch
+
+    from m3runtime.bench.tiers import BATCHES, TierSettings, bench_tiers
+
+    sizes = tuple(dict.fromkeys(blocks or BATCHES))
+    asked = TierSettings(sizes, rounds, references, threads or torch.get_num_threads())
+    with stages({**_WRITING, "tiers": "Measuring times"}, shown=not json) as progress:
+        found = bench_tiers(settings, corpus or [], asked, progress)
+    if json:
+        print_json(found.to_json())
+    else:
+        _show_tiers(found)
 
 
 def _show_decode(found: "DecodeBench") -> None:
@@ -113,3 +145,25 @@ def _show_batch(console: "Console", batch: "Batch") -> None:
     )
     for name, is_same in batch.same_tokens.items():
         console.print(f"{name}: {'the same tokens' if is_same else 'OTHER TOKENS'}")
+
+
+def _show_tiers(found: "TierBench") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from m3runtime.evaluation.report import environment
+
+    console = Console()
+    for blocks in dict.fromkeys(row.blocks for row in found.rows):
+        rows = [row for row in found.rows if row.blocks == blocks]
+        title = f"{blocks} blocks, {show_size(rows[0].bytes)}" if blocks > 1 else f"1 block, {show_size(rows[0].bytes)}"
+        table = Table("", "median (quartiles)", "a second", "speed beside", "", title=title)
+        for row in rows:
+            speed = ("", "") if row.baseline == row.name else (row.speed.show(2), row.baseline)
+            table.add_row(row.name, str(row.seconds), show_size(row.bytes / row.seconds.median), *speed)
+        console.print(table)
+    cold = "" if found.has_cold else " (no cold rows: the page cache cannot be emptied here)"
+    console.print(
+        f"{' > '.join(found.tiers)}, on {found.device}; {found.settings.threads} threads; "
+        f"{found.settings.rounds} rounds; page cache warm{cold}; bank: {found.bank}; {environment()['machine']}"
+    )
