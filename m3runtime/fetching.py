@@ -36,8 +36,8 @@ class Fetcher:
     def references(self, ids: Sequence[int], *, fresh: bool = True) -> dict[int, Reference]:
         """The references of those that are remembered; damaged ones are set apart.
 
-        Not ``fresh``, what is known of earlier calls is not asked of the home again, which may be slow to answer: what
-        another process forgot meanwhile is still there.
+        Not ``fresh``, what is known of earlier calls is not asked of the home again, which may be slow to answer. What
+        another process forgot meanwhile is there until a fresh call finds it gone, as the next hint's does.
         """
         known: dict[int, Reference] = {}
         if not fresh:
@@ -49,6 +49,8 @@ class Fetcher:
             new = {id: one for id, one in zip(missing.tolist(), found, strict=True) if one is not None}
             known |= new
             with self._lock:
+                for id in missing.tolist():
+                    self._known.pop(id, None)
                 self._known.update(new)
                 while len(self._known) > _KNOWN:
                     self._known.popitem(last=False)

@@ -51,6 +51,7 @@ class Lookahead:
         self, fetcher: Fetcher, choose: Choose, prefetcher: Prefetcher, meter: Meter, *, in_flight: int
     ) -> None:
         self.arrivals = Arrivals(fetcher, prefetcher, meter, in_flight=in_flight)
+        self._fetcher = fetcher
         self._hierarchy = fetcher.hierarchy
         self._choose = choose
         self._prefetcher = prefetcher
@@ -165,6 +166,8 @@ class Lookahead:
                 new += to_bring
                 beyond += no_room
                 self._count(guesses=len(guessed), beyond=len(no_room))
+        # So that the recall need not ask the home, nor be told of what another process forgot.
+        self._fetcher.references(list(scores))
         if new or beyond:
             self.arrivals.submit(new, partial(self._look, new, beyond, scores, tuple(owners)))
 

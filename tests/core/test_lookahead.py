@@ -99,6 +99,19 @@ def test_equal_memories_with_lookahead_on_and_off_and_without_tiers(
         assert on.metrics().lookahead.in_flight_bytes == 0
 
 
+@pytest.mark.parametrize("held", [True, False])
+def test_what_another_process_forgot_is_recalled_no_more_after_the_next_hint(opened: Open, held: bool) -> None:
+    runtime = opened(when_late="skip", deadline="10s")
+    with runtime.stream() as stream:
+        first = stream.recall("lamp oil harbour")
+        if not held:
+            stream.recall("winter island monday")
+        runtime.bank.home.discard(np.array(first.ids[:1], np.uint64))  # behind the runtime's back
+        stream.hint("lamp oil harbour")
+        drain(runtime)
+        assert stream.recall("lamp oil harbour").ids == first.ids[1:]
+
+
 def test_a_right_guess_leaves_nothing_to_read_or_decode(opened: Open) -> None:
     runtime, plain = opened(), opened("other")
     with runtime.stream() as stream, plain.stream() as other:
