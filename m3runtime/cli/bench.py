@@ -28,6 +28,7 @@ _STAGES = {
 
 app.command("decode")(bench_speed.decode)
 app.command("tiers")(bench_speed.tiers)
+app.command("recall")(bench_speed.recall)
 
 
 @app.callback()
