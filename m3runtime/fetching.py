@@ -86,7 +86,7 @@ class Fetcher:
                 if len(ids) > 1:
                     rows = (self.decode(ids[row : row + 1], blocks[row : row + 1], dtype) for row in range(len(ids)))
                     return {id: part for one in rows for id, part in one.items()}
-                records.set_apart(self.bank.home, {int(ids[0]): str(error)})
+                self.hierarchy.set_apart(int(ids[0]), str(error))
                 return {int(ids[0]): None}
             return {id: _own(memories, row) for row, id in enumerate(ids.tolist())}
 

@@ -147,6 +147,15 @@ class Hierarchy:
                 cache.forget(forgotten)
             self._drop_pins(forgotten)
 
+    def set_apart(self, id: int, reason: str) -> None:
+        """Quarantine a block that is bad though its digest is right, and hold it in no caching tier."""
+        self._open()
+        self._quarantine(id, reason)
+        with self._changing:
+            self._forgets += 1  # what read it meanwhile must not promote it
+            for cache in self._caches:
+                cache.forget({id})
+
     def stats(self) -> tuple[TierStats, ...]:
         """A snapshot of each tier, the home's last."""
         return tuple(tally.stats() for tally in self._tallies)

@@ -105,7 +105,7 @@ class Endpoint:
 
 
 def serve(runtime: "Runtime", address: str, port: int) -> Endpoint | None:
-    """An `Endpoint`; None, with a warning in the log, where somebody listens, as another process of the configuration may."""
+    """An `Endpoint`; None, with a warning in the log, where another process listens, which may be one of ours."""
     try:
         return Endpoint(runtime, address, port)
     except ConfigError as error:

@@ -249,6 +249,17 @@ def test_a_bad_block_is_quarantined_and_recall_goes_on(home: LmdbHome) -> None:
     hierarchy.close()
 
 
+def test_what_is_set_apart_after_it_was_read_is_held_nowhere(home: LmdbHome) -> None:
+    tiers = [gpu(4), pinned(4)]
+    hierarchy = Hierarchy(tiers, home, STAMP)
+    assert read(hierarchy, 1, 2) == [True, True]
+    hierarchy.set_apart(1, "does not decode")
+    assert home.quarantined() == {1: "does not decode"}
+    assert not any(1 in tier for tier in tiers)
+    assert read(hierarchy, 1, 2) == [False, True]
+    hierarchy.close()
+
+
 def test_a_bad_block_of_a_home_that_cannot_be_written(tmp_path: Path) -> None:
     bad = make_blocks(make_ids(1))
     bad[0, 20] ^= 1
