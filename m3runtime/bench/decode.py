@@ -214,14 +214,15 @@ def _batch(
         batch=size,
         variants=variants,
         chosen=chosen,
-        contenders={name: _contender(runs, name) for name in KINDS},
-        boundaries={name: _boundaries(runs[name]) for name in (NOTHING, MEMORIES, WITHOUT_LOOKAHEAD)},
-        bound=_bound(contenders, runs[MEMORIES], size),
+        contenders={name: contender(runs, name) for name in KINDS},
+        boundaries={name: boundaries(runs[name]) for name in (NOTHING, MEMORIES, WITHOUT_LOOKAHEAD)},
+        bound=bound(contenders, runs[MEMORIES], size),
         same_tokens=contenders.same_tokens(asked[0], settings.new_tokens),
     )
 
 
-def _contender(runs: Mapping[str, Sequence[Run]], name: str) -> Contender:
+def contender(runs: Mapping[str, Sequence[Run]], name: str) -> Contender:
+    """Sum up one contender's counted rounds, beside those of the others: runs of equal place are of one round."""
     own, plainly, text = runs[name], runs[PLAIN], runs[TEXT]
     return Contender(
         tokens_per_s=Spread.of([run.tokens_per_s for run in own]),
@@ -237,7 +238,8 @@ def _contender(runs: Mapping[str, Sequence[Run]], name: str) -> Contender:
     )
 
 
-def _boundaries(runs: Sequence[Run]) -> Boundaries:
+def boundaries(runs: Sequence[Run]) -> Boundaries:
+    """Sum up what happened between chunks."""
     decoding = sum(run.decoding_s for run in runs)
     recalls = [stages for run in runs for stages in run.recalls]
     names = list(dict.fromkeys(name for stages in recalls for name in stages))
@@ -258,7 +260,8 @@ def _boundaries(runs: Sequence[Run]) -> Boundaries:
     )
 
 
-def _bound(contenders: Contenders, runs: Sequence[Run], size: int) -> Bound:
+def bound(contenders: Contenders, runs: Sequence[Run], size: int) -> Bound:
+    """What these runs had to read, ``size`` sequences at once."""
     spec, dtype = contenders.bank.manifest.spec, contenders.adapter.dtype
     tokens = statistics.fmean(run.memory_tokens for run in runs)
     read = 2 * spec.vectors_per_token * spec.head_dim * dtype.itemsize * tokens

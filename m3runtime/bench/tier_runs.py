@@ -73,10 +73,10 @@ class TierRuns:
             self._plain = self._write_plain(self._folder / "blocks")
             opening.callback(os.close, self._plain)
             self._open_copy = assembly.open_home(config)
-            self._copy: Home = self._open_copy(path=self._folder / "home", slot_bytes=self.slot_bytes)
-            opening.callback(lambda: self._copy.close())
+            self.copy: Home = self._open_copy(path=self._folder / "home", slot_bytes=self.slot_bytes)
+            opening.callback(lambda: self.copy.close())
             self._commit(self.ids, self._slots)
-            self._next = self._copy.next_id()
+            self._next = self.copy.next_id()
             self.has_cold = self._cool_plain()
             self._open = opening.pop_all()
         self.sizes: list[int] = []
@@ -92,10 +92,10 @@ class TierRuns:
     def draw(self, count: int, seed: int) -> None:
         """Choose the blocks of a round."""
         rows = sorted(random.Random(seed).sample(range(len(self.ids)), count))
-        self._rows, self._drawn = rows, self.ids[rows]
+        self._rows, self.drawn = rows, self.ids[rows]
         self._source = self._buffer(count).copy_(self._slots[rows])
-        self._out = self._buffer(count)
-        self._there = torch.empty(count, self.slot_bytes, dtype=torch.uint8, device=self.device)
+        self.out = self._buffer(count)
+        self.there = torch.empty(count, self.slot_bytes, dtype=torch.uint8, device=self.device)
         self._on_device = self._source.to(self.device)
         self.sizes.append(sum(self._ends[row] for row in rows))
 
@@ -106,28 +106,28 @@ class TierRuns:
             PREAD: Contender(self._pread, PREAD),
             PREAD_CHECKED: Contender(self._pread_checked, PREAD),
             COPY: Contender(self._copy_blocks, COPY),
-            COPY_SLOTS: Contender(lambda: self._out.copy_(self._source), COPY_SLOTS),
+            COPY_SLOTS: Contender(lambda: self.out.copy_(self._source), COPY_SLOTS),
             WRITE: Contender(self._write_and_sync, WRITE),
-            f"{name}: read": Contender(lambda: self.bank.home.read(self._drawn, self._out), PREAD),
+            f"{name}: read": Contender(lambda: self.bank.home.read(self.drawn, self.out), PREAD),
             f"{name}: commit": Contender(lambda: self._commit(self._new, self._sealed), WRITE, self._seal),
         }
         if self.has_cold:
             found[PREAD_COLD] = Contender(self._pread, PREAD_COLD, self._cool_plain)
-            cold = Contender(lambda: self._copy.read(self._drawn, self._out), PREAD_COLD, self._cool_home)
+            cold = Contender(lambda: self.copy.read(self.drawn, self.out), PREAD_COLD, self._cool_home)
             found[f"{name}: read, cold"] = cold
         if self.device.type != "cpu":
-            to_device = Contender(lambda: self._there.copy_(self._source, non_blocking=True), TO_DEVICE)
-            on_device = Contender(lambda: self._there.copy_(self._on_device), ON_DEVICE)
+            to_device = Contender(lambda: self.there.copy_(self._source, non_blocking=True), TO_DEVICE)
+            on_device = Contender(lambda: self.there.copy_(self._on_device), ON_DEVICE)
             found |= {TO_DEVICE: to_device, ON_DEVICE: on_device}
         tiers = [tier for tier in self._tiers if (tier.capacity or 0) >= count * self.slot_bytes]
         for tier in tiers:
             found |= self._of_tier(tier)
-        found[WAY_UP] = Contender(lambda: self._bare.read(self._drawn, self._there), PREAD)
+        found[WAY_UP] = Contender(lambda: self._bare.read(self.drawn, self.there), PREAD)
         if tiers:
             through = self._through_tiers
             found[WAY_UP_KEPT] = Contender(through, PREAD, self._empty)
             nearest = self._copied(tiers[0])
-            found[WAY_UP_CACHED] = Contender(through, nearest, lambda: self.hierarchy.lift(self._drawn))
+            found[WAY_UP_CACHED] = Contender(through, nearest, lambda: self.hierarchy.lift(self.drawn))
         found[DECODE] = Contender(lambda: self._decode(self._on_device), DECODE)
         found[DECODED] = Contender(self._home_to_decoded, PREAD)
         return found
@@ -136,14 +136,14 @@ class TierRuns:
         here = tier.device.type == "cpu"
 
         def write() -> None:
-            tier.write(self._drawn, self._source if here else self._on_device)
+            tier.write(self.drawn, self._source if here else self._on_device)
 
         return {
             f"{tier.name}: read": Contender(
-                lambda: tier.read(self._drawn, self._there), self._copied(tier), before=write
+                lambda: tier.read(self.drawn, self.there), self._copied(tier), before=write
             ),
             f"{tier.name}: write": Contender(
-                write, COPY_SLOTS if here else ON_DEVICE, before=lambda: tier.discard(self._drawn)
+                write, COPY_SLOTS if here else ON_DEVICE, before=lambda: tier.discard(self.drawn)
             ),
         }
 
@@ -167,18 +167,18 @@ class TierRuns:
         return os.open(path, os.O_RDONLY)
 
     def _pread(self) -> None:
-        out = self._out.numpy()
+        out = self.out.numpy()
         for place, row in enumerate(self._rows):
             os.preadv(self._plain, [out[place, : self._ends[row]].data], self._offsets[row])
 
     def _pread_checked(self) -> None:
         self._pread()
-        out = self._out.numpy()
-        for place, id in enumerate(self._drawn.tolist()):
+        out = self.out.numpy()
+        for place, id in enumerate(self.drawn.tolist()):
             block.check(out[place], id=id, stamp=self.bank.stamp)
 
     def _copy_blocks(self) -> None:
-        source, out = self._source.numpy(), self._out.numpy()
+        source, out = self._source.numpy(), self.out.numpy()
         for place, row in enumerate(self._rows):
             out[place, : self._ends[row]] = source[place, : self._ends[row]]
 
@@ -195,8 +195,8 @@ class TierRuns:
 
     def _seal(self) -> None:
         """The drawn blocks under ids that nobody had."""
-        self._new = as_ids(range(self._next, self._next + len(self._drawn)))
-        self._next += len(self._drawn)
+        self._new = as_ids(range(self._next, self._next + len(self.drawn)))
+        self._next += len(self.drawn)
         self._sealed = self._source.clone()
         heads = block.headers(self._sealed.numpy())
         for place, (row, id) in enumerate(zip(self._sealed.numpy(), self._new.tolist(), strict=True)):
@@ -206,7 +206,7 @@ class TierRuns:
     def _commit(self, ids: Ids, blocks: Tensor) -> None:
         references = [Reference(f"reference {id}", "bench", 0, 10, 2) for id in ids.tolist()]
         vectors = np.full((len(ids), self.bank.manifest.dim), self.bank.manifest.dim**-0.5, np.float32)
-        self._copy.commit(Batch(ids, blocks, references, vectors))
+        self.copy.commit(Batch(ids, blocks, references, vectors))
 
     def _cool_plain(self) -> bool:
         """Take the plain file out of the page cache. Whether it is out."""
@@ -223,8 +223,8 @@ class TierRuns:
 
     def _cool_home(self) -> None:
         """Take the copy of the home out of the page cache: pages in use stay there, so it is opened anew."""
-        self._copy.close()
-        self._copy = self._open_copy(path=self._folder / "home")
+        self.copy.close()
+        self.copy = self._open_copy(path=self._folder / "home")
         for path in (self._folder / "home").iterdir():
             if path.is_file():
                 file = os.open(path, os.O_RDONLY)
@@ -234,11 +234,11 @@ class TierRuns:
     # -- the way up ---------------------------------------------------------------------------------------------
 
     def _through_tiers(self) -> None:
-        self.hierarchy.read(self._drawn, self._there)
+        self.hierarchy.read(self.drawn, self.there)
 
     def _empty(self) -> None:
         for tier in self._tiers:
-            tier.discard(self._drawn)
+            tier.discard(self.drawn)
 
     def _decode(self, blocks: Tensor) -> None:
         # One by one on a CPU, as the runtime does.
@@ -247,8 +247,8 @@ class TierRuns:
             self.bank.decode(some, getattr(torch, self.bank.manifest.spec.dtype))
 
     def _home_to_decoded(self) -> None:
-        self._bare.read(self._drawn, self._there)
-        self._decode(self._there)
+        self._bare.read(self.drawn, self.there)
+        self._decode(self.there)
 
     def _buffer(self, count: int) -> Tensor:
         return torch.zeros(count, self.slot_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())

@@ -1,0 +1,71 @@
+"""``m3 bench recall``: the banks that it makes up are sound, and what is said of recalls adds up."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from m3runtime import assembly
+from m3runtime.bench.recall import CONFIGURED, OURS, PARTS, WHOLE
+from m3runtime.bench.synthetic import around, build, centres, queries
+from m3runtime.config import Config
+from tests.end_to_end.commands import Place
+
+
+def test_memories_lie_around_real_texts() -> None:
+    about = np.eye(3, 300, dtype=np.float32)
+    vectors = around(about, 200, seed=4)
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(1)
+    cosines = np.sort(vectors @ about.T, axis=1)
+    assert cosines[:, -1].mean() == pytest.approx(0.82, abs=0.02)
+    assert (cosines[:, -1] - cosines[:, -2] > 0.3).all()
+    assert (vectors == around(about, 200, seed=4)).all()
+
+
+def test_no_text_is_asked_twice() -> None:
+    texts = queries(100)
+    assert len(set(texts)) == 100
+    assert all(len(text.split()) == 48 for text in texts)
+    assert queries(3) == queries(3)
+
+
+def test_a_made_up_bank_is_whole(place: Place, tmp_path: Path) -> None:
+    config = Config.load(place.file, {})
+    embedder = assembly.open_embedder(config)
+    bank, built = build(config, embedder, centres(embedder), tmp_path / "made", 130, lambda *_: None)
+    try:
+        assert built.memories == len(bank.home) == 130
+        index = assembly.load_index(config, bank)
+        for ids, vectors in bank.home.embeddings():
+            found, scores = index.search(vectors, 1)
+            assert (found[:, 0] == ids).all()
+            assert scores == pytest.approx(1, abs=2e-3)
+    finally:
+        bank.close()
+
+
+def test_the_report_adds_up(written_once: Place) -> None:
+    found = written_once.m3("bench", "recall", "--size", "20", "--size", "60", "--rounds", "1", "--json").json
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == ["20", "60", CONFIGURED]
+    assert [rows[name]["memories"] for name in ("20", "60")] == [20, 60]
+    for row in rows.values():
+        stages = {name: spread["median"] for name, spread in row["stages"].items()}
+        assert all(seconds > 0 for seconds in stages.values())
+        assert sum(stages[name] for name in PARTS) <= stages[WHOLE]
+        assert stages[OURS] == pytest.approx(stages[WHOLE] - stages["embed"])
+        for name, share in row["of_embedding"].items():
+            assert share["median"] == pytest.approx(stages[name] / stages["embed"])
+    for stage in (WHOLE, OURS):
+        quotient = rows["60"]["stages"][stage]["median"] / rows["20"]["stages"][stage]["median"]
+        assert found["growth"][stage]["median"] == pytest.approx(quotient)
+    assert [built["memories"] for built in found["built"]] == [20, 60]
+
+
+def test_people_get_a_table_without_a_bank_too(place: Place) -> None:
+    result = place.m3("bench", "recall", "--size", "20", "--rounds", "1", "--threads", "1")
+    assert result.code == 0, result.err
+    for told in ("embed", "deliver", "times as long at 20 as at 20", "1 threads"):
+        assert told in " ".join(result.out.split())
+    assert CONFIGURED.split()[0] not in result.out
+    assert not place.bank.exists()

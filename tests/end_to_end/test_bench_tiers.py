@@ -1,0 +1,83 @@
+"""``m3 bench tiers``: every way of reading reads the same blocks, and what is said of them adds up."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from m3runtime.bench.tier_runs import PREAD, PREAD_CHECKED, PREAD_COLD, WAY_UP, WAY_UP_CACHED, WAY_UP_KEPT, TierRuns
+from m3runtime.block import length
+from m3runtime.config import Config
+from tests.end_to_end.commands import Place
+
+
+@pytest.fixture
+def runs(written: Place) -> Iterator[TierRuns]:
+    with TierRuns(Config.load(written.file, {}), torch.device("cpu")) as runs:
+        yield runs
+
+
+def test_all_that_read_read_the_same_blocks(runs: TierRuns) -> None:
+    runs.draw(4, seed=1)
+    contenders = runs.contenders(4)
+    reading = {PREAD, PREAD_CHECKED, WAY_UP, WAY_UP_KEPT, WAY_UP_CACHED, "lmdb: read", "pinned: read"}
+    reading |= {PREAD_COLD, "lmdb: read, cold"} if runs.has_cold else set()
+    assert reading < contenders.keys()
+    wanted = torch.zeros(4, runs.slot_bytes, dtype=torch.uint8)
+    assert runs.bank.home.read(runs.drawn, wanted).all()
+    for name in reading:
+        runs.out.zero_()
+        runs.there.zero_()
+        if before := contenders[name].before:
+            before()
+        contenders[name].work()
+        read = runs.there if runs.there.any() else runs.out
+        for one, other in zip(read.numpy(), wanted.numpy(), strict=True):
+            assert (one[: length(other)] == other[: length(other)]).all(), name
+
+
+def test_what_is_cold_comes_from_below(runs: TierRuns) -> None:
+    runs.draw(3, seed=2)
+    contenders = runs.contenders(3)
+    for name, from_home in ((WAY_UP_KEPT, 3), (WAY_UP_CACHED, 0), (WAY_UP_KEPT, 3)):
+        one = contenders[name]
+        assert one.before is not None
+        one.before()
+        before = runs.hierarchy.stats()[-1].hits
+        one.work()
+        assert runs.hierarchy.stats()[-1].hits - before == from_home
+
+
+def test_a_commit_adds_new_blocks_every_time(runs: TierRuns) -> None:
+    runs.draw(2, seed=3)
+    one = runs.contenders(2)["lmdb: commit"]
+    assert one.before is not None
+    for _ in range(3):
+        one.before()
+        one.work()
+    held = runs.bank.home.ids()
+    assert len(runs.copy) == len(held) + 6
+    assert runs.bank.home.ids().tolist() == held.tolist()
+
+
+def test_the_report_adds_up_and_leaves_nothing_behind(written: Place) -> None:
+    there, before = sorted(path.name for path in written.folder.iterdir()), written.contents()
+    found = written.m3("bench", "tiers", "--blocks", "1", "--blocks", "3", "--rounds", "1", "--json").json
+    assert {row["blocks"] for row in found["rows"]} == {1, 3}
+    seconds = {(row["blocks"], row["name"]): row["seconds"]["median"] for row in found["rows"]}
+    for row in found["rows"]:
+        quotient = seconds[row["blocks"], row["baseline"]] / row["seconds"]["median"]
+        assert row["speed"]["median"] == pytest.approx(quotient)
+        assert 0 < row["bytes"] <= row["blocks"] * found["slot_bytes"]
+    assert found["tiers"] == ["pinned", "lmdb"]
+    assert sorted(path.name for path in written.folder.iterdir()) == there
+    assert written.contents() == before
+
+
+def test_people_get_tables(written: Place, tmp_path: Path) -> None:
+    result = written.m3("bench", "tiers", "--blocks", "2", "--rounds", "1", "--set", "tiers=[{kind: lmdb}]")
+    assert result.code == 0, result.err
+    for told in ("2 blocks", "pread", "page cache warm", "lmdb, on cpu"):
+        assert told in " ".join(result.out.split())
+    assert "pinned" not in result.out
