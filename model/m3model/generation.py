@@ -80,9 +80,7 @@ class Generation(Reading[_Row]):
         recall = self.recaller.config.recall
         place = generated % recall.chunk_tokens
         if place == recall.chunk_tokens - recall.lookahead_tokens and recall.lookahead_tokens:
-            for stream, row in zip(self.streams, self.rows, strict=True):
-                if not row.stopped_by:
-                    stream.hint(self._last(row, place))
+            self.hint([None if row.stopped_by else self._last(row, place) for row in self.rows])
         if place == 0:
             self.recall([None if row.stopped_by else self._last(row, recall.chunk_tokens) for row in self.rows])
 

@@ -67,11 +67,16 @@ class Reading(Generic[AnyRow]):
 
     def _hint(self, texts: Sequence[str | None], read: Sequence[str | None]) -> None:
         """While the chunks of ``read`` are read, look ahead for the texts that differ from theirs."""
-        if not (self.streams and self.recaller and self.recaller.config.recall.lookahead_tokens):
-            return
-        for stream, text, now in zip(self.streams, texts, read, strict=True):
-            if text is not None and text != now:
-                stream.hint(text)
+        if self.recaller and self.recaller.config.recall.lookahead_tokens:
+            self.hint([None if text == now else text for text, now in zip(texts, read, strict=True)])
+
+    def hint(self, texts: Sequence[str | None]) -> None:
+        """Look ahead for the rows that have a text, in one call: they are embedded and searched together."""
+        assert self.recaller
+        assert self.streams
+        asking = [index for index, text in enumerate(texts) if text is not None]
+        if asking:
+            self.recaller.hint([self.streams[i] for i in asking], [texts[i] or "" for i in asking])
 
     def recall(self, texts: Sequence[str | None], *, wait: bool | None = None) -> None:
         """New memories for the rows that have a text; the others keep theirs (they are at no boundary)."""
