@@ -2,23 +2,34 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
-from m3runtime import assembly, codec_files, encoding
+from m3runtime import assembly, codec_files
 from m3runtime.adapter import Adapter
 from m3runtime.bank import Bank, Manifest
 from m3runtime.block import HEADER_BYTES
 from m3runtime.codecs import Codec
 from m3runtime.config import Config
-from m3runtime.encoding import GROUP
+from m3runtime.encoding import GROUP, Group
 from m3runtime.fitting import fit_codec, sample_size
 from m3runtime.references import references_of
 from m3runtime.retrieval import Embedder
 from m3runtime.sampling import reservoir
+from m3runtime.side_stream import SideStream
 from m3runtime.splitting import Splitter
 from m3runtime.text import Document
 from m3runtime.tier import Reference
+from m3runtime.worker import Job, Worker
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_BATCHES_AHEAD = 2
+"""Batches of memories that wait for their encoding, at most: on an accelerator they take its memory."""
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the stage (``codec`` or ``memories``), the steps done, and all of them."""
@@ -40,12 +51,18 @@ class WriteReport:
 
 
 class Writer:
-    """Writes into one bank with one model and one embedder. One thread."""
+    """Writes into one bank with one model and one embedder. One call at a time.
 
-    def __init__(self, config: Config, adapter: Adapter, embedder: Embedder) -> None:
+    The model runs in the caller's thread. While it computes a group, the one before is committed by another thread;
+    with ``beside``, a third one encodes and embeds meanwhile what the model computed. The default is that wherever the
+    model is not on a CPU. There, encoding would only take from the model what it adds: it has all the cores in turn.
+    """
+
+    def __init__(self, config: Config, adapter: Adapter, embedder: Embedder, *, beside: bool | None = None) -> None:
         self.config = config
         self.adapter = adapter
         self.embedder = embedder
+        self.beside = adapter.device.type != "cpu" if beside is None else beside
         self.splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
 
     def write(
@@ -64,20 +81,19 @@ class Writer:
         try:
             found = bank.home.find([reference.text for reference in references])
             pending = [one for one, id in zip(references, found, strict=True) if id is None]
-            known, size = len(references) - len(pending), 0
-            for start in range(0, len(pending), GROUP):
+            known = len(references) - len(pending)
 
-                def encoded(done: int, before: int = known + start) -> None:
-                    if progress:
-                        progress("memories", before + done, len(references))
+            def computed(count: int) -> None:
+                if progress:
+                    progress("memories", known + count, len(references))
 
-                encoded(0)
-                size += self._commit(bank, pending[start : start + GROUP], encoded)
+            self._commit(bank, pending, computed)
             index, changed = assembly.open_index(self.config, bank)
             if changed:
                 assembly.save_index(index, bank)
         finally:
             bank.close()
+        size = self._bytes(bank, pending)
         return WriteReport(count, len(references), len(pending), known, size, time.perf_counter() - began)
 
     def _references(self, documents: Iterable[Document], *, whole: bool) -> tuple[int, list[Reference]]:
@@ -133,10 +149,45 @@ class Writer:
         fit_codec(codec, self.adapter, texts, self.config.memory.batch_size, progress and partial(progress, "codec"))
         return codec
 
-    def _commit(self, bank: Bank, references: Sequence[Reference], encoded: Callable[[int], None]) -> int:
-        """Encode and commit one group in one transaction. Returns the bytes of its blocks."""
-        bank.home.commit(
-            encoding.encoded(bank, self.adapter, self.embedder, references, self.config.memory.batch_size, encoded)
-        )
+    def _commit(self, bank: Bank, references: Sequence[Reference], computed: Callable[[int], None]) -> None:
+        """Encode and commit references, each `GROUP` of them in one transaction, in order.
+
+        ``computed`` is called with how many of them the model has read.
+        """
+        adapter, embedder, stream = self.adapter, self.embedder, SideStream(self.adapter.device)
+        first_id, count = bank.home.next_id(), 0
+
+        def arrived(ready: "torch.Event | None", tensors: "Sequence[Tensor]", work: Job) -> None:
+            with stream.use():
+                stream.arrive(ready, tensors)
+                work()
+
+        with ExitStack() as workers:
+            commits = workers.enter_context(Worker(ahead=1))
+            encode: Callable[[Job], object] = _now
+            if self.beside:
+                encode = workers.enter_context(Worker(ahead=_BATCHES_AHEAD)).do
+            for start in range(0, len(references), GROUP):
+                computed(start)
+                group = Group(bank, first_id + start, references[start : start + GROUP])
+                encode(partial(arrived, stream.mark(), (), partial(group.embed, embedder)))
+                for rows in group.batches(self.config.memory.batch_size):
+                    memories = adapter.encode(group.texts(rows))
+                    tensors = (memories.keys, memories.values)
+                    encode(partial(arrived, stream.mark(), tensors, partial(group.put, rows, memories)))
+                    del memories, tensors  # the worker's now, or gone: the model needs the room
+                    computed(count := count + len(rows))
+                encode(partial(commits.do, partial(_commit, bank, group)))
+
+    def _bytes(self, bank: Bank, references: Sequence[Reference]) -> int:
+        """Bytes of the blocks of these references."""
         kept = [min(reference.tokens, self.adapter.spec.tokens) for reference in references]
         return sum(bank.codec.payload_bytes(tokens) + HEADER_BYTES for tokens in kept)
+
+
+def _now(job: Job) -> None:
+    job()
+
+
+def _commit(bank: Bank, group: Group) -> None:
+    bank.home.commit(group.batch())

@@ -1,22 +1,28 @@
 """Laws of `Writer` over any documents."""
 
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from random import Random
+from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
+from m3backends.lmdb import LmdbHome
 from m3runtime import assembly
 from m3runtime.adapter import Adapter
-from m3runtime.bank import as_ids
+from m3runtime.bank import Bank, as_ids
 from m3runtime.config import Config
+from m3runtime.encoding import GROUP
 from m3runtime.errors import InputError
 from m3runtime.text import Document
 from m3runtime.tier import Reference
 from m3runtime.writer import Writer, WriteReport
-from tests.end_to_end.commands import Place
+from tests.end_to_end.commands import Contents, Place, contents
 from tests.end_to_end.conftest import NewPlace
 
 # Few words, so that paragraphs are often equal; the long one has to be split.
@@ -37,10 +43,12 @@ class Desk:
         self.adapter = adapter
         self.embedder = assembly.open_embedder(config)
 
-    def write(self, bank: Path, texts: Sequence[str], *, whole: bool = False) -> WriteReport:
+    def write(
+        self, bank: Path, texts: Sequence[str], *, whole: bool = False, beside: bool | None = None
+    ) -> WriteReport:
         config = self.config.model_copy(update={"bank": bank})
         documents = [Document(f"text {number}", text) for number, text in enumerate(texts)]
-        return Writer(config, self.adapter, self.embedder).write(documents, whole=whole)
+        return Writer(config, self.adapter, self.embedder, beside=beside).write(documents, whole=whole)
 
     def references(self, bank: Path) -> list[Reference]:
         """In the order of ids, which have no gaps."""
@@ -114,11 +122,11 @@ def test_spans_index_the_text_of_their_source(desk: Desk, texts: list[str], whol
 
 
 @FEW
-@given(texts=CORPORA, cut=st.integers(0, 4))
+@given(texts=st.lists(TEXTS, min_size=2, max_size=4), cut=st.integers(0, 3))
 def test_in_two_parts_it_is_the_same(desk: Desk, texts: list[str], cut: int) -> None:
     texts = usable(texts)
-    first = texts[:cut]
-    assume(first and texts[cut:])
+    assume(len(texts) > 1)
+    first = texts[: 1 + cut % (len(texts) - 1)]
     with tempfile.TemporaryDirectory() as together, tempfile.TemporaryDirectory() as apart:
         desk.write(Path(together), texts)
         desk.write(Path(apart), first)
@@ -180,3 +188,111 @@ def test_codecs_learn_on_more_memories_of_fewer_tokens(
     Writer(config, adapter, assembly.open_embedder(config)).write(documents, progress=progress)
     adapter.close()
     assert totals == {2 * sample}  # encoded, then trained on
+
+
+# -- stages that run beside each other ----------------------------------------------------------------------------
+
+MANY = [f"Heron number {number} nests in tree {number * 37 % 100}." for number in range(2 * GROUP + 9)]
+"""Three groups."""
+
+
+class Failing:
+    """What raises `InputError` the ``after``-th time that it is asked, and else asks the ``real`` one."""
+
+    def __init__(self, real: Callable[..., Any], after: int) -> None:
+        self.real = real
+        self.left = after
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.left -= 1
+        if not self.left:
+            raise InputError("it failed as asked")
+        return self.real(*arguments)
+
+
+def stored(desk: Desk, bank: Path) -> Contents:
+    file = bank.parent / "m3.yaml"
+    Place(bank.parent).configure(**desk.config.model_copy(update={"bank": bank}).model_dump(mode="json"))
+    return contents(file)
+
+
+@pytest.mark.parametrize("count", [1, GROUP - 1, GROUP, GROUP + 1, len(MANY)])
+def test_stages_beside_each_other_write_the_same_bytes(desk: Desk, bank: Path, count: int) -> None:
+    for name, beside in (("in turn", False), ("beside", True)):
+        desk.write(bank / name / "bank", MANY[:count], beside=beside)
+    one, other = (stored(desk, bank / name / "bank") for name in ("in turn", "beside"))
+    assert one == other
+    assert one.next_id == count
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize(
+    ("where", "after", "committed"),
+    [
+        ("model", 1, {0}),
+        ("model", 7, {0, GROUP}),
+        ("codec", 1, {0}),
+        ("codec", 6, {0, GROUP}),
+        ("embedder", 1, {0}),
+        ("embedder", 3, {GROUP, 2 * GROUP}),
+        ("home", 1, {0}),
+        ("home", 2, {GROUP}),
+        ("home", 3, {2 * GROUP}),
+    ],
+)
+def test_an_error_in_any_stage_comes_out_and_leaves_whole_groups(
+    desk: Desk, bank: Path, monkeypatch: pytest.MonkeyPatch, where: str, after: int, committed: set[int], beside: bool
+) -> None:
+    owner, name = {
+        "model": (desk.adapter, "encode"),
+        "codec": (Bank, "blocks"),
+        "embedder": (desk.embedder, "embed_references"),
+        "home": (LmdbHome, "commit"),
+    }[where]
+    real = getattr(owner, name)
+    failing = Failing(real, after)
+    with monkeypatch.context() as patched:
+        # As a function where it becomes a method of a class.
+        patched.setattr(owner, name, (lambda *of: failing(*of)) if isinstance(owner, type) else failing)
+        with pytest.raises(InputError, match="it failed as asked"):
+            desk.write(bank / "bank", MANY, beside=beside)
+    left = stored(desk, bank / "bank")
+    assert left.next_id in committed
+    again = desk.write(bank / "bank", MANY, beside=beside)
+    assert (again.known, again.written) == (left.next_id, len(MANY) - left.next_id)
+    desk.write(bank / "whole" / "bank", MANY)
+    assert stored(desk, bank / "bank") == stored(desk, bank / "whole" / "bank")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_interrupt_while_groups_are_committed_leaves_whole_ones(desk: Desk, bank: Path, seed: int) -> None:
+    def write(moment: int) -> int:
+        """Interrupted at a call of a function, by Python's own count from the first group on to the last one's end."""
+        calls = 0
+
+        def watch(frame: FrameType, event: str, _: object) -> None:
+            nonlocal calls
+            if frame.f_code is Writer._commit.__code__ and event == "return":
+                sys.setprofile(None)
+            elif calls or frame.f_code is Writer._commit.__code__:
+                calls += 1
+                if calls == moment:
+                    sys.setprofile(None)
+                    raise KeyboardInterrupt
+
+        sys.setprofile(watch)
+        try:
+            desk.write(bank / f"{moment}" / "bank", MANY, beside=True)
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    end = write(0)
+    whole = stored(desk, bank / "0" / "bank")
+    moment = Random(seed).randrange(1, end - 100)
+    with pytest.raises(KeyboardInterrupt):
+        write(moment)
+    left = stored(desk, bank / f"{moment}" / "bank")
+    assert left.next_id % GROUP == 0
+    desk.write(bank / f"{moment}" / "bank", MANY)
+    assert stored(desk, bank / f"{moment}" / "bank") == whole
