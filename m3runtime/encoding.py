@@ -24,14 +24,6 @@ class Group:
         self._blocks = torch.zeros(len(references), bank.home.slot_bytes, dtype=torch.uint8)
         self._vectors: Vectors | None = None
 
-    def batches(self, size: int) -> list[list[int]]:
-        """Which rows the model reads together, ``size`` at most.
-
-        Batches of references of like length waste little on padding; rows and ids keep the references' order.
-        """
-        order = sorted(range(len(self.references)), key=lambda i: (self.references[i].tokens, i))
-        return [order[start : start + size] for start in range(0, len(order), size)]
-
     def texts(self, rows: Sequence[int]) -> list[str]:
         """What the model reads for these rows."""
         return [self.references[row].text for row in rows]
@@ -50,6 +42,15 @@ class Group:
         return Batch(self._ids, self._blocks, self.references, self._vectors)
 
 
+def batches(references: Sequence[Reference], size: int) -> list[list[int]]:
+    """Which rows of a group the model reads together, ``size`` at most.
+
+    Batches of references of like length waste little on padding; rows and ids keep the references' order.
+    """
+    order = sorted(range(len(references)), key=lambda row: (references[row].tokens, row))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 def encoded(
     bank: Bank,
     adapter: Adapter,
@@ -64,7 +65,7 @@ def encoded(
     """
     group = Group(bank, bank.home.next_id(), references)
     count = 0
-    for rows in group.batches(batch_size):
+    for rows in batches(references, batch_size):
         group.put(rows, adapter.encode(group.texts(rows)))
         done(count := count + len(rows))
     group.embed(embedder)

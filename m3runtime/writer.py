@@ -1,9 +1,9 @@
 """`Writer`: turns documents into references and memories, and commits them to a bank."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from m3runtime.bank import Bank, Manifest
 from m3runtime.block import HEADER_BYTES
 from m3runtime.codecs import Codec
 from m3runtime.config import Config
-from m3runtime.encoding import GROUP, Group
+from m3runtime.encoding import GROUP, Group, batches
 from m3runtime.fitting import fit_codec, sample_size
 from m3runtime.references import references_of
 from m3runtime.retrieval import Embedder
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 _BATCHES_AHEAD = 2
 """Batches of memories that wait for their encoding, at most: on an accelerator they take its memory."""
+
+STAGES = ("split", "codec", "model", "encode", "embed", "commit", "index")
+"""What writing consists of: of documents references, a codec that is trained or loaded, and so on."""
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the stage (``codec`` or ``memories``), the steps done, and all of them."""
@@ -48,6 +51,9 @@ class WriteReport:
     bytes: int
     """Bytes of the blocks that were written."""
     seconds: float
+    stages: Mapping[str, float] = field(default_factory=dict)
+    """Seconds that went by in each of `STAGES`. They may overlap, and an accelerator's work is waited for where its
+    result is copied."""
 
 
 class Writer:
@@ -74,10 +80,12 @@ class Writer:
         transaction is whole, and what is remembered is passed over. Raises `InputError` before anything is written,
         `BankMismatchError` if the bank is another model's, `BankFullError`.
         """
-        began = time.perf_counter()
-        count, references = self._references(documents, whole=whole)
+        began, clock = time.perf_counter(), _Clock()
+        with clock.stage("split"):
+            count, references = self._references(documents, whole=whole)
         assembly.make_index(self.config, self.embedder.dim)  # a mistake there should not show only at the end
-        bank = self._open(references, progress)
+        with clock.stage("codec"):
+            bank = self._open(references, progress)
         try:
             found = bank.home.find([reference.text for reference in references])
             pending = [one for one, id in zip(references, found, strict=True) if id is None]
@@ -87,14 +95,16 @@ class Writer:
                 if progress:
                     progress("memories", known + count, len(references))
 
-            self._commit(bank, pending, computed)
-            index, changed = assembly.open_index(self.config, bank)
-            if changed:
-                assembly.save_index(index, bank)
+            self._commit(bank, pending, computed, clock)
+            with clock.stage("index"):
+                index, changed = assembly.open_index(self.config, bank)
+                if changed:
+                    assembly.save_index(index, bank)
         finally:
             bank.close()
         size = self._bytes(bank, pending)
-        return WriteReport(count, len(references), len(pending), known, size, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return WriteReport(count, len(references), len(pending), known, size, seconds, clock.seconds)
 
     def _references(self, documents: Iterable[Document], *, whole: bool) -> tuple[int, list[Reference]]:
         """How many documents there are, and `references_of` them."""
@@ -149,7 +159,9 @@ class Writer:
         fit_codec(codec, self.adapter, texts, self.config.memory.batch_size, progress and partial(progress, "codec"))
         return codec
 
-    def _commit(self, bank: Bank, references: Sequence[Reference], computed: Callable[[int], None]) -> None:
+    def _commit(
+        self, bank: Bank, references: Sequence[Reference], computed: Callable[[int], None], clock: "_Clock"
+    ) -> None:
         """Encode and commit references, each `GROUP` of them in one transaction, in order.
 
         ``computed`` is called with how many of them the model has read.
@@ -157,10 +169,17 @@ class Writer:
         adapter, embedder, stream = self.adapter, self.embedder, SideStream(self.adapter.device)
         first_id, count = bank.home.next_id(), 0
 
-        def arrived(ready: "torch.Event | None", tensors: "Sequence[Tensor]", work: Job) -> None:
-            with stream.use():
+        def give(stage: str, work: Job, tensors: "Sequence[Tensor]" = ()) -> None:
+            encode(partial(arrived, stage, work, tensors, stream.mark()))
+
+        def arrived(stage: str, work: Job, tensors: "Sequence[Tensor]", ready: "torch.Event | None") -> None:
+            with clock.stage(stage), stream.use():
                 stream.arrive(ready, tensors)
                 work()
+
+        def commit(group: Group) -> None:
+            with clock.stage("commit"):
+                bank.home.commit(group.batch())
 
         with ExitStack() as workers:
             commits = workers.enter_context(Worker(ahead=1))
@@ -170,14 +189,14 @@ class Writer:
             for start in range(0, len(references), GROUP):
                 computed(start)
                 group = Group(bank, first_id + start, references[start : start + GROUP])
-                encode(partial(arrived, stream.mark(), (), partial(group.embed, embedder)))
-                for rows in group.batches(self.config.memory.batch_size):
-                    memories = adapter.encode(group.texts(rows))
-                    tensors = (memories.keys, memories.values)
-                    encode(partial(arrived, stream.mark(), tensors, partial(group.put, rows, memories)))
-                    del memories, tensors  # the worker's now, or gone: the model needs the room
+                give("embed", partial(group.embed, embedder))
+                for rows in batches(group.references, self.config.memory.batch_size):
+                    with clock.stage("model"):
+                        memories = adapter.encode(group.texts(rows))
+                    give("encode", partial(group.put, rows, memories), (memories.keys, memories.values))
+                    del memories  # the worker's now, or gone: the model needs the room
                     computed(count := count + len(rows))
-                encode(partial(commits.do, partial(_commit, bank, group)))
+                encode(partial(commits.do, partial(commit, group)))
 
     def _bytes(self, bank: Bank, references: Sequence[Reference]) -> int:
         """Bytes of the blocks of these references."""
@@ -189,5 +208,17 @@ def _now(job: Job) -> None:
     job()
 
 
-def _commit(bank: Bank, group: Group) -> None:
-    bank.home.commit(group.batch())
+class _Clock:
+    """Seconds by stage, each the work of one thread at a time."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """The block is more of this stage."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - began
