@@ -16,7 +16,6 @@ from m3model.transformers import TransformersAdapter
 from m3runtime.adapter import Prompt
 from m3runtime.config import GenerateConfig
 from m3runtime.runtime import Runtime
-from m3runtime.stream import Stream
 from tests.model.banks import CHUNK, make_runtime
 from tests.model.families import make_adapter, make_model, random_text
 
@@ -111,22 +110,22 @@ def runtime_of(tmp_path: Path) -> Iterator[Callable[..., Runtime]]:
 def events_of(adapter: TransformersAdapter, runtime: Runtime, prompts: Sequence[Prompt]) -> list[Any]:
     """What happens while prompts are read: texts recalled by and hinted at, tokens that the head is asked for."""
     events: list[Any] = []
-    recall, hint = Runtime.recall, Stream.hint
+    recall, hint = Runtime.recall, Runtime.hint
 
     def recalling(self: Runtime, streams: Any, texts: Sequence[str], **options: Any) -> Any:
         events.append(("recall", *texts))
         return recall(self, streams, texts, **options)
 
-    def hinting(self: Stream, text: str) -> None:
-        events.append(("hint", text))
-        hint(self, text)
+    def hinting(self: Runtime, streams: Any, texts: Sequence[str]) -> None:
+        events.append(("hint", *texts))
+        hint(self, streams, texts)
 
     def heading(_: Any, inputs: tuple[torch.Tensor]) -> None:
         events.append(("head", inputs[0].shape[1]))
 
     with ExitStack() as closing:
         closing.enter_context(patch.object(Runtime, "recall", recalling))
-        closing.enter_context(patch.object(Stream, "hint", hinting))
+        closing.enter_context(patch.object(Runtime, "hint", hinting))
         closing.callback(adapter.model.lm_head.register_forward_pre_hook(heading).remove)
         streams = [closing.enter_context(runtime.stream(adapter.dtype)) for _ in prompts]
         adapter.generate(prompts, streams, GenerateConfig(max_new_tokens=1))
