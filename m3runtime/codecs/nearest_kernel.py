@@ -46,7 +46,9 @@ def kernel(size: int, *, bytes: bool) -> Callable[..., None]:
         centroids = tables.shape[2]
         cut = np.empty((size, BLOCK), np.float32)
         best = np.empty(BLOCK, np.float32)
-        found = np.empty(BLOCK, np.int32)
+        found = np.empty(BLOCK, np.float32)
+        # Whole numbers, that have as many bits as scores. Looked up, for the compiler would make wider ones of `c`.
+        numbers = np.arange(centroids).astype(np.float32)
         blocks = (x.shape[1] + BLOCK - 1) // BLOCK
         for job in range(begin * blocks, end * blocks):
             part, start = job // blocks, job % blocks * BLOCK
@@ -58,6 +60,7 @@ def kernel(size: int, *, bytes: bool) -> Callable[..., None]:
             best[:] = -np.inf
             found[:] = 0
             for c in range(0, centroids, 4):  # four at a time, or reading and writing the best would take longest
+                a_at, b_at, d_at, e_at = numbers[c], numbers[c + 1], numbers[c + 2], numbers[c + 3]
                 for t in range(tokens):
                     a = cut[0, t] * table[0, c]
                     b = cut[0, t] * table[0, c + 1]
@@ -73,14 +76,14 @@ def kernel(size: int, *, bytes: bool) -> Callable[..., None]:
                     d += table[size, c + 2]
                     e += table[size, c + 3]
                     # Of equal ones the first.
-                    low, low_at = (b, np.int32(c + 1)) if b > a else (a, np.int32(c))
-                    high, high_at = (e, np.int32(c + 3)) if e > d else (d, np.int32(c + 2))
+                    low, low_at = (b, b_at) if b > a else (a, a_at)
+                    high, high_at = (e, e_at) if e > d else (d, d_at)
                     most, most_at = (high, high_at) if high > low else (low, low_at)
                     before = best[t]
                     found[t] = most_at if most > before else found[t]
                     best[t] = most if most > before else before
             for t in range(tokens):
-                out[start + t, part // out.shape[2], part % out.shape[2]] = found[t]
+                out[start + t, part // out.shape[2], part % out.shape[2]] = np.int32(found[t])
 
     whole = numba.int64
     signature = numba.void(
