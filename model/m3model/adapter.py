@@ -122,7 +122,8 @@ class TransformersAdapter(Adapter):
                 )
         counts = [len(tokens) for tokens in ids]
         width = max(counts)
-        session = Session(self.model, batch=len(ids), sink=self._sink, offset=len(self.sink_ids), context=width)
+        # No room for the context before the sink is in, or it would be made twice.
+        session = Session(self.model, batch=len(ids), sink=self._sink, offset=len(self.sink_ids), context=0)
         with stopping_after(session.cache, self.spec.layers[-1]):
             session.forward(torch.tensor([row + [0] * (width - len(row)) for row in ids]), counts, logits=False)
         parts = [session.cache.context(layer) for layer in self.spec.layers]
