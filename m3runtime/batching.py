@@ -77,7 +77,7 @@ class Together(Generic[Q, S, R]):
                     self._change.notify_all()
             for one, result in zip(batch, self._second(requests, found), strict=True):
                 one.result.append(result)
-        except Exception:
+        except Exception:  # of several, each tries alone: the one that fails raises in its own thread
             if len(batch) == 1:
                 raise
         finally:
