@@ -68,6 +68,9 @@ class TestWrite:
         place.text("facts/picture.png", b"\x89PNG")
         report = quiet(place.m3("write", place.facts(), "--json")).json
         assert report.pop("seconds") > 0
+        stages = report.pop("stages")
+        assert list(stages) == ["split", "codec", "model", "encode", "embed", "commit", "index"]
+        assert all(seconds > 0 for seconds in stages.values())
         assert report == {
             "documents": 6,
             "references": 6,
