@@ -25,8 +25,6 @@ MEMORIES = "ours, memories"
 WITHOUT_LOOKAHEAD = "ours, memories, no lookahead"
 KINDS = (PLAIN, TEXT, BARE, NOTHING, MEMORIES, WITHOUT_LOOKAHEAD)
 
-_TRIED = 64
-"""Tokens by which variants of the baseline are told apart."""
 _ABOVE_ALL = 2.0
 """A score that none reaches."""
 
@@ -152,16 +150,13 @@ class Contenders:
         longest = max(self.adapter.count_tokens(prompt.text) for some in batches for prompt in some)
         return longest + 1 + new_tokens  # one for BOS
 
-    def try_variant(
-        self, prompts: Sequence[Prompt], new_tokens: int, variant: str, room: int, times: int
-    ) -> float | str:
-        """Tokens a second of a variant's fastest call out of so many, or why it cannot be run."""
-        tried = min(_TRIED, new_tokens)
+    def try_variant(self, prompts: Sequence[Prompt], new_tokens: int, variant: str, room: int) -> float | str:
+        """Tokens a second of one call, or why the variant cannot be run."""
         try:
-            runs = [self.baseline.generate(prompts, tried, variant, room) for _ in range(times)]
+            run = self.baseline.generate(prompts, new_tokens, variant, room)
         except (RuntimeError, ValueError, ImportError) as error:
             return (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return len(prompts) * tried / min(run.seconds for run in runs)
+        return len(prompts) * new_tokens / run.seconds
 
     def choose(self, kind: str, variant: str, room: int) -> None:
         """Let `PLAIN` or `TEXT` be this variant from now on."""

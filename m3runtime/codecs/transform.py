@@ -108,13 +108,19 @@ class TransformDesign(Design):
             both[:, :, kind] = torch.unflatten(x, 0, (layers, heads)).transpose(1, 2)
         return both.view(layers, -1, self.channels)
 
-    def parted(self, x: Tensor) -> Vectors:
-        """Undo `joined`, of ``[units, tokens, channels]``: views."""
+    def put(self, x: Tensor, unit: int, keys: Tensor, values: Tensor) -> None:
+        """Undo `joined` for one unit: copy ``[n, tokens, channels]`` to where it belongs in keys and values.
+
+        Those are ``[n, layers * kv_heads, tokens, head_dim]``.
+        """
         if self.together == "head":
-            return x[: self.heads], x[self.heads :]
-        both = torch.unflatten(x, 2, (2, self.spec.kv_heads, self.spec.head_dim)).permute(2, 0, 3, 1, 4)
-        keys, values = both  # [layers, kv_heads, tokens, head_dim]
-        return keys, values
+            to = keys if unit < self.heads else values
+            to[:, unit % self.heads].copy_(x)
+            return
+        heads = self.spec.kv_heads
+        both = torch.unflatten(x, 2, (2, heads, self.spec.head_dim)).permute(2, 0, 3, 1, 4)
+        for to, part in zip((keys, values), both, strict=True):
+            to[:, unit * heads : (unit + 1) * heads].copy_(part)
 
     def _blocks(self, importance: Tensor | None, sample: Tensor) -> Tensor:
         """What errors cost, ``float64[units, channels, channels]``."""

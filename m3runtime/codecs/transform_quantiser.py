@@ -2,11 +2,13 @@
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,11 +21,15 @@ if TYPE_CHECKING:
     from m3runtime.codecs.transform import TransformDesign
     from m3runtime.codecs.transform_triton import TritonDecoder
 
+Numbers = npt.NDArray[np.integer[Any]]
+
 log = logging.getLogger("m3runtime")
 
 CENTROIDS = 256
 _TILE = 32
 """Rows of a matrix product. Always as many, because a product may round otherwise in another shape."""
+_APART = 16
+"""Numbers between the rows that a matrix product reads."""
 _AT_ONCE = 16
 """Codes that `nearest` finds by one call."""
 
@@ -117,32 +123,42 @@ class TransformQuantiser(Quantiser):
 
     def _decode(self, payloads: Tensor, keys: Tensor, values: Tensor) -> None:
         """`decode` in torch, on any device, into ``float32[n, layers * kv_heads, width, head_dim]``."""
-        n, _, width, head_dim = keys.shape
+        n, _, width, _ = keys.shape
+        if not n:
+            return
         codes = torch.unflatten(payloads[:, : width * self.token_bytes], 1, (width, self.token_bytes))
-        # One memory at a time: each table then comes into the cache once for all of its tokens.
         rows = -(-width // _TILE) * _TILE
-        coordinates = torch.zeros(self.design.units, rows, self._places.gather.shape[1], device=payloads.device)
-        for i in range(n):
-            self._look_up(codes[i], coordinates)
-            for start in range(0, width, _TILE):
-                tile = coordinates[:, start : start + _TILE]
-                some = slice(start, min(start + _TILE, width))
-                x = torch.baddbmm(self.mean[:, None], tile, self._padded_inverse)[:, : some.stop - start]
-                for out, part in zip((keys, values), self.design.parted(x), strict=True):
-                    out[i, :, some].view(*part.shape[:-1], head_dim).copy_(part)
+        # One unit of all memories at a time: its matrix and its centroids then come into the cache once.
+        for unit, coordinates in enumerate(self._by_unit(codes, rows)):
+            inverse = self._padded_inverse[unit, : coordinates.shape[2]]
+            mean = self.mean[unit].expand(len(coordinates), _TILE, -1)
+            x = torch.baddbmm(mean, coordinates, inverse.expand(len(coordinates), -1, -1))
+            self.design.put(x.view(n, rows, -1)[:, :width], unit, keys, values)
 
-    def _look_up(self, codes: Tensor, out: Tensor) -> None:
-        """Put what codes ``uint8[tokens, parts]`` stand for into ``float32[units, at least tokens, kept]``.
+    def _by_unit(self, codes: Tensor, rows: int) -> Iterator[Tensor]:
+        """Of each unit what codes ``uint8[n, width, parts]`` stand for, ``float32[n * rows / 32, 32, coordinates]``.
 
-        What a unit does not keep, and rows beyond these tokens, stay as they are. numba and torch give equal numbers.
+        Rows beyond a memory's tokens have no meaning. Each tensor is valid until the next is asked for. numba and torch
+        give equal numbers.
         """
+        n, width, _ = codes.shape
         if codes.device.type == "cpu" and compiled():
             from m3runtime.codecs.scatter_kernel import scatter
 
-            of = (codes.numpy(), self.parts.numpy(), self._starts.numpy(), self._flat.numpy(), out.numpy())
-            share_out(lambda first, end: scatter(*of, first, end), len(self.parts), out.numel())
-        else:
-            out[:, : len(codes)] = self._coordinates(codes)
+            # Not a power of two apart, or rows would drive each other out of the cache.
+            out = torch.zeros(n * rows, self._places.gather.shape[1] + _APART)
+            for kept, parts, starts, gapless in self._units:
+                if not gapless:
+                    out.zero_()
+                of = (codes.numpy(), parts, starts, self._flat.numpy(), out.numpy())
+                share_out(lambda first, end, of=of: scatter(*of, first, end), n * width, n * width * kept)
+                yield out.view(-1, _TILE, out.shape[1])[:, :, :kept]
+            return
+        every = codes.new_zeros(self.design.units, n, rows, self._places.gather.shape[1], dtype=torch.float32)
+        for i in range(n):
+            every[:, i, :width] = self._coordinates(codes[i])
+        for unit, kept in enumerate(self._places.kept):
+            yield every[unit].view(-1, _TILE, every.shape[3])[:, :, :kept]
 
     def _coordinates(self, codes: Tensor) -> Tensor:
         """Of codes ``uint8[tokens, parts]``, ``float32[units, tokens, kept]``: zero where a unit keeps fewer."""
@@ -162,10 +178,16 @@ class TransformQuantiser(Quantiser):
         return torch.cat([table.flatten() for table in self.tables])
 
     @cached_property
-    def _starts(self) -> Tensor:
-        """Where the centroids of each part begin in `_flat`, ``int64[parts]``."""
+    def _units(self) -> list[tuple[int, Numbers, Numbers, bool]]:
+        """Of each unit: its coordinates, its parts and their starts as the kernel takes them, and whether no gap is."""
         sizes = self.parts[:, 2].to(torch.int64) * CENTROIDS
-        return sizes.cumsum(0) - sizes
+        starts = sizes.cumsum(0) - sizes
+        found = []
+        for unit, kept in enumerate(self._places.kept):
+            own = (self.parts[:, 0] == unit).nonzero()[:, 0]
+            parts = torch.column_stack([own.to(torch.int32), self.parts[own, 1:]]).contiguous()
+            found.append((kept, parts.numpy(), starts[own].numpy(), int(parts[:, 2].sum()) == kept))
+        return found
 
     @cached_property
     def _kernel(self) -> "TritonDecoder | None":
