@@ -7,7 +7,7 @@ import numpy as np
 
 from m3runtime import records
 from m3runtime.abilities import Persistent
-from m3runtime.bank import INDEX, Bank, LoadCodec, OpenHome
+from m3runtime.bank import INDEX, Bank, LoadCodec, OpenHome, as_ids
 from m3runtime.codecs import Codec
 from m3runtime.config import Config, default_tiers
 from m3runtime.errors import CodecError, ConfigError, IndexFileError
@@ -93,26 +93,33 @@ def make_codec(config: Config, spec: MemorySpec) -> Codec:
         raise ConfigError(f"codec.{error}") from error
 
 
-def open_index(config: Config, bank: Bank) -> tuple[Index, bool]:
-    """The bank's index, loaded or rebuilt and in line with the home, and whether it differs from its file."""
+def open_index(config: Config, bank: Bank, *, every: bool = False) -> tuple[Index, bool]:
+    """The bank's index, loaded or rebuilt and in line with the home, and whether its file should be written anew.
+
+    It finds what is recalled: without ``recall.cold_start`` no cold reference. For `save_index` it is to have ``every``
+    one, though a file that lacks some does no harm.
+    """
     rebuilt = False
     try:
         index = load_index(config, bank)
     except IndexFileError as error:
         log.info("the index is rebuilt: %s", error)
         index, rebuilt = make_index(config, bank.manifest.dim), True
-    added, removed = catch_up(index, bank)
+    added, removed = catch_up(index, bank, cold=every or config.recall.cold_start)
     return index, rebuilt or added + removed > 0
 
 
-def catch_up(index: Index, bank: Bank) -> tuple[int, int]:
+def catch_up(index: Index, bank: Bank, *, cold: bool = True) -> tuple[int, int]:
     """Bring an index in line with the home, the only truth. Returns how many ids were added and removed.
+
+    Without ``cold`` it holds nothing that is cold, which does not count as removed: its file may well have that.
 
     Memories whose embedding is damaged or missing cannot be found: they are set apart.
     """
+    hidden = as_ids([]) if cold else bank.home.cold()
     there, wanted = index.ids(), bank.home.ids()
-    gone, missing = np.setdiff1d(there, wanted), np.setdiff1d(wanted, there)
-    index.remove(gone)
+    gone, missing = np.setdiff1d(there, wanted), np.setdiff1d(np.setdiff1d(wanted, there), hidden)
+    index.remove(np.concatenate([gone, np.intersect1d(there, hidden)]))
     damaged: dict[int, str] = {}
     for ids, vectors in records.embeddings(bank.home, missing, bank.manifest.dim, damaged):
         index.add(ids, vectors)

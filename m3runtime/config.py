@@ -187,6 +187,9 @@ class RecallConfig(_Section):
     """How long a recall waits for blocks that are still below."""
     when_late: Literal["wait", "skip", "next_chunk"] = "skip"
     """For memories that miss the deadline: wait for them, go on without, or give them to the next chunk."""
+    cold_start: Annotated[bool, Strict()] = False
+    """Whether references that are only in the catalogue are encoded at their first recall, and stored; else they are
+    not recalled."""
     trace: Annotated[Path, BeforeValidator(_name)] | None = None
     """A file to record into what is asked of the tiers, relative to the file that says so; null: none."""
 
@@ -266,6 +269,10 @@ class Config(_Section):
     """What a runtime shows of itself."""
     generate: GenerateConfig = GenerateConfig()
     """How answers are written."""
+
+    def without_cold_start(self) -> "Config":
+        """The same, by which nothing is encoded at recall: for what only reads a bank."""
+        return self.model_copy(update={"recall": self.recall.model_copy(update={"cold_start": False})})
 
     @classmethod
     def load(

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from m3runtime.cache import TierStats
 from m3runtime.latency import Latency, Timer
 
-RECALL_STAGES = ("embed", "search", "bring", "wait", "read", "decode", "deliver", "recall")
-"""What a recall consists of. ``bring`` has ``wait``, ``read`` and ``decode`` in it, and ``recall`` all the others."""
+RECALL_STAGES = ("embed", "search", "encode", "bring", "wait", "read", "decode", "deliver", "recall")
+"""What a recall consists of. ``encode`` is that of cold references, or waiting while another thread encodes. ``bring``
+has ``wait``, ``read`` and ``decode`` in it, and ``recall`` all the others."""
 LOOKAHEAD_STAGES = ("embed", "search", "read", "decode", "lift")
 """What is done beside decoding, for hints and for blocks that missed a deadline."""
 
@@ -33,6 +34,12 @@ class RecallCounts:
     """Seconds spent on waiting, reading and decoding."""
     waited_s: float = 0.0
     """Of those, seconds spent on waiting for what other threads were bringing."""
+    encoded: int = 0
+    """Cold references that were encoded at a recall."""
+    unstored: int = 0
+    """Of those, memories that the home had no room for."""
+    encode_s: float = 0.0
+    """Seconds spent on encoding them."""
 
 
 @dataclass(frozen=True, slots=True)

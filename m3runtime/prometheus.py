@@ -28,6 +28,8 @@ _RECALL = {
     "memories": "Memories given to chunks.",
     "kept": "Memories that a stream held already.",
     "late": "Memories that had not arrived by the deadline.",
+    "encoded": "Cold references that were encoded at a recall.",
+    "unstored": "Of those, memories that the home had no room for.",
 }
 _LOOKAHEAD = {
     "hints": "Hints of streams.",
@@ -67,6 +69,9 @@ class Collector(_Collector):
             yield CounterMetricFamily(f"m3_recall_{name}", text, value=getattr(metrics.recall, name))
         yield CounterMetricFamily(
             "m3_recall_waited_seconds", "Seconds that recalls waited for other threads.", value=metrics.recall.waited_s
+        )
+        yield CounterMetricFamily(
+            "m3_recall_encode_seconds", "Seconds spent on encoding cold references.", value=metrics.recall.encode_s
         )
         for name, text in _LOOKAHEAD.items():
             yield CounterMetricFamily(f"m3_lookahead_{name}", text, value=getattr(metrics.lookahead, name))

@@ -55,7 +55,7 @@ def repair(
         report = _Repair(config, bank, progress).mend(found, compute=compute, drop=drop)
         if any(one.where == "index" for one in found.damage):
             (bank.path / INDEX).unlink()
-        index, changed = assembly.open_index(config, bank)
+        index, changed = assembly.open_index(config, bank, every=True)
         if changed:
             assembly.save_index(index, bank)
         if found.clean:

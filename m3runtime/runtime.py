@@ -14,11 +14,13 @@ import numpy as np
 import torch
 
 from m3runtime import assembly, records
+from m3runtime.adapter import Adapter
 from m3runtime.bank import Bank, as_ids
 from m3runtime.batching import Together
 from m3runtime.block import Ids
+from m3runtime.cold_start import ColdStart
 from m3runtime.config import Config
-from m3runtime.errors import InputError, TierError
+from m3runtime.errors import BankBusyError, InputError, TierError
 from m3runtime.fetching import Fetcher
 from m3runtime.hierarchy import Hierarchy
 from m3runtime.lookahead import Hint, Lookahead
@@ -49,8 +51,16 @@ class Runtime:
     """Chooses and delivers memories. Every method may be called from any thread; a stream, from one at a time."""
 
     def __init__(
-        self, config: Config, bank: Bank, hierarchy: Hierarchy, retriever: Retriever, device: torch.device
+        self,
+        config: Config,
+        bank: Bank,
+        hierarchy: Hierarchy,
+        retriever: Retriever,
+        device: torch.device,
+        *,
+        encoder: Adapter | None = None,
     ) -> None:
+        """``encoder`` is needed to recall with ``recall.cold_start``, and may also be set later."""
         self.config = config
         self.bank = bank
         self.hierarchy = hierarchy
@@ -64,11 +74,13 @@ class Runtime:
         self._fetcher = Fetcher(bank, hierarchy, device)
         self._lookahead = Lookahead(
             self._fetcher,
-            lambda texts, stages: self.retriever.search(texts, timed=stages.stage),
+            lambda texts, stages: self._cold_start.encoded(self.retriever.search(texts, timed=stages.stage)),
             self._prefetcher,
             self.meter,
             in_flight=config.recall.in_flight,
         )
+        self._cold_start = ColdStart(bank, self._fetcher, self.stats, config)
+        self.encoder = encoder
         self._together = Together(self._choose, self._bring, lambda request: request.kind)
         self._numbers = count(1)
         self._lock = threading.Lock()
@@ -78,15 +90,25 @@ class Runtime:
         self._endpoint: contextlib.AbstractContextManager[object] | None = None
 
     @classmethod
-    def open(cls, config: Config | str | Path | None = None, *, read_only: bool = False) -> Self:
+    def open(
+        cls,
+        config: Config | str | Path | None = None,
+        *,
+        read_only: bool = False,
+        encoder: Adapter | None = None,
+    ) -> Self:
         """Open the bank that a configuration (or its file) names, with everything around it.
 
+        ``encoder`` encodes cold references, if ``recall.cold_start`` says so; it stays the caller's to close. Opened
+        for reading only nothing is encoded: what is cold can be searched for, and is not delivered.
+
         Raises `ConfigError`, `PluginError`, `BankMissingError`, `BankFormatError`, `BankMismatchError` (the bank is
-        another embedder's), another `BankError`, or `InputError` if it cannot record into ``recall.trace``.
+        another embedder's or model's), `BankBusyError`, another `BankError`, or `InputError` if it cannot record into
+        ``recall.trace``.
         """
         config = config if isinstance(config, Config) else Config.load(config)
         with contextlib.ExitStack() as undo:
-            bank = assembly.open_bank(config, read_only=read_only)
+            bank = _open_bank(config, read_only=read_only)
             undo.callback(bank.close)
             embedder = assembly.open_embedder(config)
             undo.callback(embedder.close)
@@ -105,7 +127,9 @@ class Runtime:
             retriever = Retriever(
                 embedder, index, memories=recall.memories, min_score=recall.min_score, margin=recall.margin
             )
-            runtime = cls(config, bank, hierarchy, retriever, device)
+            if read_only:
+                config = config.without_cold_start()
+            runtime = cls(config, bank, hierarchy, retriever, device, encoder=encoder)
             runtime._index_changed = changed and not read_only
             runtime._trace = trace
             undo.callback(runtime._stop)
@@ -115,6 +139,17 @@ class Runtime:
                 runtime._endpoint = serve(runtime, config.metrics.address, config.metrics.port)
             undo.pop_all()
         return runtime
+
+    @property
+    def encoder(self) -> Adapter | None:
+        """What encodes cold references. Setting it raises `BankMismatchError` if the bank is another model's."""
+        return self._cold_start.encoder
+
+    @encoder.setter
+    def encoder(self, encoder: Adapter | None) -> None:
+        if encoder is not None:
+            encoder.check(self.bank.manifest, self.bank.path)
+        self._cold_start.encoder = encoder
 
     # -- streams ------------------------------------------------------------------------------------------------
 
@@ -127,8 +162,12 @@ class Runtime:
 
         So it is for calls of several threads that come while another is being embedded. A blank text keeps nothing and
         chooses nothing. See `Stream.recall`.
+
+        With ``recall.cold_start`` what is chosen and cold is encoded first, in the calling thread and however long it
+        takes: the deadline is that of the others. Raises `ConfigError` if there is no `encoder`.
         """
         self._check(streams, texts)
+        self._cold_start.check()
         if len({stream.dtype for stream in streams}) > 1:
             raise InputError("streams that recall together must have the same dtype")
         waits = self.config.recall.when_late == "wait" if wait is None else wait
@@ -186,7 +225,7 @@ class Runtime:
         return [found.get(id) for id in ids]
 
     def fetch(self, ids: Sequence[int] | Ids, dtype: torch.dtype) -> dict[int, Part]:
-        """The decoded memories of ids, on the device; those that are gone or bad are left out."""
+        """The decoded memories of ids, on the device; those that are gone, bad or cold are left out."""
         stages = self.meter.lookahead()
         return dict(self._lookahead.gather({}, _unique(as_ids(ids).tolist()), dtype, stages, None).parts)
 
@@ -264,12 +303,19 @@ class Runtime:
         of_streams = {
             stream.number: [match.id for match in matches] for stream, matches in zip(streams, chosen, strict=True)
         }
+        fresh = self._cold_start.encode(new, dtype, stages)
+        encoded = time.perf_counter()
         with stages.stage("bring", len(new)):
-            deadline = None if waits else searched + self.config.recall.deadline
-            gathered = self._lookahead.gather(of_streams, new, dtype, stages, deadline)
+            # What took a model to make is not left out for being late.
+            warmed = dict(fresh.parts)
+            if fresh.ids:
+                warmed |= self._lookahead.gather({}, fresh.ids, dtype, stages, None).parts
+            rest = [id for id in new if id not in fresh.parts and id not in fresh.ids]
+            deadline = None if waits else time.perf_counter() + self.config.recall.deadline
+            gathered = self._lookahead.gather(of_streams, rest, dtype, stages, deadline)
         with stages.stage("deliver"):
             self._score([match for matches in chosen for match in matches])
-            parts = {**held, **gathered.parts}
+            parts = {**held, **warmed, **gathered.parts}
             ids = _unique(match.id for matches in chosen for match in matches if match.id in parts)
             references = self._fetcher.references(ids, fresh=waits)
             given = [
@@ -284,10 +330,10 @@ class Runtime:
         self.stats.count(
             chunks=len(streams),
             memories=memories,
-            kept=memories - len(gathered.parts),
+            kept=memories - len(gathered.parts) - len(warmed),
             late=sum(len(one.late) for one in given),
             search_s=searched - began,
-            fetch_s=ended - searched,
+            fetch_s=ended - encoded,
             waited_s=stages.seconds.get("wait", 0.0),
         )
         results = iter(given)
@@ -328,6 +374,15 @@ class Runtime:
             log_weights=log_weights(given, self.config.recall.score_temperature),
             stages=stages.seconds,
         )
+
+
+def _open_bank(config: Config, *, read_only: bool) -> Bank:
+    try:
+        return assembly.open_bank(config, read_only=read_only)
+    except BankBusyError as error:
+        if read_only or not config.recall.cold_start:
+            raise
+        raise BankBusyError(f"{error} (a recall writes with recall.cold_start: true)") from error
 
 
 def _unique(ids: Iterable[int]) -> list[int]:

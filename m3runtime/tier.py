@@ -15,10 +15,15 @@ if TYPE_CHECKING:
     from torch import Tensor, device
 
 
-def check_rows(ids: Ids, rows: "Tensor", slot_bytes: int) -> None:
-    """Raise `InputError` unless ``ids`` is ``uint64[n]`` and ``rows`` is ``uint8[n, slot_bytes]``."""
+def check_ids(ids: Ids) -> None:
+    """Raise `InputError` unless ``ids`` is ``uint64[n]``."""
     if ids.dtype != np.uint64 or ids.ndim != 1:
         raise InputError(f"ids must be uint64[n], not {ids.dtype}{list(ids.shape)}")
+
+
+def check_rows(ids: Ids, rows: "Tensor", slot_bytes: int) -> None:
+    """Raise `InputError` unless ``ids`` is ``uint64[n]`` and ``rows`` is ``uint8[n, slot_bytes]``."""
+    check_ids(ids)
     if tuple(rows.shape) != (len(ids), slot_bytes) or rows.element_size() != 1:
         raise InputError(f"blocks must be uint8[{len(ids)}, {slot_bytes}], not {rows.dtype}{list(rows.shape)}")
 
@@ -125,6 +130,9 @@ class Home(Tier):
 
     What `commit` returned from survives a crash at any later instant; what it did not is wholly absent. The
     home is the only truth: index, caching tiers and statistics are rebuilt from it.
+
+    A reference may be in the catalogue before it is encoded: it is then **cold**, remembered like any other but without
+    a block, which `read` and `contains` miss. It gets its block once, and is cold never again.
     """
 
     @abstractmethod
@@ -133,6 +141,27 @@ class Home(Tier):
 
         Ids are new (`next_id` or above), texts not remembered yet, or only by what is replaced; else `InputError`.
         Raises `BankFullError` and `TierReadOnlyError`. After any error nothing was written.
+        """
+
+    @abstractmethod
+    def catalogue(self, ids: Ids, references: Sequence[Reference], embeddings: npt.NDArray[np.float32]) -> None:
+        """Add references that are not encoded yet, cold, in one transaction; else as `commit`.
+
+        ``embeddings`` is ``float32[n, dim]``. Ids and texts are new; else `InputError`. Raises `BankFullError` and
+        `TierReadOnlyError`. After any error nothing was written.
+        """
+
+    @abstractmethod
+    def cold(self, ids: Ids | None = None) -> Ids:
+        """Which of all ids, or of these, are cold: ascending, each once, quarantined ones left out."""
+
+    @abstractmethod
+    def fill(self, ids: Ids, blocks: "Tensor") -> Found:
+        """Give cold ids their blocks (``uint8[n, slot_bytes]``, sealed) in one transaction. Returns which got one now.
+
+        Ids that are not in `cold` are passed over, whatever the reason: none ever gets another block. Raises
+        `InputError` for bytes that are no block of their id, `BankFullError` and `TierReadOnlyError`. After any error
+        nothing was written.
         """
 
     @abstractmethod

@@ -34,7 +34,7 @@ class VerifyReport:
     """What `verify` found."""
 
     blocks: int
-    """Memories whose blocks were looked for, quarantined ones with them."""
+    """Memories whose blocks were looked for, quarantined ones with them; cold references have none."""
     good: int
     bytes: int
     """Bytes of the blocks whose digest is right."""
@@ -45,6 +45,8 @@ class VerifyReport:
     """Where the reference of each damaged memory came from, if that can still be read."""
     notes: tuple[str, ...]
     """What is in no harm: an index, which is a cache, may be missing or behind."""
+    cold: int = 0
+    """References that are in the catalogue and not encoded yet."""
 
     @property
     def bad(self) -> int:
@@ -93,7 +95,7 @@ class _Walk:
         self.progress = progress
         self.manifest: Manifest | None = None
         self.bank: Bank | None = None
-        self.blocks = self.good = self.bytes = 0
+        self.blocks = self.good = self.bytes = self.cold = 0
         self.notes: list[str] = []
         # By what it is about: the home's own audit and the reading of each memory may find the same.
         self._damage: dict[tuple[str, int | None, str | None], Damage] = {}
@@ -133,15 +135,17 @@ class _Walk:
         self.progress("blocks", 0, len(ids))
         for start in range(0, len(ids), size):
             some = ids[start : start + size]
-            damage = self._read_batch(some, slots[: len(some)])
+            damage, cold_ids = self._read_batch(some, slots[: len(some)])
             if damage:  # what was forgotten meanwhile is not missed
                 there = set(self._remembered().tolist())
                 damage = [one for one in damage if one.id in there]
                 some = some[[id in there for id in some.tolist()]]
             for one in damage:
                 self.found(one.where, one.id, one.what)
-            self.blocks += len(some)
-            self.good += len(some) - sum(one.where == "block" for one in damage)
+            cold = len(np.intersect1d(some, cold_ids))
+            self.cold += cold
+            self.blocks += len(some) - cold
+            self.good += len(some) - cold - sum(one.where == "block" for one in damage)
             self.progress("blocks", min(start + size, len(ids)), len(ids))
 
     def compare_index(self) -> None:
@@ -154,7 +158,8 @@ class _Walk:
             self.notes.append(f"{error}; the index is rebuilt when the bank is opened")
             return
         ids, there = self.home.ids(), index.ids()
-        lacks, has = len(np.setdiff1d(ids, there)), len(np.setdiff1d(there, ids))
+        # Whether it has those that are cold depends on who wrote it.
+        lacks, has = len(np.setdiff1d(np.setdiff1d(ids, there), self.home.cold())), len(np.setdiff1d(there, ids))
         if lacks or has:
             self.notes.append(
                 f"the index lacks {lacks} memories and holds {has} that are not remembered; "
@@ -172,7 +177,9 @@ class _Walk:
         found, _ = records.references(self.home, as_ids(ids))
         sources = {id: one.source for id, one in zip(ids, found, strict=True) if one is not None}
         quarantined = len(records.quarantined(self.home))
-        return VerifyReport(self.blocks, self.good, self.bytes, quarantined, damage, sources, tuple(self.notes))
+        return VerifyReport(
+            self.blocks, self.good, self.bytes, quarantined, damage, sources, tuple(self.notes), self.cold
+        )
 
     def _remembered(self) -> Ids:
         return np.union1d(self.home.ids(), as_ids(list(records.quarantined(self.home))))
@@ -185,7 +192,8 @@ class _Walk:
             each += 2 * 4 * spec.vectors_per_token * spec.tokens * spec.head_dim
         return max(1, min(256, BATCH_BYTES // each))
 
-    def _read_batch(self, ids: Ids, slots: Tensor) -> list[Damage]:
+    def _read_batch(self, ids: Ids, slots: Tensor) -> tuple[list[Damage], Ids]:
+        """What is wrong with these, and which of them are whole without a block."""
         references, wrong = records.references(self.home, ids)
         damage = [Damage("reference", id, what) for id, what in wrong.items()]
         damage += [
@@ -194,7 +202,9 @@ class _Walk:
             if one is None and id not in wrong
         ]
         damage += self._read_embeddings(ids)
+        cold = self.home.cold(ids)  # before its block is looked for: it may get it meanwhile
         there = self.home.read(ids, slots)
+        cold = np.setdiff1d(cold, ids[there])
         quarantined = records.quarantined(self.home)
         whole = []
         for row, (id, reference) in enumerate(zip(ids.tolist(), references, strict=True)):
@@ -204,10 +214,11 @@ class _Walk:
                     whole.append(row)
                 except BlockError as error:
                     damage.append(Damage("block", id, str(error).removeprefix(f"block {id}: ")))
-            else:
+            elif id not in cold:
                 why = f"quarantined: {quarantined[id]}" if id in quarantined else "there is none"
                 damage.append(Damage("block", id, why))
-        return damage + [Damage("block", int(ids[row]), what) for row, what in self._undecodable(slots, whole).items()]
+        damage += [Damage("block", int(ids[row]), what) for row, what in self._undecodable(slots, whole).items()]
+        return damage, cold
 
     def _read_embeddings(self, ids: Ids) -> list[Damage]:
         wrong: dict[int, str] = {}

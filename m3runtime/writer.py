@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from m3runtime import assembly, codec_files
 from m3runtime.adapter import Adapter
-from m3runtime.bank import Bank, Manifest
-from m3runtime.block import HEADER_BYTES
+from m3runtime.bank import Bank, Manifest, as_ids
+from m3runtime.block import HEADER_BYTES, Ids
 from m3runtime.codecs import Codec
 from m3runtime.config import Config
 from m3runtime.encoding import GROUP, Group, batches
@@ -34,6 +35,7 @@ _BATCHES_AHEAD = 2
 STAGES = ("split", "codec", "model", "encode", "embed", "commit", "index")
 """What writing consists of: of documents references, a codec that is trained or loaded, and so on."""
 
+_Store = Callable[[Group], None]
 OnProgress = Callable[[str, int, int], None]
 """Called with the stage (``codec`` or ``memories``), the steps done, and all of them."""
 
@@ -47,13 +49,15 @@ class WriteReport:
     """References that the documents were split into, equal ones counted once."""
     written: int
     known: int
-    """References that the bank remembered already."""
+    """References that the bank remembered already, and that were not written now."""
     bytes: int
     """Bytes of the blocks that were written."""
     seconds: float
     stages: Mapping[str, float] = field(default_factory=dict)
     """Seconds that went by in each of `STAGES`. They may overlap, and an accelerator's work is waited for where its
     result is copied."""
+    catalogued: int = 0
+    """References that were added without being encoded."""
 
 
 class Writer:
@@ -72,13 +76,19 @@ class Writer:
         self.splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
 
     def write(
-        self, documents: Iterable[Document], *, whole: bool = False, progress: OnProgress | None = None
+        self,
+        documents: Iterable[Document],
+        *,
+        whole: bool = False,
+        catalogue: bool = False,
+        progress: OnProgress | None = None,
     ) -> WriteReport:
         """Remember what is in these documents and not yet in the bank, which is made if it is not there.
 
-        With ``whole`` every document is one reference. It can be stopped at any instant and called again: each
-        transaction is whole, and what is remembered is passed over. Raises `InputError` before anything is written,
-        `BankMismatchError` if the bank is another model's, `BankFullError`.
+        With ``whole`` every document is one reference. With ``catalogue`` the model does not read them: they are cold
+        until they are recalled (``recall.cold_start``) or written without it. It can be stopped at any instant and
+        called again: each transaction is whole, and what is remembered is passed over. Raises `InputError` before
+        anything is written, `BankMismatchError` if the bank is another model's, `BankFullError`.
         """
         began, clock = time.perf_counter(), _Clock()
         with clock.stage("split"):
@@ -88,23 +98,26 @@ class Writer:
             bank = self._open(references, progress)
         try:
             found = bank.home.find([reference.text for reference in references])
-            pending = [one for one, id in zip(references, found, strict=True) if id is None]
-            known = len(references) - len(pending)
+            new = [one for one, id in zip(references, found, strict=True) if id is None]
+            cold = {} if catalogue else _cold(bank, references, found)
+            known = len(references) - len(new) - len(cold)
 
             def computed(count: int) -> None:
                 if progress:
                     progress("memories", known + count, len(references))
 
-            self._commit(bank, pending, computed, clock)
+            self._commit(bank, cold, new, computed, clock, read=not catalogue)
             with clock.stage("index"):
-                index, changed = assembly.open_index(self.config, bank)
+                index, changed = assembly.open_index(self.config, bank, every=True)
                 if changed:
                     assembly.save_index(index, bank)
         finally:
             bank.close()
-        size = self._bytes(bank, pending)
         seconds = time.perf_counter() - began
-        return WriteReport(count, len(references), len(pending), known, size, seconds, clock.seconds)
+        if catalogue:
+            return WriteReport(count, len(references), 0, known, 0, seconds, clock.seconds, len(new))
+        size = self._bytes(bank, [*cold.values(), *new])
+        return WriteReport(count, len(references), len(new) + len(cold), known, size, seconds, clock.seconds)
 
     def _references(self, documents: Iterable[Document], *, whole: bool) -> tuple[int, list[Reference]]:
         """How many documents there are, and `references_of` them."""
@@ -160,14 +173,24 @@ class Writer:
         return codec
 
     def _commit(
-        self, bank: Bank, references: Sequence[Reference], computed: Callable[[int], None], clock: "_Clock"
+        self,
+        bank: Bank,
+        cold: Mapping[int, Reference],
+        new: Sequence[Reference],
+        computed: Callable[[int], None],
+        clock: "_Clock",
+        *,
+        read: bool,
     ) -> None:
-        """Encode and commit references, each `GROUP` of them in one transaction, in order.
+        """Encode and commit references, those that are ``cold`` first, each `GROUP` of them in one transaction.
 
-        ``computed`` is called with how many of them the model has read.
+        ``computed`` is called with how many of them the model has read. Without ``read`` it reads none, and the new
+        ones are catalogued.
         """
         adapter, embedder, stream = self.adapter, self.embedder, SideStream(self.adapter.device)
         first_id, count = bank.home.next_id(), 0
+        new_ids = as_ids(range(first_id, first_id + len(new)))
+        add = Group.commit if read else Group.catalogue
 
         def give(stage: str, work: Job, tensors: "Sequence[Tensor]" = ()) -> None:
             encode(partial(arrived, stage, work, tensors, stream.mark()))
@@ -177,31 +200,46 @@ class Writer:
                 stream.arrive(ready, tensors)
                 work()
 
-        def commit(group: Group) -> None:
+        def commit(store: _Store, group: Group) -> None:
             with clock.stage("commit"):
-                bank.home.commit(group.batch())
+                store(group)
 
         with ExitStack() as workers:
             commits = workers.enter_context(Worker(ahead=1))
             encode: Callable[[Job], object] = _now
             if self.beside:
                 encode = workers.enter_context(Worker(ahead=_BATCHES_AHEAD)).do
-            for start in range(0, len(references), GROUP):
-                computed(start)
-                group = Group(bank, first_id + start, references[start : start + GROUP])
-                give("embed", partial(group.embed, embedder))
-                for rows in batches(group.references, self.config.memory.batch_size):
+            old = _groups(bank, as_ids(list(cold)), list(cold.values()), Group.fill)
+            for store, group in chain(old, _groups(bank, new_ids, new, add)):
+                computed(count)
+                if store is not Group.fill:
+                    give("embed", partial(group.embed, embedder))
+                for rows in batches(group.references, self.config.memory.batch_size) if read else ():
                     with clock.stage("model"):
                         memories = adapter.encode(group.texts(rows))
                     give("encode", partial(group.put, rows, memories), (memories.keys, memories.values))
                     del memories  # the worker's now, or gone: the model needs the room
                     computed(count := count + len(rows))
-                encode(partial(commits.do, partial(commit, group)))
+                encode(partial(commits.do, partial(commit, store, group)))
+                if not read:
+                    computed(count := count + len(group.references))
 
     def _bytes(self, bank: Bank, references: Sequence[Reference]) -> int:
         """Bytes of the blocks of these references."""
         kept = [min(reference.tokens, self.adapter.spec.tokens) for reference in references]
         return sum(bank.codec.payload_bytes(tokens) + HEADER_BYTES for tokens in kept)
+
+
+def _cold(bank: Bank, references: Sequence[Reference], found: Sequence[int | None]) -> dict[int, Reference]:
+    """Those that were found and are cold, by id."""
+    known = {id: one for one, id in zip(references, found, strict=True) if id is not None}
+    return {id: known[id] for id in bank.home.cold(as_ids(list(known))).tolist()}
+
+
+def _groups(bank: Bank, ids: Ids, references: Sequence[Reference], store: _Store) -> Iterator[tuple[_Store, Group]]:
+    """Groups of references, and how each is stored."""
+    for start in range(0, len(ids), GROUP):
+        yield store, Group(bank, ids[start : start + GROUP], references[start : start + GROUP])
 
 
 def _now(job: Job) -> None:

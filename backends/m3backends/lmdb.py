@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -27,9 +27,9 @@ from m3backends.lmdb_records import (
 )
 from m3backends.lmdb_schema import Databases, create_folder, open_databases, store_packing
 from m3runtime.abilities import Damage
-from m3runtime.block import HEADER_BYTES, Ids, Rows, headers
+from m3runtime.block import HEADER_BYTES, Found, Ids, Rows, headers
 from m3runtime.errors import InputError
-from m3runtime.tier import Batch, check_rows
+from m3runtime.tier import Batch, Reference, check_ids, check_rows
 
 
 class LmdbHome(LmdbReading):
@@ -103,13 +103,43 @@ class LmdbHome(LmdbReading):
 
     def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
         """See `Home.commit`."""
-        ids, count = batch.ids, len(batch.ids)
-        stored, size = self._packed(ids, batch.blocks)
-        vectors = np.ascontiguousarray(batch.embeddings, "<f4")
-        if len(batch.references) != count or vectors.ndim != 2 or len(vectors) != count:
-            raise InputError(
-                f"a batch of {count} ids has {len(batch.references)} references, embeddings {vectors.shape}"
-            )
+        stored, size = self._packed(batch.ids, batch.blocks)
+        self._add(batch.ids, batch.references, batch.embeddings, stored, size, replacing)
+
+    def catalogue(self, ids: Ids, references: Sequence[Reference], embeddings: npt.NDArray[np.float32]) -> None:
+        """See `Home.catalogue`."""
+        check_ids(ids)
+        self._add(ids, references, embeddings, None, 0, None)
+
+    def fill(self, ids: Ids, blocks: Tensor) -> Found:
+        """See `Home.fill`."""
+        stored, size = self._packed(ids, blocks)
+
+        def work(txn: Writing) -> Found:
+            filled = np.zeros(len(ids), np.bool_)
+            for row, key in enumerate(pack_ids(ids)):
+                if self._is_cold(txn, key):
+                    txn.put(key, stored[row], db=self._db.blocks)
+                    self._db.cold.delete(txn, key)
+                    filled[row] = True
+            return filled
+
+        return self._environment.write(work, need=size)
+
+    def _add(
+        self,
+        ids: Ids,
+        references: Sequence[Reference],
+        embeddings: npt.NDArray[np.float32],
+        stored: Sequence[bytes | memoryview] | None,
+        size: int,
+        replacing: Ids | None,
+    ) -> None:
+        """Add references with what is stored of their blocks, ``size`` bytes of it; they are cold without."""
+        count = len(ids)
+        vectors = np.ascontiguousarray(embeddings, "<f4")
+        if len(references) != count or vectors.ndim != 2 or len(vectors) != count:
+            raise InputError(f"a batch of {count} ids has {len(references)} references, embeddings {vectors.shape}")
         if not np.isfinite(vectors).all():
             raise InputError("a batch has embeddings that are not finite")
         if len(np.unique(ids)) != count:
@@ -121,21 +151,24 @@ class LmdbHome(LmdbReading):
             self._use(txn, ids)
             if count:
                 self._check_length(txn, vectors.shape[1])
-            for row, (key, reference) in enumerate(zip(pack_ids(ids), batch.references, strict=True)):
+            for row, (key, reference) in enumerate(zip(pack_ids(ids), references, strict=True)):
                 if not self._db.digests.put(txn, digest(reference.text), key, overwrite=False):
                     raise InputError(f"id {ids[row]}: its text is remembered already: {reference.text[:60]!r}")
-                txn.put(key, stored[row], db=self._db.blocks)
+                if stored is None:
+                    self._db.cold.put(txn, key, b"")
+                else:
+                    txn.put(key, stored[row], db=self._db.blocks)
                 self._db.references.put(txn, key, pack_reference(reference))
                 txn.put(digest(reference.source), key, db=self._db.members)
                 self._db.embeddings.put(txn, key, vectors[row].tobytes())
             members: dict[str, list[int]] = {}
-            for id, reference in zip(ids.tolist(), batch.references, strict=True):
+            for id, reference in zip(ids.tolist(), references, strict=True):
                 members.setdefault(reference.source, []).append(id)
             for name, more in members.items():
                 source = self._db.sources.read(txn, digest(name), unpack_source) or Source(name, 0, 0)
                 self._db.sources.put(txn, digest(name), pack_source(source.with_more(more)))
 
-        texts = sum(len(reference.text) + len(reference.source) for reference in batch.references)
+        texts = sum(len(reference.text) + len(reference.source) for reference in references)
         self._environment.write(work, need=size + vectors.nbytes + 4 * texts)
 
     def discard(self, ids: Ids) -> None:
@@ -143,11 +176,11 @@ class LmdbHome(LmdbReading):
         self._environment.write(lambda txn: forget(txn, self._db, ids), reserve=True)
 
     def quarantine(self, id: int, reason: str) -> None:
-        """See `Home.quarantine`. Passes over an id that is not held."""
+        """See `Home.quarantine`. Passes over an id that has no block and is not cold."""
         key = pack_id(id)
 
         def work(txn: Writing) -> None:
-            if self._has(txn, key):
+            if self._has(txn, key) or self._db.cold.has(txn, key):
                 self._db.quarantine.put(txn, key, pack_text(reason))
 
         self._environment.write(work, reserve=True)

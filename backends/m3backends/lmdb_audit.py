@@ -20,7 +20,7 @@ from m3backends.lmdb_records import (
 )
 from m3backends.lmdb_schema import Databases, above_all
 from m3backends.lmdb_structure import structure_problems
-from m3backends.lmdb_table import Table
+from m3backends.lmdb_table import Absent, Table
 from m3runtime.abilities import Damage
 from m3runtime.errors import RecordError
 
@@ -51,6 +51,8 @@ def audit(environment: Environment, db: Databases, progress: Callable[[int, int]
         _Walk("home", db.quarantine.handle, books.quarantined),
         _Walk("home", db.meta.handle, books.meta),
     ]
+    if not isinstance(db.cold, Absent):
+        walks.append(_Walk("home", db.cold.handle, books.cold))
     steps = environment.read(lambda txn: sum(txn.stat(walk.database)["entries"] for walk in walks))
     done = 0
     for walk in walks:
@@ -137,7 +139,7 @@ class _Books:
             yield id, "its source does not list it"
         if not _has(txn, self._db.embeddings.handle, key):
             yield id, "it has no embedding"
-        if not _has(txn, self._db.blocks, key):
+        if not (_has(txn, self._db.blocks, key) or self._db.cold.has(txn, key)):
             yield id, "it has no block"
 
     def text(self, txn: Reading, key: bytes, stored: memoryview) -> Found:
@@ -185,8 +187,17 @@ class _Books:
     def quarantined(self, txn: Reading, key: bytes, stored: memoryview) -> Found:
         if _read(self._db.quarantine, key, stored, unpack_text) is None:
             yield _id(key), "the record of its quarantine is damaged"
-        elif not _has(txn, self._db.blocks, key):
+        elif not (_has(txn, self._db.blocks, key) or self._db.cold.has(txn, key)):
             yield _id(key), "it is quarantined and has no block"
+
+    def cold(self, txn: Reading, key: bytes, stored: memoryview) -> Found:
+        id = _id(key)
+        if id is None or not _sound(self._db.cold, key, stored) or len(stored) != SEAL_BYTES:
+            yield id, "the record that it is cold is damaged"
+        elif _has(txn, self._db.blocks, key):
+            yield id, "it is cold and has a block"
+        elif not _has(txn, self._db.references.handle, key):
+            yield id, "it is cold and has no reference"
 
     def meta(self, _: Reading, key: bytes, stored: memoryview) -> Found:
         if not _sound(self._db.meta, key, stored):

@@ -34,6 +34,7 @@ def forget(txn: Writing, db: Databases, ids: Ids) -> None:
         txn.delete(key, db=db.blocks)
         db.embeddings.delete(txn, key)
         db.quarantine.delete(txn, key)
+        db.cold.delete(txn, key)
     if lost:
         _forget_lost(txn, db, lost)
 

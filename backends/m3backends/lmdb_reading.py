@@ -77,9 +77,13 @@ class LmdbReading(Home):
         )
 
     def __len__(self) -> int:
-        return self._environment.read(
-            lambda txn: txn.stat(self._db.blocks)["entries"] - txn.stat(self._db.quarantine.handle)["entries"]
-        )
+        def work(txn: Reading) -> int:
+            apart = self._db.quarantine.count(txn)
+            if apart and self._db.cold.count(txn):  # some of those may have no block
+                apart = sum(self._has(txn, key) for key in pack_ids(self._db.quarantine.ids(txn)))
+            return txn.stat(self._db.blocks)["entries"] - apart
+
+        return self._environment.read(work)
 
     def next_id(self) -> int:
         """See `Home.next_id`."""
@@ -106,6 +110,15 @@ class LmdbReading(Home):
 
         def work(txn: Reading) -> Ids:
             return np.setdiff1d(self._db.references.ids(txn), self._db.quarantine.ids(txn), assume_unique=True)
+
+        return self._environment.read(work)
+
+    def cold(self, ids: Ids | None = None) -> Ids:
+        """See `Home.cold`."""
+
+        def work(txn: Reading) -> Ids:
+            asked = self._db.cold.ids(txn) if ids is None else np.unique(ids)
+            return asked[[self._is_cold(txn, key) for key in pack_ids(asked)]]
 
         return self._environment.read(work)
 
@@ -169,6 +182,10 @@ class LmdbReading(Home):
     def _has(self, txn: Reading | Writing, key: bytes) -> bool:
         """Whether a block is stored; a cursor, unlike `get`, does not read it."""
         return txn.cursor(self._db.blocks).set_key(key)
+
+    def _is_cold(self, txn: Reading | Writing, key: bytes) -> bool:
+        """Whether this id is to get its block yet."""
+        return self._db.cold.has(txn, key) and not (self._has(txn, key) or self._db.quarantine.has(txn, key))
 
     def _vectors(self, ids: Ids, values: Sequence[memoryview]) -> npt.NDArray[np.float32]:
         """``float32[n, dim]`` of the stored embeddings of ids, which must be of one length, and finite."""

@@ -15,11 +15,14 @@ sources     digest of the source        *sealed* count and sum of its ids, 8 byt
 members     digest of the source        ids, sorted
 embeddings  id                          *sealed* float32, little-endian
 quarantine  id                          *sealed* reason
+cold        id                          *sealed* nothing: a reference that has no block yet
 meta        any                         *sealed* any
 ==========  ==========================  =============================================================
 
 Ids have 8 bytes, big-endian. A digest of a text is BLAKE2b of its UTF-8, 32 bytes. A sealed value follows 8 bytes of
 XXH3-64 over the database's name, a zero byte, the key's length (16 bits), the key and the value.
+
+A home of an earlier release has no `cold`: whoever opens it for writing adds it, for others nothing in it is cold.
 """
 
 import os
@@ -33,13 +36,23 @@ from m3backends.lmdb_compression import Method, Packing, load_dictionary
 from m3backends.lmdb_environment import Environment, Reading, Writing
 from m3backends.lmdb_files import sync_folder
 from m3backends.lmdb_records import unpack_id, unpack_number, unpack_text
-from m3backends.lmdb_table import Table
-from m3runtime.errors import BankError, BankFormatError, BankMismatchError, BankMissingError, RecordError, TierError
+from m3backends.lmdb_table import Absent, Table
+from m3runtime.errors import (
+    BankError,
+    BankFormatError,
+    BankFullError,
+    BankMismatchError,
+    BankMissingError,
+    RecordError,
+    TierError,
+)
 
 VERSION = 2
 _LARGEST_SLOT = 64 + 2**32
-_BY_ID = ("references", "embeddings", "quarantine")
+_BY_ID = ("references", "embeddings", "quarantine", "cold")
 _UNSEALED = ("blocks", "members")
+_LATER = "cold"
+"""Not in homes of earlier releases."""
 
 
 class Databases(NamedTuple):
@@ -54,6 +67,7 @@ class Databases(NamedTuple):
     embeddings: Table
     quarantine: Table
     meta: Table
+    cold: Table
 
 
 class Opened(NamedTuple):
@@ -94,7 +108,7 @@ def open_databases(environment: Environment, slot_bytes: int | None) -> Opened:
         raise BankMissingError(f"there is no bank at {path}")
 
     def make(txn: Writing) -> Databases:
-        databases = _open_all(environment, txn)
+        databases = _open_all(environment, txn, set())
         if txn.put(b"version", b"%d" % VERSION, overwrite=False, db=databases.home.handle):
             databases.home.put(txn, b"slot_bytes", b"%d" % (slot_bytes or 0))
             databases.home.put(txn, b"next_id", b"0")
@@ -110,17 +124,27 @@ def open_databases(environment: Environment, slot_bytes: int | None) -> Opened:
         return Opened(databases, slot, above_all(txn, databases), _packing(txn, databases))
 
     try:
-        databases = _open_all(environment, None) if there else environment.write(make)
+        databases = _open_all(environment, None, there) if there else environment.write(make)
         opened = environment.read(look)
     except (lmdb.Error, ValueError, TierError) as error:
         raise BankError(f"bank {environment.files.data} is damaged: {error}") from error
     environment.confirm()
     if slot_bytes not in (None, opened.slot_bytes):
         raise BankMismatchError(f"bank {path} has slots of {opened.slot_bytes} bytes, not {slot_bytes}")
+    if isinstance(opened.databases.cold, Absent) and not environment.read_only:
+        opened = opened._replace(databases=_add_cold(environment, opened.databases))
     if not there:  # LMDB syncs the file, not the folders that name it
         sync_folder(path)
         sync_folder(path.parent)
     return opened
+
+
+def _add_cold(environment: Environment, databases: Databases) -> Databases:
+    """With the database that homes of earlier releases lack; without it where there is no room, so that they open."""
+    with suppress(BankFullError):
+        handle = environment.write(lambda txn: environment.env.open_db(_LATER.encode(), txn), reserve=True)
+        return databases._replace(cold=Table(environment.path, _LATER, handle, by_id=True))
+    return databases
 
 
 def store_packing(txn: Writing, databases: Databases, packing: Packing) -> None:
@@ -139,11 +163,17 @@ def _packing(txn: Reading, databases: Databases) -> Packing | None:
     return None if method is None else Packing(cast(Method, method), dictionary)
 
 
-def _open_all(environment: Environment, txn: Writing | None) -> Databases:
-    """Open each database, or make it. Raises `lmdb.Error`, and `ValueError` for one of other properties."""
+def _open_all(environment: Environment, txn: Writing | None, there: set[bytes]) -> Databases:
+    """Open each database, or, with ``txn``, make it. Raises `lmdb.Error`, and `ValueError` for one of other properties.
+
+    ``there`` are the names of those that there are.
+    """
     env, opened = environment.env, dict[str, Table | lmdb._Database]()
     # LMDB drops handles that were opened in a transaction which did not commit, as one that only reads.
     for name in Databases._fields:
+        if name == _LATER and txn is None and name.encode() not in there:
+            opened[name] = Absent(environment.path, name)
+            continue
         handle = env.open_db(name.encode(), txn, dupsort=name == "members", create=txn is not None)
         if {flag for flag, on in handle.flags().items() if on} != ({"dupsort"} if name == "members" else set()):
             raise ValueError(f"{name} has other properties")
@@ -162,6 +192,8 @@ def _check_version(txn: Reading, databases: Databases, path: Path) -> None:
 def _check_findable(txn: Reading, databases: Databases) -> None:
     """Raise `ValueError` where LMDB walks by a record that it does not find: damaged branches of a tree do that."""
     for name, one in databases._asdict().items():
+        if isinstance(one, Absent):
+            continue
         handle = one.handle if isinstance(one, Table) else one
         walk, probe = txn.cursor(handle), txn.cursor(handle)
         while walk.next():  # at first to the first

@@ -1,5 +1,7 @@
 """A database of an LMDB home whose records are sealed: what is read is what was written, or an error."""
 
+# ruff: noqa: ARG002 - what is absent takes the arguments of what is there
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -7,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from m3backends.lmdb_environment import Reading, Writing
 from m3backends.lmdb_records import SEAL_BYTES, seal, unpack_ids
 from m3runtime.block import Ids
-from m3runtime.errors import RecordError
+from m3runtime.errors import BankFullError, RecordError
 
 if TYPE_CHECKING:
     import lmdb
@@ -28,6 +30,10 @@ class Table:
         """The value, or None. Raises `RecordError` if the record is damaged."""
         stored = txn.get(key, db=self.handle)
         return None if stored is None else self.open(key, stored)
+
+    def has(self, txn: Reading | Writing, key: bytes) -> bool:
+        """Whether there is a record, in whatever state: a cursor, unlike `get`, does not read it."""
+        return txn.cursor(self.handle).set_key(key)
 
     def read(self, txn: Reading | Writing, key: bytes, unpack: Callable[[memoryview], T]) -> T | None:
         """What ``unpack`` makes of the value, or None. Raises `RecordError` also where it raises `ValueError`."""
@@ -53,6 +59,10 @@ class Table:
         if cursor.set_range(start):
             for key, stored in cursor:
                 yield bytes(key), self.unpack(key, self.open(key, stored), unpack)
+
+    def count(self, txn: Reading | Writing) -> int:
+        """How many records there are."""
+        return txn.stat(self.handle)["entries"]
 
     def ids(self, txn: Reading | Writing) -> Ids:
         """All keys as ids. The values are not read. Raises `RecordError` where a key is no id."""
@@ -82,3 +92,38 @@ class Table:
         id = int.from_bytes(key, "big") if self._by_id and len(key) == 8 else None
         shown = str(id) if id is not None else ascii(bytes(key[:20]))[2:-1]
         return RecordError(f"bank {self._bank}: the record of {shown} in {self.name} is damaged: {why}", id)
+
+
+class Absent(Table):
+    """A database that a home of an earlier release does not have: it is empty, and nothing can be put there."""
+
+    def __init__(self, bank: Path, name: str) -> None:
+        self.name = name
+        self._bank = bank
+        self._by_id = True
+
+    def get(self, txn: Reading | Writing, key: bytes) -> memoryview | None:
+        """None."""
+        return None
+
+    def has(self, txn: Reading | Writing, key: bytes) -> bool:
+        """False."""
+        return False
+
+    def put(
+        self, txn: Writing, key: bytes, value: bytes | memoryview, *, overwrite: bool = True, append: bool = False
+    ) -> bool:
+        """Raises `BankFullError`: opening the home for writing makes the database, unless there is no room for it."""
+        raise BankFullError(f"bank {self._bank} is full: there is no room for its records of {self.name} references")
+
+    def delete(self, txn: Writing, key: bytes) -> bool:
+        """False."""
+        return False
+
+    def count(self, txn: Reading | Writing) -> int:
+        """None."""
+        return 0
+
+    def ids(self, txn: Reading | Writing) -> Ids:
+        """None."""
+        return unpack_ids(())

@@ -70,7 +70,7 @@ class Contenders:
     def __init__(self, config: Config, adapter: Adapter, *, timeline: int) -> None:
         """``timeline`` is how many events a run for a picture keeps. Raises what opening the bank does."""
         assert isinstance(adapter, Comparable)
-        self.config = config
+        self.config = config = config.without_cold_start()
         self.adapter = adapter
         self.baseline = adapter.baseline()
         self._endless = self.baseline.endless()

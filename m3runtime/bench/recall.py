@@ -73,6 +73,7 @@ def bench_recall(config: Config, settings: RecallSettings, progress: OnProgress)
     No caching tier is used: every recall reads its blocks from the home, and decodes them.
     """
     recall = {"memories": settings.memories, "min_score": -1.0, "margin": None, "when_late": "wait", "trace": None}
+    config = config.without_cold_start()
     config = config.model_copy(update={"recall": config.recall.model_copy(update=recall)})
     sizes = sorted(set(settings.sizes))
     with ExitStack() as opened:

@@ -73,16 +73,22 @@ class _Talk(ExitStack):
             self.adapter: Adapter = assembly.open_adapter(self.settings)
             opened.callback(self.adapter.close)
             if self.runtime is not None:
-                self.adapter.check(self.runtime.bank.manifest, self.runtime.bank.path)
+                self.runtime.encoder = self.adapter  # which refuses another model's bank
             self.push(opened.pop_all())
 
     def _open_runtime(self, *, lasting: bool) -> "Runtime":
-        """A runtime that keeps the index and sets apart what is damaged, unless it would keep a writer out for long."""
+        """A runtime that keeps the index and sets apart what is damaged, unless it would keep a writer out for long.
+
+        One that stores what it encodes must write, or says that it cannot.
+        """
         from m3runtime.runtime import Runtime
 
+        cold_start = self.settings.recall.cold_start
         try:
-            return Runtime.open(self.settings, read_only=lasting)
+            return Runtime.open(self.settings, read_only=lasting and not cold_start)
         except BankBusyError:
+            if cold_start:
+                raise
             return Runtime.open(self.settings, read_only=True)
 
     def answer(self, prompt: "Prompt", *, shown: bool) -> "Answer":

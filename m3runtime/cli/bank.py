@@ -102,7 +102,7 @@ def forget(
         with closing(Hierarchy(tiers, bank.home, bank.stamp)) as hierarchy:
             hierarchy.discard(as_ids(list(wanted)))
             failed = [tier.name for tier in hierarchy.stats() if tier.faults]
-        index, _ = assembly.open_index(settings, bank)
+        index, _ = assembly.open_index(settings, bank, every=True)
         assembly.save_index(index, bank)
     for name in failed:
         typer.echo(f"tier {name} failed: what it still holds is discarded when it is used again", err=True)
@@ -115,9 +115,11 @@ def forget(
 def _bank_facts(bank: "Bank") -> dict[str, Any]:
     manifest, home = bank.manifest, bank.home
     distortion = getattr(bank.codec, "measured", None)
+    cold = len(home.cold())
     return {
         "bank": str(bank.path),
-        "memories": len(home.ids()),
+        "memories": len(home.ids()) - cold,
+        "cold": cold,
         "quarantined": len(home.quarantined()),
         "stored_bytes": home.stored_bytes(),
         "slot_bytes": home.slot_bytes,
@@ -147,7 +149,7 @@ def _memory_facts(bank: "Bank", id: int) -> dict[str, Any]:
     if reference is None:
         raise InputError(f"the bank has no memory {id}")
     slot = torch.zeros(1, bank.home.slot_bytes, dtype=torch.uint8)
-    state = "missing"
+    state = "cold" if len(bank.home.cold(as_ids([id]))) else "missing"
     if bank.home.read(as_ids([id]), slot)[0]:
         try:
             block.check(slot[0].numpy(), id=id, stamp=bank.stamp)

@@ -130,6 +130,7 @@ def shown(where: str, now: Sample, before: Sample | None) -> "Group":
         f"m3 at {where}",
         f"chunks {values['recall_chunks']:.0f}{rate}   memories {values['recall_memories']:.0f}, "
         f"{_share(values['recall_kept'], values['recall_memories'])} kept   late {values['recall_late']:.0f}   "
+        f"encoded {values['recall_encoded']:.0f}   "
         f"waited {values['recall_waited_seconds']:.2f} s",
         f"hints {values['lookahead_hints']:.0f}, {values['lookahead_cancelled']:.0f} overtaken   "
         f"guesses {guesses:.0f}, {_share(values['lookahead_hits'], guesses)} right, "

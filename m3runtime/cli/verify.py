@@ -69,7 +69,7 @@ def _facts(bank: str, report: "VerifyReport", mended: "RepairReport | None") -> 
     facts = {
         "bank": bank,
         "clean": (report if mended is None else mended.left).clean,
-        **{name: getattr(report, name) for name in ("blocks", "good", "bad", "bytes", "quarantined")},
+        **{name: getattr(report, name) for name in ("blocks", "good", "bad", "bytes", "quarantined", "cold")},
         "damage": _damage_facts(report),
         "notes": list(report.notes),
     }
@@ -90,7 +90,7 @@ def _damage_facts(report: "VerifyReport") -> list[dict[str, Any]]:
 def _show(bank: str, report: "VerifyReport", mended: "RepairReport | None") -> None:
     typer.echo(
         f"{bank}: {report.blocks} memories, {report.good} good, {report.bad} bad ({report.quarantined} quarantined); "
-        f"{show_size(report.bytes)} of good blocks"
+        f"{show_size(report.bytes)} of good blocks" + (f"; {report.cold} references are cold" if report.cold else "")
     )
     for note in report.notes:
         typer.echo(f"  note: {note}")

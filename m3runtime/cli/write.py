@@ -15,12 +15,16 @@ def write(
     config: ConfigFile = None,
     text_field: Annotated[str, typer.Option(help="The field of a jsonl line that holds the text.")] = "text",
     whole: Annotated[bool, typer.Option("--whole", help="Each document is one reference; do not split.")] = False,
+    catalogue: Annotated[
+        bool, typer.Option("--catalogue", help="Only embed: each is encoded at its first recall (recall.cold_start).")
+    ] = False,
     set: Set = None,
     json: Json = False,
 ) -> None:
     """Write texts into the bank, which is made if it is not there.
 
-    Can be interrupted at any moment and run again: it goes on, and doubles nothing.
+    Can be interrupted at any moment and run again: it goes on, and doubles nothing. What was only catalogued is encoded
+    when it is written without --catalogue.
     """
     settings = configuration(config, set)
     from m3runtime.text import find_files, read_documents
@@ -34,14 +38,24 @@ def write(
     adapter = assembly.open_adapter(settings)
     embedder = assembly.open_embedder(settings)
     names = {"codec": "Training the codec", "memories": "Writing memories"}
+    if catalogue:
+        names["memories"] = "Cataloguing references"
     with stages(names, shown=not json) as progress:
-        report = Writer(settings, adapter, embedder).write(documents, whole=whole, progress=progress)
+        report = Writer(settings, adapter, embedder).write(
+            documents, whole=whole, catalogue=catalogue, progress=progress
+        )
     if json:
         print_json({**asdict(report), "bank": str(settings.bank), "skipped": [str(path) for path in skipped]})
         return
-    typer.echo(
-        f"{report.written} memories written, {report.known} known already, from {report.documents} documents; "
-        f"{show_size(report.bytes)} in {report.seconds:.1f} s: {settings.bank}"
-    )
+    if catalogue:
+        typer.echo(
+            f"{report.catalogued} references catalogued, {report.known} known already, from {report.documents} "
+            f"documents, in {report.seconds:.1f} s: {settings.bank}"
+        )
+    else:
+        typer.echo(
+            f"{report.written} memories written, {report.known} known already, from {report.documents} documents; "
+            f"{show_size(report.bytes)} in {report.seconds:.1f} s: {settings.bank}"
+        )
     if skipped:
         typer.echo(f"{len(skipped)} files were passed over, such as {skipped[0]}", err=True)

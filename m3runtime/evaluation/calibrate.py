@@ -84,7 +84,7 @@ def calibrate(
     if settings.statements < FEWEST:
         raise InputError(f"statements: at least {FEWEST} are needed, or nothing can be told")
     former = setting_of(config)
-    with Runtime.open(config, read_only=True) as runtime:
+    with Runtime.open(config.without_cold_start(), read_only=True) as runtime:
         statements = make_statements(runtime.bank.home, settings.statements, settings.seed)
         cases = _cases(runtime, statements.made, max(*MEMORIES, former.memories))
         choices = tuple(grid((nearest for both in cases for nearest in both), former))

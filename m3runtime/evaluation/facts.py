@@ -96,7 +96,7 @@ class FactsRun:
         """
         self.modes = modes = tuple(modes)
         self._write(adapter, progress)
-        with Runtime.open(self.config) as runtime:
+        with Runtime.open(self.config, encoder=adapter) as runtime:
             items = self._items(runtime)
             asker = asker_of(adapter, runtime, items)
             with Journal(self.folder / f"answers-{self.settings.ask}.jsonl", self._fingerprint(runtime)) as journal:
@@ -104,7 +104,7 @@ class FactsRun:
                     self._ask_all(asker, mode, items, journal, progress)
                 done = dict(journal.done)
         answers = {mode: {item.key: done[f"{mode}/{item.key}"] for item in _asked(mode, items)} for mode in modes}
-        with Runtime.open(self.config) as runtime:  # anew: its tiers are cold
+        with Runtime.open(self.config, encoder=adapter) as runtime:  # anew: its tiers are cold
             timings = self._time(asker_of(adapter, runtime, items), modes, items, progress)
             return FactsResults(items, answers, timings, runtime.bank.manifest.fingerprints())
 

@@ -70,7 +70,7 @@ def make_statements(home: Home, wanted: int, seed: int = 0) -> Statements:
 
     Raises `InputError` if the bank has not even `FEWEST`.
     """
-    ids = np.random.default_rng(seed).permutation(home.ids())[: wanted * _LOOKED_AT]
+    ids = np.random.default_rng(seed).permutation(np.setdiff1d(home.ids(), home.cold()))[: wanted * _LOOKED_AT]
     made: dict[str, Statement] = {}
     looked_at = 0
     for start in range(0, len(ids), _BATCH):

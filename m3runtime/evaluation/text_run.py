@@ -70,7 +70,7 @@ def run_text(
             depends = _depends_on(settings, adapter, embedder, corpus)
             journal = opened.enter_context(Journal(folder / "text.jsonl", depends))
             write_bank(settings, adapter, embedder, corpus.references, progress)
-        runtime = opened.enter_context(Runtime.open(settings))
+        runtime = opened.enter_context(Runtime.open(settings, encoder=adapter))
         run = _Run(adapter, runtime, corpus, journal, batch_size, progress)
         for mode in _ORDER:
             if mode in modes:

@@ -4,13 +4,13 @@
 kind            what happens                                              in which methods
 ==============  ========================================================  =============================================
 ``error``       `TierError`, and nothing was done                         all but ``close``; that (done first) if named
-``lost_reply``  `TierError`, and all was done                             all but ``close`` and ``commit``
-``no_space``    `TierError`, of a home `BankFullError`; nothing was done  ``write``, ``commit``
+``lost_reply``  `TierError`, and all was done                             all but ``close`` and `ADDING`
+``no_space``    `TierError`, of a home `BankFullError`; nothing was done  ``write`` and `ADDING`
 ``short_read``  a row is found, only its first bytes are filled           ``read``
 ``stale``       a row is found, and holds what the last read put out      ``read``
 ``other_id``    a row is found, and holds another id's block              ``read``
-``bit_flip``    one bit of a block is wrong                               ``read``; ``write``, ``commit`` if named
-``torn_write``  the end of a block does not reach the inner tier          ``write``, ``commit``
+``bit_flip``    one bit of a block is wrong                               ``read``; if named, as below
+``torn_write``  the end of a block does not reach the inner tier          ``write``, ``commit``, ``fill``
 ==============  ========================================================  =============================================
 
 A fault that damages bytes damages one block of the call. ::
@@ -41,6 +41,8 @@ T = TypeVar("T")
 Kind = Literal["error", "lost_reply", "no_space", "short_read", "stale", "other_id", "bit_flip", "torn_write"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+ADDING = frozenset({"commit", "catalogue", "fill"})
+"""What adds to a home: such a call that raises must have written nothing."""
 _DIGEST_AT = 48  # of a header: what precedes it stays, as a home may refuse a block of another id or length
 
 
@@ -68,10 +70,10 @@ class Fault:
         match self.kind:
             case "error":
                 return method != "close"
-            case "lost_reply":  # a commit that raises must have written nothing
-                return method not in {"close", "commit"}
+            case "lost_reply":
+                return method not in {"close", *ADDING}
             case "no_space" | "torn_write":
-                return method in {"write", "commit"}
+                return method in {"write", *ADDING}
             case _:
                 return method == "read"
 
@@ -185,13 +187,12 @@ class _Faulty(Wrapped[InnerT]):
                 if len(held := self.inner.read(others, blocks).nonzero()[0]):
                     row.copy_(blocks[chance.choice(held.tolist())])
 
-    def _tear(self, method: str, ids: Ids, blocks: Tensor, work: Callable[[Tensor], None]) -> None:
+    def _tear(self, method: str, ids: Ids, blocks: Tensor, work: Callable[[Tensor], T]) -> T:
         """Write blocks, one of which a fault may have damaged."""
         self._known.extend(ids.tolist())
         strike = self.schedule.strikes(method, "torn_write", "bit_flip") if len(ids) else None
         if strike is None:
-            work(blocks)
-            return
+            return work(blocks)
         kind, chance = strike
         row, torn = chance.randrange(len(ids)), blocks.clone()
         place = chance.randrange(_DIGEST_AT, _end(blocks[row]))
@@ -199,9 +200,10 @@ class _Faulty(Wrapped[InnerT]):
             torn[row, place] ^= 1 << chance.randrange(8)
         else:
             torn[row, place : _end(blocks[row])] = 0
-        work(torn)
+        result = work(torn)
         if not torch.equal(torn, blocks):
             self.schedule.note(kind, method, int(ids[row]))
+        return result
 
 
 class FaultyTier(_Faulty[CachingTier], WrappedTier):
@@ -222,6 +224,9 @@ class FaultyHome(_Faulty[Home], WrappedHome):
             super(FaultyHome, self).commit(replace(batch, blocks=blocks), replacing=replacing)
 
         self._tear("commit", batch.ids, batch.blocks, work)
+
+    def fill(self, ids: Ids, blocks: Tensor) -> Found:
+        return self._tear("fill", ids, blocks, lambda torn: super(FaultyHome, self).fill(ids, torn))
 
 
 def _end(row: Tensor) -> int:

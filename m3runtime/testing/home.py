@@ -3,6 +3,7 @@
 import numpy as np
 
 from m3runtime.testing.blocks import make_batch, make_embeddings, make_ids, make_reference
+from m3runtime.testing.home_cold import ColdLaws
 from m3runtime.testing.home_commits import CommitLaws
 from m3runtime.testing.home_contents import check_whole, contents
 from m3runtime.testing.home_durability import DurabilityLaws
@@ -12,11 +13,11 @@ from m3runtime.tier import Home
 __all__ = ["HomeContract", "check_whole", "contents"]
 
 
-class HomeContract(CommitLaws, DurabilityLaws):
+class HomeContract(CommitLaws, ColdLaws, DurabilityLaws):
     """Subclass it as ``TestMyHome``, say how to open the home, and open its back door: see `TierContract`.
 
-    Its themes: what a home tells of what it holds (here), transactions (`CommitLaws`), and what outlives the process
-    and what others see (`DurabilityLaws`).
+    Its themes: what a home tells of what it holds (here), transactions (`CommitLaws`), references without a block
+    (`ColdLaws`), and what outlives the process and what others see (`DurabilityLaws`).
     """
 
     def test_a_new_home_holds_nothing(self, home: Home) -> None:

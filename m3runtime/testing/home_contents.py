@@ -25,6 +25,7 @@ def contents(home: Home) -> dict[str, Any]:
         "embeddings": [(i.tolist(), v.tolist()) for i, v in home.embeddings()],
         "sources": dict(home.sources()),
         "quarantined": dict(home.quarantined()),
+        "cold": home.cold().tolist(),
         "manifest": home.get_meta("manifest"),
         "next_id": home.next_id(),
         "len": len(home),

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from m3runtime.errors import BankBusyError, BankMissingError, TierReadOnlyError
-from m3runtime.testing.blocks import make_batch, make_ids
+from m3runtime.testing.blocks import make_batch, make_blocks, make_ids
 from m3runtime.testing.cachestat import can_tell, unsynced_files
+from m3runtime.testing.home_cold import catalogue
 from m3runtime.testing.home_contents import check_whole, contents, digest
 from m3runtime.testing.home_laws import HomeLaws
 from m3runtime.testing.process import OtherProcess
 from m3runtime.testing.tier import check_read, write
 from m3runtime.tier import Home
 
-Change = Callable[[Home], None]
+Change = Callable[[Home], object]
 CHANGES: dict[str, Change] = {
     "opening": lambda home: None,  # noqa: ARG005
     "commit": lambda home: home.commit(make_batch([3, 0, 7, 8])),
@@ -24,6 +25,8 @@ CHANGES: dict[str, Change] = {
     "set_meta": lambda home: home.set_meta("manifest", b"\0\xff"),
     "replacing": lambda home: home.commit(make_batch([30, 31]), replacing=make_ids(3, 7)),
     "last commit": lambda home: home.commit(make_batch([40])),
+    "catalogue": lambda home: catalogue(home, make_ids(41, 42, 43)),
+    "fill": lambda home: home.fill(make_ids(43, 41), make_blocks(make_ids(43, 41))),
 }
 """One after another: whatever changes a home."""
 
@@ -55,7 +58,8 @@ class DurabilityLaws(HomeLaws):
             assert again.get_meta("manifest") == b"\0\xff"
             assert again.quarantined() == {8: "rotten"}
             assert check_read(again, make_ids(0, 3, 7, 8, 20)).sum() == 0
-            check_whole(again, make_ids(30, 31, 40))
+            check_whole(again, make_ids(30, 31, 40, 41, 43))
+            assert again.cold().tolist() == [42]
 
     def test_a_copy_of_its_files_holds_what_was_committed(self, home: Home) -> None:
         """A copy between two calls is what a process that is killed leaves behind."""
@@ -81,13 +85,16 @@ class DurabilityLaws(HomeLaws):
 
     def test_reading_only(self, home: Home) -> None:
         home.commit(make_batch([1, 2]))
+        catalogue(home, make_ids(3))
         before = contents(home)
         home.close()
         with self.open(self.place, read_only=True) as again:
             assert contents(again) == before
             check_whole(again, make_ids(1, 2))
-            changes: tuple[Callable[[], None], ...] = (
-                lambda: again.commit(make_batch([3])),
+            changes: tuple[Callable[[], object], ...] = (
+                lambda: again.commit(make_batch([4])),
+                lambda: catalogue(again, make_ids(4)),
+                lambda: again.fill(make_ids(3), make_blocks(make_ids(3))),
                 lambda: again.commit(make_batch([]), replacing=make_ids(1)),
                 lambda: write(again, make_ids(4)),
                 lambda: again.discard(make_ids(1)),

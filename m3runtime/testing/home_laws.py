@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 
 from m3runtime.block import Ids
-from m3runtime.testing.blocks import make_batch, make_ids
+from m3runtime.testing.blocks import make_batch, make_blocks, make_embeddings, make_ids
 from m3runtime.testing.tier import UNKNOWN, TierContract
 from m3runtime.tier import Home, Tier
 
@@ -54,6 +54,10 @@ class HomeLaws(TierContract):
             *super().calls(tier, ids),
             lambda: tier.commit(make_batch([])),
             lambda: tier.commit(make_batch([]), replacing=make_ids(UNKNOWN)),
+            lambda: tier.catalogue(none, [], make_embeddings(none)),
+            tier.cold,
+            lambda: tier.cold(ids),
+            lambda: tier.fill(make_ids(UNKNOWN), make_blocks(make_ids(UNKNOWN))),
             tier.next_id,
             lambda: tier.find(["a"]),
             lambda: tier.references(ids),

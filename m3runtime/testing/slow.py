@@ -63,3 +63,7 @@ class SlowHome(_Slow[Home], WrappedHome):
     def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
         self.transfer(len(batch.ids))
         super().commit(batch, replacing=replacing)
+
+    def fill(self, ids: Ids, blocks: Tensor) -> Found:
+        self.transfer(len(ids))
+        return super().fill(ids, blocks)

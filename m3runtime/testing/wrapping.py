@@ -87,6 +87,15 @@ class WrappedHome(Wrapped[Home], Home):
     def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
         self.around("commit", lambda: self.inner.commit(batch, replacing=replacing))
 
+    def catalogue(self, ids: Ids, references: Sequence[Reference], embeddings: npt.NDArray[np.float32]) -> None:
+        self.around("catalogue", lambda: self.inner.catalogue(ids, references, embeddings))
+
+    def cold(self, ids: Ids | None = None) -> Ids:
+        return self.around("cold", lambda: self.inner.cold(ids))
+
+    def fill(self, ids: Ids, blocks: Tensor) -> Found:
+        return self.around("fill", lambda: self.inner.fill(ids, blocks))
+
     def next_id(self) -> int:
         return self.around("next_id", self.inner.next_id)
 

@@ -28,6 +28,8 @@ class MemoryModel:
         self.runtime = runtime
         if runtime is not None:
             adapter.check(runtime.bank.manifest, runtime.bank.path)
+            if runtime.encoder is None:
+                runtime.encoder = adapter
 
     @classmethod
     def from_pretrained(

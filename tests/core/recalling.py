@@ -1,8 +1,9 @@
 """A runtime over a small bank of random memories, whose embedder knows words and whose home may be wrapped."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from m3backends.lmdb import LmdbHome
 from m3backends.pinned import PinnedTier
 from m3backends.usearch import UsearchIndex
+from m3runtime.adapter import Adapter
 from m3runtime.bank import Bank, Manifest, OpenHome, as_ids
 from m3runtime.block import Found, Ids
 from m3runtime.codecs.raw import RawCodec
@@ -124,6 +126,49 @@ class CountingCodec(RawCodec):
         return super().decode(payloads, tokens, dtype)
 
 
+class TextAdapter(Adapter):
+    """Has the memories of `TEXTS`. Notes every call, and may be held up; refuses texts, and fails."""
+
+    spec = SPEC
+    name = "texts"
+    model_fingerprint = "1" * 32
+    tokenizer_fingerprint = "2" * 32
+    sink = ""
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, ...]] = []
+        self.refused: set[str] = set()
+        self.failing: Exception | None = None
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Semaphore(0)
+        self._inside = threading.Lock()
+
+    @classmethod
+    def open(cls, model: object, memory: object) -> "TextAdapter":
+        return cls()
+
+    def count_tokens(self, text: str) -> int:
+        return int(memories().tokens[TEXTS.index(text)])
+
+    def encode(self, references: Sequence[str]) -> Memories:
+        assert self._inside.acquire(blocking=False), "one call at a time"
+        try:
+            self.calls.append(tuple(references))
+            self.entered.release()
+            self.gate.wait()
+            if self.failing is not None:
+                raise self.failing
+            if self.refused.intersection(references):
+                raise InputError("this text cannot be read")
+            every, rows = memories(), [TEXTS.index(text) for text in references]
+            return Memories(every.keys[rows], every.values[rows], every.tokens[rows])
+        finally:
+            self._inside.release()
+
+
 def open_runtime(
     path: Path,
     *,
@@ -131,9 +176,14 @@ def open_runtime(
     wrap: Callable[[Home], Home] = lambda home: home,
     sections: dict[str, Any] | None = None,
     device: str = "cpu",
+    cold: Collection[int] = (),
+    encoder: Adapter | None = None,
     **recall: Any,
 ) -> Runtime:
-    """A bank of `TEXTS` at ``path``, made if it is not there, under a tier with room for six blocks."""
+    """A bank of `TEXTS` at ``path``, made if it is not there, under a tier with room for six blocks.
+
+    The ids ``cold`` are only in its catalogue.
+    """
     defaults = {"memories": 3, "min_score": -1, "when_late": "wait", "score_temperature": 1.0}
     given = {"bank": path, "model": {"path": "given"}, "embedder": {"path": "given"}}
     config = Config.model_validate({**given, "recall": {**defaults, **recall}, **(sections or {})})
@@ -157,14 +207,23 @@ def open_runtime(
         bank = Bank.open(path, OpenHome(LmdbHome, {}, "tiers"), lambda *_: codec)
     else:
         bank = Bank.create(path, OpenHome(LmdbHome, {}, "tiers"), manifest, codec)
-        bank.home.commit(Batch(ids, bank.blocks(ids, memories()), references(), vectors))
+        blocks = bank.blocks(ids, memories())
+        for is_cold, some in groupby(range(len(ids)), lambda id: id in cold):  # ids rise from call to call
+            rows = list(some)
+            given_references = [references()[row] for row in rows]
+            if is_cold:
+                bank.home.catalogue(ids[rows], given_references, vectors[rows])
+            else:
+                bank.home.commit(Batch(ids[rows], blocks[rows], given_references, vectors[rows]))
+    cold_ids = as_ids([]) if config.recall.cold_start else bank.home.cold()
     bank.home = wrap(bank.home)
     index = UsearchIndex(dim=DIM, dtype="f32")
     index.add(ids, vectors)
+    index.remove(cold_ids)
     hierarchy = Hierarchy((tiers or pinned(6))(bank.home.slot_bytes), bank.home, bank.stamp, device)
     wanted = config.recall
     retriever = Retriever(embedder, index, memories=wanted.memories, min_score=wanted.min_score, margin=wanted.margin)
-    return Runtime(config, bank, hierarchy, retriever, torch.device(device))
+    return Runtime(config, bank, hierarchy, retriever, torch.device(device), encoder=encoder)
 
 
 def memories() -> Memories:

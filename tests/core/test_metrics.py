@@ -57,7 +57,7 @@ def test_stages_of_recalls_and_of_what_is_done_beside(runtime: Runtime) -> None:
     use(runtime)
     metrics = runtime.metrics()
     counted = {stage: latency.count for stage, latency in metrics.recall_stages.items()}
-    brought = {"wait": 0, "read": 1, "decode": 1}
+    brought = {"encode": 0, "wait": 0, "read": 1, "decode": 1}
     # The first text was embedded beside, and is not embedded again: the stage only finds it.
     assert counted == {"embed": 2, "search": 2, "bring": 2, "deliver": 2, "recall": 2, **brought}
     beside = {stage: latency.count for stage, latency in metrics.lookahead_stages.items()}
@@ -139,7 +139,7 @@ def test_prometheus_reads_what_the_values_say(runtime: Runtime) -> None:
 
 
 def test_every_count_is_exported() -> None:
-    seconds = {"search_s", "fetch_s", "waited_s"}  # those are in the latencies, or named otherwise
+    seconds = {"search_s", "fetch_s", "waited_s", "encode_s"}  # those are in the latencies, or named otherwise
     assert {field.name for field in fields(RecallCounts)} == {*_RECALL, *seconds}
     assert {field.name for field in fields(LookaheadCounts)} == {*_LOOKAHEAD, "last_error", "in_flight_bytes"}
     assert {field.name for field in fields(TierStats)} == {*_TIER, "name"}

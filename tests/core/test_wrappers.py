@@ -11,7 +11,15 @@ from m3backends.lmdb import LmdbHome
 from m3backends.pinned import PinnedTier
 from m3runtime.abilities import Auditable, Persistent, Scored
 from m3runtime.errors import BankFullError, InputError, M3Error, TierClosedError, TierError
-from m3runtime.testing.blocks import SLOT_BYTES, make_batch, make_blocks, make_ids, same_block
+from m3runtime.testing.blocks import (
+    SLOT_BYTES,
+    make_batch,
+    make_blocks,
+    make_embeddings,
+    make_ids,
+    make_reference,
+    same_block,
+)
 from m3runtime.testing.faulty import KINDS, Fault, FaultyHome, FaultyTier, Injection, Kind, Schedule
 from m3runtime.testing.slab import SlabTierContract
 from m3runtime.testing.slow import SlowHome, SlowTier
@@ -279,6 +287,9 @@ def test_no_space(tmp_path: Path) -> None:
 
 HOME_CALLS: dict[str, Callable[[Home], object]] = {
     "commit": lambda home: home.commit(make_batch([7])),
+    "catalogue": lambda home: home.catalogue(make_ids(7), [make_reference(7)], make_embeddings(make_ids(7))),
+    "cold": lambda home: home.cold(),
+    "fill": lambda home: home.fill(make_ids(7), make_blocks(make_ids(7))),
     "next_id": lambda home: home.next_id(),
     "find": lambda home: home.find(["a"]),
     "references": lambda home: home.references(make_ids(1)),
@@ -307,6 +318,7 @@ def test_every_call_of_a_home_may_fail_and_nothing_was_done(tmp_path: Path) -> N
         assert inner.ids().tolist() == [1]
         assert inner.quarantined() == {}
         assert inner.get_meta("a") is None
+        assert inner.cold().tolist() == []
 
 
 def test_a_torn_commit_has_everything_but_one_block(tmp_path: Path) -> None:
@@ -317,6 +329,18 @@ def test_a_torn_commit_has_everything_but_one_block(tmp_path: Path) -> None:
         assert (kind, method) == ("torn_write", "commit")
         assert damaged(inner, make_ids(1, 2, 3)) == [id]
         assert inner.ids().tolist() == [1, 2, 3]
+
+
+def test_a_torn_filling_has_everything_but_one_block(tmp_path: Path) -> None:
+    with LmdbHome(path=tmp_path, slot_bytes=SLOT_BYTES) as inner:
+        home, ids = FaultyHome(inner, Schedule(Fault("torn_write", at={2}))), make_ids(1, 2, 3)
+        home.catalogue(ids, [make_reference(id) for id in ids.tolist()], make_embeddings(ids))
+        assert home.schedule.injected == ()
+        home.commit(make_batch([4]))
+        assert home.fill(ids, make_blocks(ids)).all()
+        ((kind, method, id),) = [(one.kind, one.method, one.id) for one in home.schedule.injected]
+        assert (kind, method) == ("torn_write", "fill")
+        assert damaged(inner, ids) == [id]
 
 
 def test_an_unknown_kind_is_refused() -> None:
@@ -347,6 +371,11 @@ def test_a_slow_home_takes_its_time_for_commits(tmp_path: Path) -> None:
         home.commit(make_batch([1, 2]))
         assert check_read(home, make_ids(1, 2)).all()
     assert slept == [2.0, 0.25, 0.25, 2.0]
+    slept.clear()
+    with SlowHome(LmdbHome(path=tmp_path, slot_bytes=SLOT_BYTES), bandwidth=SLOT_BYTES, sleep=slept.append) as home:
+        home.catalogue(make_ids(3), [make_reference(3)], make_embeddings(make_ids(3)))
+        assert home.fill(make_ids(3), make_blocks(make_ids(3))).all()
+    assert slept == [0.0, 1.0, 0.0]
 
 
 def test_others_use_the_inner_tier_while_a_slow_one_sleeps() -> None:

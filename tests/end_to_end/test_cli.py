@@ -76,6 +76,7 @@ class TestWrite:
             "references": 6,
             "written": 6,
             "known": 0,
+            "catalogued": 0,
             "bytes": sum(map(len, place.contents().blocks.values())),
             "bank": str(place.bank),
             "skipped": ["facts/picture.png"],

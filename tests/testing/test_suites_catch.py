@@ -62,7 +62,7 @@ def run_suites(files: list[str], report: Path) -> dict[str, Verdict]:
     ("files", "least"),
     [
         (["slabs", "folders"], 27),
-        (["homes"], 16),
+        (["homes"], 20),
         (["codecs", "indexes", "policies", "embedders", "hierarchies"], 27),
     ],
     ids=["caching tiers", "homes", "others"],

@@ -13,8 +13,8 @@ from m3backends.lmdb import LmdbHome
 from m3backends.lmdb_files import HomeFiles
 from m3runtime.block import Found, Ids
 from m3runtime.errors import InputError, TierClosedError, TierReadOnlyError
-from m3runtime.testing.blocks import SLOT_BYTES
-from m3runtime.tier import Batch, Home
+from m3runtime.testing.blocks import SLOT_BYTES, stored_bytes
+from m3runtime.tier import Batch, Home, check_rows
 from tests.backends.lmdb_contract import LmdbContract
 from tests.testing.broken.suites import make_suites
 
@@ -185,6 +185,41 @@ class DiscardKeepsTheBlock(LmdbHome):
         for row in np.flatnonzero(found).tolist():
             key, block = int(ids[row]).to_bytes(8, "big"), bytes(rows[row].tolist())
             self._environment.write(lambda txn, key=key, block=block: txn.put(key, block, db=self._db.blocks))  # type: ignore[misc]
+
+
+class FillsWhatHasABlock(LmdbHome):
+    """Takes the newest block of an id."""
+
+    def fill(self, ids: Ids, blocks: Tensor) -> Found:
+        found = super().fill(ids, blocks)
+        rows = [row for row in range(len(ids)) if not found[row] and int(ids[row]) in self]
+        for row in rows:
+            key, block = int(ids[row]).to_bytes(8, "big"), stored_bytes(blocks[row])
+            self._environment.write(lambda txn, key=key, block=block: txn.put(key, block, db=self._db.blocks))  # type: ignore[misc]
+        return found
+
+
+class FillsRowByRow(LmdbHome):
+    def fill(self, ids: Ids, blocks: Tensor) -> Found:
+        check_rows(ids, blocks, self.slot_bytes)
+        rows = [super(FillsRowByRow, self).fill(ids[row : row + 1], blocks[row : row + 1]) for row in range(len(ids))]
+        return np.array([row.all() for row in rows], np.bool_)
+
+
+class ForgetsWhatIsColdOnOpening(LmdbHome):
+    """Remembers only in RAM what it has in its catalogue alone."""
+
+    def __init__(self, *, path: Path, slot_bytes: int, read_only: bool) -> None:
+        super().__init__(path=path, slot_bytes=slot_bytes, read_only=read_only)
+        if not read_only:
+            self._environment.write(lambda txn: txn.drop(self._db.cold.handle, delete=False))
+
+
+class ColdIsHeld(LmdbHome):
+    """Counts references without a block as blocks."""
+
+    def __len__(self) -> int:
+        return super().__len__() + len(self.cold())
 
 
 class Homes(LmdbContract):
