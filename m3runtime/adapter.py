@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 from m3runtime.bank import Manifest
 from m3runtime.errors import ConfigError
 from m3runtime.memory import Memories
+from m3runtime.shape import ModelShape
 from m3runtime.spec import MemorySpec
 
 if TYPE_CHECKING:
@@ -212,6 +213,14 @@ class Weighing(Protocol):
         ``float32[layers, n, n]`` on the CPU, ``n`` of ``2 * kv_heads * head_dim``: symmetric matrices over keys of all
         heads, then values. See `m3runtime.codecs.base.Codec.fit`. Raises `InputError` as `Adapter.encode` does.
         """
+
+
+@runtime_checkable
+class Sizing(Protocol):
+    """What the class of an adapter has that can tell a model's shape without loading it."""
+
+    def shape(self, model: "ModelConfig") -> ModelShape:
+        """From what is written beside the weights. Raises `ConfigError` with one line if it cannot be told."""
 
 
 @dataclass(frozen=True, slots=True)

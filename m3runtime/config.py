@@ -1,6 +1,7 @@
 """The configuration: one YAML file, every key of it described here. `m3runtime.config_loading` reads it."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -18,20 +19,26 @@ from pydantic import (
     model_validator,
 )
 
+from m3runtime import presets
 from m3runtime.units import Seconds, Size, format_size, parse_size
 
 _SIZES = ("capacity", "max_size")
 _MIB = 1024**2
 _GIB = 1024**3
+_RANGE = re.compile(r"([0-9]{1,4})-([0-9]{1,4})", re.ASCII)
 
 
 def _layers(value: object, validate: Callable[[object], Any]) -> Any:
+    ends = _RANGE.fullmatch(value) if isinstance(value, str) else None
     try:
-        layers = validate(value)
+        layers = validate(tuple(range(int(ends[1]), int(ends[2]) + 1)) if ends else value)
     except ValidationError:
         layers = ()
     if not layers or (isinstance(layers, tuple) and (layers[0] < 0 or list(layers) != sorted(set(layers)))):
-        raise ValueError(f"must be all, first-half or a list of ascending layer numbers, not {value!r}")
+        raise ValueError(
+            "must be all, first-half, middle-half, a range such as 8-23 or a list of ascending layer numbers, "
+            f"not {value!r}"
+        )
     return layers
 
 
@@ -50,7 +57,7 @@ def _name(value: object) -> object:
 Whole = Annotated[int, Strict()]  # or `yes` would be 1
 Count = Annotated[Whole, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
-Layers = Annotated[Literal["all", "first-half"] | tuple[Whole, ...], WrapValidator(_layers)]
+Layers = Annotated[Literal["all", "first-half", "middle-half"] | tuple[Whole, ...], WrapValidator(_layers)]
 TokensPerHead = Annotated[Literal["all"] | Count, WrapValidator(_tokens_per_head)]
 
 
@@ -93,8 +100,10 @@ class ModelConfig(_Section):
 class MemoryConfig(_Section):
     """What is kept of a reference, and how attention reads it. A bank holds memories of one such shape."""
 
+    preset: Literal["memory3"] | None = None
+    """Other defaults here and of `codec`, `embedder` and `recall`: ``memory3`` has those of the Memory³ paper."""
     layers: Layers = "all"
-    """The memory layers: ``all``, ``first-half`` or a list of layer numbers."""
+    """The memory layers: ``all``, ``first-half``, ``middle-half``, a range such as ``8-23`` or a list of numbers."""
     tokens_per_head: TokensPerHead = "all"
     """Tokens of a reference that each KV head keeps: ``all``, or how many of those that receive the most attention."""
     reference_tokens: Annotated[Whole, Field(ge=1, le=65_535)] = 128
@@ -111,6 +120,11 @@ class MemoryConfig(_Section):
     """Attention logits between queries and memory keys are divided by it: below 1 sharpens attention to memories."""
     batch_size: Count = 16
     """References that the model reads at once while memories are written."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_by_preset(cls, values: object) -> object:
+        return presets.filled({"memory": values})["memory"] if isinstance(values, dict) else values
 
 
 class CodecConfig(_PluginSection):
@@ -269,6 +283,11 @@ class Config(_Section):
     """What a runtime shows of itself."""
     generate: GenerateConfig = GenerateConfig()
     """How answers are written."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_by_preset(cls, values: object) -> object:
+        return presets.filled(values) if isinstance(values, dict) else values
 
     def without_cold_start(self) -> "Config":
         """The same, by which nothing is encoded at recall: for what only reads a bank."""

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from m3runtime import presets
 from m3runtime.config import Config
 from m3runtime.errors import ConfigError
 from m3runtime.plugins import not_known, reason
@@ -34,7 +35,7 @@ class LoadedConfig:
 
     config: Config
     origins: Mapping[str, str]
-    """For each dotted key ``default``, the file's name, an environment variable or ``--set``."""
+    """For each dotted key ``default``, ``memory.preset``, the file's name, an environment variable or ``--set``."""
 
 
 def load_config(
@@ -57,6 +58,8 @@ def load_config(
     origins = dict.fromkeys(said, str(file))
     for key, text, origin in [*_variables(environ), *_settings(overrides or {})]:
         _override(tree, origins, key, _parse(text, origin), origin)
+    given: dict[Key, str] = dict.fromkeys(presets.unsaid(tree), presets.ORIGIN)
+    origins = given | origins  # the newest comes last, and that is not the preset
     try:
         config = Config.model_validate(_filled(tree))
     except ValidationError as error:

@@ -15,6 +15,7 @@ _SIZES = {"B": 1} | {
 }
 _SIZES_BY_NAME = {name.lower(): size for name, size in _SIZES.items()}
 _TIMES = {"ms": Fraction(1, 1000), "s": Fraction(1), "m": Fraction(60), "h": Fraction(3600)}
+_MOST = 10**18
 
 
 def parse_size(value: object) -> int:
@@ -32,6 +33,14 @@ def format_size(size: int) -> str:
     exact = (name for name, unit in _SIZES.items() if size and size % unit == 0)
     unit = max(exact, key=_SIZES.__getitem__, default="B")
     return f"{size // _SIZES[unit]}{unit}"
+
+
+def parse_count(value: object) -> int:
+    """A whole number, at least 1, of ``1000``, ``1e8`` or ``1.12e8``. Raises `ValueError` in one clear line."""
+    parsed = _parse(value)
+    if parsed is None or parsed[1] or parsed[0].denominator != 1 or not 1 <= parsed[0] <= _MOST:
+        raise ValueError(f"must be a whole number such as 1000 or 1e8, from 1 to 1e18, not {value!r}")
+    return int(parsed[0])
 
 
 def parse_seconds(value: object) -> float:

@@ -37,7 +37,7 @@ def calibrate(
     loaded = load(config, set)
     from datetime import date
 
-    from m3runtime import assembly, plugins
+    from m3runtime import assembly, plugins, presets
 
     plugins.require("m3 eval", "eval")
     from m3runtime.config_loading import DEFAULT_FILE, FILE_VARIABLE
@@ -60,7 +60,7 @@ def calibrate(
         yaml_edit.check_writable(file)
     for key in _KEYS:
         origin = loaded.origins[f"recall.{key}"]
-        if origin not in (file.name, "default"):
+        if origin not in (file.name, "default", presets.ORIGIN):
             typer.echo(f"m3: recall.{key} is set by {origin}, which goes before what the file says", err=True)
 
     asked = CalibrationSettings(seed=seed, statements=statements, batch=batch)

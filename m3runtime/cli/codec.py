@@ -177,7 +177,7 @@ def _print(codec: "Codec", path: Path, *, json: bool) -> None:
     if json:
         print_json(facts)
         return
-    facts["spec"] = _in_short(codec.spec)
+    facts["spec"] = in_short(codec.spec)
     facts["options"] = ", ".join(f"{name}: {value}" for name, value in codec.options.items()) or "none"
     fewer = facts.pop("times_fewer")
     measured = [facts.pop(name) for name in ("key_error", "value_error")]
@@ -209,7 +209,8 @@ def _facts(codec: "Codec", path: Path) -> dict[str, Any]:
     }
 
 
-def _in_short(spec: "MemorySpec") -> str:
+def in_short(spec: "MemorySpec") -> str:
+    """A spec for people, on one line."""
     layers = spec.layers
     run = layers == tuple(range(layers[0], layers[-1] + 1)) and len(layers) > 1
     named = f"{layers[0]}-{layers[-1]}" if run else ", ".join(map(str, layers))

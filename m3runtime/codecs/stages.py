@@ -10,7 +10,7 @@ from torch import Tensor
 
 from m3runtime.codecs import layout
 from m3runtime.codecs.base import Progress
-from m3runtime.codecs.packing import Stage, parse, text_of
+from m3runtime.codecs.packing import BITS, Stage, parse, text_of
 from m3runtime.codecs.quantiser import Design, Quantiser, Vectors, check_tensors
 from m3runtime.codecs.tables import Tables
 from m3runtime.errors import CodecError
@@ -18,10 +18,9 @@ from m3runtime.spec import MemorySpec
 
 SCOPES = ("head", "layer", "model")
 ROTATIONS = ("none", "pca", "opq")
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # The paper's OPQ20_80,Residual2x14,PQ8x10: 14 bytes for a vector of 80 channels, or of any other number.
-    "memory3": {"keys": "2x14+8x10", "values": "2x14+8x10", "rotation": "opq", "scope": "model", "offset": False}
-}
+PRESETS = ("memory3",)
+_MOST_BITS = 14
+"""Of a stage of the preset: a codebook of 16,384 centroids, the paper's largest."""
 
 
 class StagesDesign(Design):
@@ -34,8 +33,8 @@ class StagesDesign(Design):
     (``opq``). With ``offset``, what the keys of one memory have in common, their mean, is taken off first and lies in
     the payload's fixed part, one byte for each channel. Any bytes decode to finite numbers.
 
-    ``preset="memory3"`` is the quantiser of the Memory³ paper. Raises `CodecError` for options that contradict each
-    other or do not fit the spec.
+    ``preset="memory3"`` is the quantiser of the Memory³ paper: see `_memory3` for head dims unlike its own. Raises
+    `CodecError` for options that contradict each other or do not fit the spec.
     """
 
     def __init__(
@@ -63,10 +62,10 @@ class StagesDesign(Design):
         }
         chosen = {name: value for name, value in given.items() if value is not None}
         if preset is not None:
-            _one_of("preset", preset, tuple(PRESETS))
+            _one_of("preset", preset, PRESETS)
             if chosen:
                 raise CodecError(f"{next(iter(chosen))} of the product codec cannot be set beside preset {preset}")
-            chosen = dict(PRESETS[preset])
+            chosen = _memory3(spec.head_dim)
         self.keys = _stages(chosen, "keys", "key_bytes", 32, spec.head_dim)
         self.values = _stages(chosen, "values", "value_bytes", 16, spec.head_dim)
         self.scope: str = _one_of("scope", chosen.get("scope", "head"), SCOPES)
@@ -252,6 +251,23 @@ def _stages(options: Mapping[str, Any], name: str, short: str, default: int, hea
         sizes = ", ".join(map(str, allowed))
         raise CodecError(f"{short} must divide head_dim {head_dim}: one of {sizes}, not {size!r}")
     return (Stage(int(size), 8),)
+
+
+def _memory3(head_dim: int) -> dict[str, Any]:
+    """The paper's OPQ20_80,Residual2x14,PQ8x10, of 14 bytes: as it is for any number of channels that 8 divides.
+
+    For others, each stage has the number of parts, among those that divide the channels, that makes the most of the
+    paper's bits (28 and 80) in codebooks no larger than its largest; of equals, the one nearest to the paper's.
+    """
+    stages = text_of([_fitting(2, 14, head_dim), _fitting(8, 10, head_dim)])
+    return {"keys": stages, "values": stages, "rotation": "opq", "scope": "model", "offset": False}
+
+
+def _fitting(parts: int, bits: int, head_dim: int) -> Stage:
+    """See `_memory3`."""
+    most = parts * bits
+    can_be = [Stage(n, min(_MOST_BITS, most // n)) for n in range(1, most // BITS[0] + 1) if head_dim % n == 0]
+    return max(can_be, key=lambda stage: (stage.parts * stage.bits, -abs(stage.parts - parts)))
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:

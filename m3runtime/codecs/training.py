@@ -181,8 +181,13 @@ def _left_over(vectors: Tensor, stage: Stage, table: Tensor) -> Tensor:
 
 
 def _rotated_parts(stages: Sequence[Stage], dim: int) -> int:
-    """For how many parts OPQ optimises: those of a single stage, else parts of 4 channels as the paper's OPQ20_80."""
-    return stages[0].parts if len(stages) == 1 else max(1, dim // 4)
+    """For how many parts OPQ optimises: those of a single stage, else parts of 4 channels as the paper's OPQ20_80.
+
+    Or of as nearly 4 as divides them.
+    """
+    if len(stages) == 1:
+        return stages[0].parts
+    return min((parts for parts in range(1, dim + 1) if dim % parts == 0), key=lambda parts: abs(parts - dim / 4))
 
 
 def _optimised(vectors: Tensor, parts: int) -> Tensor:

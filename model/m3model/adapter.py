@@ -23,12 +23,13 @@ from m3model.reading import Row
 from m3model.scoring import Scoring
 from m3model.selection import attention_modules, encode_scored, select
 from m3model.session import Session, Sink, make_sink, prepare
+from m3model.sizing import shape_of
 from m3model.stopping import stopping_after
 from m3runtime.adapter import Adapter, Answer, Form, OnText, Prompt, Score
 from m3runtime.config import GenerateConfig, MemoryConfig, ModelConfig
 from m3runtime.errors import ConfigError, InputError
 from m3runtime.memory import Memories
-from m3runtime.spec import MemorySpec
+from m3runtime.shape import ModelShape, memory_spec
 from m3runtime.stream import Stream
 
 
@@ -45,12 +46,11 @@ class TransformersAdapter(Adapter):
         # In the user's turn, the template's beginning is the same for every conversation: it is computed once, as sink.
         self._head = turn_head(tokenizer) if memory.place == "turn" else ""
         self.sink = self._head + memory.sink
-        self.spec = MemorySpec(
-            layers=_layers(memory.layers, self.layout.layers),
+        self.spec = memory_spec(
+            memory,
+            layers=self.layout.layers,
             kv_heads=self.layout.kv_heads,
-            tokens=_tokens(memory),
             head_dim=self.layout.head_dim,
-            reference_tokens=memory.reference_tokens,
             dtype=str(self.layout.dtype).removeprefix("torch."),
         )
         if not self.spec.dense:
@@ -75,6 +75,11 @@ class TransformersAdapter(Adapter):
         """See `Adapter.open`."""
         loaded, tokenizer = load(model.path, model.dtype, model.device)
         return cls(loaded, tokenizer, memory, model.path)
+
+    @classmethod
+    def shape(cls, model: ModelConfig) -> ModelShape:
+        """See `m3runtime.adapter.Sizing`."""
+        return shape_of(model)
 
     @property
     def device(self) -> torch.device:
@@ -270,25 +275,6 @@ class TransformersAdapter(Adapter):
             # A template that writes it again and again (SmolLM2's) means more by it than a beginning.
             return ids[1:] if begins and ids.count(bos) == 1 else ids
         return ids if begins else [bos, *ids]
-
-
-def _layers(wanted: Any, count: int) -> tuple[int, ...]:
-    """The memory layers that ``memory.layers`` names, of a model with ``count`` layers."""
-    if wanted == "all":
-        return tuple(range(count))
-    if wanted == "first-half":
-        return tuple(range(count // 2))
-    chosen = tuple(sorted(set(wanted)))
-    if not chosen or chosen[-1] >= count or chosen[0] < 0:
-        raise ConfigError(f"memory.layers: the model has layers 0 to {count - 1}, not {list(wanted)}")
-    return chosen
-
-
-def _tokens(memory: MemoryConfig) -> int:
-    """The most tokens of a memory that ``memory.tokens_per_head`` allows."""
-    if memory.tokens_per_head == "all":
-        return memory.reference_tokens
-    return min(memory.tokens_per_head, memory.reference_tokens)
 
 
 def _stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

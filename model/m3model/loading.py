@@ -37,17 +37,7 @@ def load(path: str, dtype: str, device: str) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = _device(device)
-    file = Path(path)
-    source: dict[str, Any] = {"pretrained_model_name_or_path": path}
-    if file.suffix == ".gguf":
-        if not file.is_file():
-            raise ConfigError(f"model.path: no such file: {path}")
-        source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    elif file.is_absolute() or path.startswith((".", "~")):
-        if not file.expanduser().is_dir():
-            raise ConfigError(f"model.path: no such folder: {path}")
-        source = {"pretrained_model_name_or_path": str(file.expanduser())}
+    place, source = _device(device), source_of(path)
     wanted = ("float32" if place.type == "cpu" else "auto") if dtype == "auto" else dtype
     try:
         with quiet():
@@ -65,6 +55,20 @@ def load(path: str, dtype: str, device: str) -> tuple[Any, Any]:
             f"it lacks {len(missing)} of the weights, such as {missing[0]}"
         )
     return model.to(place).eval(), tokenizer
+
+
+def source_of(path: str) -> dict[str, Any]:
+    """Arguments of the library's ``from_pretrained``. Raises `ConfigError` for a file or folder that is not there."""
+    file = Path(path)
+    if file.suffix == ".gguf":
+        if not file.is_file():
+            raise ConfigError(f"model.path: no such file: {path}")
+        return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    if file.is_absolute() or path.startswith((".", "~")):
+        if not file.expanduser().is_dir():
+            raise ConfigError(f"model.path: no such folder: {path}")
+        return {"pretrained_model_name_or_path": str(file.expanduser())}
+    return {"pretrained_model_name_or_path": path}
 
 
 def _device(name: str) -> torch.device:

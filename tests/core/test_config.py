@@ -145,7 +145,9 @@ trees = st.fixed_dictionaries(
     },
     optional={
         "memory": optional(
-            layers=st.sampled_from(["all", "first-half"]) | st.sets(st.integers(0, 99), min_size=1).map(sorted),
+            preset=st.none() | st.just("memory3"),
+            layers=st.sampled_from(["all", "first-half", "middle-half"])
+            | st.sets(st.integers(0, 99), min_size=1).map(sorted),
             sink=st.text(max_size=9),
             attention_temperature=st.floats(0, 2, exclude_min=True),
         ),
@@ -210,7 +212,8 @@ def test_default_tiers_fit_the_machine() -> None:
         ("recall: {chunk_tokens: 9}", "m3.yaml: recall: lookahead_tokens (16) must be less than chunk_tokens (9)"),
         (
             "memory: {layers: [3, 1]}",
-            "m3.yaml: memory.layers must be all, first-half or a list of ascending layer numbers, not [3, 1]",
+            "m3.yaml: memory.layers must be all, first-half, middle-half, a range such as 8-23 or a list of ascending "
+            "layer numbers, not [3, 1]",
         ),
         (
             "memory: {tokens_per_head: 0}",
@@ -219,8 +222,8 @@ def test_default_tiers_fit_the_machine() -> None:
         ("memory: {tokens_per_head: some}", "m3.yaml: memory.tokens_per_head must be all or a whole number of at"),
         ("memory: {tokens_per_head: yes}", "m3.yaml: memory.tokens_per_head must be all or a whole number of at"),
         ("memory: {tokens_per_head: 8.0}", "m3.yaml: memory.tokens_per_head must be all or a whole number of at"),
-        ("memory: {layers: []}", "m3.yaml: memory.layers must be all, first-half or a list of asc"),
-        ("memory: {layers: some}", "m3.yaml: memory.layers must be all, first-half or a list of asc"),
+        ("memory: {layers: []}", "m3.yaml: memory.layers must be all, first-half, middle-half, a range such"),
+        ("memory: {layers: some}", "m3.yaml: memory.layers must be all, first-half, middle-half, a range such"),
         ("recall: {cold_start: 1}", "m3.yaml: recall.cold_start must be a valid boolean, not 1"),
         ("tiers: {kind: gpu}", "m3.yaml: tiers must be a list, not {'kind': 'gpu'}"),
         ("tiers: [gpu]", "m3.yaml: tiers.0 must be a mapping of keys to values, not 'gpu'"),

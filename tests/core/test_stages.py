@@ -82,6 +82,19 @@ def test_any_head_dim_and_number_of_bytes(head_dim: int) -> None:
     assert ProductCodec(spec, preset="memory3").payload_bytes(1) == 28
 
 
+@given(st.integers(1, 300))
+def test_the_preset_fits_any_head_dim(head_dim: int) -> None:
+    design = ProductCodec(MemorySpec((0,), 1, 4, head_dim, 4, "float32"), preset="memory3")
+    stages = parse(design.options["keys"], "keys", head_dim)  # or it raises
+    assert len(stages) == 2
+    assert all(stage.bits <= 14 for stage in stages)
+    assert design.payload_bytes(1) <= 28
+    if head_dim % 8 == 0:
+        assert design.options["keys"] == "2x14+8x10"
+    if head_dim % 10 == 0:
+        assert design.payload_bytes(1) == 28
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -256,3 +269,13 @@ def test_training_on_very_little_writes_nothing_to_stderr(rotation: str, capfd: 
     codec.fit(make_memories([3]), progress=seen.append)
     assert codec.distortion(make_memories([3])).keys < 0.05
     assert (seen, capfd.readouterr().err) == ([0.5, 1.0], "")
+
+
+def test_the_preset_learns_heads_that_its_own_parts_do_not_divide() -> None:
+    spec = MemorySpec((0,), 1, 4, 7, 4, "float32")
+    codec = ProductCodec(spec, preset="memory3")
+    sample = make_memories([4] * 16, spec=spec)
+    codec.fit(sample)
+    assert codec.measured is not None
+    found = codec.distortion(sample)
+    assert max(found.keys, found.values) < 0.01  # there are more centroids than vectors

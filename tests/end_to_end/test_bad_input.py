@@ -71,7 +71,7 @@ class TestConfiguration:
             ("recall.memories=many", "--set: recall.memories must be"),
             ("recall.deadline=soon", "--set: recall.deadline must be a time"),
             ("recall.when_late=never", "--set: recall.when_late"),
-            ("memory.layers=[3, 1]", "--set: memory.layers must be all, first-half or a list of ascending"),
+            ("memory.layers=[3, 1]", "--set: memory.layers must be all, first-half, middle-half, a range"),
             ("tiers.0.capacity=much", "--set: tiers.0: capacity must be a size"),
             ("tiers.7.kind=gpu", "--set: tiers.7.kind is not known; the list has 2 items"),
             ("bank", "--set bank: write it as KEY=VALUE"),

@@ -8,7 +8,7 @@ import m3runtime
 from tests.end_to_end.commands import M3, environment
 
 HEAVY = ("torch", "transformers", "faiss", "lmdb", "usearch", "numpy", "pydantic", "m3backends", "m3model")
-COMMANDS = ("write", "ask", "chat", "search", "inspect", "forget", "config")
+COMMANDS = ("write", "ask", "chat", "search", "inspect", "forget", "config", "plan")
 
 
 def modules_after(code: str) -> set[str]:
