@@ -9,7 +9,7 @@ CHECK := build/wheel-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment would disturb each other
-.PHONY: help install test test-slow test-kill test-flips demo quality wheel-check format clean
+.PHONY: help install test test-slow test-kill test-flips demo quality train-small wheel-check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ demo: .venv/stamp-demo .venv/stamp-models  ## write a bank and answer from it, w
 quality: install  ## measure what memory does to answers, for docs/quality.md (hours); NAME=facts for one of them
 	$(BIN)/python demo/quality.py $(NAME)
 
+train-small: install  ## train a small Memory³ from scratch, and ask it for facts it never saw (40 minutes)
+	$(BIN)/python demo/train_small.py
+
 # The sdist makes the wheel, and the wheel runs outside the checkout with the core dependencies alone.
 wheel-check: .venv/stamp-dev  ## build sdist and wheel, install the wheel into a clean environment, try it
 	rm -rf $(CHECK)
@@ -57,7 +60,7 @@ format: .venv/stamp-dev
 	$(BIN)/ruff format .
 
 clean:  ## remove what was built, cached or written by the demo; .venv stays
-	rm -rf build dist .demo .quality .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage
+	rm -rf build dist .demo .quality .train-small .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # torch from the registry brings CUDA along, gigabytes of it. Where pip finds a CPU build without asking a

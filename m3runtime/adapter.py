@@ -17,7 +17,7 @@ from m3runtime.spec import MemorySpec
 if TYPE_CHECKING:
     import torch
 
-    from m3runtime.config import GenerateConfig, MemoryConfig, ModelConfig
+    from m3runtime.config import Config, GenerateConfig, MemoryConfig, ModelConfig
     from m3runtime.stream import Recalled, Stream
 
 
@@ -221,6 +221,47 @@ class Sizing(Protocol):
 
     def shape(self, model: "ModelConfig") -> ModelShape:
         """From what is written beside the weights. Raises `ConfigError` with one line if it cannot be told."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """One stage of training that is done."""
+
+    name: str
+    """``warmup`` or ``memory``."""
+    steps: int
+    losses: tuple[tuple[int, float], ...]
+    """Steps, and the mean loss of predicting a token, in nats, over the steps since the one before."""
+    path: str
+    """The folder of the model after this stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """A training that is done."""
+
+    stages: tuple[StageReport, ...]
+    path: str
+    """The folder of the trained model, for ``model.path``."""
+    sequences: int
+    tokens: int
+    """Of all sequences."""
+    references: int
+    retrieving: float
+    """Share of chunks that retrieved a reference."""
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """An adapter, the class itself, that can make a model learn to read memories."""
+
+    @classmethod
+    def train(cls, config: "Config", progress: "Callable[[str, int, int], None]") -> TrainReport:
+        """Train as ``config.train`` says, or go on where an equal run stopped; see `m3 train`.
+
+        ``progress`` is called with ``retrieve``, ``warmup`` or ``memory``, what is done of it, and all of it. Raises
+        `ConfigError`, and `InputError` for texts that there is nothing to learn from.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     Strict,
@@ -20,6 +17,8 @@ from pydantic import (
 )
 
 from m3runtime import presets
+from m3runtime.config_section import Count, File, Name, PluginSection, Section, Whole
+from m3runtime.config_train import TrainConfig
 from m3runtime.units import Seconds, Size, format_size, parse_size
 
 _SIZES = ("capacity", "max_size")
@@ -49,42 +48,11 @@ def _tokens_per_head(value: object, validate: Callable[[object], Any]) -> Any:
         raise ValueError(f"must be all or a whole number of at least 1, not {value!r}") from None
 
 
-def _name(value: object) -> object:
-    # YAML reads a folder called 2024 as a number.
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-Whole = Annotated[int, Strict()]  # or `yes` would be 1
-Count = Annotated[Whole, Field(ge=1)]
-Name = Annotated[str, Field(min_length=1)]
 Layers = Annotated[Literal["all", "first-half", "middle-half"] | tuple[Whole, ...], WrapValidator(_layers)]
 TokensPerHead = Annotated[Literal["all"] | Count, WrapValidator(_tokens_per_head)]
 
 
-class _Section(BaseModel):
-    """A section whose keys are all known here."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        coerce_numbers_to_str=True,
-        use_attribute_docstrings=True,
-    )
-
-
-class _PluginSection(_Section):
-    """A section that names a plug-in; keys that are not known here are options of its constructor."""
-
-    model_config = ConfigDict(extra="allow")
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options for the plug-in's constructor: every key that is not a field."""
-        return dict(self.model_extra or {})
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The language model."""
 
     adapter: Name = "transformers"
@@ -97,7 +65,7 @@ class ModelConfig(_Section):
     """Where to compute, such as ``cpu`` or ``cuda:1``; ``auto`` is the accelerator, if there is one."""
 
 
-class MemoryConfig(_Section):
+class MemoryConfig(Section):
     """What is kept of a reference, and how attention reads it. A bank holds memories of one such shape."""
 
     preset: Literal["memory3"] | None = None
@@ -127,16 +95,16 @@ class MemoryConfig(_Section):
         return presets.filled({"memory": values})["memory"] if isinstance(values, dict) else values
 
 
-class CodecConfig(_PluginSection):
+class CodecConfig(PluginSection):
     """How memories become bytes."""
 
     kind: Name = "product"
     """A plug-in's name or an import path; further keys are its options."""
-    file: Annotated[Path, BeforeValidator(_name)] | None = None
+    file: File | None = None
     """A trained codec for a new bank, relative to the file that says so; null: one is trained on what is written."""
 
 
-class EmbedderConfig(_PluginSection):
+class EmbedderConfig(PluginSection):
     """What turns texts into the vectors that recall searches by."""
 
     kind: Name = "sentence-transformers"
@@ -145,7 +113,7 @@ class EmbedderConfig(_PluginSection):
     """A local folder or a hub name. From ``./`` or ``../`` on it is relative to the file that says so."""
 
 
-class IndexConfig(_PluginSection):
+class IndexConfig(PluginSection):
     """What finds the nearest vectors."""
 
     kind: Name = "usearch"
@@ -154,7 +122,7 @@ class IndexConfig(_PluginSection):
     """What the index stores vectors in."""
 
 
-class TierConfig(_PluginSection):
+class TierConfig(PluginSection):
     """One tier of the hierarchy. ``capacity`` and ``max_size`` are sizes such as ``2GiB``."""
 
     kind: Name
@@ -180,7 +148,7 @@ class TierConfig(_PluginSection):
         return {**values, **{key: format_size(values[key]) for key in _SIZES if values.get(key) is not None}}
 
 
-class RecallConfig(_Section):
+class RecallConfig(Section):
     """Which memories a chunk gets, and how long it waits for them."""
 
     chunk_tokens: Count = 64
@@ -204,7 +172,7 @@ class RecallConfig(_Section):
     cold_start: Annotated[bool, Strict()] = False
     """Whether references that are only in the catalogue are encoded at their first recall, and stored; else they are
     not recalled."""
-    trace: Annotated[Path, BeforeValidator(_name)] | None = None
+    trace: File | None = None
     """A file to record into what is asked of the tiers, relative to the file that says so; null: none."""
 
     @model_validator(mode="after")
@@ -216,7 +184,7 @@ class RecallConfig(_Section):
         return self
 
 
-class ThreadsConfig(_Section):
+class ThreadsConfig(Section):
     """What works beside decoding, so that it takes no more of the machine than it should."""
 
     lookahead: Count = 2
@@ -225,7 +193,7 @@ class ThreadsConfig(_Section):
     """Cores that each of them computes on."""
 
 
-class MetricsConfig(_Section):
+class MetricsConfig(Section):
     """What a runtime shows of itself."""
 
     port: Annotated[Whole, Field(ge=1, le=65_535)] | None = None
@@ -236,7 +204,7 @@ class MetricsConfig(_Section):
     """How many of the last events a timeline keeps; 0: none."""
 
 
-class GenerateConfig(_Section):
+class GenerateConfig(Section):
     """How answers are written."""
 
     prompt: Literal["question", "reference", "chat", "plain"] = "question"
@@ -258,10 +226,10 @@ class GenerateConfig(_Section):
     """Texts at which an answer ends, besides the model's own end."""
 
 
-class Config(_Section):
+class Config(Section):
     """Everything that can be set."""
 
-    bank: Annotated[Path, BeforeValidator(_name)]
+    bank: File
     """The bank's folder, relative to the file that says so."""
     model: ModelConfig
     """The language model."""
@@ -283,6 +251,8 @@ class Config(_Section):
     """What a runtime shows of itself."""
     generate: GenerateConfig = GenerateConfig()
     """How answers are written."""
+    train: TrainConfig | None = None
+    """How `m3 train` makes the model learn to read memories; null: it does not."""
 
     @model_validator(mode="before")
     @classmethod

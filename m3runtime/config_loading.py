@@ -246,6 +246,14 @@ def _with_paths(config: Config, origins: dict[Key, str], file: Path) -> Config:
         changes["codec"] = config.codec.model_copy(update={"file": file_of_codec})
     if config.recall.trace is not None:
         changes["recall"] = config.recall.model_copy(update={"trace": absolute(config.recall.trace, "recall", "trace")})
+    if config.train is not None:
+        changes["train"] = config.train.model_copy(
+            update={
+                "out": absolute(config.train.out, "train", "out"),
+                "data": tuple(absolute(path, "train", "data") for path in config.train.data),
+                "references": tuple(absolute(path, "train", "references") for path in config.train.references),
+            }
+        )
     for name, section in (("model", config.model), ("embedder", config.embedder)):
         if section.path in (".", "..", "~") or section.path.startswith(("./", "../", "~/")):  # else perhaps a hub name
             changes[name] = section.model_copy(update={"path": str(absolute(section.path, name, "path"))})

@@ -36,7 +36,7 @@ class TrainConfig(Section):
     out: File
     """The folder for checkpoints and the trained model, relative to the file that says so."""
     start: Literal["weights", "config"] = "weights"
-    """Begin with the weights in ``model.path``, or with fresh ones, of which only configuration and tokenizer are read."""
+    """Begin with the weights in ``model.path``, or with fresh ones: then only configuration and tokenizer are read."""
     pack: bool = True
     """Documents follow one another, cut at every ``sequence_tokens``; false: each begins a sequence of its own."""
     sequence_tokens: Count = 2048

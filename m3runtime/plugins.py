@@ -21,16 +21,18 @@ T = TypeVar("T")
 
 _GROUPS = {"tiers": "tier", "codecs": "codec", "indexes": "index", "embedders": "embedder", "adapters": "adapter"}
 _EXTRAS = {
-    "faiss": "train",
-    "transformers": "transformers",
-    "accelerate": "transformers",
-    "gguf": "transformers",
-    "sentence_transformers": "sentence-transformers",
-    "FlagEmbedding": "bge",
-    "matplotlib": "eval",
-    "rapidfuzz": "eval",
-    "scipy": "eval",
+    "faiss": ("train",),
+    "transformers": ("transformers", "memory3"),
+    "accelerate": ("transformers", "memory3"),
+    "gguf": ("transformers",),
+    "sentence_transformers": ("sentence-transformers",),
+    "FlagEmbedding": ("bge",),
+    "matplotlib": ("eval",),
+    "rapidfuzz": ("eval", "memory3"),
+    "scipy": ("eval",),
+    "tensorboard": ("memory3",),
 }
+"""Modules, and the extras that bring them."""
 
 
 def load(group: str, name: str) -> type[Any]:
@@ -81,8 +83,8 @@ def construct(kind: type[T], options: Mapping[str, Any], where: str, **given: An
 
 def require(what: str, extra: str) -> None:
     """Raise `PluginError`, with what to install, unless every module of an extra is there. Imports none."""
-    for module, name in _EXTRAS.items():
-        if name == extra and find_spec(module) is None:
+    for module, extras in _EXTRAS.items():
+        if extra in extras and find_spec(module) is None:
             raise PluginError(f"{what} needs {module}: pip install 'm3runtime[{extra}]'")
 
 
@@ -140,7 +142,7 @@ def _import(module: str, what: str) -> Any:
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in _EXTRAS:
-            raise PluginError(f"{what} needs {missing}: pip install 'm3runtime[{_EXTRAS[missing]}]'") from error
+            raise PluginError(f"{what} needs {missing}: pip install 'm3runtime[{_EXTRAS[missing][0]}]'") from error
         if missing == module.partition(".")[0]:
             raise PluginError(f"{what}: no module {error.name}; is its folder on PYTHONPATH?") from error
         raise PluginError(f"{what} needs {missing}, which is not installed") from error

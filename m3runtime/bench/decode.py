@@ -201,10 +201,10 @@ def _batch(
         for number, variant in [(number, name) for number in range(_PRE_ROUNDS) for name in names]:
             done = (place * _PRE_ROUNDS + number) * len(names) + names.index(variant)
             progress(stage, done, 2 * _PRE_ROUNDS * len(names))
-            before = variants[kind].get(variant, 0.0)
-            if isinstance(before, float):
+            best = variants[kind].get(variant, 0.0)
+            if isinstance(best, float):
                 speed = contenders.try_variant(some[number % len(some)], tried[kind], variant, room)
-                variants[kind][variant] = speed if isinstance(speed, str) else max(speed, before)
+                variants[kind][variant] = speed if isinstance(speed, str) else max(speed, best)
         usable = {name: speed for name, speed in variants[kind].items() if isinstance(speed, float)}
         if not usable:
             raise InputError(f"no variant of the baseline runs here: {next(iter(variants[kind].values()))}")

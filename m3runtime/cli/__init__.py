@@ -5,7 +5,7 @@ from io import TextIOWrapper
 
 import typer
 
-from m3runtime.cli import ask, bank, bench, codec, config, plan, top, verify, write
+from m3runtime.cli import ask, bank, bench, codec, config, plan, top, train, verify, write
 from m3runtime.cli import eval as evaluation
 from m3runtime.errors import BankError, CodecError, ConfigError, InputError, M3Error, PluginError
 
@@ -26,6 +26,7 @@ app.command("forget")(bank.forget)
 app.command("verify")(verify.verify)
 app.command("config")(config.config)
 app.command("plan")(plan.plan)
+app.command("train")(train.train)
 app.command("top")(top.top)
 app.add_typer(evaluation.app)
 app.add_typer(codec.app)

@@ -4,7 +4,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -151,7 +151,7 @@ class TransformQuantiser(Quantiser):
                 if not gapless:
                     out.zero_()
                 of = (codes.numpy(), parts, starts, self._flat.numpy(), out.numpy())
-                share_out(lambda first, end, of=of: scatter(*of, first, end), n * width, n * width * kept)
+                share_out(partial(scatter, *of), n * width, n * width * kept)
                 yield out.view(-1, _TILE, out.shape[1])[:, :, :kept]
             return
         every = codes.new_zeros(self.design.units, n, rows, self._places.gather.shape[1], dtype=torch.float32)

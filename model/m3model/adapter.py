@@ -24,13 +24,16 @@ from m3model.scoring import Scoring
 from m3model.selection import attention_modules, encode_scored, select
 from m3model.session import Session, Sink, make_sink, prepare
 from m3model.sizing import shape_of
+from m3model.spec import carried
 from m3model.stopping import stopping_after
-from m3runtime.adapter import Adapter, Answer, Form, OnText, Prompt, Score
-from m3runtime.config import GenerateConfig, MemoryConfig, ModelConfig
+from m3runtime.adapter import Adapter, Answer, Form, OnText, Prompt, Score, TrainReport
+from m3runtime.config import Config, GenerateConfig, MemoryConfig, ModelConfig
 from m3runtime.errors import ConfigError, InputError
 from m3runtime.memory import Memories
+from m3runtime.plugins import require
 from m3runtime.shape import ModelShape, memory_spec
 from m3runtime.stream import Stream
+from m3runtime.writer import OnProgress
 
 
 class TransformersAdapter(Adapter):
@@ -38,6 +41,7 @@ class TransformersAdapter(Adapter):
 
     def __init__(self, model: Any, tokenizer: Any, memory: MemoryConfig, name: str) -> None:
         """``model`` is put in the attention implementation of `m3model.attention`: a `Session` runs it from now on."""
+        memory = carried(model, memory)
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
@@ -147,6 +151,14 @@ class TransformersAdapter(Adapter):
         endless = copy.copy(self)
         endless.stop_tokens = frozenset()
         return TransformersBaseline(self.model, lambda prompts: self._read_by(prompts, None), endless)
+
+    @classmethod
+    def train(cls, config: Config, progress: OnProgress) -> TrainReport:
+        """See `m3runtime.adapter.Trainable` and `m3model.training.run.train`."""
+        require("m3 train", "memory3")
+        from m3model.training.run import train  # only here: Trainer's import takes seconds
+
+        return train(config, progress)
 
     def session(self, batch: int, *, memories: bool = True, context: int = 256) -> Session:
         """A batch to feed token by token: sink, room for memories, and the context after them."""

@@ -6,7 +6,7 @@ layer (a layer without memories has fewer keys) and on positions that only the c
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from m3runtime.errors import ConfigError
 
-if TYPE_CHECKING:
-    from m3model.cache import MemoryCache
-
 IMPLEMENTATION = "m3_memory"
+
+
+class Masking(Protocol):
+    """What a forward pass keeps its keys and values in.
+
+    It is a `m3model.cache.MemoryCache`, or where gradients are asked for a `m3model.passes.Pass`.
+    """
+
+    def mask(self, keys: int, window: int | None) -> Tensor | None:
+        """What is added to the logits of the last ``keys`` columns, ``[B, 1, Q, K]``; None if nothing."""
+
 
 Observer = Callable[[Tensor, Tensor, float, float | None], None]
 """Looks at queries ``[B, Hq, Q, D]``, keys ``[B, Hkv, Q, D]``, what the model scales logits by, and their cap."""
@@ -73,7 +81,7 @@ def memory_attention(
     value: Tensor,
     _attention_mask: Tensor | None,
     *,
-    m3_cache: "MemoryCache",
+    m3_cache: Masking,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -92,6 +100,8 @@ def memory_attention(
         m3_observer(query, key, scale, softcap)
         return query.transpose(1, 2), None
     mask = m3_cache.mask(key.shape[2], sliding_window)
+    if mask is not None:
+        mask = mask.to(query.dtype)  # in mixed precision queries have another one than the weights
     return attend(query, key, value, mask, scale=scale, softcap=softcap).transpose(1, 2).contiguous(), None
 
 

@@ -37,7 +37,9 @@ def load(path: str, dtype: str, device: str) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place, source = _device(device), source_of(path)
+    import m3model.memory3  # noqa: F401 - registers its model with the two classes above
+
+    place, source = find_device(device), source_of(path)
     wanted = ("float32" if place.type == "cpu" else "auto") if dtype == "auto" else dtype
     try:
         with quiet():
@@ -71,7 +73,8 @@ def source_of(path: str) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": path}
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device that ``model.device`` names. Raises `ConfigError` if this machine has none such."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -126,8 +126,9 @@ def _observe(attention: nn.Module, index: int, scores: dict[int, Tensor]) -> Any
         cos, sin = kwargs["position_embeddings"]
         unrotated = (torch.ones_like(cos), torch.zeros_like(sin))
         # Without a cache, keys are those of this pass alone. And not by calling the module: that would call this hook.
-        attention.forward(
-            *args, **{**kwargs, "position_embeddings": unrotated, "past_key_values": None, "m3_observer": look}
-        )
+        with torch.no_grad():  # which tokens are kept is a choice: no gradient is asked of it
+            attention.forward(
+                *args, **{**kwargs, "position_embeddings": unrotated, "past_key_values": None, "m3_observer": look}
+            )
 
     return attention.register_forward_pre_hook(before, with_kwargs=True)

@@ -1,6 +1,7 @@
 """The documents are true of the code."""
 
 from pathlib import Path
+from typing import get_args
 
 from pydantic import BaseModel
 
@@ -12,11 +13,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 def keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     found = []
     for name, field in section.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            found += keys(kind, f"{prefix}{name}.")
-        else:
-            found.append(prefix + name)
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        inner = [kind for kind in kinds if issubclass(kind, BaseModel) and not name.startswith("tiers")]
+        found += keys(inner[0], f"{prefix}{name}.") if inner else [prefix + name]
     return found
 
 

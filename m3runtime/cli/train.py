@@ -1,0 +1,50 @@
+"""``m3 train``."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
+from m3runtime.cli.progress import stages
+from m3runtime.errors import ConfigError
+
+
+def train(
+    config: ConfigFile = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the losses of both stages, such as losses.png.")
+    ] = None,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Train a model to read memories, as the section ``train`` says: warmup without them, then with them.
+
+    Can be stopped at any moment and run again: it goes on at its last checkpoint. torchrun starts it on several GPUs:
+    torchrun --nproc-per-node 4 --no-python m3 train.
+    """
+    settings = configuration(config, set)
+    from m3runtime.adapter import Adapter, Trainable
+    from m3runtime.plugins import load
+
+    adapter: type[Adapter] = load("adapters", settings.model.adapter)
+    if not isinstance(adapter, Trainable):
+        raise ConfigError(f"model.adapter: {adapter.__name__} cannot train a model")
+    names = {"retrieve": "Retrieving references", "warmup": "Warmup", "memory": "Training with memory"}
+    with stages(names, shown=not json) as progress:
+        report = adapter.train(settings, progress)
+    if plot:
+        from m3runtime.evaluation.losses import draw_losses
+
+        draw_losses({stage.name: stage.losses for stage in report.stages}, plot)
+    if json:
+        print_json(asdict(report))
+        return
+    for stage in report.stages:
+        first, last = stage.losses[0][1], stage.losses[-1][1]
+        typer.echo(f"{stage.name}: {stage.steps} steps, loss {first:.3f} to {last:.3f}: {stage.path}")
+    typer.echo(
+        f"{report.sequences} sequences of {report.tokens} tokens; "
+        f"{100 * report.retrieving:.0f} % of chunks retrieved one of {report.references} references"
+    )

@@ -1,0 +1,25 @@
+"""The picture of a training: its losses over steps."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def draw_losses(stages: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
+    """Draw each stage's losses, steps and nats, one after the other, into a picture, such as a png."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.0, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    begun = 0
+    for name, losses in stages.items():
+        axes.plot([begun + step for step, _ in losses], [loss for _, loss in losses], lw=1, label=name)
+        begun += losses[-1][0] if losses else 0
+    axes.set_xlabel("steps")
+    axes.set_ylabel("loss, nats a token")
+    axes.grid(lw=0.4)
+    axes.legend(frameon=False)
+    partial = path.with_name(f"{path.name}.partial")
+    figure.savefig(partial, format=path.suffix[1:] or "png", dpi=150)
+    partial.replace(path)

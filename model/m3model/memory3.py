@@ -1,0 +1,279 @@
+"""`Memory3ForCausalLM`: any causal language model of the transformers library, with the spec of its memories.
+
+It is registered with the library's auto classes, so that ``AutoModelForCausalLM.from_pretrained`` loads what
+``save_pretrained`` wrote (once this module was imported; the adapter does). Given references, its forward pass is that
+of Memory³'s continual training (section 3.6): references are encoded by the model itself, and the text reads them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from m3model.attention import IMPLEMENTATION
+from m3model.passes import Encoding, Pair, Reading, ReadMemories, until_encoded
+from m3model.selection import most_attended, observed
+from m3model.session import prepare
+
+NO_LABEL = -100
+"""Of a token that no loss is taken of."""
+
+
+class Memory3Config(PreTrainedConfig):  # type: ignore[no-untyped-call]  # its __init_subclass__ is untyped
+    """A causal language model's configuration, and what its memories are."""
+
+    model_type = "memory3"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 - the library reads it off the class
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        text_config: "PreTrainedConfig | dict[str, Any] | None" = None,
+        memory_layers: "list[int] | None" = None,
+        tokens_per_head: int = 8,
+        reference_tokens: int = 128,
+        sink: str = "Reference:",
+        sink_ids: "list[int] | None" = None,
+        chunk_tokens: int = 64,
+        memories: int = 5,
+        **rest: Any,
+    ) -> None:
+        """``text_config`` is the model's own; ``memory_layers`` default to its first half.
+
+        ``sink`` is the text of the constant prefix and ``sink_ids`` its tokens, BOS included; a text's chunk of
+        ``chunk_tokens`` sees the references of the last ``memories`` chunks, its own included. Raises `ValueError`
+        for layers that the model does not have, or more ``tokens_per_head`` than ``reference_tokens``.
+        """
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config: Any = text_config if text_config is not None else AutoConfig.for_model("llama")
+        count = self.text_config.num_hidden_layers
+        self.memory_layers = list(range(count // 2)) if memory_layers is None else sorted(set(memory_layers))
+        if not self.memory_layers or self.memory_layers[0] < 0 or self.memory_layers[-1] >= count:
+            raise ValueError(f"memory_layers must be among the layers 0 to {count - 1}, not {memory_layers}")
+        if not 1 <= tokens_per_head <= reference_tokens:
+            raise ValueError(f"tokens_per_head must be between 1 and reference_tokens, not {tokens_per_head}")
+        self.tokens_per_head = tokens_per_head
+        self.reference_tokens = reference_tokens
+        self.sink = sink
+        self.sink_ids = list(sink_ids or [])
+        self.chunk_tokens = chunk_tokens
+        self.memories = memories
+        rest.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            rest.setdefault(name, getattr(self.text_config, name, None))
+        super().__init__(**rest)
+
+
+class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal language model that can be trained to read memories.
+
+    Without references it is the model that it holds. With them it runs `m3model.attention`, which it switches to at
+    the first such call and which `m3model.adapter.TransformersAdapter` needs as well: from then on ``generate`` is the
+    adapter's. Gradient checkpointing is not supported, for it drops what layers hand to each other.
+    """
+
+    config_class = Memory3Config
+    config: Memory3Config
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = False
+    _supports_attention_backend = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: Memory3Config) -> None:
+        super().__init__(config)
+        classes: Any = AutoModelForCausalLM  # whose methods have no types
+        self.language_model: Any = classes.from_config(config.text_config)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def holding(cls, model: Any, config: Memory3Config) -> "Memory3ForCausalLM":
+        """A Memory³ of a loaded model, whose parameters it takes as they are."""
+        with torch.device("meta"):
+            made = cls(config)
+        made.language_model = model
+        made.generation_config = model.generation_config
+        made.train(model.training)
+        return made
+
+    def activation_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """Raises `ValueError`: it would drop what layers hand to each other, memories among it, without a word."""
+        raise ValueError("a Memory³ model cannot be trained with gradient checkpointing")
+
+    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """As `activation_checkpointing_enable`, by its older name."""
+        self.activation_checkpointing_enable()
+
+    def get_decoder(self) -> Any:
+        """The layers."""
+        return self.language_model.get_decoder()
+
+    def get_input_embeddings(self) -> Any:
+        """The language model's."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Set the language model's."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> Any:
+        """The language model's head."""
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: Any) -> None:
+        """Set the language model's head."""
+        self.language_model.set_output_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        references: Tensor | None = None,
+        reference_counts: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **rest: Any,
+    ) -> CausalLMOutputWithPast:
+        """The logits of a text, ``[B, T, vocabulary]``, and with ``labels`` the mean loss of predicting the next token.
+
+        ``references`` is int64 ``[B, chunks, R]``, padded on the right, and ``reference_counts`` int64 ``[B, chunks]``
+        says how many tokens each has: what was retrieved for each chunk of ``config.chunk_tokens`` of the text, or 0
+        for nothing. ``input_ids`` ``[B, T]`` are then the text without BOS, which is the sink's; padding on the right,
+        as ``attention_mask`` has it. Each token sees the text before it, the sink, and the memories of its chunk and
+        of the ``config.memories - 1`` before it. Gradients flow through the memories' keys and values, not through
+        their selection.
+        """
+        if references is None or reference_counts is None:
+            if labels is not None:
+                rest["labels"] = labels
+                rest["num_items_in_batch"] = num_items_in_batch
+            if self.config._attn_implementation == IMPLEMENTATION and "m3_cache" not in rest:
+                rest |= self._alone(input_ids, attention_mask, rest.get("past_key_values"))
+            return self.language_model(input_ids=input_ids, attention_mask=attention_mask, **rest)  # type: ignore[no-any-return]
+        if input_ids is None or rest.get("past_key_values") is not None:
+            raise ValueError("a text that reads references is given as a whole, by its input_ids")
+        if self.config._attn_implementation != IMPLEMENTATION:
+            prepare(self)
+        memories = self.encode(references, reference_counts)
+        logits = self._read(input_ids, attention_mask, memories)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    def _alone(self, ids: Tensor | None, attention_mask: Tensor | None, past: Any) -> dict[str, Any]:
+        """What the attention for memories needs where there are none: no sink, and positions from 0."""
+        if ids is None or past is not None:
+            raise ValueError("once this model has read references, the adapter generates; `generate` does not")
+        valid = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        reading = Reading(self.config.text_config.num_hidden_layers, 0, valid, self._places(ids, 0))
+        return {"m3_cache": reading, "past_key_values": reading, "position_ids": reading.positions, "use_cache": True}
+
+    def encode(self, references: Tensor, counts: Tensor) -> "EncodedReferences":
+        """The memories of references: keys and values of the tokens that each KV head of each memory layer keeps.
+
+        The same as `TransformersAdapter.encode` computes (section 3.3), but gradients flow through it. Equal
+        references of a batch are encoded once.
+        """
+        batch, chunks, width = references.shape
+        rows = torch.cat([counts.reshape(-1, 1), references.reshape(-1, width)], dim=1)
+        distinct, places = torch.unique(rows, dim=0, return_inverse=True)
+        lengths, ids = distinct[:, 0], distinct[:, 1:]
+        sink = self._sink(len(ids))
+        steps = torch.arange(width, device=ids.device)
+        valid = steps < lengths.clamp_min(1)[:, None]  # a reference that is not there is encoded as its padding
+        last = (lengths - 1).clamp_min(0)[:, None]
+        positions = torch.cat(
+            [self._places(sink, 0), sink.shape[1] + torch.minimum(steps.expand(len(ids), -1), last)], dim=1
+        )
+        layers = self.config.memory_layers
+        encoding = Encoding(self.config.text_config.num_hidden_layers, sink.shape[1], valid, positions, layers)
+        selects = self.config.tokens_per_head < width
+        with observed(self, layers if selects else ()) as scores, until_encoded():
+            self._run(torch.cat([sink, ids], dim=1), encoding, keep=1)
+        parts = encoding.kept
+        if selects:
+            stacked = torch.stack([scores[layer][:, :, sink.shape[1] :] for layer in layers], dim=1)
+            kept = most_attended(stacked, lengths.clamp_min(1).cpu(), self.config.tokens_per_head)[..., None]
+            for place, layer in enumerate(layers):
+                keys, values = parts[layer]
+                index = kept[:, place].expand(-1, -1, -1, keys.shape[3])
+                parts[layer] = keys.gather(2, index), values.gather(2, index)
+        return EncodedReferences(parts, lengths.clamp_max(self.config.tokens_per_head), places.view(batch, chunks))
+
+    def _read(self, ids: Tensor, attention_mask: Tensor | None, memories: "EncodedReferences") -> Tensor:
+        batch, length = ids.shape
+        chunk_of = torch.arange(length, device=ids.device) // self.config.chunk_tokens
+        chunks = memories.places.shape[1]
+        if int(chunk_of[-1]) >= chunks:
+            raise ValueError(f"a text of {length} tokens has {int(chunk_of[-1]) + 1} chunks, not {chunks}")
+        valid = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        sink = self._sink(batch)
+        start = sink.shape[1] + self.config.reference_tokens
+        positions = torch.cat([self._places(sink, 0), self._places(ids, start)], dim=1)
+        age = chunk_of[:, None] - torch.arange(chunks, device=ids.device)  # [T, chunks]
+        near = (age >= 0) & (age < self.config.memories)
+        reading = Reading(
+            self.config.text_config.num_hidden_layers, sink.shape[1], valid, positions, memories.seen_by(near)
+        )
+        keep = torch.arange(sink.shape[1], sink.shape[1] + length, device=ids.device)
+        return self._run(torch.cat([sink, ids], dim=1), reading, keep=keep)
+
+    def _run(self, ids: Tensor, cache: Encoding | Reading, keep: int | Tensor) -> Tensor:
+        output = self.language_model(
+            input_ids=ids,
+            position_ids=cache.positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+            m3_cache=cache,
+        )
+        return output.logits  # type: ignore[no-any-return]
+
+    def _sink(self, rows: int) -> Tensor:
+        return torch.tensor(self.config.sink_ids, dtype=torch.int64, device=self.device).expand(rows, -1)
+
+    @staticmethod
+    def _places(ids: Tensor, start: int) -> Tensor:
+        return torch.arange(start, start + ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
+
+
+class EncodedReferences:
+    """The distinct references of a batch as memories, and which of them each chunk retrieved."""
+
+    def __init__(self, parts: dict[int, Pair], tokens: Tensor, places: Tensor) -> None:
+        """``parts`` has of each layer keys and values, ``[n, kv_heads, K, head_dim]``; row ``i`` has ``tokens[i]``.
+
+        ``places`` is int64 ``[B, chunks]``: the row of each chunk.
+        """
+        self.parts = parts
+        self.tokens = tokens
+        self.places = places
+
+    def seen_by(self, near: Tensor) -> ReadMemories:
+        """For tokens that see the memories of some chunks, ``bool[T, chunks]``."""
+        batch, chunks = self.places.shape
+        parts = {layer: (self._beside(keys), self._beside(values)) for layer, (keys, values) in self.parts.items()}
+        width = next(iter(self.parts.values()))[0].shape[2]
+        exists = torch.arange(width, device=near.device) < self.tokens[self.places][..., None]  # [B, chunks, K]
+        seen = near[None, :, :, None] & exists[:, None]
+        return ReadMemories(parts, seen.reshape(batch, near.shape[0], chunks * width))
+
+    def _beside(self, one: Tensor) -> Tensor:
+        """``[n, kv_heads, K, D]`` to what each text reads, ``[B, kv_heads, chunks * K, D]``."""
+        return one[self.places].transpose(1, 2).flatten(2, 3)
+
+
+AutoConfig.register("memory3", Memory3Config, exist_ok=True)
+AutoModelForCausalLM.register(Memory3Config, Memory3ForCausalLM, exist_ok=True)

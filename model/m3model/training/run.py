@@ -1,0 +1,238 @@
+"""`train`: a Memory³ of any causal language model, from texts, in two stages (Memory³, section 3.6)."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from m3model.loading import find_device, load, quiet, source_of, tokenizer_fingerprint
+from m3model.memory3 import Memory3Config, Memory3ForCausalLM
+from m3model.training.retrieving import retrieve
+from m3model.training.sequences import NOTHING, Prepared, Rows, TrainingSequences, cut_sequences
+from m3model.training.stage import Loss, run_stage
+from m3runtime import assembly
+from m3runtime.adapter import StageReport, TrainReport
+from m3runtime.config import Config
+from m3runtime.config_train import StageConfig, TrainConfig
+from m3runtime.errors import ConfigError, InputError
+from m3runtime.references import references_of
+from m3runtime.shape import kept_tokens, memory_layers
+from m3runtime.spec import fingerprint
+from m3runtime.splitting import Splitter
+from m3runtime.text import read_documents
+from m3runtime.writer import OnProgress
+
+_SETTINGS = "train.json"
+_LOSSES = "losses.json"
+_MAY_CHANGE = {"out", "save_every", "log_every"}
+"""Settings of ``train`` that a run may go on with when they have changed."""
+
+
+def train(config: Config, progress: OnProgress) -> TrainReport:
+    """Train, or go on where a run of the same settings stopped. What is done already is not done again.
+
+    Leaves in ``train.out`` a folder for each stage (``warmup``, ``memory``) with the model after it, which
+    ``model.path`` and ``from_pretrained`` take, its tokenizer and its losses; and ``checkpoints`` and ``tensorboard``.
+    Started by torchrun or ``accelerate launch``, it trains on all their processes' devices.
+
+    Raises `ConfigError` for settings that do not fit each other or the run that is in ``train.out``, and `InputError`
+    for texts without anything to learn from.
+    """
+    settings = config.train
+    if settings is None:
+        raise ConfigError("train: the section is missing; it says what to learn from and where the model goes")
+    processes = PartialState(cpu=config.model.device == "cpu")
+    tokenizer = _tokenizer(config)
+    with processes.main_process_first():
+        _claim(config, settings, tokenizer)
+        prepared = _prepared(config, settings, tokenizer, progress)
+    reports: list[StageReport] = []
+    model = None
+    for name, stage in (("warmup", settings.warmup), ("memory", settings.memory)):
+        if not stage.steps:
+            continue
+        folder = settings.out / name
+        if not folder.exists():
+            model = model or _start(config, settings, tokenizer, after=reports[-1].path if reports else None)
+            data = TrainingSequences(prepared, reading=name == "memory", begin=tokenizer.bos_token_id)
+            losses = run_stage(name, model, data, settings, stage, partial(progress, name))
+            if processes.is_main_process:
+                _keep(model, tokenizer, losses, folder)
+            processes.wait_for_everyone()
+        reports.append(_report(name, stage, folder))
+    return TrainReport(
+        stages=tuple(reports),
+        path=reports[-1].path,
+        sequences=len(prepared.sequences),
+        tokens=int(prepared.sequences.counts.sum()),
+        references=len(prepared.references),
+        retrieving=float((prepared.retrieved != NOTHING).sum() / max(1, _chunks(config, prepared))),
+    )
+
+
+def _chunks(config: Config, prepared: Prepared) -> int:
+    return int((-(-prepared.sequences.counts // config.recall.chunk_tokens)).sum())
+
+
+def _tokenizer(config: Config) -> Any:
+    source = source_of(config.model.path)
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+    except Exception as error:  # of many kinds: each file format's library raises its own
+        raise ConfigError(f"model.path: cannot load a tokenizer from {config.model.path}: {_line(error)}") from error
+    return tokenizer
+
+
+def _claim(config: Config, settings: TrainConfig, tokenizer: Any) -> None:
+    """Note in ``train.out`` what is trained there. Raises `ConfigError` if that is something else."""
+    wanted = {
+        **settings.model_dump(mode="json", exclude=_MAY_CHANGE),
+        "model": config.model.path,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "memory": config.memory.model_dump(mode="json", exclude={"batch_size"}),
+        "chunk_tokens": config.recall.chunk_tokens,
+        "memories": config.recall.memories,
+        "embedder": config.embedder.model_dump(mode="json"),
+    }
+    path = settings.out / _SETTINGS
+    if path.exists():
+        there = json.loads(path.read_text())
+        differing = [key for key in wanted if there.get(key) != wanted[key]]
+        if differing:
+            raise ConfigError(
+                f"train.out: {settings.out} holds a run with another {differing[0]}; "
+                "choose another folder, or remove this one"
+            )
+        return
+    if settings.out.exists() and any(settings.out.iterdir()):
+        raise ConfigError(f"train.out: {settings.out} holds something else; choose another folder")
+    settings.out.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text(json.dumps(wanted, indent=1, ensure_ascii=False))
+    unfinished.replace(path)
+
+
+def _prepared(config: Config, settings: TrainConfig, tokenizer: Any, progress: OnProgress) -> Prepared:
+    """Sequences and what they retrieve: read if an earlier start prepared them from the same texts."""
+    documents = list(read_documents(settings.data, text_field=settings.text_field))
+    others = list(read_documents(settings.references, text_field=settings.text_field)) if settings.references else None
+    path = settings.out / f"data-{fingerprint([[d.text for d in documents], [d.text for d in others or ()]])[:16]}.npz"
+    if path.exists():
+        return Prepared.load(path)
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
+
+    sequences = cut_sequences(
+        (ids(document.text) for document in documents),
+        settings.sequence_tokens,
+        tokenizer.eos_token_id,
+        pack=settings.pack,
+    )
+    chunk = config.recall.chunk_tokens
+    nothing = Prepared(sequences, Rows.of([[]]), _no_retrieval(sequences, chunk))
+    if not settings.memory.steps:
+        return nothing
+    splitter = Splitter(lambda text: len(ids(text)), max_tokens=config.memory.reference_tokens)
+    texts = [one.text for one in references_of(iter(documents if others is None else others), splitter)]
+    if not texts:
+        raise InputError("train.references: there is no text to retrieve")
+    embedder = assembly.open_embedder(config)
+    try:
+        retrieved = retrieve(
+            sequences,
+            texts,
+            lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            embedder,
+            assembly.make_index(config, embedder.dim),
+            chunk_tokens=chunk,
+            share=settings.overlap,
+            progress=lambda done, of: progress("retrieve", done, of),
+        )
+    finally:
+        embedder.close()
+    prepared = Prepared(sequences, Rows.of([ids(text) for text in texts]), retrieved)
+    prepared.save(path)
+    return prepared
+
+
+def _no_retrieval(sequences: Rows, chunk: int) -> Any:
+    import numpy as np
+
+    return np.full((len(sequences), -(-sequences.ids.shape[1] // chunk)), NOTHING, np.int32)
+
+
+def _start(config: Config, settings: TrainConfig, tokenizer: Any, after: str | None) -> Memory3ForCausalLM:
+    """The model to train: after an earlier stage, with the weights that are there, or with fresh ones."""
+    torch.manual_seed(settings.seed)
+    if after is None and settings.start == "config":
+        with _loading(config.model.path), quiet():
+            own = AutoConfig.from_pretrained(**source_of(config.model.path))
+            classes: Any = AutoModelForCausalLM  # whose methods have no types
+            model = classes.from_config(own, dtype=torch.float32)
+    else:
+        model, _ = load(after or config.model.path, "float32", config.model.device)
+    model = model.to(find_device(config.model.device)).train()
+    if isinstance(model, Memory3ForCausalLM):
+        return model
+    spec = memory3_config(model, tokenizer, config)
+    return Memory3ForCausalLM.holding(model, spec)
+
+
+def memory3_config(model: Any, tokenizer: Any, config: Config) -> Memory3Config:
+    """The configuration of a Memory³ of this model, with memories as the configuration has them."""
+    memory = config.memory
+    if (memory.place, memory.sinks, memory.positions) != ("start", "once", "parallel"):
+        raise ConfigError("memory: a model is trained with place start, sinks once and positions parallel")
+    bos = tokenizer.bos_token_id
+    sink = tokenizer(memory.sink, add_special_tokens=False)["input_ids"]
+    sink_ids = [*([] if bos is None else [bos]), *sink]
+    if not sink_ids:
+        raise ConfigError("memory.sink: the sink has no token; this model needs some text there")
+    return Memory3Config(
+        text_config=model.config,
+        memory_layers=list(memory_layers(memory, model.config.get_text_config().num_hidden_layers)),
+        tokens_per_head=kept_tokens(memory),
+        reference_tokens=memory.reference_tokens,
+        sink=memory.sink,
+        sink_ids=sink_ids,
+        chunk_tokens=config.recall.chunk_tokens,
+        memories=config.recall.memories,
+    )
+
+
+def _keep(model: Memory3ForCausalLM, tokenizer: Any, losses: list[Loss], folder: Path) -> None:
+    """Write what a stage leaves, whole or not at all."""
+    unfinished = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    rows = [{"step": one.step, "loss": one.loss, "learning_rate": one.learning_rate} for one in losses]
+    (unfinished / _LOSSES).write_text(json.dumps(rows))
+    unfinished.replace(folder)
+
+
+def _report(name: str, stage: StageConfig, folder: Path) -> StageReport:
+    rows = json.loads((folder / _LOSSES).read_text())
+    losses = tuple((row["step"], row["loss"]) for row in rows)
+    return StageReport(name=name, steps=stage.steps, losses=losses, path=str(folder))
+
+
+@contextmanager
+def _loading(path: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of many kinds: each file format's library raises its own
+        raise ConfigError(f"model.path: cannot make a causal language model of {path}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
