@@ -293,6 +293,7 @@ def test_a_sound_bank(written_once: Place) -> None:
         "bad": 0,
         "bytes": sum(map(len, contents.blocks.values())),
         "quarantined": 0,
+        "cold": 0,
         "damage": [],
         "notes": [],
     }
