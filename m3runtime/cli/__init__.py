@@ -5,7 +5,7 @@ from io import TextIOWrapper
 
 import typer
 
-from m3runtime.cli import ask, bank, bench, codec, config, plan, top, train, verify, write
+from m3runtime.cli import ask, bank, bench, codec, config, interrupts, plan, top, train, verify, write
 from m3runtime.cli import eval as evaluation
 from m3runtime.errors import BankError, CodecError, ConfigError, InputError, M3Error, PluginError
 
@@ -42,7 +42,8 @@ def main() -> None:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text; JSON escapes them alike
     try:
-        app(standalone_mode=True)
+        with interrupts.heard():
+            app(standalone_mode=True)
     except (M3Error, OSError) as error:
         _complain(str(error))
         sys.exit(2 if isinstance(error, USER_ERRORS) else 1)

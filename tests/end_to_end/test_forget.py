@@ -122,7 +122,7 @@ def test_quarantined_memories(warm: Place, tmp_path: Path) -> None:
 
 def test_killed_at_any_moment(warm: Place, nursery: Nursery, tmp_path: Path) -> None:
     place = copied(warm, tmp_path / "undisturbed")
-    code, (phases, end) = nursery.run(place, None, arguments=FORGET)
+    code, (phases, end, _) = nursery.run(place, None, arguments=FORGET)
     assert code == 0, errors(place)
     assert check(place)
     begins = [phases[name] for name in ("forgetting", "tiers", "index")]

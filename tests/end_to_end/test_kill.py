@@ -21,25 +21,42 @@ COUNT = 5 * GROUP + 7
 CORPUS = "\n\n".join(f"Keeper {number} lit it on day {number * 37 % 1000}." for number in range(COUNT))
 PHASES = ("reading", "codec", "creation", "commits", "index")
 
-# Imports everything once, then forks an `m3` for every line it reads, and says how it ended.
+# Imports and compiles everything once, then forks an `m3` for every line it reads, and says how it ended.
 # Moments are numbers of calls of Python and C functions in the main thread: a command makes the same ones each time.
+# It would not if it compiled, whose results numba keeps in files; nor would most moments be the command's own then.
 NURSERY = """
-import json, os, signal, sys, time
+import contextlib, json, os, signal, sys, time
 from m3runtime import cli, writer
 import faiss, lmdb, m3backends.lmdb, m3backends.pinned, m3backends.usearch, m3model.transformers, usearch.index
-import m3runtime.codecs.product, m3runtime.codecs.training, semantic_text_splitter, tests.end_to_end.embedders
+import m3model.memory3, m3model.passes, m3runtime.codecs.lookup
+import m3runtime.codecs.product, m3runtime.codecs.training, m3runtime.config_loading, semantic_text_splitter
+import encodings.utf_8_sig, html, lmdb._envid, rich.progress, tests.end_to_end.embedders
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):
+    cli.app(["write", "--help"])
+if m3runtime.codecs.lookup.compiled():
+    from m3runtime.codecs.nearest_kernel import kernel
+    kernel(8, bytes=True)
 
 BEGINS = {"Writer._train": "codec", "Bank.create": "creation", "Writer._commit": "commits", "save_index": "index",
           "_Repair.mend": "repair", "_Repair._compute": "computing", "Hierarchy.discard": "forgetting",
           "KeptTier.discard": "tiers"}
+
+def everything():
+    kernels = sys.modules.get("m3runtime.codecs.nearest_kernel")
+    return {*sys.modules, kernels and kernels.kernel.cache_info().currsize}
+
+class Finalised:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
 
 def live(say, folder, arguments, moment, signal_number, delay):
     os.chdir(folder)
     sys.argv = ["m3", *arguments]
     sys.stdout, sys.stderr = open("stdout", "w"), open("stderr", "w")
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    count, phases = 0, {"reading": 0}
+    count, phases, ready = 0, {"reading": 0}, everything()
 
     def watch(frame, event, _):
         nonlocal count
@@ -50,6 +67,8 @@ def live(say, folder, arguments, moment, signal_number, delay):
             sys.setprofile(None)
             if signal_number == signal.SIGKILL and delay is not None:
                 os.write(say, b"now")
+            elif signal_number == signal.SIGINT and delay is None:
+                Finalised()  # Python cannot raise what comes up in there
             else:
                 os.kill(os.getpid(), signal_number)
 
@@ -61,7 +80,7 @@ def live(say, folder, arguments, moment, signal_number, delay):
         code = exit.code or 0
     sys.setprofile(None)
     if moment is None:
-        os.write(say, json.dumps([phases, count]).encode())
+        os.write(say, json.dumps([phases, count, [str(one) for one in everything() - ready]]).encode())
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -99,9 +118,11 @@ class Nursery:
         signal_number: int = signal.SIGKILL,
         delay: float | None = 0,
     ) -> tuple[int, Any]:
-        """The exit code of a command that gets a signal at a moment; without a moment, its phases and their end too.
+        """The exit code of a command that gets a signal at a moment; without a moment, its phases and their end too,
+        and what it still had to import or compile.
 
-        SIGKILL comes ``delay`` seconds later, wherever the command is by then; with None, at that very moment.
+        SIGKILL comes ``delay`` seconds later, wherever the command is by then; with None, at that very moment. SIGINT
+        comes at that very moment; with None, in a finaliser.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -154,7 +175,8 @@ def undisturbed(nursery: Nursery, places: Iterator[Place]) -> Undisturbed:
     place = next(places)
     code, said = nursery.run(place, None)
     assert code == 0, errors(place)
-    begins, end = said
+    begins, end, late = said
+    assert not late, "the nursery is there to have done that"
     assert list(begins) == list(PHASES)
     bounds = [*begins.values(), end]
     return Undisturbed(place.contents(), {name: range(*bounds[i : i + 2]) for i, name in enumerate(PHASES)})
@@ -229,11 +251,11 @@ def test_killed_at_many_moments(nursery: Nursery, places: Iterator[Place], undis
 
 
 def interrupt_and_complete(
-    nursery: Nursery, places: Iterator[Place], undisturbed: Undisturbed, moments: list[int]
+    nursery: Nursery, places: Iterator[Place], undisturbed: Undisturbed, moments: list[int], delay: float | None = 0
 ) -> None:
     for moment in moments:
         place = next(places)
-        code, _ = nursery.run(place, moment, signal_number=signal.SIGINT)
+        code, _ = nursery.run(place, moment, signal_number=signal.SIGINT, delay=delay)
         assert (code, errors(place)) == (130, "m3: interrupted; nothing is half-written\n")
         assert (place.folder / "stdout").read_text() == ""
         known = check(place, undisturbed.contents)
@@ -244,3 +266,11 @@ def test_interrupted_by_ctrl_c(nursery: Nursery, places: Iterator[Place], undist
     random = Random(3)
     moments = [random.choice(undisturbed.phases[phase]) for phase in ("reading", "codec", "commits")]
     interrupt_and_complete(nursery, places, undisturbed, moments)
+
+
+def test_interrupted_where_python_cannot_raise(
+    nursery: Nursery, places: Iterator[Place], undisturbed: Undisturbed
+) -> None:
+    random = Random(4)
+    moments = [random.choice(undisturbed.phases[phase]) for phase in ("reading", "codec")]
+    interrupt_and_complete(nursery, places, undisturbed, moments, delay=None)

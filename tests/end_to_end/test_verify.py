@@ -552,7 +552,7 @@ def texts(place: Place) -> list[str]:
 def test_a_repair_that_is_killed_loses_nothing(damaged: Place, nursery: Nursery, tmp_path: Path) -> None:
     repair, expected = ("verify", "--repair", "--json"), texts(damaged)
     place = copied(damaged, tmp_path / "undisturbed")
-    code, (phases, end) = nursery.run(place, None, arguments=repair)
+    code, (phases, end, _) = nursery.run(place, None, arguments=repair)
     assert code == 0, errors(place)
     begins = [phases[name] for name in ("repair", "computing", "index")]
     random = Random(4)
