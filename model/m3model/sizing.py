@@ -24,6 +24,8 @@ def shape_of(model: ModelConfig) -> ModelShape:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    import m3model.memory3  # noqa: F401 - registers its model with the two classes above
+
     source = source_of(model.path)
     try:
         with quiet():
