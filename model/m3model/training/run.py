@@ -213,8 +213,9 @@ def _keep(model: Memory3ForCausalLM, tokenizer: Any, losses: list[Loss], folder:
     """Write what a stage leaves, whole or not at all."""
     unfinished = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
+    with quiet():
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
     rows = [{"step": one.step, "loss": one.loss, "learning_rate": one.learning_rate} for one in losses]
     (unfinished / _LOSSES).write_text(json.dumps(rows))
     unfinished.replace(folder)
