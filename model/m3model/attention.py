@@ -1,7 +1,7 @@
 """Attention over ``[memories | sink | context]``, registered with transformers under the name `IMPLEMENTATION`.
 
 A model whose attention implementation is `IMPLEMENTATION` is called with ``m3_cache=cache`` beside
-``past_key_values=cache``. Masks are not built by transformers but by `MemoryCache.mask`, because they depend on the
+its own cache argument. Masks are not built by transformers but by `MemoryCache.mask`, because they depend on the
 layer (a layer without memories has fewer keys) and on positions that only the cache knows.
 """
 

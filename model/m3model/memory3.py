@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from m3model.attention import IMPLEMENTATION
+from m3model.library import CACHE_NAMES, cache_name
 from m3model.passes import Encoding, Pair, Reading, ReadMemories, until_encoded
 from m3model.selection import most_attended, observed
 from m3model.session import prepare
@@ -154,9 +155,9 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
                 rest["labels"] = labels
                 rest["num_items_in_batch"] = num_items_in_batch
             if self.config._attn_implementation == IMPLEMENTATION and "m3_cache" not in rest:
-                rest |= self._alone(input_ids, attention_mask, rest.get("past_key_values"))
+                rest |= self._alone(input_ids, attention_mask, _given(rest))
             return self.language_model(input_ids=input_ids, attention_mask=attention_mask, **rest)  # type: ignore[no-any-return]
-        if input_ids is None or rest.get("past_key_values") is not None:
+        if input_ids is None or _given(rest) is not None:
             raise ValueError("a text that reads references is given as a whole, by its input_ids")
         if self.config._attn_implementation != IMPLEMENTATION:
             prepare(self)
@@ -178,7 +179,8 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("once this model has read references, the adapter generates; `generate` does not")
         valid = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         reading = Reading(self.config.text_config.num_hidden_layers, 0, valid, self._places(ids, 0))
-        return {"m3_cache": reading, "past_key_values": reading, "position_ids": reading.positions, "use_cache": True}
+        own = {cache_name(self): reading, "m3_cache": reading}
+        return {**own, "position_ids": reading.positions, "use_cache": True}
 
     def encode(self, references: Tensor, counts: Tensor) -> "EncodedReferences":
         """The memories of references: keys and values of the tokens that each KV head of each memory layer keeps.
@@ -234,10 +236,10 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
         output = self.language_model(
             input_ids=ids,
             position_ids=cache.positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=keep,
             m3_cache=cache,
+            **{cache_name(self): cache},
         )
         return output.logits  # type: ignore[no-any-return]
 
@@ -273,6 +275,11 @@ class EncodedReferences:
     def _beside(self, one: Tensor) -> Tensor:
         """``[n, kv_heads, K, D]`` to what each text reads, ``[B, kv_heads, chunks * K, D]``."""
         return one[self.places].transpose(1, 2).flatten(2, 3)
+
+
+def _given(arguments: dict[str, Any]) -> Any:
+    """The cache among a forward pass' arguments, or None."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 AutoConfig.register("memory3", Memory3Config, exist_ok=True)

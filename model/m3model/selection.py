@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from m3model.library import CACHE_NAMES
 from m3runtime.errors import ConfigError
 from m3runtime.memory import Memories
 
@@ -125,10 +126,9 @@ def _observe(attention: nn.Module, index: int, scores: dict[int, Tensor]) -> Any
 
         cos, sin = kwargs["position_embeddings"]
         unrotated = (torch.ones_like(cos), torch.zeros_like(sin))
+        without = dict.fromkeys(name for name in CACHE_NAMES if name in kwargs)
         # Without a cache, keys are those of this pass alone. And not by calling the module: that would call this hook.
         with torch.no_grad():  # which tokens are kept is a choice: no gradient is asked of it
-            attention.forward(
-                *args, **{**kwargs, "position_embeddings": unrotated, "past_key_values": None, "m3_observer": look}
-            )
+            attention.forward(*args, **{**kwargs, **without, "position_embeddings": unrotated, "m3_observer": look})
 
     return attention.register_forward_pre_hook(before, with_kwargs=True)

@@ -15,6 +15,7 @@ from m3model.arrangement import Arrangement
 from m3model.attention import IMPLEMENTATION
 from m3model.cache import MemoryCache
 from m3model.layout import AttentionLayout
+from m3model.library import cache_name
 
 Sink = tuple[Tensor, Tensor]
 """Keys and values of the sink, each ``[layers, kv_heads, tokens, head_dim]``."""
@@ -62,6 +63,7 @@ class Session:
         self.cache = MemoryCache(self.layout, memory_layers, batch, context, temperature)
         if sink is not None:
             self.cache.put_sink(*sink)
+        self._cache_name = cache_name(model)
         self.arrange = arrange
         self.lengths = torch.zeros(batch, dtype=torch.int64)
         """Tokens of context that each row has."""
@@ -174,10 +176,10 @@ class Session:
         output = self.model(
             input_ids=tokens.to(device, non_blocking=True),
             position_ids=places,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=keep.to(device, non_blocking=True) if isinstance(keep, Tensor) else keep,
             m3_cache=self.cache,
+            **{self._cache_name: self.cache},
         )
         self.cache.commit()
         self.lengths = self.lengths + (length if counted is None else counted)

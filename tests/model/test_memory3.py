@@ -282,7 +282,7 @@ def test_saved_and_loaded_by_the_auto_classes(family: str, tmp_path: Path) -> No
 
 
 def test_specs_that_no_model_has_are_refused() -> None:
-    text = make_model("llama").config
+    text = copy.deepcopy(make_model("llama").config)  # which takes on what the whole is run with
     with pytest.raises(ValueError, match=r"layers 0 to 3, not \[2, 4\]"):
         Memory3Config(text_config=text, memory_layers=[2, 4])
     with pytest.raises(ValueError, match="tokens_per_head"):
