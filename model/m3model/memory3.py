@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from m3model.attention import IMPLEMENTATION
-from m3model.library import CACHE_NAMES, cache_name
 from m3model.passes import Encoding, Pair, Reading, ReadMemories, until_encoded
 from m3model.selection import most_attended, observed
 from m3model.session import prepare
+from m3model.versions import CACHE_NAMES, cache_name
 
 NO_LABEL = -100
 """Of a token that no loss is taken of."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from m3model.library import CACHE_NAMES
+from m3model.versions import CACHE_NAMES
 from m3runtime.errors import ConfigError
 from m3runtime.memory import Memories
 

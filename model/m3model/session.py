@@ -15,7 +15,7 @@ from m3model.arrangement import Arrangement
 from m3model.attention import IMPLEMENTATION
 from m3model.cache import MemoryCache
 from m3model.layout import AttentionLayout
-from m3model.library import cache_name
+from m3model.versions import cache_name
 
 Sink = tuple[Tensor, Tensor]
 """Keys and values of the sink, each ``[layers, kv_heads, tokens, head_dim]``."""
