@@ -222,6 +222,9 @@ class Sizing(Protocol):
     def shape(self, model: "ModelConfig") -> ModelShape:
         """From what is written beside the weights. Raises `ConfigError` with one line if it cannot be told."""
 
+    def carried(self, model: "ModelConfig", memory: "MemoryConfig") -> "MemoryConfig":
+        """The memory settings in force: a model that was trained to read memories carries its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class StageReport:

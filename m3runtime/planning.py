@@ -138,14 +138,18 @@ class Plan:
         }
 
 
-def shape_of(config: "Config") -> ModelShape:
-    """The shape of the configured model, which is not loaded. Raises `ConfigError` if it cannot be told."""
+def sized(config: "Config") -> "tuple[Config, ModelShape]":
+    """The shape of the configured model, which is not loaded, and the configuration with the memories that it carries.
+
+    Raises `ConfigError` if the shape cannot be told.
+    """
     kind = load("adapters", config.model.adapter)
     if not isinstance(kind, Sizing):
         raise ConfigError(
             f"model.adapter: {config.model.adapter} does not tell the shape of a model; say it with --shape"
         )
-    return kind.shape(config.model)
+    shape = kind.shape(config.model)
+    return config.model_copy(update={"memory": kind.carried(config.model, config.memory)}), shape
 
 
 def plan(config: "Config", shape: ModelShape, need: Need, name: str) -> Plan:

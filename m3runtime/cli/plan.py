@@ -79,6 +79,8 @@ def plan(
 
     from m3runtime import planning
 
+    if chosen is None:
+        settings, chosen = planning.sized(settings)
     need = planning.Need(
         references=count,
         text_bytes=_BYTES_OF_A_TOKEN * settings.memory.reference_tokens if text_bytes is None else text_bytes,
@@ -86,7 +88,7 @@ def plan(
         capacities=capacities,
         drive=planning.Drive(bandwidth, reads, speed),
     )
-    found = planning.plan(settings, chosen or planning.shape_of(settings), need, name or settings.model.path)
+    found = planning.plan(settings, chosen, need, name or settings.model.path)
     if json:
         print_json(found.to_json())
         return

@@ -17,7 +17,7 @@ from m3model.cutting import cut
 from m3model.generation import Generation
 from m3model.importance import importance
 from m3model.layout import AttentionLayout
-from m3model.loading import load, model_fingerprint, tokenizer_fingerprint
+from m3model.loading import configuration_of, load, model_fingerprint, tokenizer_fingerprint
 from m3model.prompts import chat, render, turn_head
 from m3model.reading import Row
 from m3model.scoring import Scoring
@@ -41,7 +41,7 @@ class TransformersAdapter(Adapter):
 
     def __init__(self, model: Any, tokenizer: Any, memory: MemoryConfig, name: str) -> None:
         """``model`` is put in the attention implementation of `m3model.attention`: a `Session` runs it from now on."""
-        memory = carried(model, memory)
+        memory = carried(model.config, memory)
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
@@ -84,6 +84,11 @@ class TransformersAdapter(Adapter):
     def shape(cls, model: ModelConfig) -> ModelShape:
         """See `m3runtime.adapter.Sizing`."""
         return shape_of(model)
+
+    @classmethod
+    def carried(cls, model: ModelConfig, memory: MemoryConfig) -> MemoryConfig:
+        """See `m3runtime.adapter.Sizing`."""
+        return carried(configuration_of(model.path), memory)
 
     @property
     def device(self) -> torch.device:

@@ -49,14 +49,20 @@ def load(path: str, dtype: str, device: str) -> tuple[Any, Any]:
             )
             model, info = loaded
     except Exception as error:  # of many kinds: each file format's library raises its own
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"model.path: cannot load a causal language model from {path}: {first}") from error
+        raise ConfigError(
+            f"model.path: cannot load a causal language model from {path}: {first_line(error)}"
+        ) from error
     if missing := sorted(info["missing_keys"]):  # which transformers fills with random numbers
         raise ConfigError(
             f"model.path: cannot load a causal language model from {path}: "
             f"it lacks {len(missing)} of the weights, such as {missing[0]}"
         )
     return model.to(place).eval(), tokenizer
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says first, for a message of one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def source_of(path: str) -> dict[str, Any]:
@@ -71,6 +77,20 @@ def source_of(path: str) -> dict[str, Any]:
             raise ConfigError(f"model.path: no such folder: {path}")
         return {"pretrained_model_name_or_path": str(file.expanduser())}
     return {"pretrained_model_name_or_path": path}
+
+
+def configuration_of(path: str) -> Any:
+    """The model's own configuration; no weights are read. Raises `ConfigError` with one line if there is none."""
+    from transformers import AutoConfig
+
+    import m3model.memory3  # noqa: F401 - registers its configuration with the class above
+
+    source = source_of(path)
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(**source)
+    except Exception as error:  # of many kinds: each file format's library raises its own
+        raise ConfigError(f"model.path: cannot read what model is in {path}: {first_line(error)}") from error
 
 
 def find_device(name: str) -> torch.device:

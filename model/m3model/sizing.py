@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from m3model.layout import AttentionLayout
-from m3model.loading import quiet, source_of
+from m3model.loading import first_line, quiet, source_of
 from m3runtime.config import ModelConfig
 from m3runtime.errors import ConfigError
 from m3runtime.shape import ModelShape
@@ -34,9 +34,8 @@ def shape_of(model: ModelConfig) -> ModelShape:
             with torch.device("meta"):
                 empty: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except Exception as error:  # of many kinds: each file format's library raises its own
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"model.path: cannot tell the shape of a causal language model from {model.path}: {first}"
+            f"model.path: cannot tell the shape of a causal language model from {model.path}: {first_line(error)}"
         ) from error
     layout, text = AttentionLayout.of(empty), empty.config.get_text_config()
     shape = ModelShape(

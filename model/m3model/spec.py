@@ -5,13 +5,12 @@ from typing import Any
 from m3runtime.config import MemoryConfig
 
 
-def carried(model: Any, memory: MemoryConfig) -> MemoryConfig:
-    """The settings in force for a model that carries a spec of its own (`Memory3Config`); else they as they are.
+def carried(own: Any, memory: MemoryConfig) -> MemoryConfig:
+    """The settings in force for a model whose configuration ``own`` is a `Memory3Config`; for others as they are.
 
     What the model was trained with takes the place of whatever the configuration does not say, or says only by its
     preset. A value that was set wins: a model may be tried with other memories than those it knows.
     """
-    own = model.config
     if own.model_type != "memory3":
         return memory
     trained = {

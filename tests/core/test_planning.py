@@ -13,7 +13,7 @@ from m3runtime.codecs.raw import RawCodec
 from m3runtime.config import Config, MemoryConfig, ModelConfig
 from m3runtime.errors import ConfigError
 from m3runtime.memory import Memories
-from m3runtime.planning import PAGE, Drive, Need, plan, reads, shape_of
+from m3runtime.planning import PAGE, Drive, Need, plan, reads, sized
 from m3runtime.planning_cost import cost
 from m3runtime.shape import MODELS, ModelShape, described, memory_layers, memory_spec
 from m3runtime.spec import MemorySpec
@@ -281,6 +281,10 @@ class Told:
     def shape(cls, model: ModelConfig) -> ModelShape:
         return replace(PAPER, layers=int(Path(model.path).name))
 
+    @classmethod
+    def carried(cls, model: ModelConfig, memory: MemoryConfig) -> MemoryConfig:
+        return memory.model_copy(update={"tokens_per_head": 8})
+
 
 class Silent:
     """An adapter that tells no shapes."""
@@ -289,10 +293,13 @@ class Silent:
 def test_an_adapter_tells_the_shape() -> None:
     assert isinstance(Told, Sizing)
     settings = config(model={"path": "models/7", "adapter": f"{__name__}:Told"})
-    assert shape_of(settings) == replace(PAPER, layers=7)
+    carrying, shape = sized(settings)
+    assert shape == replace(PAPER, layers=7)
+    assert carrying.memory.tokens_per_head == 8
+    assert plan(carrying, shape, Need(1, 1, 1), "told").spec.tokens == 8
 
 
 def test_an_adapter_that_tells_none() -> None:
     settings = config(model={"path": "x", "adapter": f"{__name__}:Silent"})
     with pytest.raises(ConfigError, match=r"^model\.adapter: .*:Silent does not tell .*; say it with --shape$"):
-        shape_of(settings)
+        sized(settings)

@@ -94,6 +94,31 @@ def test_other_settings_are_refused(school: Place) -> None:
     assert school.m3("train", "--set", "train.memory.steps=0", "--set", "train.log_every=2").code == 0
 
 
+@pytest.mark.parametrize("steps", ["0", "2"])
+def test_other_texts_are_refused(school: Place, steps: str) -> None:
+    changes = ["--set", "train.warmup.steps=2", "--set", f"train.memory.steps={steps}"]
+    assert school.m3("train", *changes).code == 0
+    school.text("texts.jsonl", '{"text": "the old harbour lamp burns walnut oil"}\n')
+    assert "not those that the run in" in school.m3("train", *changes).complaint
+
+
+def test_what_goes_on_from_a_memory3_has_its_memories(school: Place) -> None:
+    """Its spec, also where references are cut; but what the configuration says goes before it."""
+    first = school.m3("train", "--set", "train.warmup.steps=0", "--set", "train.memory.steps=1", "--json").json
+    school.configure(memory=None, model={"path": first["path"]}, train={"warmup": {"steps": 0}, "memory": {"steps": 1}})
+    second = school.m3("train", "--set", "train.out=./second", "--json").json
+    config = AutoModelForCausalLM.from_pretrained(second["path"]).config
+    assert (config.memory_layers, config.tokens_per_head, config.reference_tokens) == ([0, 1], 4, 24)
+    third = school.m3("train", "--set", "train.out=./third", "--set", "memory.tokens_per_head=2", "--json").json
+    config = AutoModelForCausalLM.from_pretrained(third["path"]).config
+    assert (config.memory_layers, config.tokens_per_head, config.reference_tokens) == ([0, 1], 2, 24)
+
+
+def test_a_folder_that_a_kill_left_without_a_claim_is_taken(school: Place) -> None:
+    school.text("trained/train.partial", '{"half')
+    assert school.m3("train", "--set", "train.warmup.steps=1", "--set", "train.memory.steps=0").code == 0
+
+
 def test_a_folder_with_something_else_is_left_alone(school: Place) -> None:
     school.text("trained/precious.txt", "do not touch")
     assert "holds something else" in school.m3("train").complaint

@@ -275,6 +275,8 @@ def test_saved_and_loaded_by_the_auto_classes(family: str, tmp_path: Path) -> No
         torch.testing.assert_close(again(**inputs).logits, wanted, atol=0, rtol=0)
 
     adapter = TransformersAdapter.open(ModelConfig(path=str(tmp_path)), MemoryConfig())
+    carried = TransformersAdapter.carried(ModelConfig(path=str(tmp_path)), MemoryConfig())
+    assert (carried.layers, carried.tokens_per_head, carried.reference_tokens) == ((1, 2), 4, REFERENCE_TOKENS)
     spec = adapter.spec
     assert (spec.layers, spec.tokens, spec.reference_tokens) == ((1, 2), 4, REFERENCE_TOKENS)
     tried = TransformersAdapter.open(ModelConfig(path=str(tmp_path)), MemoryConfig(layers="all"))

@@ -4,16 +4,19 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from m3model.loading import find_device, load, quiet, source_of, tokenizer_fingerprint
+from m3model.loading import configuration_of, find_device, first_line, load, quiet, source_of, tokenizer_fingerprint
 from m3model.memory3 import Memory3Config, Memory3ForCausalLM
+from m3model.spec import carried
 from m3model.training.retrieving import retrieve
 from m3model.training.sequences import NOTHING, Prepared, Rows, TrainingSequences, cut_sequences
 from m3model.training.stage import Loss, run_stage
@@ -50,6 +53,8 @@ def train(config: Config, progress: OnProgress) -> TrainReport:
         raise ConfigError("train: the section is missing; it says what to learn from and where the model goes")
     processes = PartialState(cpu=config.model.device == "cpu")
     tokenizer = _tokenizer(config)
+    # What goes on from a Memory³ has its memories, as far as nothing else is said.
+    config = config.model_copy(update={"memory": carried(configuration_of(config.model.path), config.memory)})
     with processes.main_process_first():
         _claim(config, settings, tokenizer)
         prepared = _prepared(config, settings, tokenizer, progress)
@@ -87,7 +92,9 @@ def _tokenizer(config: Config) -> Any:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(**source)
     except Exception as error:  # of many kinds: each file format's library raises its own
-        raise ConfigError(f"model.path: cannot load a tokenizer from {config.model.path}: {_line(error)}") from error
+        raise ConfigError(
+            f"model.path: cannot load a tokenizer from {config.model.path}: {first_line(error)}"
+        ) from error
     return tokenizer
 
 
@@ -103,6 +110,7 @@ def _claim(config: Config, settings: TrainConfig, tokenizer: Any) -> None:
         "embedder": config.embedder.model_dump(mode="json"),
     }
     path = settings.out / _SETTINGS
+    unfinished = path.with_suffix(".partial")
     if path.exists():
         there = json.loads(path.read_text())
         differing = [key for key in wanted if there.get(key) != wanted[key]]
@@ -112,21 +120,24 @@ def _claim(config: Config, settings: TrainConfig, tokenizer: Any) -> None:
                 "choose another folder, or remove this one"
             )
         return
-    if settings.out.exists() and any(settings.out.iterdir()):
+    if settings.out.exists() and any(file != unfinished for file in settings.out.iterdir()):
         raise ConfigError(f"train.out: {settings.out} holds something else; choose another folder")
     settings.out.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".partial")
     unfinished.write_text(json.dumps(wanted, indent=1, ensure_ascii=False))
     unfinished.replace(path)
 
 
 def _prepared(config: Config, settings: TrainConfig, tokenizer: Any, progress: OnProgress) -> Prepared:
-    """Sequences and what they retrieve: read if an earlier start prepared them from the same texts."""
+    """Sequences and what they retrieve, read if a run prepared them already. Raises `ConfigError` for other texts."""
     documents = list(read_documents(settings.data, text_field=settings.text_field))
     others = list(read_documents(settings.references, text_field=settings.text_field)) if settings.references else None
     path = settings.out / f"data-{fingerprint([[d.text for d in documents], [d.text for d in others or ()]])[:16]}.npz"
     if path.exists():
         return Prepared.load(path)
+    if any(file.suffixes == [".npz"] for file in settings.out.glob("data-*")):
+        raise ConfigError(
+            f"train.data: the texts are not those that the run in {settings.out} began with; choose another train.out"
+        )
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
@@ -138,9 +149,11 @@ def _prepared(config: Config, settings: TrainConfig, tokenizer: Any, progress: O
         pack=settings.pack,
     )
     chunk = config.recall.chunk_tokens
-    nothing = Prepared(sequences, Rows.of([[]]), _no_retrieval(sequences, chunk))
     if not settings.memory.steps:
-        return nothing
+        nothing = np.full((len(sequences), -(-sequences.ids.shape[1] // chunk)), NOTHING, np.int32)
+        prepared = Prepared(sequences, Rows.of([]), nothing)
+        prepared.save(path)
+        return prepared
     splitter = Splitter(lambda text: len(ids(text)), max_tokens=config.memory.reference_tokens)
     texts = [one.text for one in references_of(iter(documents if others is None else others), splitter)]
     if not texts:
@@ -164,27 +177,19 @@ def _prepared(config: Config, settings: TrainConfig, tokenizer: Any, progress: O
     return prepared
 
 
-def _no_retrieval(sequences: Rows, chunk: int) -> Any:
-    import numpy as np
-
-    return np.full((len(sequences), -(-sequences.ids.shape[1] // chunk)), NOTHING, np.int32)
-
-
 def _start(config: Config, settings: TrainConfig, tokenizer: Any, after: str | None) -> Memory3ForCausalLM:
     """The model to train: after an earlier stage, with the weights that are there, or with fresh ones."""
     torch.manual_seed(settings.seed)
     if after is None and settings.start == "config":
         with _loading(config.model.path), quiet():
-            own = AutoConfig.from_pretrained(**source_of(config.model.path))
             classes: Any = AutoModelForCausalLM  # whose methods have no types
-            model = classes.from_config(own, dtype=torch.float32)
+            model = classes.from_config(configuration_of(config.model.path), dtype=torch.float32)
     else:
         model, _ = load(after or config.model.path, "float32", config.model.device)
     model = model.to(find_device(config.model.device)).train()
     if isinstance(model, Memory3ForCausalLM):
-        return model
-    spec = memory3_config(model, tokenizer, config)
-    return Memory3ForCausalLM.holding(model, spec)
+        model = model.language_model
+    return Memory3ForCausalLM.holding(model, memory3_config(model, tokenizer, config))
 
 
 def memory3_config(model: Any, tokenizer: Any, config: Config) -> Memory3Config:
@@ -216,8 +221,7 @@ def _keep(model: Memory3ForCausalLM, tokenizer: Any, losses: list[Loss], folder:
     with quiet():
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-    rows = [{"step": one.step, "loss": one.loss, "learning_rate": one.learning_rate} for one in losses]
-    (unfinished / _LOSSES).write_text(json.dumps(rows))
+    (unfinished / _LOSSES).write_text(json.dumps([asdict(one) for one in losses]))
     unfinished.replace(folder)
 
 
@@ -232,8 +236,4 @@ def _loading(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of many kinds: each file format's library raises its own
-        raise ConfigError(f"model.path: cannot make a causal language model of {path}: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"model.path: cannot make a causal language model of {path}: {first_line(error)}") from error
