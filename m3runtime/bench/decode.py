@@ -38,6 +38,13 @@ class DecodeSettings:
     threads: int = 2
     """That the model computes on."""
     seed: int = 0
+    quick: bool = False
+    """Whether only `PLAIN` and `MEMORIES` take turns, and the tokens of other ways are not compared."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The contenders."""
+        return (PLAIN, MEMORIES) if self.quick else KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +60,8 @@ class Contender:
     """``tokens_per_s`` over that of `PLAIN` in the same round."""
     call_kept: Spread
     """``call_tokens_per_s``, likewise."""
-    first_token_of_text: Spread
-    """``first_token_s`` over that of `TEXT` in the same round."""
+    first_token_of_text: Spread | None
+    """``first_token_s`` over that of `TEXT` in the same round, if that takes part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +113,7 @@ class Batch:
     boundaries: Mapping[str, Boundaries]
     bound: Bound
     same_tokens: Mapping[str, bool]
-    """Whether the tokens are those with lookahead and caching tiers, if late blocks are waited for."""
+    """Whether the tokens are those with lookahead and caching tiers, if late blocks are waited for; not if quick."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,18 +196,21 @@ def _batch(
 ) -> Batch:
     rounds = settings.rounds
     asked = [[prompts[(number * size + row) % len(prompts)] for row in range(size)] for number in range(rounds + 1)]
-    with_text = [contenders.with_text(some) for some in asked]
+    prompted = {PLAIN: asked}
+    if TEXT in settings.kinds:
+        prompted[TEXT] = [contenders.with_text(some) for some in asked]
     stage = f"baseline {size}"
-    variants: dict[str, dict[str, float | str]] = {PLAIN: {}, TEXT: {}}
+    variants: dict[str, dict[str, float | str]] = {kind: {} for kind in prompted}
     chosen: dict[str, str] = {}
     names = contenders.baseline.variants
+    tries = len(prompted) * _PRE_ROUNDS * len(names)
     # What is compared with is chosen by whole runs; for the prompts with text it is reading them that counts.
     tried = {PLAIN: settings.new_tokens, TEXT: min(_TRIED, settings.new_tokens)}
-    for place, (kind, some) in enumerate(((PLAIN, asked), (TEXT, with_text))):
+    for place, (kind, some) in enumerate(prompted.items()):
         room = contenders.room(some, settings.new_tokens)
         for number, variant in [(number, name) for number in range(_PRE_ROUNDS) for name in names]:
             done = (place * _PRE_ROUNDS + number) * len(names) + names.index(variant)
-            progress(stage, done, 2 * _PRE_ROUNDS * len(names))
+            progress(stage, done, tries)
             best = variants[kind].get(variant, 0.0)
             if isinstance(best, float):
                 speed = contenders.try_variant(some[number % len(some)], tried[kind], variant, room)
@@ -210,11 +220,11 @@ def _batch(
             raise InputError(f"no variant of the baseline runs here: {next(iter(variants[kind].values()))}")
         chosen[kind] = max(usable, key=lambda name: usable[name])
         contenders.choose(kind, chosen[kind], room)
-    progress(stage, 2 * _PRE_ROUNDS * len(names), 2 * _PRE_ROUNDS * len(names))
-    runs: dict[str, list[Run]] = {name: [] for name in KINDS}
-    before = dict.fromkeys(KINDS, contenders.cool)
-    for number, name in turns(KINDS, rounds, lambda done: progress(f"rounds {size}", done, rounds + 1), before):
-        run = contenders.run(name, with_text[number] if name == TEXT else asked[number], settings.new_tokens)
+    progress(stage, tries, tries)
+    runs: dict[str, list[Run]] = {name: [] for name in settings.kinds}
+    before = dict.fromkeys(runs, contenders.cool)
+    for number, name in turns(list(runs), rounds, lambda done: progress(f"rounds {size}", done, rounds + 1), before):
+        run = contenders.run(name, prompted.get(name, asked)[number], settings.new_tokens)
         if number:
             runs[name].append(run)
     progress(f"rounds {size}", rounds + 1, rounds + 1)
@@ -222,16 +232,16 @@ def _batch(
         batch=size,
         variants=variants,
         chosen=chosen,
-        contenders={name: contender(runs, name) for name in KINDS},
-        boundaries={name: boundaries(runs[name]) for name in (NOTHING, MEMORIES, WITHOUT_LOOKAHEAD)},
+        contenders={name: contender(runs, name) for name in runs},
+        boundaries={name: boundaries(runs[name]) for name in (NOTHING, MEMORIES, WITHOUT_LOOKAHEAD) if name in runs},
         bound=bound(contenders, runs[MEMORIES], size),
-        same_tokens=contenders.same_tokens(asked[0], settings.new_tokens),
+        same_tokens={} if settings.quick else contenders.same_tokens(asked[0], settings.new_tokens),
     )
 
 
 def contender(runs: Mapping[str, Sequence[Run]], name: str) -> Contender:
     """Sum up one contender's counted rounds, beside those of the others: runs of equal place are of one round."""
-    own, plainly, text = runs[name], runs[PLAIN], runs[TEXT]
+    own, plainly, text = runs[name], runs[PLAIN], runs.get(TEXT)
     return Contender(
         tokens_per_s=Spread.of([run.tokens_per_s for run in own]),
         call_tokens_per_s=Spread.of([run.call_tokens_per_s for run in own]),
@@ -242,7 +252,9 @@ def contender(runs: Mapping[str, Sequence[Run]], name: str) -> Contender:
         ),
         first_token_of_text=Spread.of(
             [one.first_token_s / other.first_token_s for one, other in zip(own, text, strict=True)]
-        ),
+        )
+        if text
+        else None,
     )
 
 

@@ -34,6 +34,9 @@ def decode(
     rounds: Annotated[int, typer.Option(min=1, help="How often everything is timed, in turns.")] = 7,
     memories: Annotated[int, typer.Option(min=1, help="Memories that every chunk gets.")] = 5,
     references: References = 128,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only the baseline and ours with memories: a third of the time.")
+    ] = False,
     threads: Threads = 0,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw one run's chunks and recalls, such as run.png.")
@@ -55,7 +58,8 @@ def decode(
     from m3runtime.bench.decode import DecodeSettings, bench_decode
 
     sizes = tuple(dict.fromkeys(batch or (1, 8)))
-    asked = DecodeSettings(new_tokens, sizes, rounds, memories, references, threads or torch.get_num_threads())
+    threads = threads or torch.get_num_threads()
+    asked = DecodeSettings(new_tokens, sizes, rounds, memories, references, threads, quick=quick)
     adapter = assembly.open_adapter(settings)
     names = _WRITING | {f"baseline {size}": f"Choosing a baseline, batch {size}" for size in sizes}
     names |= {f"rounds {size}": f"Decoding, batch {size}" for size in sizes}
@@ -149,7 +153,7 @@ def _show_decode(found: "DecodeBench") -> None:
 def _show_batch(console: "Console", batch: "Batch") -> None:
     from rich.table import Table
 
-    from m3runtime.bench.decode_runs import MEMORIES, PLAIN, TEXT
+    from m3runtime.bench.decode_runs import MEMORIES, PLAIN
 
     table = Table("", "tokens/s", "kept", "first token, s", "of text's", title=f"Batch {batch.batch}")
     for name, one in batch.contenders.items():
@@ -159,7 +163,7 @@ def _show_batch(console: "Console", batch: "Batch") -> None:
             one.tokens_per_s.show(1),
             "" if name == PLAIN else one.kept.show(3),
             one.first_token_s.show(3),
-            "" if name == TEXT else one.first_token_of_text.show(3),
+            one.first_token_of_text.show(3) if one.first_token_of_text else "",
         )
     console.print(table)
     bound, ends = batch.bound, batch.boundaries[MEMORIES]

@@ -86,6 +86,19 @@ def test_every_chunk_is_accounted_for(found: Any) -> None:
         assert batch["same_tokens"] == {"without lookahead": True, "without caching tiers": True}
 
 
+def test_a_quick_run_times_the_baseline_and_memories_alone(written_once: Place) -> None:
+    asked = ("--new-tokens", "6", "--batch", "2", "--rounds", "1", "--memories", "2", "--quick")
+    (batch,) = written_once.m3("bench", "decode", *asked, *SHORT, "--json").json["batches"]
+    assert set(batch["contenders"]) == {PLAIN, MEMORIES}
+    assert set(batch["variants"]) == {PLAIN}
+    assert batch["contenders"][MEMORIES]["first_token_of_text"] is None
+    assert set(batch["boundaries"]) == {MEMORIES}
+    assert batch["same_tokens"] == {}
+    shown = written_once.m3("bench", "decode", *asked, *SHORT)
+    assert MEMORIES in shown.out
+    assert TEXT not in shown.out
+
+
 def test_a_run_is_drawn(found: Any, picture: Path) -> None:
     with Image.open(picture) as image:
         colours = image.convert("RGB").getcolors(1 << 24)
@@ -104,7 +117,9 @@ def test_ratios_are_of_the_same_round() -> None:
     assert one.tokens_per_s.median == pytest.approx(5.0)
     assert one.kept.median == pytest.approx(1.0)  # of 0.5, 1 and 2
     assert one.call_kept.median == pytest.approx(1.0)
+    assert one.first_token_of_text is not None
     assert one.first_token_of_text.median == pytest.approx(0.25)
+    assert contender({PLAIN: runs[PLAIN], BARE: runs[BARE]}, BARE).first_token_of_text is None
 
 
 def test_what_happens_between_chunks_is_summed_up() -> None:
