@@ -38,7 +38,7 @@ demo: .venv/stamp-demo .venv/stamp-models  ## write a bank and answer from it, w
 quality: install  ## measure what memory does to answers, for docs/quality.md (hours); NAME=facts for one of them
 	$(BIN)/python demo/quality.py $(NAME)
 
-train-small: install  ## train a small Memory³ from scratch, and ask it for facts it never saw (26 minutes)
+train-small: install  ## train a small Memory³ from scratch, and ask it for facts it never saw (28 minutes)
 	$(BIN)/python demo/train_small.py
 
 # The sdist makes the wheel, and the wheel runs outside the checkout with the core dependencies alone.

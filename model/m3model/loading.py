@@ -110,15 +110,27 @@ def quiet() -> Iterator[None]:
     """Transformers reports its progress on standard error, where `m3` shows its own."""
     from transformers.utils import logging as transformers_logging
 
-    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        with without_bars():
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No progress bars of transformers' own; what it warns of is said."""
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-        transformers_logging.set_verbosity(level)
 
 
 def model_fingerprint(model: Any) -> str:

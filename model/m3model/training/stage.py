@@ -11,6 +11,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from m3model.loading import without_bars
 from m3model.memory3 import Memory3ForCausalLM
 from m3model.training.sequences import TrainingSequences
 from m3runtime.config_train import StageConfig, TrainConfig
@@ -56,7 +57,8 @@ def run_stage(
         callbacks=[_Progress(progress), _board(settings.out / "tensorboard" / name)],
     )
     trainer.remove_callback(PrinterCallback)  # standard output is the command's
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    with without_bars():
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return [
         Loss(int(entry["step"]), entry["loss"], entry["learning_rate"])
         for entry in trainer.state.log_history
