@@ -109,7 +109,8 @@ class World:
         one = rng.choice(doing)
         namesakes = [person for person in doing if set(person.name.split()) & set(one.name.split())]
         some = rng.sample(namesakes, min(len(namesakes), TOLD_OF // 2))  # as what is nearest to a question will be
-        some += rng.sample([person for person in doing if person not in some], TOLD_OF - len(some))
+        names = {person.name for person in some}
+        some += rng.sample([person for person in doing if person.name not in names], TOLD_OF - len(some))
         told = []
         for person in rng.sample(some, TOLD_OF):
             chosen = relation if rng.random() < 0.7 else rng.choice(person.facts)[0]
