@@ -17,27 +17,28 @@ import torch
 from torch import Tensor
 
 import codec_variants as cv
-import m3model.attention
+import m3model.attention.implementation
 from m3model.adapter import TransformersAdapter
-from m3model.reading import Row
-from m3model.scoring import Scoring
+from m3model.engine.reading import Row
+from m3model.engine.scoring import Scoring
 from m3runtime import assembly
-from m3runtime.adapter import Prompt
-from m3runtime.block import HEADER_BYTES
+from m3runtime.adapters.answers import Prompt
 from m3runtime.cli.progress import stages
-from m3runtime.config import Config
-from m3runtime.evaluation.laboratory import Choice, Laboratory
-from m3runtime.evaluation.passages import hold_out
-from m3runtime.evaluation.plots import Plot, Series
-from m3runtime.evaluation.report import Report, Table
-from m3runtime.evaluation.statistics import Estimate, mean
-from m3runtime.evaluation.world import make_world
-from m3runtime.fitting import SAMPLE, WEIGHED, join
-from m3runtime.memory import Memories
-from m3runtime.retrieval import Embedder, Match, log_weights, passing
+from m3runtime.config.schema import Config
+from m3runtime.documents.reading import read_documents
+from m3runtime.documents.reference import Reference
+from m3runtime.lab.evaluation.laboratory import Choice, Laboratory
+from m3runtime.lab.evaluation.passages import hold_out
+from m3runtime.lab.evaluation.plots import Plot, Series
+from m3runtime.lab.evaluation.report import Report, Table
+from m3runtime.lab.evaluation.statistics import Estimate, mean
+from m3runtime.lab.evaluation.world import make_world
+from m3runtime.memory.block import HEADER_BYTES
+from m3runtime.memory.tensors import Memories
+from m3runtime.retrieval.embedder import Embedder
+from m3runtime.retrieval.retriever import Match, log_weights, passing
 from m3runtime.stream import Part, Recalled, Stream
-from m3runtime.text import read_documents
-from m3runtime.tier import Reference
+from m3runtime.writing.fitting import SAMPLE, WEIGHED, join
 
 BATCH = 16
 REFERENCES, QUESTIONS, PASSAGES, TOPICS = 160, 120, 32, 60
@@ -125,18 +126,18 @@ class Watched(Scoring):
 def outputs_kept(wanted: bool) -> Iterator[list[Tensor]]:
     """What attention gives in every layer and pass meanwhile, float16."""
     kept: list[Tensor] = []
-    attend = m3model.attention.attend
+    attend = m3model.attention.implementation.attend
 
     def watching(*args: Any, **options: Any) -> Tensor:
         result = attend(*args, **options)
         kept.append(result.half())
         return result
 
-    m3model.attention.attend = watching if wanted else attend
+    m3model.attention.implementation.attend = watching if wanted else attend
     try:
         yield kept
     finally:
-        m3model.attention.attend = attend
+        m3model.attention.implementation.attend = attend
 
 
 def read(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from m3model.adapter import TransformersAdapter
 from m3runtime.codecs import Codec
-from m3runtime.memory import Memories
-from m3runtime.plugins import construct, load
+from m3runtime.memory.tensors import Memories
+from m3runtime.plugins.loading import construct, load
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,17 @@ from transformers import AutoTokenizer
 
 import models
 from m3runtime import assembly, cli
-from m3runtime.bank import Bank, Manifest, as_ids
+from m3runtime.bank.bank import Bank, Manifest, as_ids
 from m3runtime.codecs.raw import RawCodec
-from m3runtime.config import Config
-from m3runtime.memory import Memories
-from m3runtime.references import references_of
-from m3runtime.retrieval import Embedder, Vectors
+from m3runtime.config.schema import Config
+from m3runtime.documents.reading import Document
+from m3runtime.documents.references import references_of
+from m3runtime.documents.splitting import Splitter
+from m3runtime.memory.spec import MemorySpec
+from m3runtime.memory.tensors import Memories
+from m3runtime.retrieval.embedder import Embedder, Vectors
 from m3runtime.runtime import Runtime
-from m3runtime.spec import MemorySpec
-from m3runtime.splitting import Splitter
-from m3runtime.text import Document
-from m3runtime.tier import Batch
+from m3runtime.storage.home import Batch
 
 FOLDER = Path(__file__).parent.parent / ".demo/eviction"
 STREAMS = 8

@@ -44,7 +44,7 @@ def _package_folder(package: str) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    from m3model.loading import load, quiet
+    from m3model.loading.models import load, quiet
 
     model, tokenizer = load(str(gguf), "float32", "cpu")
     # The weights are plain float32 now; marked as quantised, they would not be saved.

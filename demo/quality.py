@@ -12,7 +12,7 @@ from pydoc_data.topics import topics
 
 import models
 from m3runtime import cli
-from m3runtime.config import Config
+from m3runtime.config.schema import Config
 
 ROOT = Path(__file__).parent.parent
 WORK = Path(".quality")  # relative, as it stands in the reports

@@ -20,10 +20,10 @@ from rich.table import Table
 import models
 from m3model.transformers import TransformersAdapter
 from m3runtime import assembly
-from m3runtime.adapter import Answer, Prompt
+from m3runtime.adapters.answers import Answer, Prompt
 from m3runtime.cli.write import write
-from m3runtime.config import Config
-from m3runtime.evaluation.judging import is_right
+from m3runtime.config.schema import Config
+from m3runtime.lab.evaluation.judging import is_right
 from m3runtime.runtime import Runtime
 
 ROOT = Path(__file__).parent.parent

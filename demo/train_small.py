@@ -18,14 +18,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
 
-from m3model.adapter import TransformersAdapter
+from m3model.training.run import TransformersTrainer
 from m3runtime import assembly
-from m3runtime.adapter import Prompt, StageReport
-from m3runtime.config import Config
-from m3runtime.evaluation.banks import write_bank
-from m3runtime.evaluation.losses import draw_losses
+from m3runtime.adapters.answers import Prompt
+from m3runtime.adapters.training import StageReport
+from m3runtime.config.schema import Config
+from m3runtime.documents.reading import Document
+from m3runtime.lab.evaluation.banks import write_bank
+from m3runtime.lab.evaluation.losses import draw_losses
 from m3runtime.runtime import Runtime
-from m3runtime.text import Document
 from people import STATEMENTS, TOLD, World
 
 ROOT = Path(__file__).parent.parent
@@ -90,7 +91,7 @@ def run(folder: Path, name: str, begin: str, texts: str, stage: str, settings: M
     train = {**TRAIN, "data": [folder / f"{texts}.jsonl"], "references": [folder / "people.jsonl"]}
     train |= {"out": folder / name, "start": "config" if begin.endswith("fresh") else "weights"}
     train |= {"warmup": {"steps": 0}, "memory": {"steps": 0}, stage: settings}
-    return TransformersAdapter.train(config_of(folder, begin, train=train), lambda *_: None).stages[0]
+    return TransformersTrainer().train(config_of(folder, begin, train=train), lambda *_: None).stages[0]
 
 
 def train(folder: Path, name: str, stage: str) -> list[StageReport]:

@@ -5,7 +5,7 @@ from zlib import crc32
 
 import numpy as np
 
-from m3runtime.retrieval import Embedder, Vectors
+from m3runtime.retrieval.embedder import Embedder, Vectors
 
 
 class Words(Embedder):

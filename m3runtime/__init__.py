@@ -8,11 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from m3runtime.config import Config
+    from m3runtime.config.schema import Config
     from m3runtime.errors import M3Error
-    from m3runtime.memory import Memories
+    from m3runtime.memory.spec import MemorySpec
+    from m3runtime.memory.tensors import Memories
     from m3runtime.runtime import Runtime
-    from m3runtime.spec import MemorySpec
     from m3runtime.stream import Recalled, Stream
 
 __all__ = ["Config", "M3Error", "Memories", "MemorySpec", "Recalled", "Runtime", "Stream", "__version__"]
@@ -20,10 +20,10 @@ __all__ = ["Config", "M3Error", "Memories", "MemorySpec", "Recalled", "Runtime",
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Config": "m3runtime.config",
+    "Config": "m3runtime.config.schema",
     "M3Error": "m3runtime.errors",
-    "Memories": "m3runtime.memory",
-    "MemorySpec": "m3runtime.spec",
+    "Memories": "m3runtime.memory.tensors",
+    "MemorySpec": "m3runtime.memory.spec",
     "Recalled": "m3runtime.stream",
     "Runtime": "m3runtime.runtime",
     "Stream": "m3runtime.stream",

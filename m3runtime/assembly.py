@@ -5,21 +5,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from m3runtime import records
-from m3runtime.abilities import Persistent
-from m3runtime.bank import INDEX, Bank, LoadCodec, OpenHome, as_ids
+from m3runtime.bank import records
+from m3runtime.bank.bank import INDEX, Bank, LoadCodec, OpenHome, as_ids
 from m3runtime.codecs import Codec
-from m3runtime.config import Config, default_tiers
+from m3runtime.config.schema import Config, default_tiers
 from m3runtime.errors import CodecError, ConfigError, IndexFileError
-from m3runtime.plugins import construct, load
-from m3runtime.retrieval import Embedder, Index
-from m3runtime.spec import MemorySpec
-from m3runtime.tier import CachingTier, Home
+from m3runtime.memory.spec import MemorySpec
+from m3runtime.plugins.loading import construct, load
+from m3runtime.retrieval.embedder import Embedder
+from m3runtime.retrieval.index import Index
+from m3runtime.storage.abilities import Persistent
+from m3runtime.storage.home import Home
+from m3runtime.storage.tier import CachingTier
 
 if TYPE_CHECKING:
     import torch
 
-    from m3runtime.adapter import Adapter
+    from m3runtime.adapters.base import Adapter
 
 log = logging.getLogger("m3runtime")
 

@@ -20,7 +20,7 @@
         ├── TierClosedError     a tier used after ``close``
         └── TierReadOnlyError   a write to a tier opened for reading
 
-A miss is never an error: see ``m3runtime.tier``.
+A miss is never an error: see ``m3runtime.storage.tier``.
 """
 
 

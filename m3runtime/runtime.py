@@ -13,24 +13,26 @@ from typing import Self
 import numpy as np
 import torch
 
-from m3runtime import assembly, records
-from m3runtime.adapter import Adapter
-from m3runtime.bank import Bank, as_ids
-from m3runtime.batching import Together
-from m3runtime.block import Ids
-from m3runtime.cold_start import ColdStart
-from m3runtime.config import Config
+from m3runtime import assembly
+from m3runtime.adapters.base import Adapter
+from m3runtime.bank import records
+from m3runtime.bank.bank import Bank, as_ids
+from m3runtime.config.schema import Config
+from m3runtime.device.threads import compute_on
+from m3runtime.documents.reference import Reference
 from m3runtime.errors import BankBusyError, InputError, TierError
-from m3runtime.fetching import Fetcher
-from m3runtime.hierarchy import Hierarchy
-from m3runtime.lookahead import Hint, Lookahead
-from m3runtime.metrics import Event, Meter, Metrics, RecallStats, Stages, TierMetrics
-from m3runtime.prefetch import Prefetcher
-from m3runtime.retrieval import Match, Retriever, log_weights
+from m3runtime.memory.block import Ids
+from m3runtime.observe.metrics import Event, Meter, Metrics, RecallStats, Stages, TierMetrics
+from m3runtime.recall.batching import Together
+from m3runtime.recall.cold_start import ColdStart
+from m3runtime.recall.fetching import Fetcher
+from m3runtime.recall.lookahead import Hint, Lookahead
+from m3runtime.recall.prefetch import Prefetcher
+from m3runtime.retrieval.retriever import Match, Retriever, log_weights
+from m3runtime.storage.hierarchy import Hierarchy
+from m3runtime.storage.tier import Tier
+from m3runtime.storage.trace import TraceWriter
 from m3runtime.stream import Part, Recalled, Stream
-from m3runtime.threads import compute_on
-from m3runtime.tier import Reference, Tier
-from m3runtime.trace import TraceWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +136,9 @@ class Runtime:
             runtime._trace = trace
             undo.callback(runtime._stop)
             if config.metrics.port is not None:
-                from m3runtime.prometheus import serve  # an optional dependency
+                from m3runtime.observe.prometheus import serve  # an optional dependency
 
-                runtime._endpoint = serve(runtime, config.metrics.address, config.metrics.port)
+                runtime._endpoint = serve(runtime.metrics, config.metrics.address, config.metrics.port)
             undo.pop_all()
         return runtime
 

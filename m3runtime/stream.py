@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from m3runtime.retrieval import Match
-from m3runtime.spec import MemorySpec
-from m3runtime.tier import Reference
+from m3runtime.documents.reference import Reference
+from m3runtime.memory.spec import MemorySpec
+from m3runtime.retrieval.retriever import Match
 
 if TYPE_CHECKING:
-    from m3runtime.config import Config
+    from m3runtime.config.schema import Config
 
 Part = tuple[Tensor, Tensor]
 """Keys and values of one memory, each ``[layers, kv_heads, tokens, head_dim]``."""
@@ -35,7 +35,7 @@ class Recalled:
     log_weights: tuple[float, ...]
     """What attention adds to the logits of each memory's keys; zeros if ``recall.score_temperature`` is null."""
     stages: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False)
-    """Seconds of each of `m3runtime.metrics.RECALL_STAGES`, of all streams that recalled together."""
+    """Seconds of each of `m3runtime.observe.metrics.RECALL_STAGES`, of all streams that recalled together."""
 
     def __len__(self) -> int:
         return len(self.ids)

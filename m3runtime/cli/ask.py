@@ -11,7 +11,8 @@ from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_js
 from m3runtime.errors import BankBusyError
 
 if TYPE_CHECKING:
-    from m3runtime.adapter import Adapter, Answer, Prompt
+    from m3runtime.adapters.answers import Answer, Prompt
+    from m3runtime.adapters.base import Adapter
     from m3runtime.runtime import Runtime
 
 NoMemory = Annotated[bool, typer.Option("--no-memory", help="The model as it is: recall nothing.")]

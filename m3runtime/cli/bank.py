@@ -8,7 +8,7 @@ from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_js
 from m3runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from m3runtime.bank import Bank
+    from m3runtime.bank.bank import Bank
 
 
 def search(
@@ -80,9 +80,10 @@ def forget(
         raise InputError("say what to forget: ids, or --source")
     from contextlib import closing
 
-    from m3runtime import assembly, records
-    from m3runtime.bank import as_ids
-    from m3runtime.hierarchy import Hierarchy
+    from m3runtime import assembly
+    from m3runtime.bank import records
+    from m3runtime.bank.bank import as_ids
+    from m3runtime.storage.hierarchy import Hierarchy
 
     with closing(assembly.open_bank(settings)) as bank:
         wanted = dict.fromkeys(ids or [])
@@ -141,9 +142,9 @@ def _bank_facts(bank: "Bank") -> dict[str, Any]:
 def _memory_facts(bank: "Bank", id: int) -> dict[str, Any]:
     import torch
 
-    from m3runtime import block
-    from m3runtime.bank import as_ids
+    from m3runtime.bank.bank import as_ids
     from m3runtime.errors import BlockError
+    from m3runtime.memory import block
 
     (reference,) = bank.home.references(as_ids([id]))
     if reference is None:

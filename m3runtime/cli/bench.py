@@ -11,10 +11,10 @@ from m3runtime.cli.progress import stages
 from m3runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from m3runtime.adapter import Adapter
-    from m3runtime.bench.codec import CodecBench
-    from m3runtime.bench.eviction import EvictionBench
-    from m3runtime.config import Config
+    from m3runtime.adapters.base import Adapter
+    from m3runtime.config.schema import Config
+    from m3runtime.lab.bench.codec import CodecBench
+    from m3runtime.lab.bench.eviction import EvictionBench
 
 app = typer.Typer(name="bench", help="Measure speed, errors and hit rates beside a baseline.", no_args_is_help=True)
 
@@ -57,12 +57,13 @@ def codec(
     Everything is measured in one run, on the same vectors and threads. The bank is not changed.
     """
     settings = configuration(config, set)
-    from m3runtime import assembly, plugins
+    from m3runtime import assembly
+    from m3runtime.plugins import loading as plugins
 
     plugins.require("m3 bench codec", "train")
     import torch
 
-    from m3runtime.bench.codec import BenchSettings, bench_codec
+    from m3runtime.lab.bench.codec import BenchSettings, bench_codec
 
     asked = BenchSettings(references, decoded, layers, rounds, threads or torch.get_num_threads())
     adapter = assembly.open_adapter(settings)
@@ -93,9 +94,9 @@ def eviction(
 
     Nothing is timed: the same trace gives the same figures.
     """
-    from m3runtime.bench.eviction import bench_eviction
-    from m3runtime.eviction import POLICIES
-    from m3runtime.units import parse_size
+    from m3runtime.config.units import parse_size
+    from m3runtime.lab.bench.eviction import bench_eviction
+    from m3runtime.storage.eviction import POLICIES
 
     try:
         capacities = [parse_size(size) for size in capacity or ()]
@@ -111,10 +112,10 @@ def eviction(
 def _texts(config: "Config", adapter: "Adapter", corpus: list[Path] | None) -> list[str]:
     """The references of a corpus, or those of the bank."""
     from m3runtime import assembly
-    from m3runtime.bank import Bank
-    from m3runtime.references import references_of
-    from m3runtime.splitting import Splitter
-    from m3runtime.text import read_documents
+    from m3runtime.bank.bank import Bank
+    from m3runtime.documents.reading import read_documents
+    from m3runtime.documents.references import references_of
+    from m3runtime.documents.splitting import Splitter
 
     if corpus:
         splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
@@ -132,7 +133,7 @@ def _show(found: "CodecBench") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from m3runtime.bench.codec import ratios, speedups
+    from m3runtime.lab.bench.codec import ratios, speedups
 
     console = Console()
     error = Table("bytes of a vector", "codec", "keys", "values", "both", title="Relative squared error, held out")

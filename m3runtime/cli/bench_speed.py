@@ -11,9 +11,9 @@ from m3runtime.cli.progress import stages
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from m3runtime.bench.decode import Batch, DecodeBench
-    from m3runtime.bench.recall import RecallBench
-    from m3runtime.bench.tiers import TierBench
+    from m3runtime.lab.bench.decode import Batch, DecodeBench
+    from m3runtime.lab.bench.recall import RecallBench
+    from m3runtime.lab.bench.tiers import TierBench
 
 Corpus = Annotated[
     list[Path] | None,
@@ -49,13 +49,14 @@ def decode(
     Every chunk gets its memories whatever its text is: recall.min_score and recall.margin are left aside.
     """
     settings = configuration(config, set)
-    from m3runtime import assembly, plugins
+    from m3runtime import assembly
+    from m3runtime.plugins import loading as plugins
 
     if plot:
         plugins.require("m3 bench decode --plot", "eval")
     import torch
 
-    from m3runtime.bench.decode import DecodeSettings, bench_decode
+    from m3runtime.lab.bench.decode import DecodeSettings, bench_decode
 
     sizes = tuple(dict.fromkeys(batch or (1, 8)))
     threads = threads or torch.get_num_threads()
@@ -90,7 +91,7 @@ def tiers(
     settings = configuration(config, set)
     import torch
 
-    from m3runtime.bench.tiers import BATCHES, TierSettings, bench_tiers
+    from m3runtime.lab.bench.tiers import BATCHES, TierSettings, bench_tiers
 
     sizes = tuple(dict.fromkeys(blocks or BATCHES))
     asked = TierSettings(sizes, rounds, references, threads or torch.get_num_threads())
@@ -122,7 +123,7 @@ def recall(
     settings = configuration(config, set)
     import torch
 
-    from m3runtime.bench.recall import HUGE, SIZES, RecallSettings, bench_recall
+    from m3runtime.lab.bench.recall import HUGE, SIZES, RecallSettings, bench_recall
 
     chosen = (*(sizes or SIZES), *([HUGE] if huge else []))
     asked = RecallSettings(chosen, rounds, memories, threads or torch.get_num_threads())
@@ -138,7 +139,7 @@ def recall(
 def _show_decode(found: "DecodeBench") -> None:
     from rich.console import Console
 
-    from m3runtime.evaluation.report import environment
+    from m3runtime.lab.evaluation.report import environment
 
     console = Console()
     for batch in found.batches:
@@ -153,7 +154,7 @@ def _show_decode(found: "DecodeBench") -> None:
 def _show_batch(console: "Console", batch: "Batch") -> None:
     from rich.table import Table
 
-    from m3runtime.bench.decode_runs import MEMORIES, PLAIN
+    from m3runtime.lab.bench.decode_runs import MEMORIES, PLAIN
 
     table = Table("", "tokens/s", "kept", "first token, s", "of text's", title=f"Batch {batch.batch}")
     for name, one in batch.contenders.items():
@@ -189,7 +190,7 @@ def _show_tiers(found: "TierBench") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from m3runtime.evaluation.report import environment
+    from m3runtime.lab.evaluation.report import environment
 
     console = Console()
     for blocks in dict.fromkeys(row.blocks for row in found.rows):
@@ -211,8 +212,8 @@ def _show_recall(found: "RecallBench") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from m3runtime.bench.recall import OURS, PARTS, WHOLE
-    from m3runtime.evaluation.report import environment
+    from m3runtime.lab.bench.recall import OURS, PARTS, WHOLE
+    from m3runtime.lab.evaluation.report import environment
 
     console = Console()
     table = Table("memories", *PARTS, WHOLE, title="Milliseconds, median (quartiles); share of the embedding's time")

@@ -9,7 +9,7 @@ from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_js
 from m3runtime.cli.progress import stages
 
 if TYPE_CHECKING:
-    from m3runtime.bench.write import WriteBench
+    from m3runtime.lab.bench.write import WriteBench
 
 
 def write(
@@ -33,7 +33,7 @@ def write(
     import torch
 
     from m3runtime import assembly
-    from m3runtime.bench.write import WriteSettings, bench_write
+    from m3runtime.lab.bench.write import WriteSettings, bench_write
 
     asked = WriteSettings(references, rounds, threads or torch.get_num_threads())
     adapter = assembly.open_adapter(settings)
@@ -50,7 +50,7 @@ def _show(found: "WriteBench") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from m3runtime.bench.write import WRITE
+    from m3runtime.lab.bench.write import WRITE
 
     title = f"{found.settings.references} references of {found.tokens} tokens, {found.batch} at once"
     times = Table("", "seconds (quartiles)", "tokens/s", "kept by the write", title=title)

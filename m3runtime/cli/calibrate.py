@@ -11,7 +11,7 @@ from m3runtime.cli.options import ConfigFile, Json, Set, load, print_json
 from m3runtime.cli.progress import stages
 
 if TYPE_CHECKING:
-    from m3runtime.config import Config
+    from m3runtime.config.schema import Config
 
 _STAGES = {"scores": "Scoring answers"}
 _KEYS = ("memories", "min_score", "margin")
@@ -37,15 +37,17 @@ def calibrate(
     loaded = load(config, set)
     from datetime import date
 
-    from m3runtime import assembly, plugins, presets
+    from m3runtime import assembly
+    from m3runtime.config import presets
+    from m3runtime.plugins import loading as plugins
 
     plugins.require("m3 eval", "eval")
-    from m3runtime.config_loading import DEFAULT_FILE, FILE_VARIABLE
-    from m3runtime.evaluation import yaml_edit
-    from m3runtime.evaluation.calibrate import CalibrationSettings, setting_of
-    from m3runtime.evaluation.calibrate import calibrate as measure
-    from m3runtime.evaluation.calibrate_report import calibrate_report, findings
-    from m3runtime.evaluation.choosing import Setting
+    from m3runtime.config.loading import DEFAULT_FILE, FILE_VARIABLE
+    from m3runtime.lab.evaluation import yaml_edit
+    from m3runtime.lab.evaluation.calibrate import CalibrationSettings, setting_of
+    from m3runtime.lab.evaluation.calibrate import calibrate as measure
+    from m3runtime.lab.evaluation.calibrate_report import calibrate_report, findings
+    from m3runtime.lab.evaluation.choosing import Setting
 
     file = config or Path(os.environ.get(FILE_VARIABLE) or DEFAULT_FILE)
     today = date.today().isoformat()
@@ -83,7 +85,7 @@ def calibrate(
 
 def _load_without_recall(file: Path, settings: list[str] | None) -> "Config":
     """A file with all that goes before it, but for recall: what the file says of that is what counts."""
-    from m3runtime.config_loading import PREFIX, load_config
+    from m3runtime.config.loading import PREFIX, load_config
 
     environ = {name: value for name, value in os.environ.items() if not name.startswith(f"{PREFIX}RECALL")}
     overrides = dict(setting.split("=", 1) for setting in settings or () if not setting.startswith("recall"))

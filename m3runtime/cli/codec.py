@@ -13,7 +13,7 @@ from m3runtime.errors import CodecError, InputError
 
 if TYPE_CHECKING:
     from m3runtime.codecs import Codec
-    from m3runtime.spec import MemorySpec
+    from m3runtime.memory.spec import MemorySpec
 
 app = typer.Typer(
     name="codec",
@@ -45,15 +45,15 @@ def fit(
     if (path := out or settings.codec.file) is None:
         raise InputError("say what file to make: --out FILE, or set `codec.file`")
     _check_free(path, force=force)
-    from m3runtime.text import read_documents
+    from m3runtime.documents.reading import read_documents
 
     documents = read_documents(corpus, text_field=text_field)
 
     from m3runtime import assembly
-    from m3runtime.fitting import fit_codec, sample_size
-    from m3runtime.references import references_of
-    from m3runtime.sampling import reservoir
-    from m3runtime.splitting import Splitter
+    from m3runtime.documents.references import references_of
+    from m3runtime.documents.splitting import Splitter
+    from m3runtime.writing.fitting import fit_codec, sample_size
+    from m3runtime.writing.sampling import reservoir
 
     adapter = assembly.open_adapter(settings)
     codec = assembly.make_codec(settings, adapter.spec)
@@ -77,13 +77,13 @@ def report(
 ) -> None:
     """Print what a codec is, how small it makes memories and what it loses. Needs no model."""
     if file is not None:
-        from m3runtime.codec_files import load_any
+        from m3runtime.writing.codec_files import load_any
 
         _print(load_any(file), file, json=json)
         return
     settings = configuration(config, set)
     from m3runtime import assembly
-    from m3runtime.bank import CODEC
+    from m3runtime.bank.bank import CODEC
 
     bank = assembly.open_bank(settings, read_only=True)
     try:
@@ -107,7 +107,7 @@ def import_(
     settings = configuration(config, set)
     _check_free(out, force=force, inputs={"--keys": keys, "--values": values})
     from m3runtime import assembly
-    from m3runtime.codecs.faiss_exchange import from_faiss
+    from m3runtime.codecs.product.faiss_exchange import from_faiss
 
     spec: MemorySpec
     if bank:
@@ -134,14 +134,14 @@ def export(
     """Write a codec's quantisers as indexes of faiss, whose codes are the codec's own, byte for byte."""
     _check_free(keys, force=force, inputs={"the codec": file})
     _check_free(values, force=force, inputs={"the codec": file, "--keys": keys})
-    from m3runtime.codec_files import load_any
     from m3runtime.codecs import files
-    from m3runtime.codecs.product import ProductCodec
+    from m3runtime.codecs.product.codec import ProductCodec
+    from m3runtime.writing.codec_files import load_any
 
     codec = load_any(file)
     if not isinstance(codec, ProductCodec):
         raise InputError(f"{file}: a codec of kind {codec.kind}; faiss has indexes for those of kind product alone")
-    from m3runtime.codecs.faiss_exchange import to_faiss
+    from m3runtime.codecs.product.faiss_exchange import to_faiss
 
     try:
         indexes = {keys: to_faiss(codec, "keys"), values: to_faiss(codec, "values")}

@@ -9,7 +9,7 @@ from m3runtime.cli.options import ConfigFile, Json, Set, load, print_json
 
 def config(config: ConfigFile = None, set: Set = None, json: Json = False) -> None:
     """Print the configuration in force, and where each value came from."""
-    from m3runtime.config import default_tiers
+    from m3runtime.config.schema import default_tiers
 
     loaded = load(config, set)
     values, origins = loaded.config.model_dump(mode="json"), dict(loaded.origins)

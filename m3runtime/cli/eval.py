@@ -10,7 +10,7 @@ from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_js
 from m3runtime.cli.progress import stages
 
 if TYPE_CHECKING:
-    from m3runtime.evaluation.report import Report
+    from m3runtime.lab.evaluation.report import Report
 
 app = typer.Typer(
     name="eval",
@@ -50,11 +50,12 @@ def facts(
     touched.
     """
     settings = configuration(config, set)
-    from m3runtime import assembly, plugins
+    from m3runtime import assembly
+    from m3runtime.plugins import loading as plugins
 
     plugins.require("m3 eval", "eval")
-    from m3runtime.evaluation.facts import FactsRun, FactsSettings
-    from m3runtime.evaluation.facts_report import facts_report
+    from m3runtime.lab.evaluation.facts import FactsRun, FactsSettings
+    from m3runtime.lab.evaluation.facts_report import facts_report
 
     asked = FactsSettings(
         seed=seed,
@@ -93,14 +94,15 @@ def sweep(
     `m3 eval facts` and another seed: the best of many is flattered by the questions that it was chosen by.
     """
     settings = configuration(config, set)
-    from m3runtime import assembly, plugins
+    from m3runtime import assembly
+    from m3runtime.plugins import loading as plugins
 
     plugins.require("m3 eval", "eval")
-    from m3runtime.evaluation.chunks import chunk_lengths
-    from m3runtime.evaluation.sweep import SweepRun, SweepSettings
-    from m3runtime.evaluation.sweep_report import sweep_report
-    from m3runtime.evaluation.trials import changed
-    from m3runtime.text import read_documents
+    from m3runtime.documents.reading import read_documents
+    from m3runtime.lab.evaluation.chunks import chunk_lengths
+    from m3runtime.lab.evaluation.sweep import SweepRun, SweepSettings
+    from m3runtime.lab.evaluation.sweep_report import sweep_report
+    from m3runtime.lab.evaluation.trials import changed
 
     tried = SweepSettings(seed=seed, references=references, questions=questions, batch=batch)
     run = SweepRun(settings, tried, out, axis or ())
@@ -138,13 +140,14 @@ def text(
     bank of your configuration is not touched.
     """
     settings = configuration(config, set)
-    from m3runtime import assembly, plugins
+    from m3runtime import assembly
+    from m3runtime.plugins import loading as plugins
 
     plugins.require("m3 eval", "eval")
-    from m3runtime.evaluation.passages import hold_out
-    from m3runtime.evaluation.text_report import TextSettings, text_report
-    from m3runtime.evaluation.text_run import run_text
-    from m3runtime.text import read_documents
+    from m3runtime.documents.reading import read_documents
+    from m3runtime.lab.evaluation.passages import hold_out
+    from m3runtime.lab.evaluation.text_report import TextSettings, text_report
+    from m3runtime.lab.evaluation.text_run import run_text
 
     documents = list(read_documents(corpus))
     scored = TextSettings(tuple(map(str, corpus)), seed, passages, chunks, share)

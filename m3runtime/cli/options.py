@@ -9,8 +9,8 @@ import typer
 from m3runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from m3runtime.config import Config
-    from m3runtime.config_loading import LoadedConfig
+    from m3runtime.config.loading import LoadedConfig
+    from m3runtime.config.schema import Config
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", help="Configuration file; default: $M3_CONFIG, or m3.yaml.")
@@ -23,7 +23,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 def load(file: Path | None, settings: list[str] | None) -> "LoadedConfig":
     """The configuration in force. Raises `ConfigError`, or `InputError` for a ``--set`` without a value."""
-    from m3runtime.config_loading import load_config
+    from m3runtime.config.loading import load_config
 
     overrides = {}
     for setting in settings or ():

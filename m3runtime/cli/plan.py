@@ -11,8 +11,8 @@ from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_js
 from m3runtime.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
-    from m3runtime.planning import Plan
-    from m3runtime.shape import ModelShape
+    from m3runtime.memory.shape import ModelShape
+    from m3runtime.planning.bank import Plan
 
 _BYTES_OF_A_TOKEN = 4
 """Of English text, about."""
@@ -77,7 +77,7 @@ def plan(
     if speed is not None and bandwidth is None and reads is None:
         raise InputError("--speed says how many streams a drive serves: say what it does with --drive or --iops")
 
-    from m3runtime import planning
+    from m3runtime.planning import bank as planning
 
     if chosen is None:
         settings, chosen = planning.sized(settings)
@@ -98,7 +98,7 @@ def plan(
 
 def _chosen(model: str | None, shape: str | None) -> "ModelShape | None":
     """The shape that the options say. Raises `InputError`."""
-    from m3runtime.shape import MODELS, described
+    from m3runtime.memory.shape import MODELS, described
 
     if model is not None and model not in MODELS:
         raise InputError(
@@ -115,7 +115,7 @@ def _chosen(model: str | None, shape: str | None) -> "ModelShape | None":
 
 
 def _count(option: str, text: str) -> int:
-    from m3runtime.units import parse_count
+    from m3runtime.config.units import parse_count
 
     try:
         return parse_count(text)
@@ -124,7 +124,7 @@ def _count(option: str, text: str) -> int:
 
 
 def _size(option: str, text: str) -> int:
-    from m3runtime.units import parse_size
+    from m3runtime.config.units import parse_size
 
     try:
         size = parse_size(text)

@@ -20,7 +20,7 @@ from m3runtime.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from m3runtime.config import MetricsConfig
+    from m3runtime.config.schema import MetricsConfig
 
 DEFAULT_PORT = 9464
 
@@ -69,7 +69,7 @@ def top(
 
 def _configured(file: Path | None, settings: list[str] | None) -> "MetricsConfig":
     """The section of the configuration, where there is one: watching needs none."""
-    from m3runtime.config import MetricsConfig
+    from m3runtime.config.schema import MetricsConfig
 
     if file is None and not settings and "M3_CONFIG" not in os.environ and not Path("m3.yaml").exists():
         return MetricsConfig()

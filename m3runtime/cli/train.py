@@ -25,17 +25,18 @@ def train(
     torchrun --nproc-per-node 4 --no-python m3 train.
     """
     settings = configuration(config, set)
-    from m3runtime.adapter import Adapter, Trainable
-    from m3runtime.plugins import load
+    from m3runtime.adapters.training import Trainer
+    from m3runtime.plugins.loading import available, load, require
 
-    adapter: type[Adapter] = load("adapters", settings.model.adapter)
-    if not isinstance(adapter, Trainable):
-        raise ConfigError(f"model.adapter: {adapter.__name__} cannot train a model")
+    if (name := settings.model.adapter) not in available("trainers"):
+        raise ConfigError(f"model.adapter: {name} cannot train a model; there are {', '.join(available('trainers'))}")
+    require("m3 train", "memory3")
+    trainer: type[Trainer] = load("trainers", name)
     names = {"retrieve": "Retrieving references", "warmup": "Warmup", "memory": "Training with memory"}
     with stages(names, shown=not json) as progress:
-        report = adapter.train(settings, progress)
+        report = trainer().train(settings, progress)
     if plot:
-        from m3runtime.evaluation.losses import draw_losses
+        from m3runtime.lab.evaluation.losses import draw_losses
 
         draw_losses({stage.name: stage.losses for stage in report.stages}, plot)
     if json:

@@ -10,8 +10,8 @@ from m3runtime.cli.progress import stages
 from m3runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from m3runtime.repair import RepairReport
-    from m3runtime.verification import VerifyReport
+    from m3runtime.writing.repair import RepairReport
+    from m3runtime.writing.verification import VerifyReport
 
 _STAGES = {
     "home": "Reading the home's books",
@@ -47,8 +47,8 @@ def verify(
     settings = configuration(config, set)
     if (no_model or drop) and not repair:
         raise InputError(f"{'--no-model' if no_model else '--drop'} says how to repair: give --repair too")
-    from m3runtime import repair as repairing
-    from m3runtime import verification
+    from m3runtime.writing import repair as repairing
+    from m3runtime.writing import verification
 
     mended = None
     with stages(_STAGES, shown=not json) as progress:

@@ -27,13 +27,13 @@ def write(
     when it is written without --catalogue.
     """
     settings = configuration(config, set)
-    from m3runtime.text import find_files, read_documents
+    from m3runtime.documents.reading import find_files, read_documents
 
     skipped = find_files(paths).skipped
     documents = list(read_documents(paths, text_field=text_field))
 
     from m3runtime import assembly
-    from m3runtime.writer import Writer
+    from m3runtime.writing.writer import Writer
 
     adapter = assembly.open_adapter(settings)
     embedder = assembly.open_embedder(settings)

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from m3runtime.memory import Memories
-from m3runtime.spec import MemorySpec
+from m3runtime.memory.spec import MemorySpec
+from m3runtime.memory.tensors import Memories
 
 Progress = Callable[[float], None]
 """Called with the share of the work done, in [0, 1]."""
@@ -63,7 +63,7 @@ class Codec(ABC):
 
         ``importance`` says what errors cost, where that is known: ``float32[layers, n, n]`` on the CPU with ``n`` of
         ``2 * kv_heads * head_dim``, one matrix for each memory layer over the channels of a token, keys of all heads
-        first, then values. An error ``e`` costs ``e @ importance @ e``. See `m3runtime.adapter.Weighing`.
+        first, then values. An error ``e`` costs ``e @ importance @ e``. See `m3runtime.adapters.abilities.Weighing`.
         """
 
     @abstractmethod

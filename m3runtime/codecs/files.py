@@ -30,8 +30,8 @@ from torch import Tensor
 
 from m3runtime.codecs.base import Codec, Distortion
 from m3runtime.errors import CodecError, ConfigError
-from m3runtime.regular_files import open_regular
-from m3runtime.spec import MemorySpec, canonical_json, fingerprint
+from m3runtime.memory.spec import MemorySpec, canonical_json, fingerprint
+from m3runtime.storage.files import open_regular
 
 C = TypeVar("C", bound=Codec)
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from m3runtime.errors import BlockError, CodecError
-from m3runtime.memory import Memories
-from m3runtime.spec import MemorySpec
+from m3runtime.memory.spec import MemorySpec
+from m3runtime.memory.tensors import Memories
 
 
 def split(payloads: Tensor, width: int, fixed: int, key_bytes: int, value_bytes: int) -> tuple[Tensor, Tensor]:

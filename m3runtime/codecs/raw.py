@@ -10,8 +10,8 @@ from torch import Tensor
 from m3runtime.codecs import files, layout
 from m3runtime.codecs.base import Codec
 from m3runtime.errors import BlockError, CodecError
-from m3runtime.memory import Memories
-from m3runtime.spec import DTYPES, MemorySpec
+from m3runtime.memory.spec import DTYPES, MemorySpec
+from m3runtime.memory.tensors import Memories
 
 
 class RawCodec(Codec):

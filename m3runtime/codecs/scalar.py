@@ -11,8 +11,8 @@ from torch import Tensor
 from m3runtime.codecs import files, layout
 from m3runtime.codecs.base import Codec
 from m3runtime.errors import BlockError, CodecError
-from m3runtime.memory import Memories
-from m3runtime.spec import MemorySpec
+from m3runtime.memory.spec import MemorySpec
+from m3runtime.memory.tensors import Memories
 
 _HALF_BYTES = 2
 _PEAK = 256 * float(np.finfo(np.float16).max)

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3runtime.block import HEADER_BYTES, BlockStamp, Ids, length, seal
-from m3runtime.tier import Batch, Reference
+from m3runtime.documents.reference import Reference
+from m3runtime.memory.block import HEADER_BYTES, BlockStamp, Ids, length, seal
+from m3runtime.storage.home import Batch
 
 STAMP = BlockStamp(bank="0b" * 16, codec="0c" * 16)
 SLOT_BYTES = 256

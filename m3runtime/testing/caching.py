@@ -8,12 +8,12 @@ from random import Random
 import numpy as np
 import pytest
 
-from m3runtime.abilities import Persistent, Scored
-from m3runtime.block import Ids
+from m3runtime.memory.block import Ids
+from m3runtime.storage.abilities import Persistent, Scored
+from m3runtime.storage.tier import CachingTier, Tier
 from m3runtime.testing.blocks import SLOT_BYTES, make_blocks, make_ids, stored_bytes
 from m3runtime.testing.threads import together
 from m3runtime.testing.tier import UNKNOWN, TierContract, check_read, write
-from m3runtime.tier import CachingTier, Tier
 
 
 class CachingTierContract(TierContract):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from m3runtime.codecs.base import Codec
-from m3runtime.memory import Memories
+from m3runtime.memory.tensors import Memories
 from m3runtime.testing.codec_laws import OTHER_SPECS, OUT, SPEC, identical, make_memories, noise, rows
 from m3runtime.testing.codec_refusals import RefusalLaws
 

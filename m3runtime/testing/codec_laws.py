@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from m3runtime.codecs.base import Codec, Distortion
-from m3runtime.memory import Memories
-from m3runtime.spec import MemorySpec
+from m3runtime.memory.spec import MemorySpec
+from m3runtime.memory.tensors import Memories
 
 SPEC = MemorySpec(layers=(0, 2, 3), kv_heads=2, tokens=12, head_dim=16, reference_tokens=12, dtype="float32")
 OTHER_SPECS = (

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from m3runtime.codecs.base import Codec
 from m3runtime.errors import BlockError, CodecError
-from m3runtime.spec import MemorySpec
+from m3runtime.memory.spec import MemorySpec
 from m3runtime.testing.codec_laws import OTHER_SPECS, OUT, SPEC, CodecLaws, identical, make_memories, noise
 
 

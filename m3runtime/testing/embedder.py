@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from m3runtime.retrieval import Embedder, Vectors
+from m3runtime.retrieval.embedder import Embedder, Vectors
 
 MakeEmbedder = Callable[[], Embedder]
 """Makes an embedder; all that it makes are equal, each loaded anew."""

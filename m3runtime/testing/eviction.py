@@ -15,7 +15,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from m3runtime.eviction import EvictionPolicy, ScoreAware
+from m3runtime.storage.eviction import EvictionPolicy, ScoreAware
 from m3runtime.testing.blocks import LAST_ID
 
 

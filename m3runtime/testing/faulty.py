@@ -31,11 +31,12 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from m3runtime.block import HEADER_BYTES, Found, Ids
 from m3runtime.errors import BankFullError, InputError, M3Error, TierError
+from m3runtime.memory.block import HEADER_BYTES, Found, Ids
+from m3runtime.storage.home import Batch, Home
+from m3runtime.storage.tier import CachingTier
 from m3runtime.testing.blocks import make_ids
 from m3runtime.testing.wrapping import InnerT, Wrapped, WrappedHome, WrappedTier
-from m3runtime.tier import Batch, CachingTier, Home
 
 T = TypeVar("T")
 Kind = Literal["error", "lost_reply", "no_space", "short_read", "stale", "other_id", "bit_flip", "torn_write"]

@@ -13,13 +13,14 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from m3runtime.abilities import Persistent
 from m3runtime.errors import BankError, TierError
-from m3runtime.hierarchy import Hierarchy
-from m3runtime.prefetch import Prefetcher
+from m3runtime.recall.prefetch import Prefetcher
+from m3runtime.storage.abilities import Persistent
+from m3runtime.storage.hierarchy import Hierarchy
+from m3runtime.storage.home import Home
+from m3runtime.storage.tier import CachingTier
 from m3runtime.testing.blocks import SLOT_BYTES, STAMP, make_batch, make_blocks, make_ids, same_block
 from m3runtime.testing.faulty import KINDS, Fault, FaultyHome, FaultyTier, Injection, Kind, Schedule
-from m3runtime.tier import CachingTier, Home
 
 # What a step does, to which ids, and a number that says how. Ids are counted back from the last that was committed.
 Action = tuple[str, list[int], int]

@@ -2,13 +2,13 @@
 
 import numpy as np
 
+from m3runtime.storage.home import Home
 from m3runtime.testing.blocks import make_batch, make_embeddings, make_ids, make_reference
 from m3runtime.testing.home_cold import ColdLaws
 from m3runtime.testing.home_commits import CommitLaws
 from m3runtime.testing.home_contents import check_whole, contents
 from m3runtime.testing.home_durability import DurabilityLaws
 from m3runtime.testing.tier import check_read
-from m3runtime.tier import Home
 
 __all__ = ["HomeContract", "check_whole", "contents"]
 

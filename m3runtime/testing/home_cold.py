@@ -6,14 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from m3runtime.block import Ids
 from m3runtime.errors import InputError
+from m3runtime.memory.block import Ids
+from m3runtime.storage.home import Home
 from m3runtime.testing.blocks import DIM, make_batch, make_blocks, make_embeddings, make_ids, make_reference
 from m3runtime.testing.home_contents import check_whole, contents
 from m3runtime.testing.home_laws import HomeLaws
 from m3runtime.testing.threads import together
 from m3runtime.testing.tier import UNKNOWN, check_read, write
-from m3runtime.tier import Home
 
 
 def catalogue(home: Home, ids: Ids) -> None:

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from m3runtime.errors import InputError
+from m3runtime.storage.home import Home
 from m3runtime.testing.blocks import DIM, LAST_ID, SLOT_BYTES, make_batch, make_ids, make_reference
 from m3runtime.testing.home_contents import check_whole, contents
 from m3runtime.testing.home_laws import HomeLaws
 from m3runtime.testing.threads import together
 from m3runtime.testing.tier import UNKNOWN, check_read, write
-from m3runtime.tier import Home
 
 
 class CommitLaws(HomeLaws):

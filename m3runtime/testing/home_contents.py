@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from m3runtime.block import Ids
+from m3runtime.memory.block import Ids
+from m3runtime.storage.home import Home
 from m3runtime.testing.blocks import make_embeddings, make_reference
 from m3runtime.testing.tier import check_read
-from m3runtime.tier import Home
 
 
 def contents(home: Home) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from m3runtime.errors import BankBusyError, BankMissingError, TierReadOnlyError
+from m3runtime.storage.home import Home
 from m3runtime.testing.blocks import make_batch, make_blocks, make_ids
 from m3runtime.testing.cachestat import can_tell, unsynced_files
 from m3runtime.testing.home_cold import catalogue
@@ -13,7 +14,6 @@ from m3runtime.testing.home_contents import check_whole, contents, digest
 from m3runtime.testing.home_laws import HomeLaws
 from m3runtime.testing.process import OtherProcess
 from m3runtime.testing.tier import check_read, write
-from m3runtime.tier import Home
 
 Change = Callable[[Home], object]
 CHANGES: dict[str, Change] = {

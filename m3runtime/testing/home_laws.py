@@ -7,10 +7,11 @@ from typing import ClassVar
 
 import pytest
 
-from m3runtime.block import Ids
+from m3runtime.memory.block import Ids
+from m3runtime.storage.home import Home
+from m3runtime.storage.tier import Tier
 from m3runtime.testing.blocks import make_batch, make_blocks, make_embeddings, make_ids
 from m3runtime.testing.tier import UNKNOWN, TierContract
-from m3runtime.tier import Home, Tier
 
 
 class HomeLaws(TierContract):

@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from m3runtime.block import Ids
-from m3runtime.retrieval import Index, Vectors
+from m3runtime.memory.block import Ids
+from m3runtime.retrieval.embedder import Vectors
+from m3runtime.retrieval.index import Index
 
 STAMP = "0123456789abcdef0123456789abcdef"
 Oracle = tuple[npt.NDArray[np.uint64], npt.NDArray[np.float64]]

@@ -4,11 +4,11 @@ from abc import abstractmethod
 
 import numpy as np
 
-from m3runtime.abilities import Persistent
+from m3runtime.storage.abilities import Persistent
+from m3runtime.storage.tier import CachingTier, Tier
 from m3runtime.testing.blocks import LAST_ID, SLOT_BYTES, make_blocks, make_ids, stored_bytes
 from m3runtime.testing.caching import CachingTierContract
 from m3runtime.testing.tier import check_read, write
-from m3runtime.tier import CachingTier, Tier
 
 EVERYTHING = make_ids(*range(40), LAST_ID)
 

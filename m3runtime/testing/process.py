@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from m3runtime.errors import M3Error
+from m3runtime.storage.home import Home
 from m3runtime.testing.blocks import make_batch
 from m3runtime.testing.home_contents import digest
-from m3runtime.tier import Home
 
 if TYPE_CHECKING:
     from m3runtime.testing.home_laws import HomeLaws

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3runtime.abilities import Scored, Scores
-from m3runtime.block import Found, Ids
 from m3runtime.errors import InputError, M3Error
+from m3runtime.memory.block import Found, Ids
+from m3runtime.storage.abilities import Scored, Scores
+from m3runtime.storage.tier import CachingTier
+from m3runtime.storage.trace import Op
 from m3runtime.testing.blocks import make_blocks
 from m3runtime.testing.wrapping import WrappedTier
-from m3runtime.tier import CachingTier
-from m3runtime.trace import Op
 
 T = TypeVar("T", bound=Found | None)
 
@@ -23,7 +23,7 @@ T = TypeVar("T", bound=Found | None)
 class RecordingTier(WrappedTier):
     """A caching tier around another: gives each call on ids to ``record``, with what was found or raised.
 
-    ``record`` is the ``append`` of a list, or the ``write`` of a `m3runtime.trace.TraceWriter`. Calls go one after the
+    ``record`` is the ``append`` of a list, or the ``write`` of a `TraceWriter`. Calls go one after the
     other, so that the trace has them in the order in which they took effect.
     """
 

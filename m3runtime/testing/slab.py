@@ -2,9 +2,9 @@
 
 import torch
 
-from m3runtime.slab import SlabTier
+from m3runtime.storage.slab import SlabTier
+from m3runtime.storage.tier import Tier
 from m3runtime.testing.caching import CachingTierContract
-from m3runtime.tier import Tier
 
 
 class SlabTierContract(CachingTierContract):

@@ -6,9 +6,10 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from m3runtime.block import Found, Ids
+from m3runtime.memory.block import Found, Ids
+from m3runtime.storage.home import Batch, Home
+from m3runtime.storage.tier import CachingTier
 from m3runtime.testing.wrapping import InnerT, Wrapped, WrappedHome, WrappedTier
-from m3runtime.tier import Batch, CachingTier, Home
 
 T = TypeVar("T")
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from m3runtime.errors import InputError
+from m3runtime.storage.tier import Tier
 from m3runtime.testing.blocks import LAST_ID, SLOT_BYTES, make_blocks, make_ids, same_block
 from m3runtime.testing.threads import together
 from m3runtime.testing.tier_laws import UNKNOWN, check_read, read, write
 from m3runtime.testing.tier_storage import StorageLaws
-from m3runtime.tier import Tier
 
 __all__ = ["UNKNOWN", "TierContract", "check_read", "read", "together", "write"]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3runtime.block import HEADER_BYTES, Found, Ids, headers
+from m3runtime.memory.block import HEADER_BYTES, Found, Ids, headers
+from m3runtime.storage.tier import Tier
 from m3runtime.testing.blocks import make_blocks, make_ids
-from m3runtime.tier import Tier
 
 UNKNOWN = 77
 """An id that no law writes."""

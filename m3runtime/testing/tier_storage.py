@@ -5,12 +5,12 @@ from threading import Event
 
 import pytest
 
-from m3runtime.block import check
 from m3runtime.errors import BlockError, TierClosedError, TierError
+from m3runtime.memory.block import check
+from m3runtime.storage.tier import CachingTier, Tier
 from m3runtime.testing.blocks import LAST_ID, STAMP, make_blocks, make_ids, stored_bytes
 from m3runtime.testing.threads import together
 from m3runtime.testing.tier_laws import TierLaws, check_read, write
-from m3runtime.tier import CachingTier, Tier
 
 
 class StorageLaws(TierLaws):

@@ -7,9 +7,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from m3runtime.abilities import Auditable, Damage, Persistent, Scored, Scores
-from m3runtime.block import Found, Ids
-from m3runtime.tier import Batch, CachingTier, Home, Reference, Tier
+from m3runtime.documents.reference import Reference
+from m3runtime.memory.block import Found, Ids
+from m3runtime.storage.abilities import Auditable, Damage, Persistent, Scored, Scores
+from m3runtime.storage.home import Batch, Home
+from m3runtime.storage.tier import CachingTier, Tier
 
 T = TypeVar("T")
 InnerT = TypeVar("InnerT", bound=Tier)

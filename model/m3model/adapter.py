@@ -11,36 +11,35 @@ from typing import Any, Self
 
 import torch
 
-from m3model.arrangement import Arrangement
-from m3model.baseline import TransformersBaseline
-from m3model.cutting import cut
-from m3model.generation import Generation
-from m3model.importance import importance
-from m3model.layout import AttentionLayout
-from m3model.loading import configuration_of, load, model_fingerprint, tokenizer_fingerprint
-from m3model.prompts import chat, render, turn_head
-from m3model.reading import Row
-from m3model.scoring import Scoring
-from m3model.selection import attention_modules, encode_scored, select
-from m3model.session import Session, Sink, make_sink, prepare
-from m3model.sizing import shape_of
-from m3model.spec import carried
-from m3model.stopping import stopping_after
-from m3runtime.adapter import Adapter, Answer, Form, OnText, Prompt, Score, TrainReport
-from m3runtime.config import Config, GenerateConfig, MemoryConfig, ModelConfig
+from m3model.attention.arrangement import Arrangement
+from m3model.attention.layout import AttentionLayout
+from m3model.attention.selection import attention_modules, observed, select
+from m3model.attention.stopping import stopping_after
+from m3model.engine.baseline import TransformersBaseline
+from m3model.engine.cutting import cut
+from m3model.engine.generation import Generation
+from m3model.engine.importance import importance
+from m3model.engine.prompts import chat, render, turn_head
+from m3model.engine.reading import Row
+from m3model.engine.scoring import Scoring
+from m3model.engine.session import Session, Sink, make_sink, prepare
+from m3model.loading.models import configuration_of, load, model_fingerprint, tokenizer_fingerprint
+from m3model.loading.sizing import shape_of
+from m3model.loading.spec import carried
+from m3runtime.adapters.answers import Answer, Form, OnText, Prompt, Score
+from m3runtime.adapters.base import Adapter
+from m3runtime.config.schema import GenerateConfig, MemoryConfig, ModelConfig
 from m3runtime.errors import ConfigError, InputError
-from m3runtime.memory import Memories
-from m3runtime.plugins import require
-from m3runtime.shape import ModelShape, memory_spec
+from m3runtime.memory.shape import ModelShape, memory_spec
+from m3runtime.memory.tensors import Memories
 from m3runtime.stream import Stream
-from m3runtime.writer import OnProgress
 
 
 class TransformersAdapter(Adapter):
     """A causal language model and its tokenizer. `count_tokens` may be called from any thread, the rest from one."""
 
     def __init__(self, model: Any, tokenizer: Any, memory: MemoryConfig, name: str) -> None:
-        """``model`` is put in the attention implementation of `m3model.attention`: a `Session` runs it from now on."""
+        """Switch ``model`` to the attention of `m3model.attention`: only a `Session` can run it from now on."""
         memory = carried(model.config, memory)
         self.model = model
         self.tokenizer = tokenizer
@@ -82,12 +81,12 @@ class TransformersAdapter(Adapter):
 
     @classmethod
     def shape(cls, model: ModelConfig) -> ModelShape:
-        """See `m3runtime.adapter.Sizing`."""
+        """See `m3runtime.adapters.abilities.Sizing`."""
         return shape_of(model)
 
     @classmethod
     def carried(cls, model: ModelConfig, memory: MemoryConfig) -> MemoryConfig:
-        """See `m3runtime.adapter.Sizing`."""
+        """See `m3runtime.adapters.abilities.Sizing`."""
         return carried(configuration_of(model.path), memory)
 
     @property
@@ -110,7 +109,7 @@ class TransformersAdapter(Adapter):
         return len(self.ids(text))
 
     def cut(self, text: str, tokens: int) -> list[str]:
-        """See `Adapter.cut` and `m3model.cutting.cut`."""
+        """See `Adapter.cut` and `m3model.engine.cutting.cut`."""
         return cut(self.tokenizer, text, tokens)
 
     @torch.inference_mode()
@@ -118,7 +117,7 @@ class TransformersAdapter(Adapter):
         """See `Adapter.encode`: `encode_all`, and of that what ``memory.tokens_per_head`` says."""
         if self.spec.dense:
             return self.encode_all(references)
-        memories, scores = encode_scored(self, references)
+        memories, scores = self.encode_scored(references)
         return select(memories, scores, self.spec.tokens)
 
     @torch.inference_mode()
@@ -147,23 +146,26 @@ class TransformersAdapter(Adapter):
             tokens=torch.tensor(counts),
         )
 
+    def encode_scored(self, references: Sequence[str]) -> tuple[Memories, torch.Tensor]:
+        """Memories of all tokens, and the scores by which `select` chooses among them.
+
+        The scores are ``float32[n, layers, kv_heads, T]`` on the model's device, zero beyond a memory's tokens: several
+        counts of tokens can be tried after one encoding. Raises `InputError` as `Adapter.encode` does, and
+        `ConfigError` as `observed` does.
+        """
+        with observed(self.model, self.spec.layers) as scores:
+            memories = self.encode_all(references)
+        return memories, torch.stack([scores[layer].to(self.device) for layer in self.spec.layers], dim=1)
+
     def importance(self, references: Sequence[str]) -> torch.Tensor:
-        """See `m3runtime.adapter.Weighing` and `m3model.importance`."""
-        return importance(self, references)
+        """See `m3runtime.adapters.abilities.Weighing` and `m3model.engine.importance`."""
+        return importance(references, self.encode, self.ids, self.session)
 
     def baseline(self) -> TransformersBaseline:
-        """See `m3runtime.adapter.Comparable`."""
+        """See `m3runtime.adapters.comparison.Comparable`."""
         endless = copy.copy(self)
         endless.stop_tokens = frozenset()
         return TransformersBaseline(self.model, lambda prompts: self._read_by(prompts, None), endless)
-
-    @classmethod
-    def train(cls, config: Config, progress: OnProgress) -> TrainReport:
-        """See `m3runtime.adapter.Trainable` and `m3model.training.run.train`."""
-        require("m3 train", "memory3")
-        from m3model.training.run import train  # only here: Trainer's import takes seconds
-
-        return train(config, progress)
 
     def session(self, batch: int, *, memories: bool = True, context: int = 256) -> Session:
         """A batch to feed token by token: sink, room for memories, and the context after them."""
@@ -241,7 +243,7 @@ class TransformersAdapter(Adapter):
         return type(self)(self.model, self.tokenizer, memory, self.name)
 
     def render(self, question: str, form: Form, texts: Sequence[str] | None = None) -> Prompt:
-        """See `Adapter.render` and `m3model.prompts.render`."""
+        """See `Adapter.render` and `m3model.engine.prompts.render`."""
         return render(self.tokenizer, question, form, sink=self.memory.sink, texts=texts)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> Prompt:

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from m3model.attention import IMPLEMENTATION
-from m3model.passes import Encoding, Pair, Reading, ReadMemories, until_encoded
-from m3model.selection import most_attended, observed
-from m3model.session import prepare
-from m3model.versions import CACHE_NAMES, cache_name
+from m3model.attention.implementation import IMPLEMENTATION
+from m3model.attention.passes import Encoding, Pair, Reading, ReadMemories, until_encoded
+from m3model.attention.selection import most_attended, observed
+from m3model.attention.versions import CACHE_NAMES, cache_name
+from m3model.engine.session import prepare
 
 NO_LABEL = -100
 """Of a token that no loss is taken of."""

@@ -1,9 +1,9 @@
 """`HomeContract` for homes in LMDB: the back door is a transaction of LMDB's own."""
 
-from m3backends.lmdb import LmdbHome
-from m3backends.lmdb_compression import unpack
+from m3backends.lmdb.compression import unpack
+from m3backends.lmdb.home import LmdbHome
+from m3runtime.storage.tier import Tier
 from m3runtime.testing.home import HomeContract
-from m3runtime.tier import Tier
 
 
 class LmdbContract(HomeContract):

@@ -11,8 +11,8 @@ import lmdb
 import numpy as np
 import xxhash
 
+from m3runtime.storage.home import Batch
 from m3runtime.testing.blocks import make_batch, make_embeddings
-from m3runtime.tier import Batch
 
 NAMES = ("home", "blocks", "references", "digests", "sources", "members", "embeddings", "quarantine", "meta")
 

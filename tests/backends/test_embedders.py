@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from m3backends.embedding import find_device, find_model, fingerprint, unit_rows
-from m3backends.sentence_transformers import SentenceTransformersEmbedder
+from m3backends.embedders.loading import find_device, find_model, fingerprint, unit_rows
+from m3backends.embedders.sentence_transformers import SentenceTransformersEmbedder
 from m3runtime.errors import ConfigError, PluginError
 from m3runtime.testing.embedder import EmbedderContract, MakeEmbedder
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from m3backends.flag_embedding import FlagEmbedder
+from m3backends.embedders.flag_embedding import FlagEmbedder
 from m3runtime.errors import ConfigError, PluginError
-from m3runtime.retrieval import Vectors
+from m3runtime.retrieval.embedder import Vectors
 from m3runtime.testing.embedder import TEXTS, EmbedderContract, MakeEmbedder
 from tests.backends.tiny_bge_m3 import write_bge_m3, write_bge_small
 

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from m3backends.lmdb import LmdbHome
-from m3backends.lmdb_environment import show_bytes
-from m3runtime.block import check
+from m3backends.lmdb.environment import show_bytes
+from m3backends.lmdb.home import LmdbHome
 from m3runtime.errors import (
     BankError,
     BankFormatError,
@@ -26,9 +25,10 @@ from m3runtime.errors import (
     InputError,
     TierError,
 )
+from m3runtime.memory.block import check
+from m3runtime.storage.home import Home
 from m3runtime.testing.blocks import SLOT_BYTES, STAMP, make_batch, make_blocks, make_ids
 from m3runtime.testing.home import check_whole, contents
-from m3runtime.tier import Home
 from tests.backends.lmdb_contract import LmdbContract
 
 BIG = 1 << 20
@@ -331,7 +331,7 @@ def test_a_limit_too_small_for_anything(tmp_path: Path) -> None:
 
 FULL_DRIVE = """
 import resource, sys
-from m3backends.lmdb import LmdbHome
+from m3backends.lmdb.home import LmdbHome
 from m3runtime.errors import BankFullError
 from m3runtime.testing.blocks import make_batch, make_ids
 from m3runtime.testing.home import check_whole, contents
@@ -370,7 +370,7 @@ def test_a_full_drive(tmp_path: Path) -> None:
 
 OTHER_PROCESS = """
 import sys
-from m3backends.lmdb import LmdbHome
+from m3backends.lmdb.home import LmdbHome
 from m3runtime.testing.blocks import make_batch
 
 with LmdbHome(path=sys.argv[1], slot_bytes=1 << 20) as home:

@@ -13,13 +13,13 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3backends.lmdb import LmdbHome
-from m3backends.lmdb_compression import ENOUGH, ZSTD, decide, unpack
-from m3runtime.block import HEADER_BYTES, check, seal
+from m3backends.lmdb.compression import ENOUGH, ZSTD, decide, unpack
+from m3backends.lmdb.home import LmdbHome
 from m3runtime.errors import BankError, BlockError, InputError
+from m3runtime.memory.block import HEADER_BYTES, check, seal
+from m3runtime.storage.home import Batch, Home
 from m3runtime.testing.blocks import SLOT_BYTES, STAMP, make_batch, make_ids
 from m3runtime.testing.threads import together
-from m3runtime.tier import Batch, Home
 from tests.backends.lmdb_contract import LmdbContract
 from tests.backends.lmdb_raw import change, child_environment, flipped, sealed
 
@@ -197,9 +197,9 @@ def test_threads_decide_once(tmp_path: Path) -> None:
 
 READER = """
 import sys, torch
-from m3backends.lmdb import LmdbHome
+from m3backends.lmdb.home import LmdbHome
 from m3runtime.testing.blocks import make_ids
-from m3runtime.block import check
+from m3runtime.memory.block import check
 from m3runtime.testing.blocks import STAMP
 
 with LmdbHome(path=sys.argv[1], read_only=True) as home:

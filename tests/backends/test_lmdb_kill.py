@@ -13,8 +13,8 @@ from random import Random
 import lmdb
 import torch
 
-from m3backends.lmdb import LmdbHome
-from m3runtime.block import check
+from m3backends.lmdb.home import LmdbHome
+from m3runtime.memory.block import check
 from m3runtime.testing.blocks import STAMP, make_ids
 from m3runtime.testing.home import check_whole
 
@@ -25,7 +25,7 @@ KILLS = 12
 # A writer opens the home itself: LMDB must not cross a fork.
 NURSERY = f"""
 import os, sys
-from m3backends.lmdb import LmdbHome
+from m3backends.lmdb.home import LmdbHome
 from m3runtime.testing.blocks import make_batch, make_ids
 
 def say(*words):

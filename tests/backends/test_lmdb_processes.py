@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from m3backends.lmdb import LmdbHome
-from m3backends.lmdb_environment import Durability
+from m3backends.lmdb.environment import Durability
+from m3backends.lmdb.home import LmdbHome
 from m3runtime.errors import BankBusyError, BankError, ConfigError, TierError
-from m3runtime.plugins import construct
+from m3runtime.plugins.loading import construct
 from m3runtime.testing.blocks import SLOT_BYTES, make_batch, make_ids
 from m3runtime.testing.cachestat import can_tell, unsynced_files
 from m3runtime.testing.home import check_whole, contents
@@ -23,7 +23,7 @@ from tests.backends.lmdb_raw import child_environment
 MODES: tuple[Durability, ...] = ("full", "commit", "relaxed")
 WRITER = """
 import os, signal, sys
-from m3backends.lmdb import LmdbHome
+from m3backends.lmdb.home import LmdbHome
 from m3runtime.testing.blocks import make_batch
 
 home = LmdbHome(path=sys.argv[1], slot_bytes=256, durability=sys.argv[2])
@@ -140,7 +140,7 @@ def test_a_home_refuses_to_be_used_in_a_process_that_forked(tmp_path: Path, read
 
 AS_NOBODY = """
 import os, sys
-from m3backends.lmdb import LmdbHome
+from m3backends.lmdb.home import LmdbHome
 from m3runtime.errors import BankError
 from m3runtime.testing.blocks import make_ids
 from m3runtime.testing.home import check_whole

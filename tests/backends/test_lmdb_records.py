@@ -8,9 +8,9 @@ from random import Random
 import numpy as np
 import pytest
 
-from m3backends.lmdb import LmdbHome
-from m3runtime.abilities import Auditable, Damage
+from m3backends.lmdb.home import LmdbHome
 from m3runtime.errors import BankError, InputError, M3Error, RecordError
+from m3runtime.storage.abilities import Auditable, Damage
 from m3runtime.testing.blocks import DIM, LAST_ID, SLOT_BYTES, make_ids, make_reference
 from m3runtime.testing.home import contents
 from m3runtime.testing.tier import check_read

@@ -11,10 +11,11 @@ from random import Random
 
 import pytest
 
-from m3backends import lmdb_claim, lmdb_files
-from m3backends.lmdb import LmdbHome
-from m3backends.lmdb_files import HomeFiles
-from m3backends.lmdb_structure import check_structure, structure_problems
+from m3backends.lmdb.files import HomeFiles
+from m3backends.lmdb.home import LmdbHome
+from m3backends.lmdb.home import claim as lmdb_claim
+from m3backends.lmdb.home import files as lmdb_files
+from m3backends.lmdb.structure import check_structure, structure_problems
 from m3runtime.errors import BankError
 from m3runtime.testing.blocks import SLOT_BYTES, make_batch, make_ids
 from m3runtime.testing.home import check_whole
@@ -23,7 +24,7 @@ from tests.backends.lmdb_raw import child_environment
 PAGE = 4096
 NEVER_CLOSED = """
 import os, sys
-from m3backends.lmdb import LmdbHome
+from m3backends.lmdb.home import LmdbHome
 from m3runtime.testing.blocks import make_batch
 
 home = LmdbHome(path=sys.argv[1])
@@ -107,7 +108,7 @@ def test_a_reader_beside_a_writer_trusts_what_the_writer_verified(path: Path, ve
     with LmdbHome(path=path) as home:
         home.commit(make_batch([100]))
         reading = (
-            "import sys; from m3backends.lmdb import LmdbHome; print(len(LmdbHome(path=sys.argv[1], read_only=True)))"
+            "import sys; from m3backends.lmdb import home; print(len(home.LmdbHome(path=sys.argv[1], read_only=True)))"
         )
         done = subprocess.run(
             [sys.executable, "-c", reading, path], capture_output=True, text=True, env=child_environment()
@@ -212,7 +213,7 @@ def test_pages_of_another_size(path: Path, size: int) -> None:
 HOSTILE = """
 import os, sys
 from random import Random
-from m3backends.lmdb import LmdbHome
+from m3backends.lmdb.home import LmdbHome
 from m3runtime.errors import M3Error
 from m3runtime.testing.home import contents
 

@@ -2,14 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from m3backends.gpu import GpuTier
-from m3backends.pinned import PinnedTier
+from m3backends.slabs import GpuTier, PinnedTier
 from m3runtime.errors import ConfigError
-from m3runtime.slab import SlabStats, runs
+from m3runtime.storage.slab import SlabStats, runs
+from m3runtime.storage.tier import CachingTier
 from m3runtime.testing.blocks import SLOT_BYTES, make_blocks, make_ids, same_block
 from m3runtime.testing.slab import SlabTierContract
 from m3runtime.testing.tier import check_read, write
-from m3runtime.tier import CachingTier
 
 
 class TestPinnedTier(SlabTierContract):

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3backends.usearch import UsearchIndex
+from m3backends.usearch.index import UsearchIndex
 from m3runtime.errors import ConfigError, IndexFileError, InputError
-from m3runtime.retrieval import Index
+from m3runtime.retrieval.index import Index
 from m3runtime.testing.index import STAMP, IndexContract, brute_force, unit_vectors
 
 

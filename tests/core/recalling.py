@@ -12,22 +12,25 @@ import torch
 import xxhash
 from torch import Tensor
 
-from m3backends.lmdb import LmdbHome
-from m3backends.pinned import PinnedTier
-from m3backends.usearch import UsearchIndex
-from m3runtime.adapter import Adapter
-from m3runtime.bank import Bank, Manifest, OpenHome, as_ids
-from m3runtime.block import Found, Ids
+from m3backends.lmdb.home import LmdbHome
+from m3backends.slabs import PinnedTier
+from m3backends.usearch.index import UsearchIndex
+from m3runtime.adapters.base import Adapter
+from m3runtime.bank.bank import Bank, Manifest, OpenHome, as_ids
 from m3runtime.codecs.raw import RawCodec
-from m3runtime.config import Config
+from m3runtime.config.schema import Config
+from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError
-from m3runtime.hierarchy import Hierarchy
-from m3runtime.memory import Memories
-from m3runtime.retrieval import Embedder, Retriever, Vectors
+from m3runtime.memory.block import Found, Ids
+from m3runtime.memory.spec import MemorySpec
+from m3runtime.memory.tensors import Memories
+from m3runtime.retrieval.embedder import Embedder, Vectors
+from m3runtime.retrieval.retriever import Retriever
 from m3runtime.runtime import Runtime
-from m3runtime.spec import MemorySpec
+from m3runtime.storage.hierarchy import Hierarchy
+from m3runtime.storage.home import Batch, Home
+from m3runtime.storage.tier import CachingTier
 from m3runtime.testing.wrapping import WrappedHome
-from m3runtime.tier import Batch, CachingTier, Home, Reference
 
 DIM = 64
 SPEC = MemorySpec(layers=(0, 1), kv_heads=2, tokens=6, head_dim=4, reference_tokens=6, dtype="float32")

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3runtime.block import HEADER_BYTES, BlockStamp, Rows, check, headers, length, seal
 from m3runtime.errors import BlockError
+from m3runtime.memory.block import HEADER_BYTES, BlockStamp, Rows, check, headers, length, seal
 from m3runtime.testing.blocks import STAMP, make_blocks, make_ids
 
 ids = st.integers(0, 2**64 - 1)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3runtime.evaluation.choosing import (
+from m3runtime.lab.evaluation.choosing import (
     MEMORIES,
     Case,
     Pair,
@@ -16,7 +16,7 @@ from m3runtime.evaluation.choosing import (
     grid,
     values,
 )
-from m3runtime.retrieval import Match, passing
+from m3runtime.retrieval.retriever import Match, passing
 
 FORMER = Setting(5, 0.3, None)
 

@@ -11,12 +11,12 @@ import torch
 import xxhash
 
 from m3runtime.codecs.base import Codec, Distortion
-from m3runtime.codecs.product import ProductCodec
+from m3runtime.codecs.product.codec import ProductCodec
 from m3runtime.codecs.raw import RawCodec
 from m3runtime.codecs.scalar import ScalarCodec
 from m3runtime.errors import CodecError
-from m3runtime.memory import Memories
-from m3runtime.spec import DTYPES, MemorySpec
+from m3runtime.memory.spec import DTYPES, MemorySpec
+from m3runtime.memory.tensors import Memories
 from m3runtime.testing.codec import SPEC, CodecContract, identical, make_memories
 
 
@@ -242,7 +242,7 @@ def test_a_trained_product_codec_needs_no_faiss(tmp_path: Path) -> None:
     program = f"""
 import sys, pathlib
 sys.modules["faiss"] = None  # as if it were not installed
-from m3runtime.codecs.product import ProductCodec
+from m3runtime.codecs.product.codec import ProductCodec
 from m3runtime.errors import PluginError
 from m3runtime.testing.codec import SPEC, make_memories
 codec = ProductCodec.load(pathlib.Path({str(tmp_path / "codec")!r}), SPEC)

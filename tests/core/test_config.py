@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from m3runtime import config as config_module
-from m3runtime.config import Config, TierConfig, default_tiers
-from m3runtime.config_loading import LoadedConfig, load_config
+from m3runtime.config.loading import LoadedConfig, load_config
+from m3runtime.config.schema import Config, TierConfig, default_tiers
+from m3runtime.config.schema import schema as config_module
+from m3runtime.config.units import format_seconds, format_size, parse_seconds, parse_size
 from m3runtime.errors import ConfigError
-from m3runtime.units import format_seconds, format_size, parse_seconds, parse_size
 
 REQUIRED = "bank: ./bank\nmodel: {path: owner/model}\nembedder: {path: owner/embedder}\n"
 GIB = 1024**3
@@ -384,7 +384,7 @@ def test_the_file_by_default(file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_reading_a_configuration_is_light() -> None:
     code = """if True:
-        import sys, m3runtime.config_loading, m3runtime.plugins
+        import sys, m3runtime.config.loading, m3runtime.plugins.loading
         print(*{"torch", "numpy", "m3backends", "m3model"} & set(sys.modules))"""
     root = Path(__file__).parents[2]
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)

@@ -5,7 +5,7 @@ from typing import get_args
 
 from pydantic import BaseModel
 
-from m3runtime.config import Config
+from m3runtime.config.schema import Config
 
 DOCS = Path(__file__).parents[2] / "docs"
 

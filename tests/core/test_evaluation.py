@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3runtime.errors import InputError
-from m3runtime.evaluation.journal import Journal
-from m3runtime.evaluation.judging import is_invented, is_right
-from m3runtime.evaluation.laboratory import Choice
-from m3runtime.evaluation.plots import Plot, Series, draw
-from m3runtime.evaluation.report import Report, Table, plain
-from m3runtime.evaluation.statistics import Estimate, mean, ratio
+from m3runtime.lab.evaluation.journal import Journal
+from m3runtime.lab.evaluation.judging import is_invented, is_right
+from m3runtime.lab.evaluation.laboratory import Choice
+from m3runtime.lab.evaluation.plots import Plot, Series, draw
+from m3runtime.lab.evaluation.report import Report, Table, plain
+from m3runtime.lab.evaluation.statistics import Estimate, mean, ratio
 
 VALUES = st.lists(st.floats(-100, 100), min_size=1, max_size=30)
 RECORDS = st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.text(), st.lists(st.floats(-1, 1))))

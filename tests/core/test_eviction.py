@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 import pytest
 
 from m3runtime.errors import ConfigError
-from m3runtime.eviction import (
+from m3runtime.storage.eviction import (
     POLICIES,
     EvictionPolicy,
     LruPolicy,

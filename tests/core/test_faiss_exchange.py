@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from m3runtime.codecs.product import ProductCodec
+from m3runtime.codecs.product.codec import ProductCodec
 from m3runtime.errors import CodecError, InputError, PluginError
-from m3runtime.memory import Memories
-from m3runtime.spec import MemorySpec
+from m3runtime.memory.spec import MemorySpec
+from m3runtime.memory.tensors import Memories
 from m3runtime.testing.codec import SPEC, make_memories
 
 faiss = pytest.importorskip("faiss")
 
-from m3runtime.codecs.faiss_exchange import from_faiss, to_faiss  # noqa: E402 - it imports faiss
+from m3runtime.codecs.product.faiss_exchange import from_faiss, to_faiss  # noqa: E402 - it imports faiss
 
 SMALL = ["PQ4x8", "PQ4x10", "OPQ4_16,PQ8x8", "Residual2x8,PQ4x8", "OPQ4_16,Residual2x8,PQ4x9", "RR16,Residual1x9,PQ2x8"]
 
@@ -218,8 +218,8 @@ def test_decoding_needs_no_faiss_and_encoding_says_that_it_does(monkeypatch: pyt
     payloads = codec.encode(memories)
     fresh = from_faiss(SPEC, index, index)
     monkeypatch.setitem(sys.modules, "faiss", None)
-    monkeypatch.delitem(sys.modules, "m3runtime.codecs.faiss_exchange")
-    monkeypatch.delattr("m3runtime.codecs.faiss_exchange", raising=False)
+    monkeypatch.delitem(sys.modules, "m3runtime.codecs.product.faiss_exchange")
+    monkeypatch.delattr("m3runtime.codecs.product.faiss_exchange", raising=False)
     assert torch.isfinite(fresh.decode(payloads, memories.tokens, torch.float32).keys).all()
     with pytest.raises(PluginError, match=r"faiss, which is needed: pip install 'm3runtime\[train\]'"):
         fresh.encode(memories)
@@ -229,8 +229,8 @@ def test_codes_that_are_exchanged_do_not_mind_what_was_imported_first() -> None:
     """usearch's library and faiss' share names: `faiss.index_factory` crashes in a process that took usearch first."""
     use = """
 import usearch.index
-from m3runtime.codecs.faiss_exchange import to_faiss
-from m3runtime.codecs.product import ProductCodec
+from m3runtime.codecs.product.faiss_exchange import to_faiss
+from m3runtime.codecs.product.codec import ProductCodec
 from m3runtime.testing.codec import SPEC, make_memories
 
 codec = ProductCodec(SPEC, keys="1x8+4x8", values="4x8", rotation="none", scope="model", offset=False)

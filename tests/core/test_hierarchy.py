@@ -10,19 +10,20 @@ from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 from torch import Tensor
 
-from m3backends.gpu import GpuTier
-from m3backends.lmdb import LmdbHome
-from m3backends.pinned import PinnedTier
-from m3runtime.block import BlockStamp, Found, Ids
+from m3backends.lmdb.home import LmdbHome
+from m3backends.slabs import GpuTier, PinnedTier
 from m3runtime.errors import InputError, TierClosedError, TierError
-from m3runtime.eviction import POLICIES
-from m3runtime.hierarchy import LIFT_BLOCKS, Hierarchy, TierStats
-from m3runtime.slab import SlabTier
+from m3runtime.memory.block import BlockStamp, Found, Ids
+from m3runtime.observe.tiers import TierStats
+from m3runtime.storage.eviction import POLICIES
+from m3runtime.storage.hierarchy import LIFT_BLOCKS, Hierarchy
+from m3runtime.storage.home import Home
+from m3runtime.storage.slab import SlabTier
+from m3runtime.storage.tier import CachingTier
 from m3runtime.testing.blocks import SLOT_BYTES, STAMP, make_batch, make_blocks, make_ids, same_block
 from m3runtime.testing.faulty import Fault, FaultyHome, FaultyTier, Kind, Schedule
 from m3runtime.testing.hierarchy import HierarchyMachine
 from m3runtime.testing.threads import together
-from m3runtime.tier import CachingTier, Home
 
 
 def gpu(slots: int, policy: str = "lru") -> GpuTier:

@@ -11,15 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3backends.pinned import PinnedTier
+from m3backends.slabs import PinnedTier
 from m3runtime.errors import TierClosedError, TierError
 from m3runtime.runtime import Runtime
+from m3runtime.storage.tier import CachingTier
+from m3runtime.storage.trace import Op
 from m3runtime.stream import Recalled
 from m3runtime.testing.faulty import Fault, FaultyHome, Schedule
 from m3runtime.testing.recording import RecordingTier
 from m3runtime.testing.slow import SlowHome, SlowTier
-from m3runtime.tier import CachingTier
-from m3runtime.trace import Op
 from tests.core.recalling import (
     BAD,
     PART_BYTES,

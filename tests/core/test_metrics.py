@@ -12,12 +12,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from typer.testing import CliRunner
 
-from m3runtime.cache import TierStats
 from m3runtime.cli import app, top
 from m3runtime.errors import ConfigError, InputError
-from m3runtime.latency import BOUNDS_S, Timer
-from m3runtime.metrics import RECALL_STAGES, LookaheadCounts, RecallCounts, Timeline
-from m3runtime.prometheus import _LOOKAHEAD, _RECALL, _TIER, Collector, Endpoint, serve
+from m3runtime.observe.latency import BOUNDS_S, Timer
+from m3runtime.observe.metrics import RECALL_STAGES, LookaheadCounts, RecallCounts, Timeline
+from m3runtime.observe.prometheus import _LOOKAHEAD, _RECALL, _TIER, Collector, Endpoint, serve
+from m3runtime.observe.tiers import TierStats
 from m3runtime.runtime import Runtime
 from m3runtime.testing.threads import together
 from tests.core.recalling import TEXTS, open_runtime
@@ -112,7 +112,7 @@ def test_a_timeline_is_bounded_and_off_by_default(tmp_path: Path) -> None:
 def test_prometheus_reads_what_the_values_say(runtime: Runtime) -> None:
     use(runtime)
     registry = CollectorRegistry()
-    registry.register(Collector(runtime))
+    registry.register(Collector(runtime.metrics))
     families = {family.name: family for family in text_string_to_metric_families(generate_latest(registry).decode())}
     metrics = runtime.metrics()
 
@@ -150,7 +150,7 @@ def test_every_count_is_exported() -> None:
 
 @pytest.fixture
 def endpoint(runtime: Runtime) -> Iterator[Endpoint]:
-    with Endpoint(runtime, "127.0.0.1", 0) as endpoint:
+    with Endpoint(runtime.metrics, "127.0.0.1", 0) as endpoint:
         yield endpoint
 
 
@@ -224,16 +224,16 @@ def test_one_line_where_nobody_listens_or_somebody_else(tmp_path: Path, monkeypa
 
 def test_a_port_that_is_taken_is_named(runtime: Runtime, endpoint: Endpoint) -> None:
     with pytest.raises(ConfigError, match=rf"metrics\.port: cannot listen at 127\.0\.0\.1:{endpoint.port}"):
-        Endpoint(runtime, "127.0.0.1", endpoint.port)
+        Endpoint(runtime.metrics, "127.0.0.1", endpoint.port)
 
 
 def test_a_second_process_of_one_configuration_goes_unwatched(
     runtime: Runtime, endpoint: Endpoint, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert serve(runtime, "127.0.0.1", endpoint.port) is None
+    assert serve(runtime.metrics, "127.0.0.1", endpoint.port) is None
     assert "nobody can watch this process" in caplog.text
     with pytest.raises(ConfigError, match="cannot listen at no host:1"):
-        serve(runtime, "no host", 1)
+        serve(runtime.metrics, "no host", 1)
 
 
 def test_a_closed_runtime_still_answers(runtime: Runtime, endpoint: Endpoint) -> None:

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3runtime.codecs import nearest, transform_quantiser
-from m3runtime.codecs.product import ProductCodec
+from m3runtime.codecs.kernels import nearest
+from m3runtime.codecs.product.codec import ProductCodec, transform_quantiser
 from m3runtime.testing.codec import SPEC, make_memories
 
 

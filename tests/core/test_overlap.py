@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3runtime.evaluation.overlap import overlap, overlapping, words
+from m3runtime.documents.overlap import overlap, overlapping, words
 
 FEW_WORDS = st.lists(st.sampled_from("abcd"), max_size=14)
 SOME_WORDS = FEW_WORDS.filter(bool)

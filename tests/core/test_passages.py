@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from m3runtime.documents.overlap import overlap
+from m3runtime.documents.reading import Document
 from m3runtime.errors import InputError
-from m3runtime.evaluation.overlap import overlap
-from m3runtime.evaluation.passages import Corpus, hold_out
-from m3runtime.text import Document
+from m3runtime.lab.evaluation.passages import Corpus, hold_out
 
 CHUNK = 4
 REFERENCE = 8

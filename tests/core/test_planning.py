@@ -7,16 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3runtime.adapter import Sizing
-from m3runtime.block import HEADER_BYTES
+from m3runtime.adapters.abilities import Sizing
 from m3runtime.codecs.raw import RawCodec
-from m3runtime.config import Config, MemoryConfig, ModelConfig
+from m3runtime.config.schema import Config, MemoryConfig, ModelConfig
 from m3runtime.errors import ConfigError
-from m3runtime.memory import Memories
-from m3runtime.planning import PAGE, Drive, Need, plan, reads, sized
-from m3runtime.planning_cost import cost
-from m3runtime.shape import MODELS, ModelShape, described, memory_layers, memory_spec
-from m3runtime.spec import MemorySpec
+from m3runtime.memory.block import HEADER_BYTES
+from m3runtime.memory.shape import MODELS, ModelShape, described, memory_layers, memory_spec
+from m3runtime.memory.spec import MemorySpec
+from m3runtime.memory.tensors import Memories
+from m3runtime.planning.bank import PAGE, Drive, Need, plan, reads, sized
+from m3runtime.planning.cost import cost
 
 PAPER = MODELS["memory3-2.4b"]
 SPEC = MemorySpec(tuple(range(22)), 8, 8, 80, 128, "bfloat16")

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from m3runtime import plugins
+from m3runtime.config.units import Size
 from m3runtime.errors import ConfigError, PluginError
-from m3runtime.plugins import available, construct, load
-from m3runtime.units import Size
+from m3runtime.plugins import loading as plugins
+from m3runtime.plugins.loading import available, construct, load
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 Install = Callable[..., None]

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from m3runtime.errors import TierClosedError, TierError
-from m3runtime.prefetch import Prefetcher, PrefetchStats
+from m3runtime.recall.prefetch import Prefetcher, PrefetchStats
 
 
 @pytest.fixture

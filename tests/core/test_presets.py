@@ -6,12 +6,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3runtime.codec_files import configured
-from m3runtime.config import Config, MemoryConfig
-from m3runtime.config_loading import LoadedConfig, load_config
+from m3runtime.config.loading import LoadedConfig, load_config
+from m3runtime.config.presets import ORIGIN, PRESETS
+from m3runtime.config.schema import Config, MemoryConfig
 from m3runtime.errors import ConfigError
-from m3runtime.presets import ORIGIN, PRESETS
-from m3runtime.shape import memory_spec
+from m3runtime.memory.shape import memory_spec
+from m3runtime.writing.codec_files import configured
 
 BARE = "bank: ./bank\nmodel: {path: owner/model}\n"
 PRESET = BARE + "memory: {preset: memory3}\n"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3runtime.sampling import reservoir
+from m3runtime.writing.sampling import reservoir
 
 SEEDS = st.integers(0, 2**32)
 

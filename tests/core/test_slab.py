@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from m3backends.pinned import PinnedTier
+from m3backends.slabs import PinnedTier
 from m3runtime.errors import TierError
-from m3runtime.eviction import LruPolicy
+from m3runtime.storage.eviction import LruPolicy
 from m3runtime.testing.blocks import SLOT_BYTES, make_ids
 from m3runtime.testing.tier import check_read, write
 

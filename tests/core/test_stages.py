@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3runtime.codecs import lookup
 from m3runtime.codecs.base import Codec, Distortion
-from m3runtime.codecs.packing import Stage, pack, parse, text_of, unpack
-from m3runtime.codecs.product import ProductCodec
-from m3runtime.codecs.rotation import rotate_
+from m3runtime.codecs.kernels import lookup
+from m3runtime.codecs.product.codec import ProductCodec
+from m3runtime.codecs.product.packing import Stage, pack, parse, text_of, unpack
+from m3runtime.codecs.product.rotation import rotate_
 from m3runtime.errors import CodecError
-from m3runtime.spec import MemorySpec
+from m3runtime.memory.spec import MemorySpec
 from m3runtime.testing.codec import SPEC, CodecContract, identical, make_memories
 
 
@@ -190,7 +190,7 @@ def test_decoding_is_the_same_with_and_without_numba(monkeypatch: pytest.MonkeyP
 
 
 def test_importing_the_codec_imports_neither_numba_nor_faiss() -> None:
-    program = "import sys, m3runtime.codecs.product; print('numba' in sys.modules, 'faiss' in sys.modules)"
+    program = "import sys, m3runtime.codecs.product.codec; print('numba' in sys.modules, 'faiss' in sys.modules)"
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.split() == ["False", "False"]

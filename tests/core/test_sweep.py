@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3runtime.config import Config
-from m3runtime.evaluation.sweep import CODECS, Axis, SweepResults, SweepSettings, Tried, Walked, axes, choose
-from m3runtime.evaluation.sweep_report import shown, sweep_report
-from m3runtime.evaluation.trials import Trial, changed
-from m3runtime.plugins import construct, load
-from m3runtime.spec import MemorySpec
+from m3runtime.config.schema import Config
+from m3runtime.lab.evaluation.sweep import CODECS, Axis, SweepResults, SweepSettings, Tried, Walked, axes, choose
+from m3runtime.lab.evaluation.sweep_report import shown, sweep_report
+from m3runtime.lab.evaluation.trials import Trial, changed
+from m3runtime.memory.spec import MemorySpec
+from m3runtime.plugins.loading import construct, load
 
 BASE = Config.model_validate({"bank": "b", "model": {"path": "m"}, "embedder": {"path": "e", "options": 1}})
 ROWS = st.lists(st.lists(st.floats(-5, 0), min_size=8, max_size=8), min_size=1, max_size=5)

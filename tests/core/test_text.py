@@ -11,9 +11,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoTokenizer
 
+from m3runtime.documents.reading import Document, find_files, html_text, read_documents
+from m3runtime.documents.splitting import CountTokens, Passage, Splitter
 from m3runtime.errors import ConfigError, InputError
-from m3runtime.splitting import CountTokens, Passage, Splitter
-from m3runtime.text import Document, find_files, html_text, read_documents
 
 
 def write(path: Path, content: str | bytes) -> Path:

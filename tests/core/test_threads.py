@@ -3,8 +3,8 @@ from collections.abc import Callable
 
 import torch
 
+from m3runtime.device.threads import compute_on
 from m3runtime.testing.threads import together
-from m3runtime.threads import compute_on
 
 
 def in_thread(work: Callable[[], int]) -> int:

@@ -14,15 +14,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3backends.pinned import PinnedTier
-from m3runtime.abilities import Scored
+from m3backends.slabs import PinnedTier
 from m3runtime.errors import InputError, TierClosedError
+from m3runtime.storage.abilities import Scored
+from m3runtime.storage.tier import CachingTier
+from m3runtime.storage.trace import Op, Trace, TracedTier, TraceWriter, read_trace
 from m3runtime.testing.blocks import LAST_ID, SLOT_BYTES, make_blocks, make_ids
 from m3runtime.testing.caching import CachingTierContract
 from m3runtime.testing.recording import RecordingTier, replay
 from m3runtime.testing.tier import together
-from m3runtime.tier import CachingTier
-from m3runtime.trace import Op, Trace, TracedTier, TraceWriter, read_trace
 
 
 def pinned(slots: int, eviction: str = "lru") -> PinnedTier:
@@ -198,7 +198,7 @@ def test_a_killed_process_leaves_all_that_it_did(tmp_path: Path) -> None:
     program = """
 import sys, itertools
 from pathlib import Path
-from m3runtime.trace import TraceWriter, Op
+from m3runtime.storage.trace import TraceWriter, Op
 writer = TraceWriter(Path(sys.argv[1]), 256, [])
 for number in itertools.count():
     writer.write(Op("read", (number,)))

@@ -11,15 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from m3runtime.codecs import transform_quantiser
-from m3runtime.codecs.allocation import WIDTHS, divide
 from m3runtime.codecs.base import Codec, Distortion
-from m3runtime.codecs.product import ProductCodec
-from m3runtime.codecs.transform import TransformDesign
-from m3runtime.codecs.transform_training import lloyd
+from m3runtime.codecs.product.allocation import WIDTHS, divide
+from m3runtime.codecs.product.codec import ProductCodec, transform_quantiser
+from m3runtime.codecs.product.transform import TransformDesign
+from m3runtime.codecs.product.transform_training import lloyd
 from m3runtime.errors import CodecError
-from m3runtime.memory import Memories
-from m3runtime.spec import MemorySpec
+from m3runtime.memory.spec import MemorySpec
+from m3runtime.memory.tensors import Memories
 from m3runtime.testing.codec import SPEC, CodecContract, identical, make_memories, noise
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from m3runtime.codecs.allocation import WIDTHS
-from m3runtime.codecs.product import ProductCodec
-from m3runtime.codecs.transform import TransformDesign
-from m3runtime.codecs.transform_quantiser import CENTROIDS, TransformQuantiser, kernel_of
+from m3runtime.codecs.product.allocation import WIDTHS
+from m3runtime.codecs.product.codec import ProductCodec
+from m3runtime.codecs.product.transform import TransformDesign
+from m3runtime.codecs.product.transform_quantiser import CENTROIDS, TransformQuantiser, kernel_of
 from m3runtime.errors import BlockError
-from m3runtime.spec import MemorySpec
+from m3runtime.memory.spec import MemorySpec
 from m3runtime.testing.codec import OUT, identical, noise
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton when it is imported, so before any test
@@ -225,7 +225,7 @@ def test_it_compiles_to_sums_of_float32(capability: int, tmp_path: Path, monkeyp
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from m3runtime.codecs.transform_triton import decode_tile
+    from m3runtime.codecs.kernels.transform_triton import decode_tile
 
     kinds = {"payloads": "*u8", "row_bytes": "i32", "width": "i32", "keys": "*fp32", "values": "*fp32"}
     kinds |= dict.fromkeys(("bounds", "positions", "sizes", "starts", "target"), "*i32")

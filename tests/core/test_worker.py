@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3runtime.worker import Worker
+from m3runtime.writing.worker import Worker
 
 
 class MistakeError(Exception):

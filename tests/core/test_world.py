@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3runtime.errors import InputError
-from m3runtime.evaluation.phrasings import Kind, Relation, kinds
-from m3runtime.evaluation.vocabulary import POOLS, SLOTS, number_words
-from m3runtime.evaluation.world import Question, World, make_world
+from m3runtime.lab.evaluation.phrasings import Kind, Relation, kinds
+from m3runtime.lab.evaluation.vocabulary import POOLS, SLOTS, number_words
+from m3runtime.lab.evaluation.world import Question, World, make_world
 
 RELATIONS = {f"{kind.name}.{relation.name}": (kind, relation) for kind in kinds() for relation in kind.relations}
 world_of = cache(make_world)
@@ -65,7 +65,7 @@ def test_a_seed_makes_the_same_world_again(seed: int, references: int) -> None:
 
 
 def test_a_world_does_not_depend_on_the_hash_seed() -> None:
-    code = "from m3runtime.evaluation.world import make_world; print(make_world(5, references=90, questions=99))"
+    code = "from m3runtime.lab.evaluation.world import make_world; print(make_world(5, references=90, questions=99))"
     printed = {
         subprocess.run(
             [sys.executable, "-c", code],

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from m3backends.lmdb import LmdbHome
-from m3backends.pinned import PinnedTier
-from m3runtime.abilities import Auditable, Persistent, Scored
+from m3backends.lmdb.home import LmdbHome
+from m3backends.slabs import PinnedTier
 from m3runtime.errors import BankFullError, InputError, M3Error, TierClosedError, TierError
+from m3runtime.storage.abilities import Auditable, Persistent, Scored
+from m3runtime.storage.home import Home
+from m3runtime.storage.tier import CachingTier, Tier
 from m3runtime.testing.blocks import (
     SLOT_BYTES,
     make_batch,
@@ -25,7 +27,6 @@ from m3runtime.testing.slab import SlabTierContract
 from m3runtime.testing.slow import SlowHome, SlowTier
 from m3runtime.testing.tier import check_read, read, write
 from m3runtime.testing.wrapping import Wrapped, WrappedHome, WrappedTier
-from m3runtime.tier import CachingTier, Home, Tier
 from tests.backends.lmdb_contract import LmdbContract
 
 ALWAYS = 1.0

@@ -10,10 +10,10 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from m3runtime.config_loading import load_config
+from m3runtime.config.loading import load_config
 from m3runtime.errors import InputError
-from m3runtime.evaluation.yaml_edit import check_writable, edited, file_alone, replace
-from m3runtime.evaluation.yaml_text import MARK, Value, edited_text
+from m3runtime.lab.evaluation.yaml_edit import check_writable, edited, file_alone, replace
+from m3runtime.lab.evaluation.yaml_text import MARK, Value, edited_text
 
 EVIDENCE = {name: f"2026-01-02 was {name}; log-likelihood -1.250 (-1.500 to -1.000)" for name in
             ("memories", "min_score", "margin")}  # fmt: skip

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 import yaml
 
-from m3runtime import assembly, block, cli
-from m3runtime.config import Config
-from m3runtime.tier import Reference
+from m3runtime import assembly, cli
+from m3runtime.config.schema import Config
+from m3runtime.documents.reference import Reference
+from m3runtime.memory import block
 
 REPOSITORY = Path(__file__).parents[2]
 M3 = Path(sysconfig.get_path("scripts"), "m3")

@@ -6,7 +6,7 @@ from zlib import crc32
 
 import numpy as np
 
-from m3runtime.retrieval import Embedder, Vectors
+from m3runtime.retrieval.embedder import Embedder, Vectors
 
 _WORDS = re.compile(r"\w+")
 

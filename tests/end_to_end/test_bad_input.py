@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from m3runtime import assembly
-from m3runtime.config import Config
+from m3runtime.config.schema import Config
 from tests.end_to_end.commands import Contents, Place
 from tests.end_to_end.conftest import NewPlace
 from tests.model.families import make_model, make_tokenizer

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from m3runtime import assembly
-from m3runtime.bench.codec import BenchSettings, bench_codec, fewer_layers, quarter, rows
-from m3runtime.bench.codec_error import FAISS, OURS, Error
-from m3runtime.bench.codec_speed import filled, same_codes
-from m3runtime.bench.timing import alternate
-from m3runtime.config import Config
-from m3runtime.memory import Memories
+from m3runtime.config.schema import Config
+from m3runtime.lab.bench.codec import BenchSettings, bench_codec, fewer_layers, quarter, rows
+from m3runtime.lab.bench.codec_error import FAISS, OURS, Error
+from m3runtime.lab.bench.codec_speed import filled, same_codes
+from m3runtime.lab.bench.timing import alternate
+from m3runtime.memory.tensors import Memories
 from m3runtime.testing.codec import SPEC, make_memories
 from tests.end_to_end.commands import Place
 

@@ -8,10 +8,12 @@ import pytest
 from PIL import Image
 
 from m3runtime import assembly
-from m3runtime.adapter import Comparable
-from m3runtime.bench.banks import full_pieces
-from m3runtime.bench.decode import boundaries, contender, draw_prompts, measured
-from m3runtime.bench.decode_runs import (
+from m3runtime.adapters.comparison import Comparable
+from m3runtime.config.schema import Config
+from m3runtime.documents.reading import read_documents
+from m3runtime.lab.bench.banks import full_pieces
+from m3runtime.lab.bench.decode import boundaries, contender, draw_prompts, measured
+from m3runtime.lab.bench.decode_runs import (
     BARE,
     KINDS,
     MEMORIES,
@@ -22,8 +24,6 @@ from m3runtime.bench.decode_runs import (
     Contenders,
     Run,
 )
-from m3runtime.config import Config
-from m3runtime.text import read_documents
 from tests.end_to_end.commands import Place
 
 SHORT = ("--set", "recall.chunk_tokens=4", "--set", "recall.lookahead_tokens=2", "--threads", "1")

@@ -11,15 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3backends.lmdb import LmdbHome
-from m3backends.pinned import PinnedTier
-from m3runtime.bench.eviction import OPTIMUM, Run, bench_eviction, optimum, replay, requests
-from m3runtime.config import Config
-from m3runtime.eviction import POLICIES, make_policy
-from m3runtime.hierarchy import Hierarchy
+from m3backends.lmdb.home import LmdbHome
+from m3backends.slabs import PinnedTier
+from m3runtime.config.schema import Config
+from m3runtime.lab.bench.eviction import OPTIMUM, Run, bench_eviction, optimum, replay, requests
 from m3runtime.runtime import Runtime
+from m3runtime.storage.eviction import POLICIES, make_policy
+from m3runtime.storage.hierarchy import Hierarchy
+from m3runtime.storage.trace import Op, TraceWriter, read_trace
 from m3runtime.testing.blocks import LAST_ID, SLOT_BYTES, STAMP, make_batch, make_ids
-from m3runtime.trace import Op, TraceWriter, read_trace
 from tests.end_to_end.commands import FACTS, Place
 
 NAMES = sorted(POLICIES)

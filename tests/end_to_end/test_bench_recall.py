@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from m3runtime import assembly
-from m3runtime.bench.recall import CONFIGURED, OURS, PARTS, WHOLE
-from m3runtime.bench.synthetic import around, build, centres, queries
-from m3runtime.config import Config
+from m3runtime.config.schema import Config
+from m3runtime.lab.bench.recall import CONFIGURED, OURS, PARTS, WHOLE
+from m3runtime.lab.bench.synthetic import around, build, centres, queries
 from tests.end_to_end.commands import Place
 
 

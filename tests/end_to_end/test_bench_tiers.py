@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from m3runtime.bench.tier_runs import PREAD, PREAD_CHECKED, PREAD_COLD, WAY_UP, WAY_UP_CACHED, WAY_UP_KEPT, TierRuns
-from m3runtime.block import length
-from m3runtime.config import Config
+from m3runtime.config.schema import Config
+from m3runtime.lab.bench.tier_runs import PREAD, PREAD_CHECKED, PREAD_COLD, WAY_UP, WAY_UP_CACHED, WAY_UP_KEPT, TierRuns
+from m3runtime.memory.block import length
 from tests.end_to_end.commands import Place
 
 

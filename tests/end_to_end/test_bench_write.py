@@ -2,8 +2,8 @@
 
 import pytest
 
-from m3runtime.bench.write import ENCODE, PLAIN, WRITE
-from m3runtime.writer import STAGES
+from m3runtime.lab.bench.write import ENCODE, PLAIN, WRITE
+from m3runtime.writing.writer import STAGES
 from tests.end_to_end.commands import Place
 from tests.end_to_end.test_bench_codec import write_texts
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from m3runtime.codec_files import load_any
 from m3runtime.codecs.raw import RawCodec
 from m3runtime.errors import CodecError, PluginError
 from m3runtime.testing.codec import SPEC
+from m3runtime.writing.codec_files import load_any
 from tests.end_to_end.commands import Place
 from tests.end_to_end.conftest import NewPlace
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from m3runtime import assembly
-from m3runtime.config import Config
+from m3runtime.config.schema import Config
 from m3runtime.runtime import Runtime
 from tests.end_to_end.commands import FACTS, Place, environment
 from tests.end_to_end.conftest import NewPlace
@@ -18,7 +18,7 @@ QUESTION = "What does the harbour lamp of Uskerfold burn?"
 COUNT = len(FACTS) + 1
 KILL = """
 import os, signal
-from m3backends.lmdb import LmdbHome
+from m3backends.lmdb.home import LmdbHome
 from m3runtime.cli import main
 
 def fill(*_):

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from m3runtime import assembly
-from m3runtime.config import Config
+from m3runtime.config.schema import Config
 from m3runtime.errors import InputError
-from m3runtime.evaluation.calibrate import CalibrationResults, CalibrationSettings, calibrate
-from m3runtime.evaluation.choosing import Setting
-from m3runtime.evaluation.yaml_text import MARK
+from m3runtime.lab.evaluation.calibrate import CalibrationResults, CalibrationSettings, calibrate
+from m3runtime.lab.evaluation.choosing import Setting
+from m3runtime.lab.evaluation.yaml_text import MARK
 from tests.end_to_end.commands import Place, contents
 
 FEW = CalibrationSettings(seed=3, statements=10, batch=4)
@@ -130,7 +130,7 @@ def test_scores_are_those_of_serving(place: Place, tmp_path: Path) -> None:
     """What the model finds of a statement through the runtime itself, under the configuration's own setting."""
     from statistics import fmean
 
-    from m3runtime.adapter import Prompt
+    from m3runtime.adapters.answers import Prompt
     from m3runtime.runtime import Runtime
 
     results = run_of(place, tmp_path / "report")

@@ -8,11 +8,12 @@ from unittest.mock import patch
 
 import pytest
 
-from m3runtime import assembly, plugins
-from m3runtime.config import Config
+from m3runtime import assembly
+from m3runtime.config.schema import Config
 from m3runtime.errors import InputError
-from m3runtime.evaluation.facts import FactsRun, FactsSettings
-from m3runtime.evaluation.modes import MODES, NEEDS_ANSWER
+from m3runtime.lab.evaluation.facts import FactsRun, FactsSettings
+from m3runtime.lab.evaluation.modes import MODES, NEEDS_ANSWER
+from m3runtime.plugins import loading as plugins
 from tests.end_to_end.commands import Place
 
 FEW = FactsSettings(seed=3, references=24, questions=6, unanswerable=3, batch=4, max_new_tokens=4, timed=2)

@@ -9,13 +9,13 @@ import pytest
 
 import run as demo
 from m3runtime import assembly
-from m3runtime.adapter import Adapter
-from m3runtime.config import Config
-from m3runtime.evaluation.facts import FactsResults, FactsRun, FactsSettings
-from m3runtime.evaluation.judging import is_right
-from m3runtime.evaluation.statistics import mean
-from m3runtime.evaluation.trials import changed
-from m3runtime.evaluation.world import make_world
+from m3runtime.adapters.base import Adapter
+from m3runtime.config.schema import Config
+from m3runtime.lab.evaluation.facts import FactsResults, FactsRun, FactsSettings
+from m3runtime.lab.evaluation.judging import is_right
+from m3runtime.lab.evaluation.statistics import mean
+from m3runtime.lab.evaluation.trials import changed
+from m3runtime.lab.evaluation.world import make_world
 
 pytestmark = pytest.mark.real_model
 

@@ -7,11 +7,11 @@ from statistics import fmean
 import pytest
 
 from m3runtime import assembly
-from m3runtime.config import Config
-from m3runtime.evaluation.facts import FactsRun, FactsSettings
-from m3runtime.evaluation.sweep import SweepRun, SweepSettings
-from m3runtime.evaluation.trials import Trials
-from m3runtime.evaluation.world import make_world
+from m3runtime.config.schema import Config
+from m3runtime.lab.evaluation.facts import FactsRun, FactsSettings
+from m3runtime.lab.evaluation.sweep import SweepRun, SweepSettings
+from m3runtime.lab.evaluation.trials import Trials
+from m3runtime.lab.evaluation.world import make_world
 from tests.end_to_end.commands import Place
 
 SIZES = ("--references", "12", "--questions", "4", "--batch", "4")

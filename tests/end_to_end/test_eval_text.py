@@ -11,15 +11,16 @@ import pytest
 
 import run as demo
 from m3runtime import assembly
-from m3runtime.adapter import Adapter, Prompt, Score
-from m3runtime.config import CodecConfig, Config
+from m3runtime.adapters.answers import Prompt, Score
+from m3runtime.adapters.base import Adapter
+from m3runtime.config.schema import CodecConfig, Config
+from m3runtime.documents.reading import Document, read_documents
 from m3runtime.errors import InputError
-from m3runtime.evaluation.passages import Corpus, hold_out
-from m3runtime.evaluation.text_results import MODES, TextResults
-from m3runtime.evaluation.text_run import run_text
+from m3runtime.lab.evaluation.passages import Corpus, hold_out
+from m3runtime.lab.evaluation.text_results import MODES, TextResults
+from m3runtime.lab.evaluation.text_run import run_text
 from m3runtime.runtime import Runtime
-from m3runtime.text import Document, read_documents
-from m3runtime.writer import Writer
+from m3runtime.writing.writer import Writer
 from tests.end_to_end.commands import REPOSITORY
 from tests.end_to_end.conftest import NewPlace
 from tests.model.families import TEXT

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from m3runtime.config import Config
+from m3runtime.config.schema import Config
 from m3runtime.runtime import Runtime
 from tests.end_to_end.commands import Place
 from tests.end_to_end.conftest import NewPlace

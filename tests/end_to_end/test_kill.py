@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from m3runtime.encoding import GROUP
 from m3runtime.errors import BankMissingError
+from m3runtime.writing.encoding import GROUP
 from tests.end_to_end.commands import Contents, Place, environment
 from tests.end_to_end.conftest import NewPlace
 
@@ -26,17 +26,20 @@ PHASES = ("reading", "codec", "creation", "commits", "index")
 # It would not if it compiled, whose results numba keeps in files; nor would most moments be the command's own then.
 NURSERY = """
 import contextlib, json, os, signal, sys, time
-from m3runtime import cli, writer
-import faiss, lmdb, m3backends.lmdb, m3backends.pinned, m3backends.usearch, m3model.transformers, usearch.index
-import m3model.memory3, m3model.passes, m3runtime.codecs.lookup
-import m3runtime.codecs.product, m3runtime.codecs.training, m3runtime.config_loading, semantic_text_splitter
+from m3runtime import cli
+from m3runtime.writing import writer
+import faiss, lmdb, m3backends.lmdb.home, m3backends.slabs, m3backends.usearch.index, m3model.transformers
+import usearch.index
+import m3model.memory3, m3model.attention.passes, m3runtime.codecs.kernels.lookup
+import m3runtime.codecs.product.codec, m3runtime.codecs.product.training, m3runtime.config.loading
+import semantic_text_splitter
 import encodings.utf_8_sig, html, lmdb._envid, rich.progress, tests.end_to_end.embedders
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):
     cli.app(["write", "--help"])
-if m3runtime.codecs.lookup.compiled():
-    from m3runtime.codecs.nearest_kernel import kernel
+if m3runtime.codecs.kernels.lookup.compiled():
+    from m3runtime.codecs.kernels.nearest_numba import kernel
     kernel(8, bytes=True)
 
 BEGINS = {"Writer._train": "codec", "Bank.create": "creation", "Writer._commit": "commits", "save_index": "index",
@@ -44,7 +47,7 @@ BEGINS = {"Writer._train": "codec", "Bank.create": "creation", "Writer._commit":
           "KeptTier.discard": "tiers"}
 
 def everything():
-    kernels = sys.modules.get("m3runtime.codecs.nearest_kernel")
+    kernels = sys.modules.get("m3runtime.codecs.kernels.nearest_numba")
     return {*sys.modules, kernels and kernels.kernel.cache_info().currsize}
 
 class Finalised:

@@ -32,12 +32,15 @@ import json, os, sys, threading, time
 from random import Random
 
 import torch
-import m3backends.lmdb, m3backends.pinned, m3backends.usearch, m3runtime.codecs.raw, tests.end_to_end.embedders
-from m3runtime import assembly, block
-from m3runtime.config import Config
-from m3runtime.memory import Memories
+import m3backends.lmdb.home, m3backends.slabs, m3backends.usearch.index, m3runtime.codecs.raw
+import tests.end_to_end.embedders
+from m3runtime import assembly
+from m3runtime.memory import block
+from m3runtime.config.schema import Config
+from m3runtime.memory.tensors import Memories
 from m3runtime.runtime import Runtime
-from m3runtime.tier import Batch, Reference
+from m3runtime.documents.reference import Reference
+from m3runtime.storage.home import Batch
 
 
 def say(*words):

@@ -8,12 +8,12 @@ import pytest
 
 import run as demo
 from m3runtime import assembly
-from m3runtime.adapter import Adapter
-from m3runtime.config import Config
-from m3runtime.evaluation.judging import is_right
+from m3runtime.adapters.base import Adapter
+from m3runtime.config.schema import Config
+from m3runtime.documents.reading import read_documents
+from m3runtime.lab.evaluation.judging import is_right
 from m3runtime.runtime import Runtime
-from m3runtime.text import read_documents
-from m3runtime.writer import Writer
+from m3runtime.writing.writer import Writer
 
 pytestmark = pytest.mark.real_model
 

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from m3model.memory3 import NO_LABEL, Memory3ForCausalLM
 from m3model.training.sequences import NOTHING, Prepared, Rows, TrainingSequences, cut_sequences
+from m3runtime.documents.overlap import overlap
 from m3runtime.errors import InputError
-from m3runtime.evaluation.overlap import overlap
 from tests.end_to_end.commands import M3, Place, environment
 from tests.model.families import TEXT, make_tokenizer
 

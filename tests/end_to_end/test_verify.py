@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from m3backends.lmdb_records import digest
-from m3runtime import assembly, block
-from m3runtime.bank import as_ids
-from m3runtime.config import Config
-from m3runtime.encoding import GROUP
+from m3backends.lmdb.records import digest
+from m3runtime import assembly
+from m3runtime.bank.bank import as_ids
+from m3runtime.config.schema import Config
+from m3runtime.memory import block
 from m3runtime.runtime import Runtime
+from m3runtime.writing.encoding import GROUP
 from tests.end_to_end.commands import Place, environment
 from tests.end_to_end.conftest import NewPlace
 from tests.end_to_end.test_kill import Nursery, errors, nursery
@@ -412,10 +413,10 @@ class TestIndex:
 WRITER = """
 import sys, threading
 from m3runtime import assembly
-from m3runtime.config import Config
-from m3runtime.encoding import encoded
+from m3runtime.config.schema import Config
+from m3runtime.writing.encoding import encoded
 from m3runtime.runtime import Runtime
-from m3runtime.tier import Reference
+from m3runtime.documents.reference import Reference
 
 config = Config.load("m3.yaml", environ={})
 adapter = assembly.open_adapter(config)

@@ -12,16 +12,16 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from m3backends.lmdb import LmdbHome
+from m3backends.lmdb.home import LmdbHome
 from m3runtime import assembly
-from m3runtime.adapter import Adapter
-from m3runtime.bank import Bank, as_ids
-from m3runtime.config import Config
-from m3runtime.encoding import GROUP
+from m3runtime.adapters.base import Adapter
+from m3runtime.bank.bank import Bank, as_ids
+from m3runtime.config.schema import Config
+from m3runtime.documents.reading import Document
+from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError
-from m3runtime.text import Document
-from m3runtime.tier import Reference
-from m3runtime.writer import Writer, WriteReport
+from m3runtime.writing.encoding import GROUP
+from m3runtime.writing.writer import Writer, WriteReport
 from tests.end_to_end.commands import Contents, Place, contents
 from tests.end_to_end.conftest import NewPlace
 

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3runtime.block import Ids
 from m3runtime.errors import TierError
-from m3runtime.slab import SlabTier
+from m3runtime.memory.block import Ids
+from m3runtime.storage.slab import SlabTier
 
 
 class KeptTier(SlabTier):

@@ -10,15 +10,17 @@ import numpy as np
 import torch
 import xxhash
 
-from m3runtime import assembly, block
-from m3runtime.bank import Bank, Manifest
-from m3runtime.codecs.product import ProductCodec
-from m3runtime.config import Config
+from m3runtime import assembly
+from m3runtime.bank.bank import Bank, Manifest
+from m3runtime.codecs.product.codec import ProductCodec
+from m3runtime.config.schema import Config
+from m3runtime.documents.reference import Reference
 from m3runtime.errors import M3Error
+from m3runtime.memory import block
+from m3runtime.memory.spec import MemorySpec
 from m3runtime.runtime import Runtime
-from m3runtime.spec import MemorySpec
+from m3runtime.storage.home import Batch
 from m3runtime.testing.codec import make_memories
-from m3runtime.tier import Batch, Reference
 from tests.end_to_end.commands import Place
 
 T = TypeVar("T")

@@ -78,7 +78,7 @@ def _main(folder: Path) -> None:
     torch.set_num_threads(1)  # threads do not survive a fork
     for module in ("usearch", "lmdb", "pinned"):
         import_module(f"m3backends.{module}")
-    for module in ("lookup_kernel", "scatter_kernel"):
+    for module in ("lookup_numba", "scatter_numba"):
         import_module(f"m3runtime.codecs.{module}")  # compiled once, not in every child
     import_module("tests.hostile.banks")
     pristine = folder / "pristine"

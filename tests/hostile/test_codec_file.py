@@ -16,11 +16,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from m3runtime.bank import CODEC
+from m3runtime.bank.bank import CODEC
 from m3runtime.codecs import files
-from m3runtime.codecs.product import ProductCodec
-from m3runtime.codecs.transform import TransformDesign
-from m3runtime.spec import MemorySpec
+from m3runtime.codecs.product.codec import ProductCodec
+from m3runtime.codecs.product.transform import TransformDesign
+from m3runtime.memory.spec import MemorySpec
 from m3runtime.testing.codec import make_memories
 from tests.end_to_end.commands import Place
 from tests.hostile.banks import SPEC

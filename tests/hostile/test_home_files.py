@@ -13,8 +13,8 @@ import lmdb
 import pytest
 
 from m3runtime import assembly
-from m3runtime.bank import Bank
-from m3runtime.config import Config
+from m3runtime.bank.bank import Bank
+from m3runtime.config.schema import Config
 from m3runtime.errors import M3Error
 from tests.end_to_end.commands import Place
 from tests.hostile.cases import Case, before, check, outcome

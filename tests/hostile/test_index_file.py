@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from m3runtime.bank import INDEX
+from m3runtime.bank.bank import INDEX
 from tests.end_to_end.commands import Place
 from tests.hostile import raw
 from tests.hostile.banks import COUNT, DIM, FORGOTTEN
@@ -24,7 +24,7 @@ from tests.hostile.nursery import Nursery
 
 HELD = COUNT - len(FORGOTTEN)
 HEAD = 8 + 2 * DIM * HELD
-"""Where usearch's head begins, behind the vectors in float16: see `m3backends.usearch_layout`."""
+"""Where usearch's head begins, behind the vectors in float16: see `m3backends.usearch.layout`."""
 GRAPH, LEVELS = HEAD + 64, HEAD + 64 + 40
 NODES = LEVELS + 2 * HELD
 FLIP = 0x9E3779B97F4A7C15

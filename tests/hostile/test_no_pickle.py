@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from m3runtime.bank import CODEC
+from m3runtime.bank.bank import CODEC
 from tests.end_to_end.commands import REPOSITORY, Place
 from tests.hostile import test_codec_file, test_index_file
 from tests.hostile.cases import spoiled
@@ -83,7 +83,7 @@ def test_what_would_be_found(source: str) -> None:
 def test_our_own_loader_of_yaml_is_a_safe_one() -> None:
     import yaml
 
-    from m3runtime import config_loading
+    from m3runtime.config import loading as config_loading
 
     assert issubclass(config_loading._Loader, yaml.SafeLoader)
     assert not issubclass(config_loading._Loader, (yaml.FullLoader, yaml.UnsafeLoader))

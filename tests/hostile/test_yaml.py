@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from m3runtime.config import Config
+from m3runtime.config.schema import Config
 from tests.end_to_end.commands import Place
 from tests.hostile.cases import Case, check
 from tests.hostile.nursery import Nursery

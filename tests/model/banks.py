@@ -9,18 +9,20 @@ import numpy as np
 import xxhash
 from torch import Tensor
 
-from m3backends.lmdb import LmdbHome
-from m3backends.pinned import PinnedTier
-from m3backends.usearch import UsearchIndex
+from m3backends.lmdb.home import LmdbHome
+from m3backends.slabs import PinnedTier
+from m3backends.usearch.index import UsearchIndex
 from m3model.transformers import TransformersAdapter
-from m3runtime.bank import Bank, Manifest, OpenHome, as_ids
-from m3runtime.block import Found, Ids
+from m3runtime.bank.bank import Bank, Manifest, OpenHome, as_ids
 from m3runtime.codecs.raw import RawCodec
-from m3runtime.config import Config
-from m3runtime.hierarchy import Hierarchy
-from m3runtime.retrieval import Embedder, Retriever, Vectors
+from m3runtime.config.schema import Config
+from m3runtime.documents.reference import Reference
+from m3runtime.memory.block import Found, Ids
+from m3runtime.retrieval.embedder import Embedder, Vectors
+from m3runtime.retrieval.retriever import Retriever
 from m3runtime.runtime import Runtime
-from m3runtime.tier import Batch, Reference
+from m3runtime.storage.hierarchy import Hierarchy
+from m3runtime.storage.home import Batch
 
 CHUNK = 8
 DIM = 64

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from m3model.transformers import TransformersAdapter
-from m3runtime.config import MemoryConfig
+from m3runtime.config.schema import MemoryConfig
 
 LAYERS = 4
 WINDOW = 12

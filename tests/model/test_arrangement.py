@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3model.session import Session
+from m3model.engine.session import Session
 from m3model.transformers import TransformersAdapter
 from m3runtime.errors import ConfigError
 from tests.model.families import FAMILIES, REFERENCE_TOKENS, make_adapter, make_model, random_text

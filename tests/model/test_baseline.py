@@ -2,9 +2,10 @@
 
 import pytest
 
-from m3model.session import IMPLEMENTATION
-from m3runtime.adapter import Comparable, Prompt
-from m3runtime.config import GenerateConfig
+from m3model.engine.session import IMPLEMENTATION
+from m3runtime.adapters.answers import Prompt
+from m3runtime.adapters.comparison import Comparable
+from m3runtime.config.schema import GenerateConfig
 from tests.model.families import make_adapter, make_tokenizer
 
 PROMPTS = [Prompt("the harbour lamp of the old town"), Prompt("seven keepers rowed out with blue lanterns and")]

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from m3model.cutting import cut
+from m3model.engine.cutting import cut
 from m3runtime.errors import InputError
 from tests.model.families import TEXT, make_adapter, make_tokenizer, random_text
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from m3model.session import Session
+from m3model.engine.session import Session
 from m3model.transformers import TransformersAdapter
-from m3runtime.adapter import Prompt
-from m3runtime.config import GenerateConfig
+from m3runtime.adapters.answers import Prompt
+from m3runtime.config.schema import GenerateConfig
 from m3runtime.runtime import Runtime
 from tests.model.banks import CHUNK, make_runtime
 from tests.model.families import make_adapter, make_model, random_text

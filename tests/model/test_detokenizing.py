@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from m3model.detokenizing import Detokenizer
+from m3model.engine.detokenizing import Detokenizer
 from tests.model.families import TEXT, make_tokenizer
 
 

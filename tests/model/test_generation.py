@@ -16,10 +16,10 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from m3model.loading import load, model_fingerprint, tokenizer_fingerprint
+from m3model.loading.models import load, model_fingerprint, tokenizer_fingerprint
 from m3model.transformers import MemoryModel, TransformersAdapter
-from m3runtime.adapter import Answer, Prompt
-from m3runtime.config import GenerateConfig, MemoryConfig, ModelConfig
+from m3runtime.adapters.answers import Answer, Prompt
+from m3runtime.config.schema import GenerateConfig, MemoryConfig, ModelConfig
 from m3runtime.errors import BankMismatchError, ConfigError, InputError
 from m3runtime.runtime import Runtime
 from tests.model.banks import CHUNK, GatedHome, make_runtime

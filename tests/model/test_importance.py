@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from m3model.adapter import TransformersAdapter
-from m3model.reading import padded
-from m3runtime.adapter import Weighing
+from m3model.engine.reading import padded
+from m3runtime.adapters.abilities import Weighing
 from m3runtime.errors import InputError
-from m3runtime.memory import Memories
+from m3runtime.memory.tensors import Memories
 from tests.model.families import REFERENCE_TOKENS, make_adapter, random_text
 
 STEP = 0.02

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from m3model.attention import IMPLEMENTATION
+from m3model.attention.implementation import IMPLEMENTATION
 from m3model.memory3 import NO_LABEL, Memory3Config, Memory3ForCausalLM
 from m3model.transformers import TransformersAdapter
-from m3runtime.config import MemoryConfig, ModelConfig
+from m3runtime.config.schema import MemoryConfig, ModelConfig
 from tests.model.families import FAMILIES, LAYERS, REFERENCE_TOKENS, make_model, make_tokenizer, windows, with_masks
 
 CHUNK = 6

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from m3model.attention import attend
-from m3model.session import Session
+from m3model.attention.implementation import attend
+from m3model.engine.session import Session
 from m3model.transformers import TransformersAdapter
-from m3runtime.config import MemoryConfig
+from m3runtime.config.schema import MemoryConfig
 from m3runtime.errors import ConfigError, InputError
 from m3runtime.stream import Part
 from tests.model.families import (

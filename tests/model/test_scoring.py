@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3model import generation
+from m3model.engine import generation
 from m3model.transformers import TransformersAdapter
-from m3runtime.adapter import Adapter, Prompt
-from m3runtime.config import GenerateConfig, MemoryConfig
+from m3runtime.adapters.answers import Prompt
+from m3runtime.adapters.base import Adapter
+from m3runtime.config.schema import GenerateConfig, MemoryConfig
 from m3runtime.errors import InputError
 from m3runtime.runtime import Runtime
 from m3runtime.stream import Stream

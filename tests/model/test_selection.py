@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from m3model.selection import attention_scores, encode_scored, most_attended, select
+from m3model.attention.selection import attention_scores, most_attended, select
 from m3model.transformers import MemoryModel, TransformersAdapter
-from m3runtime.codecs.product import ProductCodec
-from m3runtime.config import GenerateConfig
+from m3runtime.codecs.product.codec import ProductCodec
+from m3runtime.config.schema import GenerateConfig
 from m3runtime.errors import BankMismatchError, ConfigError, InputError
-from m3runtime.memory import Memories
+from m3runtime.memory.tensors import Memories
 from tests.model.banks import make_runtime
 from tests.model.families import (
     FAMILIES,
@@ -121,7 +121,7 @@ def gap(one: Tensor, other: Tensor) -> float:
 def test_scores_are_those_of_queries_and_keys_before_rotation(family: str) -> None:
     adapter = make_adapter(family)
     texts = texts_of(adapter)
-    memories, scores = encode_scored(adapter, texts)
+    memories, scores = adapter.encode_scored(texts)
     assert scores.shape == (len(texts), LAYERS, adapter.spec.kv_heads, REFERENCE_TOKENS)
     assert scores.dtype == torch.float32
     for row, text in enumerate(texts):
@@ -142,7 +142,7 @@ def test_however_layers_rotate(kind: str) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     adapter = make_adapter(model=model)
     text = random_text(adapter.tokenizer, REFERENCE_TOKENS, seed=3)
-    _, scores = encode_scored(adapter, [text])
+    _, scores = adapter.encode_scored([text])
     assert gap(scores[0], expected_scores(model, adapter.sink_ids, ids_of(adapter, text))) < TOLERANCE
 
 
@@ -152,7 +152,7 @@ def test_logits_are_scaled_as_the_model_scales_them() -> None:
         layer.self_attn.scaling *= 0.3
     adapter = make_adapter(model=model)
     text = random_text(adapter.tokenizer, REFERENCE_TOKENS, seed=3)
-    _, scores = encode_scored(adapter, [text])
+    _, scores = adapter.encode_scored([text])
     wanted = expected_scores(model, adapter.sink_ids, ids_of(adapter, text))
     assert gap(scores[0], wanted) < TOLERANCE
     assert gap(wanted, expected_scores(make_model("gemma2"), adapter.sink_ids, ids_of(adapter, text))) > 0.1
@@ -181,7 +181,7 @@ def test_kept_tokens_are_the_best_of_the_whole_memory(family: str, layers: Any) 
     dense = make_adapter(family, layers=layers)
     texts = texts_of(adapter)
     kept, whole = adapter.encode(texts), dense.encode(texts)
-    _, scores = encode_scored(dense, texts)
+    _, scores = dense.encode_scored(texts)
     assert kept.keys.shape == (len(texts), len(adapter.spec.layers), adapter.spec.kv_heads, 4, adapter.spec.head_dim)
     different = set()
     for row, length in enumerate(LENGTHS):
@@ -212,13 +212,13 @@ def test_scoring_leaves_memories_and_model_as_they_are() -> None:
     adapter = make_adapter()
     texts = texts_of(adapter)
     plain = adapter.encode(texts)
-    scored, scores = encode_scored(adapter, texts)
+    scored, scores = adapter.encode_scored(texts)
     assert torch.equal(scored.keys, plain.keys)
     assert torch.equal(scored.values, plain.values)
     # Each query gives away one, to tokens of the reference alone; two query heads share a KV head.
     assert torch.allclose(scores.sum(-1), 2.0 * plain.tokens[:, None, None])
     with pytest.raises(InputError, match="blank"):
-        encode_scored(adapter, ["walnut oil", " "])
+        adapter.encode_scored(["walnut oil", " "])
     assert not any(module._forward_pre_hooks for module in adapter.model.modules())
 
 

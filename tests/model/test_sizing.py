@@ -9,12 +9,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from m3model.sizing import shape_of
+from m3model.loading.sizing import shape_of
 from m3model.transformers import TransformersAdapter
-from m3runtime.adapter import Sizing
-from m3runtime.config import MemoryConfig, ModelConfig
+from m3runtime.adapters.abilities import Sizing
+from m3runtime.config.schema import MemoryConfig, ModelConfig
 from m3runtime.errors import ConfigError
-from m3runtime.shape import ModelShape, memory_spec
+from m3runtime.memory.shape import ModelShape, memory_spec
 from tests.model.families import FAMILIES, make_model, make_tokenizer
 
 SIZE: dict[str, Any] = {

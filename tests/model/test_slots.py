@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from m3model.cache import MemoryCache
-from m3model.layout import AttentionLayout
-from m3model.slots import Slot, place
+from m3model.attention.cache import MemoryCache
+from m3model.attention.layout import AttentionLayout
+from m3model.attention.slots import Slot, place
 from m3runtime.stream import Part
 from tests.model.families import make_adapter, random_text
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from m3model import adapter as adapters
-from m3model.cache import MemoryCache
+from m3model.attention.cache import MemoryCache
 from m3model.transformers import TransformersAdapter
 from tests.model.families import FAMILIES, LAYERS, make_adapter
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from m3backends.lmdb import LmdbHome
+from m3backends.lmdb.home import LmdbHome
 from m3runtime.assembly import open_tiers
-from m3runtime.config import Config
+from m3runtime.config.schema import Config
 from m3runtime.errors import ConfigError
-from m3runtime.hierarchy import Hierarchy
+from m3runtime.storage.hierarchy import Hierarchy
 from m3runtime.testing.blocks import SLOT_BYTES, STAMP, make_batch, make_blocks, make_ids, same_block
 from tests.testing import guide
 

@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from m3model.training.sequences import NOTHING, Rows, Tokens
-from m3runtime.evaluation.overlap import overlap
-from m3runtime.retrieval import Embedder, Index, Retriever
+from m3runtime.documents.overlap import overlap
+from m3runtime.retrieval.embedder import Embedder
+from m3runtime.retrieval.index import Index
+from m3runtime.retrieval.retriever import Retriever
 
 _CANDIDATES = 8
 """Nearest references that are looked at: of those, the first one that the text does not hold already."""

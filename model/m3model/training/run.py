@@ -14,28 +14,44 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from m3model.loading import configuration_of, find_device, first_line, load, quiet, source_of, tokenizer_fingerprint
+from m3model.loading.models import (
+    configuration_of,
+    find_device,
+    first_line,
+    load,
+    quiet,
+    source_of,
+    tokenizer_fingerprint,
+)
+from m3model.loading.spec import carried
 from m3model.memory3 import Memory3Config, Memory3ForCausalLM
-from m3model.spec import carried
 from m3model.training.retrieving import retrieve
 from m3model.training.sequences import NOTHING, Prepared, Rows, TrainingSequences, cut_sequences
 from m3model.training.stage import Loss, run_stage
 from m3runtime import assembly
-from m3runtime.adapter import StageReport, TrainReport
-from m3runtime.config import Config
-from m3runtime.config_train import StageConfig, TrainConfig
+from m3runtime.adapters.training import StageReport, Trainer, TrainReport
+from m3runtime.config.schema import Config
+from m3runtime.config.train import StageConfig, TrainConfig
+from m3runtime.documents.reading import read_documents
+from m3runtime.documents.references import references_of
+from m3runtime.documents.splitting import Splitter
 from m3runtime.errors import ConfigError, InputError
-from m3runtime.references import references_of
-from m3runtime.shape import kept_tokens, memory_layers
-from m3runtime.spec import fingerprint
-from m3runtime.splitting import Splitter
-from m3runtime.text import read_documents
-from m3runtime.writer import OnProgress
+from m3runtime.memory.shape import kept_tokens, memory_layers
+from m3runtime.memory.spec import fingerprint
+from m3runtime.writing.writer import OnProgress
 
 _SETTINGS = "train.json"
 _LOSSES = "losses.json"
 _MAY_CHANGE = {"out", "save_every", "log_every"}
 """Settings of ``train`` that a run may go on with when they have changed."""
+
+
+class TransformersTrainer(Trainer):
+    """Trains a `Memory3ForCausalLM` of any causal language model of the transformers library."""
+
+    def train(self, config: Config, progress: OnProgress) -> TrainReport:
+        """See `Trainer.train` and the function `train`."""
+        return train(config, progress)
 
 
 def train(config: Config, progress: OnProgress) -> TrainReport:

@@ -11,10 +11,10 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from m3model.loading import without_bars
+from m3model.loading.models import without_bars
 from m3model.memory3 import Memory3ForCausalLM
 from m3model.training.sequences import TrainingSequences
-from m3runtime.config_train import StageConfig, TrainConfig
+from m3runtime.config.train import StageConfig, TrainConfig
 from m3runtime.errors import ConfigError
 
 _STATE = "trainer_state.json"

@@ -9,8 +9,8 @@ from torch import Tensor
 from m3runtime.codecs.base import Codec, Distortion
 from m3runtime.codecs.raw import RawCodec
 from m3runtime.errors import BlockError, CodecError
-from m3runtime.memory import Memories
-from m3runtime.spec import MemorySpec
+from m3runtime.memory.spec import MemorySpec
+from m3runtime.memory.tensors import Memories
 from m3runtime.testing.codec import CodecContract
 from tests.testing.broken.suites import make_suites
 

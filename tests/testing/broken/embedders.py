@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from m3runtime.retrieval import Vectors
+from m3runtime.retrieval.embedder import Vectors
 from m3runtime.testing.embedder import EmbedderContract, MakeEmbedder
 from tests.end_to_end.embedders import HashedWords
 from tests.testing.broken.suites import make_suites

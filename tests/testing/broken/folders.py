@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from m3runtime.block import Found, Ids
 from m3runtime.errors import TierError
+from m3runtime.memory.block import Found, Ids
 from tests.testing import guide
 from tests.testing.broken.suites import make_suites
 

@@ -6,13 +6,13 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
 
-from m3backends.lmdb import LmdbHome
-from m3backends.pinned import PinnedTier
-from m3runtime.block import Found, Ids
-from m3runtime.hierarchy import Hierarchy
+from m3backends.lmdb.home import LmdbHome
+from m3backends.slabs import PinnedTier
+from m3runtime.memory.block import Found, Ids
+from m3runtime.storage.hierarchy import Hierarchy
+from m3runtime.storage.home import Home
 from m3runtime.testing.blocks import SLOT_BYTES
 from m3runtime.testing.hierarchy import HierarchyMachine
-from m3runtime.tier import Home
 
 
 class ForgetsInTheHomeAlone(Hierarchy):

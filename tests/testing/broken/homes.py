@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3backends.lmdb import LmdbHome
-from m3backends.lmdb_files import HomeFiles
-from m3runtime.block import Found, Ids
+from m3backends.lmdb.files import HomeFiles
+from m3backends.lmdb.home import LmdbHome
 from m3runtime.errors import InputError, TierClosedError, TierReadOnlyError
+from m3runtime.memory.block import Found, Ids
+from m3runtime.storage.home import Batch, Home
+from m3runtime.storage.tier import check_rows
 from m3runtime.testing.blocks import SLOT_BYTES, stored_bytes
-from m3runtime.tier import Batch, Home, check_rows
 from tests.backends.lmdb_contract import LmdbContract
 from tests.testing.broken.suites import make_suites
 

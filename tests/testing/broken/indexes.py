@@ -5,10 +5,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from m3backends.usearch import UsearchIndex
-from m3runtime.block import Ids
+from m3backends.usearch.index import UsearchIndex
 from m3runtime.errors import IndexFileError
-from m3runtime.retrieval import Index, Vectors
+from m3runtime.memory.block import Ids
+from m3runtime.retrieval.embedder import Vectors
+from m3runtime.retrieval.index import Index
 from m3runtime.testing.index import IndexContract
 from tests.testing.broken.suites import make_suites
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import ClassVar
 
-from m3runtime.eviction import EvictionPolicy, LruPolicy
+from m3runtime.storage.eviction import EvictionPolicy, LruPolicy
 from m3runtime.testing.eviction import EvictionContract
 from tests.testing.broken.suites import make_suites
 

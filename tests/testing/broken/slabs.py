@@ -5,12 +5,12 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from m3backends.pinned import PinnedTier
-from m3runtime.block import Found, Ids
+from m3backends.slabs import PinnedTier
 from m3runtime.errors import TierError
-from m3runtime.slab import gather, runs
+from m3runtime.memory.block import Found, Ids
+from m3runtime.storage.slab import gather, runs
+from m3runtime.storage.tier import CachingTier, check_rows
 from m3runtime.testing.slab import SlabTierContract
-from m3runtime.tier import CachingTier, check_rows
 from tests.testing.broken.suites import make_suites
 
 

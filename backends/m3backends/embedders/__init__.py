@@ -1,0 +1,1 @@
+"""Embedders of sentence-transformers and FlagEmbedding."""

@@ -1,0 +1,151 @@
+"""What the embedders share: finding a model, loading it without noise, and its fingerprint."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import xxhash
+
+from m3runtime.errors import ConfigError, PluginError
+from m3runtime.memory.spec import canonical_json
+from m3runtime.retrieval.embedder import Vectors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAMPLE = 65_536
+"""Most elements of one parameter that a fingerprint covers."""
+
+# Formats of the same weights for other frameworks, often as large again.
+_NOT_FETCHED = ["*.onnx", "onnx/*", "openvino/*", "*.h5", "*.ot", "*.msgpack", "*.gguf", "imgs/*"]
+
+# Case, accents, white space, other scripts: tokenizers that agree on it and on their vocabulary are the same.
+_PROBE = "The Quick brown-fox's naïve CAFÉ,  3.14\tand 2,048!\nΓιώργος Москва 東京都 नमस्ते 😀"  # noqa: RUF001
+
+
+# The extra of m3runtime that installs what an embedder needs.
+_EXTRAS = {"sentence-transformers": "sentence-transformers", "flag-embedding": "bge"}
+
+
+def import_extra(module: str, kind: str) -> Any:
+    """Import an optional dependency. Raises `PluginError` that says which extra installs it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise PluginError(
+            f"embedder {kind} needs {module} ({_line(error)}): pip install 'm3runtime[{_EXTRAS[kind]}]'"
+        ) from error
+
+
+def find_device(name: str) -> str:
+    """``auto`` is the accelerator, if there is one, and else the CPU.
+
+    Raises `ConfigError` for a device that is not there.
+    """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return "cpu" if found is None else found.type
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's choice differs by device
+        raise ConfigError(f"embedder device {name!r} is not there; set `device: cpu` or `auto`") from error
+    return name
+
+
+def find_model(path: str | Path, kind: str) -> Path:
+    """The local folder of a model given as a folder or by its hub name, which is fetched if need be.
+
+    What looks like a path is never asked for at the hub. Raises `ConfigError` if there is no such folder or
+    the hub cannot be reached.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(path)
+    if isinstance(path, Path) or name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1:
+        raise ConfigError(f"embedder {kind}: there is no model folder {path}")
+    hub = import_extra("huggingface_hub", kind)
+
+    try:
+        return Path(hub.snapshot_download(name, ignore_patterns=_NOT_FETCHED))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"embedder {kind}: {name} is neither a folder nor a model that could be fetched from the hub "
+            f"({_line(error)})"
+        ) from error
+
+
+@contextmanager
+def loading(path: str | Path, kind: str) -> Iterator[None]:
+    """Load a model without bars and log lines. What goes wrong becomes a `ConfigError` of one line."""
+    from safetensors import SafetensorError
+
+    logging = import_extra("transformers.utils.logging", kind)
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except (UnpicklingError, EOFError) as error:
+        # torch's own message tells how to load such a file in spite of the danger.
+        raise ConfigError(
+            f"embedder {kind}: {path} cannot be loaded: its weights are damaged, or more than weights"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
+        raise ConfigError(f"embedder {kind}: {path} cannot be loaded: {_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def fingerprint(
+    parameters: Iterable[tuple[str, torch.Tensor]],
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: Mapping[str, Any],
+) -> str:
+    """Thirty-two hex digits (XXH3-128) over weights, tokenizer and settings, wherever the model lies.
+
+    Of each parameter its name, shape and at most `SAMPLE` elements count, evenly spread and in float16, so
+    that a model has one fingerprint on every device and in every dtype that it is run in.
+    """
+    state = xxhash.xxh3_128()
+    for name, parameter in sorted(parameters, key=lambda item: item[0]):
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, -(-len(flat) // SAMPLE))].to(torch.float16).cpu()
+        state.update(canonical_json([name, list(parameter.shape)]).encode())
+        state.update(sample.numpy().tobytes())
+    about = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "probe": tokenizer(_PROBE)["input_ids"],
+        "settings": settings,
+    }
+    state.update(canonical_json(about).encode())
+    return state.hexdigest()
+
+
+def unit_rows(rows: Sequence[Vectors] | Vectors, dim: int, kind: str) -> Vectors:
+    """``float32[n, dim]``, every row of length 1. Raises `ConfigError` for a row without direction."""
+    vectors = np.asarray(rows, np.float64).reshape(-1, dim)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not (np.isfinite(lengths) & (lengths > 0)).all():
+        raise ConfigError(f"embedder {kind}: a vector without direction; the model's weights are damaged")
+    unit: Vectors = (vectors / lengths).astype(np.float32)
+    return unit
+
+
+def check_counts(kind: str, **counts: int) -> None:
+    """Raise `ConfigError` unless every option is at least 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"embedder {kind}: {name} must be at least 1, not {count}")
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""The LMDB home: blocks, references and embeddings in one transactional file."""

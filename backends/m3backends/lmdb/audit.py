@@ -1,0 +1,232 @@
+"""Looking for damage in a home's own books: whether every record is sound, and all agree with each other."""
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import lmdb
+import numpy as np
+
+from m3backends.lmdb.environment import Environment, Reading
+from m3backends.lmdb.forgetting import members_of
+from m3backends.lmdb.records import (
+    SEAL_BYTES,
+    digest,
+    pack_id,
+    unpack_id,
+    unpack_number,
+    unpack_reference,
+    unpack_source,
+    unpack_text,
+)
+from m3backends.lmdb.schema import Databases, above_all
+from m3backends.lmdb.structure import structure_problems
+from m3backends.lmdb.table import Absent, Table
+from m3runtime.errors import RecordError
+from m3runtime.storage.abilities import Damage
+
+T = TypeVar("T")
+
+_BATCH = 1024
+"""Records looked at in one transaction: while it lasts, a writer cannot reuse what it forgets."""
+_UNIT = 1e-3
+"""How far the length of an embedding may be from 1."""
+
+Found = Iterator[tuple[int | None, str]]
+"""What is wrong: the id that it concerns, and what it is."""
+
+
+def audit(environment: Environment, db: Databases, progress: Callable[[int, int], None] | None) -> Iterator[Damage]:
+    """See `LmdbHome.audit`."""
+    for problem in environment.at_rest(lambda: structure_problems(environment.files.data)) or ():
+        yield Damage("home", None, f"the structure of {environment.files.data.name} is damaged: {problem}")
+    books = _Books(db)
+    walks = [
+        _Walk("home", db.home.handle, books.home),
+        _Walk("reference", db.references.handle, books.reference),
+        _Walk("home", db.digests.handle, books.text),
+        _Walk("home", db.members, books.member, duplicates=True),
+        _Walk("home", db.sources.handle, books.source),
+        _Walk("embedding", db.embeddings.handle, books.embedding),
+        _Walk("block", db.blocks, books.block),
+        _Walk("home", db.quarantine.handle, books.quarantined),
+        _Walk("home", db.meta.handle, books.meta),
+    ]
+    if not isinstance(db.cold, Absent):
+        walks.append(_Walk("home", db.cold.handle, books.cold))
+    steps = environment.read(lambda txn: sum(txn.stat(walk.database)["entries"] for walk in walks))
+    done = 0
+    for walk in walks:
+        while not walk.done:
+            damages, looked = environment.read(walk.step)
+            done += looked
+            yield from damages
+            if progress is not None:
+                progress(min(done, steps), steps)  # a writer may add some
+
+
+class _Walk:
+    """Looks at the records of one database in order, a batch at a time."""
+
+    def __init__(
+        self,
+        where: str,
+        database: "lmdb._Database",
+        look: Callable[[Reading, bytes, memoryview], Found],
+        *,
+        duplicates: bool = False,
+    ) -> None:
+        self.database = database
+        self._duplicates = duplicates
+        self.done = False
+        self._where = where
+        self._look = look
+        self._last: tuple[bytes, bytes] | None = None
+
+    def step(self, txn: Reading) -> tuple[list[Damage], int]:
+        """Look at the next batch. Returns what is wrong there, and how many records it had."""
+        cursor, damages, looked = txn.cursor(self.database), list[Damage](), 0
+        there = cursor.first() if self._last is None else self._go_on(cursor, *self._last)
+        while there and looked < _BATCH:
+            key, value = bytes(cursor.key()), cursor.value()
+            damages += [Damage(self._where, id, what) for id, what in self._look(txn, key, value)]
+            probe = txn.cursor(self.database)
+            if not (probe.set_key_dup(key, value) if self._duplicates else probe.set_key(key)):
+                damages.append(Damage(self._where, _id(key), f"{ascii(key)[2:-1]} does not lead to its own record"))
+            looked += 1
+            self._last = key, bytes(value) if self._duplicates else b""
+            there = cursor.next()
+        self.done = not there
+        return damages, looked
+
+    def _go_on(self, cursor: "lmdb.Cursor[memoryview]", key: bytes, value: bytes) -> bool:
+        """Move to what comes after a record, which may be gone."""
+        if self._duplicates and cursor.set_range_dup(key, value + b"\0"):
+            return True
+        if not cursor.set_range(key):
+            return False
+        return cursor.next_nodup() if bytes(cursor.key()) == key else True
+
+
+class _Books:
+    """What each record of a home must be, and what must be there beside it."""
+
+    def __init__(self, db: Databases) -> None:
+        self._db = db
+        self._dim: int | None = None
+
+    def home(self, txn: Reading, key: bytes, stored: memoryview) -> Found:
+        if key == b"version":
+            return
+        if not _sound(self._db.home, key, stored):
+            yield None, f"the record {ascii(key)[2:-1]} is damaged"
+        elif key == b"next_id":
+            next_id, above = self._db.home.read(txn, key, unpack_number), above_all(txn, self._db)
+            if next_id is not None and next_id < above:
+                yield None, f"the next id is {next_id}, and {above - 1} is in use"
+
+    def reference(self, txn: Reading, key: bytes, stored: memoryview) -> Found:
+        id, reference = _id(key), _read(self._db.references, key, stored, unpack_reference)
+        if reference is None:
+            yield id, "its record is damaged"
+            return
+        try:
+            of_text = self._db.digests.read(txn, digest(reference.text), unpack_id)
+            if of_text != id:
+                yield id, f"its text stands for {of_text}"
+        except RecordError:
+            yield id, "the record of its text's digest is damaged"
+        if not txn.cursor(self._db.members).set_key_dup(digest(reference.source), key):
+            yield id, "its source does not list it"
+        if not _has(txn, self._db.embeddings.handle, key):
+            yield id, "it has no embedding"
+        if not (_has(txn, self._db.blocks, key) or self._db.cold.has(txn, key)):
+            yield id, "it has no block"
+
+    def text(self, txn: Reading, key: bytes, stored: memoryview) -> Found:
+        id = _read(self._db.digests, key, stored, unpack_id)
+        if id is None:
+            yield None, f"the record of the text with digest {key.hex()[:16]} is damaged"
+        elif (text := self._field(txn, pack_id(id), "text")) not in (None, key):
+            yield id, "there is a text for it and no reference" if not text else "there is another text for it"
+
+    def member(self, txn: Reading, key: bytes, member: memoryview) -> Found:
+        id = _id(member)
+        if id is None or not _has(txn, self._db.sources.handle, key):
+            yield id, f"it is listed by the source with digest {key.hex()[:16]}, which is unknown"
+        elif (source := self._field(txn, bytes(member), "source")) not in (None, key):
+            yield id, "a source lists it and it has no reference" if not source else "another source lists it"
+
+    def source(self, txn: Reading, key: bytes, stored: memoryview) -> Found:
+        known, members = _read(self._db.sources, key, stored, unpack_source), members_of(txn, self._db, key)
+        if known is None or digest(known.name) != key:
+            # By one of those who have it: to compute that anew writes the record anew.
+            id = int(members[0]) if len(members) else None
+            yield id, f"the record of the source with digest {key.hex()[:16]} is damaged"
+        elif not known.fits(members):
+            yield None, f"source {known.name} does not list the {known.count} references that it counts"
+
+    def embedding(self, txn: Reading, key: bytes, stored: memoryview) -> Found:
+        id = _id(key)
+        if not _sound(self._db.embeddings, key, stored) or (len(stored) - SEAL_BYTES) % 4:
+            yield id, "its record is damaged"
+            return
+        vector = np.frombuffer(stored[SEAL_BYTES:], "<f4")
+        self._dim = self._dim or len(vector)
+        length = float(np.linalg.norm(vector.astype(np.float64)))
+        if len(vector) != self._dim:
+            yield id, f"it has {len(vector)} numbers, and others {self._dim}"
+        elif not abs(length - 1) <= _UNIT:  # also where it is not finite
+            yield id, f"its length is {length:.4g}, not 1"
+        if not _has(txn, self._db.references.handle, key):
+            yield id, "it has no reference"
+
+    def block(self, _: Reading, key: bytes, __: memoryview) -> Found:
+        if _id(key) is None:
+            yield None, f"there is one under {key.hex()[:16]}, which is no id"
+
+    def quarantined(self, txn: Reading, key: bytes, stored: memoryview) -> Found:
+        if _read(self._db.quarantine, key, stored, unpack_text) is None:
+            yield _id(key), "the record of its quarantine is damaged"
+        elif not (_has(txn, self._db.blocks, key) or self._db.cold.has(txn, key)):
+            yield _id(key), "it is quarantined and has no block"
+
+    def cold(self, txn: Reading, key: bytes, stored: memoryview) -> Found:
+        id = _id(key)
+        if id is None or not _sound(self._db.cold, key, stored) or len(stored) != SEAL_BYTES:
+            yield id, "the record that it is cold is damaged"
+        elif _has(txn, self._db.blocks, key):
+            yield id, "it is cold and has a block"
+        elif not _has(txn, self._db.references.handle, key):
+            yield id, "it is cold and has no reference"
+
+    def meta(self, _: Reading, key: bytes, stored: memoryview) -> Found:
+        if not _sound(self._db.meta, key, stored):
+            yield None, f"the record {ascii(key)[2:-1]} of meta is damaged"
+
+    def _field(self, txn: Reading, key: bytes, field: str) -> bytes | None:
+        """The digest of the text or source of a reference, empty if there is none, None if it is damaged."""
+        try:
+            reference = self._db.references.read(txn, key, unpack_reference)
+        except RecordError:
+            return None
+        return b"" if reference is None else digest(getattr(reference, field))
+
+
+def _read(table: Table, key: bytes, stored: memoryview, unpack: Callable[[memoryview], T]) -> T | None:
+    """What a record holds, or None if it is damaged."""
+    try:
+        return table.unpack(key, table.open(key, stored), unpack)
+    except RecordError:
+        return None
+
+
+def _sound(table: Table, key: bytes, stored: memoryview) -> bool:
+    return _read(table, key, stored, bool) is not None
+
+
+def _has(txn: Reading, database: "lmdb._Database", key: bytes) -> bool:
+    return txn.cursor(database).set_key(key)
+
+
+def _id(key: bytes | memoryview) -> int | None:
+    return int.from_bytes(key, "big") if len(key) == 8 else None

@@ -1,0 +1,118 @@
+"""Who may open a home: one process that writes, beside any number that read; and whether its file is to be trusted.
+
+Whoever opens a home takes ``opening.lock`` first, unless it reads and the file is trusted by its stamp. So the
+one who holds it knows: where ``writer.lock`` is taken, that writer has verified the file; where it is not, no writer
+can come in between.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock, Timeout
+
+from m3backends.lmdb.files import HomeFiles
+from m3backends.lmdb.structure import check_structure
+from m3runtime.errors import BankBusyError, BankError
+
+if os.name == "posix":
+    import fcntl
+
+
+T = TypeVar("T")
+
+
+class Claim:
+    """What a process holds while it has a home open. The kernel frees it if the process dies.
+
+    Raises `BankBusyError` where another may write and this one wants to, and `BankError` for a damaged file.
+    """
+
+    def __init__(self, files: HomeFiles, *, read_only: bool) -> None:
+        self._files = files
+        self._writer: FileLock | None = None
+        self._reader: int | None = None
+        self.verified: bytes | None = None
+        """The state of the file that was verified just now: what LMDB finds in it is still to be looked at."""
+        files.check()
+        self.registers = files.can_register()
+        """Whether LMDB is to note what we read."""
+        try:
+            if not read_only:
+                self._take_writing()
+            elif self.registers:
+                self._trust_reading()
+            else:
+                self._read_alone()
+        except OSError as error:
+            self.release()
+            raise BankError(f"bank {files.folder} cannot be opened: {error}") from error
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Let others write. Releasing twice is fine."""
+        if self._writer is not None:
+            self._writer.release()
+            self._writer = None
+        if self._reader is not None:
+            os.close(self._reader)
+            self._reader = None
+
+    def at_rest(self, work: Callable[[], T]) -> T | None:
+        """Of one that reads: run ``work`` while no process can write, or return None if one may at any time."""
+        if not self.registers:
+            return work()
+        with _lock(self._files.opening), suppress(Timeout), _lock(self._files.writer).acquire(blocking=False):
+            return work()
+        return None
+
+    def _take_writing(self) -> None:
+        with _lock(self._files.opening):
+            writer = _lock(self._files.writer)
+            try:
+                writer.acquire(blocking=False)
+            except Timeout:
+                raise self._busy() from None
+            self._writer = writer
+            self._verify()
+
+    def _trust_reading(self) -> None:
+        if not self._files.is_trusted():
+            self.at_rest(self._verify)
+
+    def _read_alone(self) -> None:
+        """Read without being noted anywhere, and therefore keep writers out, which might reuse what is being read."""
+        if os.name == "posix" and self._files.writer.exists():
+            self._reader = os.open(self._files.writer, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(self._reader, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BankBusyError(
+                    f"bank {self._files.folder} is being written, and can be read meanwhile only by who may write "
+                    f"{self._files.table.name}"
+                ) from None
+        self._verify()
+
+    def _verify(self) -> None:
+        if self._files.is_empty():
+            return
+        if self._files.is_trusted():
+            return
+        stamped, state = self._files.is_verified(), self._files.state()
+        check_structure(self._files.data)
+        self.verified = None if stamped else state
+
+    def _busy(self) -> BankBusyError:
+        return BankBusyError(
+            f"bank {self._files.folder} is open for writing already, here or in another process; "
+            "close it there, or open it for reading only"
+        )
+
+
+def _lock(path: Path) -> FileLock:
+    """A lock that any thread may release, and that follows no symbolic link."""
+    return FileLock(path, thread_local=False, fallback_to_soft=False)

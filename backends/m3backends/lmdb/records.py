@@ -1,0 +1,126 @@
+"""How the LMDB home writes ids, texts, references and sources as bytes, and seals them.
+
+Integers are big-endian, so that LMDB's order of keys is the order of ids. Texts may hold lone surrogates,
+as file names do, hence ``surrogatepass``. What reads raises `ValueError` for bytes that are not what they should be.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+
+import numpy as np
+import xxhash
+
+from m3runtime.documents.reference import Reference
+from m3runtime.memory.block import Ids
+
+SEAL_BYTES = 8
+
+
+def seal(database: str, key: bytes | memoryview, value: bytes | memoryview) -> bytes:
+    """XXH3-64 over what a record is: ``database``, a zero byte, the key's length (16 bits), the key and the value."""
+    state = xxhash.xxh3_64(database.encode() + b"\0" + len(key).to_bytes(2, "big"))
+    state.update(key)
+    state.update(value)
+    return state.digest()
+
+
+def pack_id(id: int) -> bytes:
+    """Eight bytes that sort as the id does."""
+    return id.to_bytes(8, "big")
+
+
+def pack_ids(ids: Ids) -> list[bytes]:
+    """`pack_id` of each."""
+    packed = ids.astype(">u8").tobytes()
+    return [packed[at : at + 8] for at in range(0, len(packed), 8)]
+
+
+def unpack_id(key: bytes | memoryview) -> int:
+    """Read what `pack_id` made."""
+    if len(key) != 8:
+        raise ValueError(f"{len(key)} bytes are no id")
+    return int.from_bytes(key, "big")
+
+
+def unpack_ids(keys: Iterable[bytes | memoryview]) -> Ids:
+    """``uint64[n]`` of what `pack_id` made."""
+    packed = list(keys)
+    if not set(map(len, packed)) <= {8}:
+        raise ValueError("there are keys that are no ids")
+    return np.frombuffer(b"".join(packed), ">u8").astype(np.uint64)
+
+
+def pack_text(text: str) -> bytes:
+    """The text's bytes."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def unpack_text(value: bytes | memoryview) -> str:
+    """Read what `pack_text` wrote."""
+    return bytes(value).decode("utf-8", "surrogatepass")
+
+
+def digest(text: str) -> bytes:
+    """32 bytes that stand for the text. Cryptographic: nobody can write two texts that share one."""
+    return blake2b(pack_text(text), digest_size=32).digest()
+
+
+def pack_reference(reference: Reference) -> bytes:
+    """A JSON array of the fields, in order."""
+    fields = [reference.text, reference.source, reference.start, reference.end, reference.tokens]
+    return pack_text(json.dumps(fields, separators=(",", ":"), ensure_ascii=False))
+
+
+def unpack_reference(value: bytes | memoryview) -> Reference:
+    """Read what `pack_reference` wrote."""
+    try:
+        fields = json.loads(unpack_text(value))
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(fields, list) or [type(field) for field in fields] != [str, str, int, int, int]:
+        raise ValueError("not text, source, start, end and tokens")
+    return Reference(*fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A source, and what tells whether all its members, which have no seal, are as they were."""
+
+    name: str
+    count: int
+    total: int
+    """The sum of the ids of its references, modulo 2^64."""
+
+    def with_more(self, ids: Iterable[int]) -> "Source":
+        """With these ids, too."""
+        more = list(ids)
+        return replace(self, count=self.count + len(more), total=(self.total + sum(more)) % 2**64)
+
+    def without(self, id: int) -> "Source":
+        """Without this id."""
+        return replace(self, count=max(self.count - 1, 0), total=(self.total - id) % 2**64)
+
+    def fits(self, ids: Ids) -> bool:
+        """Whether these are its ids."""
+        return len(ids) == self.count and int(ids.sum(dtype=np.uint64)) == self.total
+
+
+def pack_source(source: Source) -> bytes:
+    """Count and total of 8 bytes each, and the name."""
+    return source.count.to_bytes(8, "big") + source.total.to_bytes(8, "big") + pack_text(source.name)
+
+
+def unpack_source(value: bytes | memoryview) -> Source:
+    """Read what `pack_source` wrote."""
+    if len(value) < 16:
+        raise ValueError(f"{len(value)} bytes are no source")
+    return Source(unpack_text(value[16:]), int.from_bytes(value[:8], "big"), int.from_bytes(value[8:16], "big"))
+
+
+def unpack_number(value: bytes | memoryview) -> int:
+    """A decimal number of at most 20 digits."""
+    if not 0 < len(value) <= 20 or not bytes(value).isdigit():
+        raise ValueError(f"{bytes(value[:20])!r} is no number")
+    return int(bytes(value))

@@ -1,0 +1,1 @@
+"""The usearch index."""

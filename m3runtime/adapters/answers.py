@@ -1,0 +1,62 @@
+"""Requests to a model and their results: `Prompt`, `Answer`, `Score`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from m3runtime.stream import Recalled
+
+Form = Literal["question", "reference", "chat", "plain"]
+"""How a question is put to a model: see ``generate.prompt``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a sequence begins with.
+
+    ``query`` is what memories are searched for while the prompt is read, if that is not the prompt's own text: a
+    question without the words of its template, for example.
+    """
+
+    text: str
+    query: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was generated after a prompt."""
+
+    text: str
+    tokens: tuple[int, ...]
+    """Generated token ids, a stop token left out."""
+    stopped_by: Literal["token", "text", "length"]
+    chunks: "tuple[Recalled, ...]" = field(repr=False)
+    """What was recalled, in order: for each chunk of the prompt, then for each chunk of 64 generated tokens."""
+    first_token_s: float
+    """Seconds from the call to the first token, recall included."""
+    tokens_per_s: float
+    """Tokens a second after the first; 0 if there was only one."""
+
+    @property
+    def memories(self) -> "Mapping[int, float]":
+        """The ids that were read, and the highest score each had."""
+        best: dict[int, float] = {}
+        for chunk in self.chunks:
+            for id, score in zip(chunk.ids, chunk.scores, strict=True):
+                best[id] = max(score, best.get(id, -1.0))
+        return best
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a model found a continuation."""
+
+    log_probs: tuple[float, ...]
+    """Natural logarithm of the probability of each of its tokens, given what stands before it."""
+    chunks: "tuple[Recalled, ...]" = field(repr=False)
+    """As of an `Answer`."""
+
+
+OnText = Callable[[int, str], None]
+"""Called with the row of the batch and the text that has become certain since the last call."""

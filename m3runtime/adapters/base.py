@@ -1,0 +1,147 @@
+"""The `Adapter` contract: joins a language model to the runtime."""
+
+# ruff: noqa: ARG002 - an adapter that leaves methods out has the arguments of those that have them
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from m3runtime.adapters.answers import Answer, Form, OnText, Prompt, Score
+from m3runtime.bank.bank import Manifest
+from m3runtime.errors import ConfigError
+from m3runtime.memory.spec import MemorySpec
+from m3runtime.memory.tensors import Memories
+
+if TYPE_CHECKING:
+    import torch
+
+    from m3runtime.config.schema import GenerateConfig, MemoryConfig, ModelConfig
+    from m3runtime.stream import Stream
+
+
+class Adapter(ABC):
+    """Computes memories from references; the methods from `generate` on let the ``m3`` commands talk with the model.
+
+    An inference stack that has a loop of its own leaves those out, and hands streams to its loop instead.
+
+    Parity law: a memory of all layers and tokens, not quantised, at its own positions, gives the logits of the same
+    text in the context (float32: 1e-4). One call at a time, except where stated.
+    """
+
+    spec: MemorySpec
+    name: str
+    """What the model is called, for people."""
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+    sink: str
+    """The constant prefix that stands before all memories, and before each reference while it is encoded."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, model: "ModelConfig", memory: "MemoryConfig") -> "Adapter":
+        """Load the model. Raises `ConfigError` with one line if there is none, or it cannot have such memories."""
+
+    @property
+    @abstractmethod
+    def device(self) -> "torch.device":
+        """Where the model runs and memories are decoded."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> "torch.dtype":
+        """What the model's attention computes in."""
+
+    @abstractmethod
+    def count_tokens(self, text: str) -> int:
+        """Tokens that a reference of this text has, the sink's left out. Callable from any thread."""
+
+    def cut(self, text: str, tokens: int) -> list[str]:
+        """A text in consecutive pieces of ``tokens`` tokens each, the last with fewer; joined they are the text.
+
+        No character is cut: a piece has fewer tokens where its last one would be a part of a character, and more only
+        if it is one character that has more. Raises `InputError` if ``tokens`` is not at least 1.
+        """
+        raise self._cannot_talk()
+
+    @abstractmethod
+    def encode(self, references: Sequence[str]) -> Memories:
+        """The memories of one batch of references, on the model's device.
+
+        Raises `InputError` for a reference that is blank or has more than ``spec.reference_tokens`` tokens.
+        """
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        streams: "Sequence[Stream] | None",
+        settings: "GenerateConfig",
+        on_text: OnText | None = None,
+    ) -> list[Answer]:
+        """Continue each prompt, reading the memories that its stream recalls at every chunk.
+
+        ``streams`` is None for the model as it is, without sink and memories. Raises `InputError` for a prompt without
+        tokens.
+        """
+        raise self._cannot_talk()
+
+    def score(
+        self, prompts: Sequence[Prompt], continuations: Sequence[str], streams: "Sequence[Stream] | None"
+    ) -> list[Score]:
+        """How likely each continuation is after its prompt: memories are recalled as if it were being generated.
+
+        Raises `InputError` for a prompt or a continuation without tokens.
+        """
+        raise self._cannot_talk()
+
+    def examine(
+        self,
+        prompts: Sequence[Prompt],
+        continuations: Sequence[str | None],
+        streams: "Sequence[Stream] | None",
+        settings: "GenerateConfig",
+    ) -> list[tuple[Answer, Score | None]]:
+        """What `generate` and `score` give; adapters that can read the prompts once for both.
+
+        A continuation that is None is not scored.
+        """
+        answers = self.generate(prompts, streams, settings)
+        wanted = [row for row, text in enumerate(continuations) if text is not None]
+        scores: list[Score | None] = [None] * len(prompts)
+        found = self.score(
+            [prompts[row] for row in wanted],
+            [continuations[row] or "" for row in wanted],
+            None if streams is None else [streams[row] for row in wanted],
+        )
+        for row, score in zip(wanted, found, strict=True):
+            scores[row] = score
+        return list(zip(answers, scores, strict=True))
+
+    def with_memory(self, memory: "MemoryConfig") -> "Adapter":
+        """An adapter of the same loaded model with other memory settings. Both may be used, one call at a time."""
+        raise self._cannot_talk()
+
+    def render(self, question: str, form: Form, texts: Sequence[str] | None = None) -> Prompt:
+        """The prompt that asks a question; with ``texts``, with these references in it. Raises `ConfigError`."""
+        raise self._cannot_talk()
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> Prompt:
+        """The prompt of a conversation, ``role`` and ``content`` of each message; the last one is the query."""
+        raise self._cannot_talk()
+
+    def close(self) -> None:  # noqa: B027 - an adapter whose model belongs to a stack gives nothing back
+        """Give back the model."""
+
+    def check(self, manifest: Manifest, where: Path) -> None:
+        """Raise `BankMismatchError` that names the difference, unless this adapter can read the bank at ``where``."""
+        manifest.check_model(
+            model=self.model_fingerprint,
+            name=self.name,
+            tokenizer=self.tokenizer_fingerprint,
+            sink=self.sink,
+            spec=self.spec,
+            where=where,
+        )
+
+    def _cannot_talk(self) -> ConfigError:
+        return ConfigError(f"model.adapter: {type(self).__name__} only writes memories, it does not generate by itself")

@@ -1,0 +1,1 @@
+"""One bank: manifest, records and the upkeep of its index."""

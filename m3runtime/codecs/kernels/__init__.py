@@ -1,0 +1,1 @@
+"""Compiled loops of the codecs: numba on CPUs, Triton on CUDA."""

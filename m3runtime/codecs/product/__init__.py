@@ -1,0 +1,1 @@
+"""The `product` codec: a vector quantiser trained on the memories of a bank."""

@@ -1,0 +1,205 @@
+"""The `product` codec: a vector quantiser, trained on the bank's own memories."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from m3runtime.codecs import files, layout
+from m3runtime.codecs.base import Codec, Distortion, Progress
+from m3runtime.codecs.product.quantiser import Design, Quantiser
+from m3runtime.codecs.product.stages import StagesDesign
+from m3runtime.codecs.product.transform import TransformDesign
+from m3runtime.errors import CodecError
+from m3runtime.memory.spec import MemorySpec
+from m3runtime.memory.tensors import Memories
+
+_HELD_OUT = 8
+"""One of so many memories of the sample is kept from training, to measure the distortion on."""
+
+
+@dataclass(frozen=True)
+class _State:
+    """Replaced as a whole when the codec is trained, so that a thread sees all of it or nothing."""
+
+    quantiser: Quantiser
+    fingerprint: str
+    measured: Distortion | None
+    on: dict[torch.device, Quantiser] = field(default_factory=dict)  # copies, made when first asked for
+
+
+class ProductCodec(Codec):
+    """Vectors are replaced by the nearest of centroids that were learned on the bank's own memories.
+
+    ``bytes`` and ``together`` are those of `.transform.TransformDesign`, the default; the others are those
+    of `.stages.StagesDesign`, which quantises each vector by itself. `fit` needs faiss (``m3runtime[train]``);
+    nothing else does. `encode` runs where the memories lie. Raises `CodecError` for options
+    that do not fit the spec, or each other.
+    """
+
+    kind: ClassVar[str] = "product"
+
+    def __init__(
+        self,
+        spec: MemorySpec,
+        key_bytes: int | None = None,
+        value_bytes: int | None = None,
+        scope: str | None = None,
+        *,
+        keys: str | None = None,
+        values: str | None = None,
+        rotation: str | None = None,
+        offset: bool | None = None,
+        preset: str | None = None,
+        bytes: int | None = None,
+        together: str | None = None,
+    ) -> None:
+        super().__init__(spec)
+        stages = {
+            "key_bytes": key_bytes,
+            "value_bytes": value_bytes,
+            "scope": scope,
+            "keys": keys,
+            "values": values,
+            "rotation": rotation,
+            "offset": offset,
+            "preset": preset,
+        }
+        transform = {"bytes": bytes, "together": together}
+        self.design: Design = _designed(spec, _given(stages), _given(transform))
+        self._state: _State | None = None
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Those of the design, every one stated."""
+        return self.design.options
+
+    @property
+    def trained(self) -> bool:
+        """See `Codec.trained`."""
+        return self._state is not None
+
+    @property
+    def weighs_errors(self) -> bool:
+        """See `Codec.weighs_errors`: the transform does."""
+        return isinstance(self.design, TransformDesign)
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Codec.fingerprint`."""
+        return self._ready().fingerprint
+
+    @property
+    def measured(self) -> Distortion | None:
+        """Distortion on the held-out part of the sample; None before `fit`, and for a sample of one."""
+        return None if self._state is None else self._state.measured
+
+    def payload_bytes(self, tokens: int) -> int:
+        """See `Codec.payload_bytes`. Before training, the most that it can be."""
+        of = self.design if self._state is None else self._state.quantiser
+        return of.fixed_bytes + tokens * of.token_bytes
+
+    def fit(self, sample: Memories, importance: Tensor | None = None, progress: Progress | None = None) -> None:
+        """Train on all but the last eighth of a sample (at least one memory), and measure on the rest.
+
+        Deterministic. About 50 references of 100 tokens are enough. Runs on the CPU on ``torch.get_num_threads()``
+        threads; ``progress`` is called from the caller's. Raises `CodecError` if the sample is empty or does not fit,
+        `PluginError` if faiss is missing.
+        """
+        sample.check(self.spec)
+        if not len(sample):
+            raise CodecError("the product codec cannot be trained on no memories")
+        held_out = 0 if len(sample) == 1 else max(1, len(sample) // _HELD_OUT)
+        memories = []
+        for i in range(len(sample) - held_out):
+            keys, values = layout.vectors(sample, i, self.spec)
+            memories.append((keys.cpu(), values.cpu()))
+        state = self._made(self.design.fit(memories, importance, progress), None)
+        measured = None
+        if held_out:
+            rest = slice(len(sample) - held_out, None)
+            judge = type(self)(self.spec, **self.options)
+            judge._state = state
+            measured = judge.distortion(Memories(sample.keys[rest], sample.values[rest], sample.tokens[rest]))
+        self._state = _State(state.quantiser, state.fingerprint, measured)
+
+    def encode(self, memories: Memories) -> Tensor:
+        """See `Codec.encode`."""
+        quantiser = self._on(memories.keys.device)
+        memories.check(self.spec)
+        rows = torch.zeros(len(memories), self.payload_bytes(self.spec.tokens), dtype=torch.uint8)
+        for i, row in enumerate(rows):
+            # One memory at a time: a matrix product may round otherwise in a larger batch.
+            vectors = layout.vectors(memories, i, self.spec)
+            quantiser.encode(vectors, row[: self.payload_bytes(vectors[0].shape[1])])
+        return rows
+
+    def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> Memories:
+        """See `Codec.decode`. No bytes are refused, and nothing waits for the device."""
+        quantiser = self._on(payloads.device)
+        width = layout.width_of(payloads, tokens, self.spec)
+        layout.check_length(payloads, self.payload_bytes(width))
+        keys, values = quantiser.decode(payloads, width)
+        return layout.finish(keys, values, tokens, self.spec, dtype, quantiser.peak)
+
+    def save(self, path: Path) -> None:
+        """See `Codec.save`."""
+        state = self._ready()
+        files.write(path, self, state.quantiser.tensors(), state.measured)
+
+    @classmethod
+    def load(cls, path: Path, spec: MemorySpec) -> "ProductCodec":
+        """See `Codec.load`."""
+        file = files.read(path, cls.kind, spec)
+        codec = file.make(cls, spec)
+        try:
+            # The clones are aligned, whatever the file was: several floats are read as one number.
+            codec.restore({name: tensor.clone() for name, tensor in file.tensors.items()}, file.measured)
+        except CodecError as error:
+            raise CodecError(f"{path}: {error}") from error
+        return codec
+
+    def restore(self, tensors: Mapping[str, Tensor], measured: Distortion | None = None) -> None:
+        """Take what a quantiser learned elsewhere, by name. Raises `CodecError` if it is not what these options learn.
+
+        The tensors lie on the CPU and are aligned.
+        """
+        quantiser = self.design.restore(tensors)
+        if not quantiser.peak < torch.finfo(torch.bfloat16).max:
+            raise CodecError("its values are too large")
+        self._state = self._made(quantiser, measured)
+
+    @property
+    def quantiser(self) -> Quantiser:
+        """What does the work, on the CPU. Raises `CodecError` if the codec is not trained."""
+        return self._ready().quantiser
+
+    def _ready(self) -> _State:
+        if self._state is None:
+            raise CodecError("the product codec is not trained: call fit, or load a trained one")
+        return self._state
+
+    def _on(self, device: torch.device) -> Quantiser:
+        state = self._ready()
+        if device not in state.on:
+            state.on[device] = state.quantiser if device.type == "cpu" else state.quantiser.to(device)
+        return state.on[device]
+
+    def _made(self, quantiser: Quantiser, measured: Distortion | None) -> _State:
+        return _State(quantiser, files.codec_fingerprint(self, quantiser.tensors()), measured)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _designed(spec: MemorySpec, stages: Mapping[str, Any], transform: Mapping[str, Any]) -> Design:
+    """The design that has these options: the transform, unless one of the others is given."""
+    if not stages:
+        return TransformDesign(spec, **transform)
+    if transform:
+        raise CodecError(f"{next(iter(transform))} of the product codec cannot be set beside {next(iter(stages))}")
+    return StagesDesign(spec, **stages)

@@ -1,0 +1,100 @@
+"""`Design` and `Quantiser`: what is behind the `product` codec before and after it was trained."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from m3runtime.codecs.base import Progress
+from m3runtime.errors import CodecError
+from m3runtime.memory.spec import MemorySpec
+
+Vectors = tuple[Tensor, Tensor]
+"""Keys and values of one memory: ``float32[layers * kv_heads, tokens, head_dim]`` each, contiguous and finite."""
+
+
+class Quantiser(ABC):
+    """Trained: turns the vectors of a memory into codes and back. Immutable, so any thread may use it.
+
+    A payload is ``fixed_bytes``, then ``token_bytes`` for each token. Every byte decodes to finite numbers.
+    """
+
+    fixed_bytes: int
+    token_bytes: int
+    peak: float
+    """No decoded value exceeds it."""
+
+    @abstractmethod
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What was learned, by name, on the CPU: what the codec's file holds."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Self:
+        """A copy that decodes on another device."""
+
+    @abstractmethod
+    def encode(self, vectors: Vectors, payload: Tensor) -> None:
+        """Write one memory's codes to its payload, ``uint8[fixed_bytes + tokens * token_bytes]`` on the CPU.
+
+        The vectors lie on this quantiser's device and may be overwritten. Deterministic.
+        """
+
+    @abstractmethod
+    def decode(self, payloads: Tensor, width: int) -> Vectors:
+        """The vectors of ``uint8[n, at least fixed_bytes + width * token_bytes]`` on this quantiser's device.
+
+        Two contiguous ``float32[n, layers * kv_heads, width, head_dim]`` of the caller's own. What a memory decodes to
+        depends neither on the others of the batch nor on ``width``. Where a memory has fewer tokens, what follows its
+        own is of no meaning. Nothing waits for the device.
+        """
+
+
+class Design(ABC):
+    """Untrained: how memories of a spec are to be quantised."""
+
+    def __init__(self, spec: MemorySpec) -> None:
+        self.spec = spec
+
+    @property
+    @abstractmethod
+    def options(self) -> Mapping[str, Any]:
+        """The codec's options that make this design, every one stated, as JSON values."""
+
+    @property
+    @abstractmethod
+    def fixed_bytes(self) -> int:
+        """Most bytes of a payload before its tokens."""
+
+    @property
+    @abstractmethod
+    def token_bytes(self) -> int:
+        """Most bytes of a token, all layers and heads together."""
+
+    @abstractmethod
+    def fit(self, memories: Sequence[Vectors], importance: Tensor | None, progress: Progress | None) -> Quantiser:
+        """Train on the vectors of memories, at least one, on the CPU. Deterministic.
+
+        ``importance`` is that of `m3runtime.codecs.base.Codec.fit`. Raises `PluginError` if faiss is missing.
+        """
+
+    @abstractmethod
+    def restore(self, tensors: Mapping[str, Tensor]) -> Quantiser:
+        """The quantiser of tensors that `Quantiser.tensors` gave; they are finite and aligned.
+
+        Raises `CodecError` if they are not what this design learns.
+        """
+
+
+def check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `CodecError` unless these tensors are there, alone, of these shapes, ``float32`` and finite."""
+    if set(tensors) != set(wanted):
+        raise CodecError(f"it holds {sorted(tensors)}, not {sorted(wanted)}")
+    for name, shape in wanted.items():
+        tensor = tensors[name]
+        if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise CodecError(f"tensor {name!r} is {found}, not torch.float32 {shape}")
+        if not torch.isfinite(tensor).all():
+            raise CodecError(f"tensor {name!r} is not finite")

@@ -1,0 +1,1 @@
+"""Where the runtime computes: device, side streams, threads."""

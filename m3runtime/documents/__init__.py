@@ -1,0 +1,1 @@
+"""Documents become references: reading, splitting, and overlap between texts."""

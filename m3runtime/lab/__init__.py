@@ -1,0 +1,1 @@
+"""Experiments: evaluation and benchmarks. Only `m3runtime.cli` imports this package."""

@@ -1,0 +1,59 @@
+"""The bank that speed is measured on: the configured one, or a temporary one of full references."""
+
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from m3runtime import assembly
+from m3runtime.adapters.base import Adapter
+from m3runtime.bank.bank import Bank
+from m3runtime.config.schema import Config
+from m3runtime.documents.reading import Document, one_word, read_documents
+from m3runtime.errors import InputError
+from m3runtime.writing.writer import OnProgress, Writer
+
+_NEARLY = 0.9
+"""Of the most tokens, how many a reference must have to count as full: cut out of its text it may have fewer."""
+
+
+@contextmanager
+def bank_for(
+    config: Config, adapter: Adapter | None, corpus: Sequence[Path], references: int, progress: OnProgress
+) -> Iterator[Config]:
+    """A configuration whose bank is there: this one's, or with a ``corpus`` one that is removed afterwards.
+
+    That has ``references`` pieces of the corpus at most, each as long as a reference may be. Raises `InputError` if
+    there is no bank and no corpus, or the corpus is too short.
+    """
+    if not corpus:
+        if not Bank.exists(config.bank, assembly.open_home(config, read_only=True)):
+            raise InputError(f"there is no bank at {config.bank}; give texts with --corpus")
+        yield config
+        return
+    adapter = adapter or assembly.open_adapter(config)
+    pieces = full_pieces(adapter, list(read_documents(corpus)), references)
+    with tempfile.TemporaryDirectory(prefix="m3-bench-") as folder:
+        own = config.model_copy(update={"bank": Path(folder) / "bank"})
+        embedder = assembly.open_embedder(config)
+        try:
+            Writer(own, adapter, embedder).write(pieces, whole=True, progress=progress)
+        finally:
+            embedder.close()
+        yield own
+
+
+def full_pieces(adapter: Adapter, documents: Sequence[Document], most: int, seed: int = 0) -> list[Document]:
+    """Pieces of documents, drawn from all, of as many tokens as a reference may have (or a tenth fewer)."""
+    size = adapter.spec.reference_tokens
+    found: dict[str, Document] = {}
+    for document in documents:
+        for piece in adapter.cut(document.text, size):
+            text = piece.strip()
+            if text and not one_word(text) and _NEARLY * size <= adapter.count_tokens(text) <= size:
+                found.setdefault(text, Document(document.source, text))
+    if not found:
+        raise InputError(f"the corpus has no text of {size} tokens; give more with --corpus")
+    pieces = list(found.values())
+    return random.Random(seed).sample(pieces, min(most, len(pieces)))

@@ -1,0 +1,204 @@
+"""``m3 bench codec``: squared error at equal bytes, speed of decoding, and bytes at rest, on memories of real texts."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import zstandard
+from torch import Tensor
+
+from m3runtime.adapters.base import Adapter
+from m3runtime.codecs import Codec
+from m3runtime.codecs.product.codec import ProductCodec
+from m3runtime.codecs.raw import RawCodec
+from m3runtime.codecs.scalar import ScalarCodec
+from m3runtime.config.schema import Config
+from m3runtime.errors import InputError
+from m3runtime.lab.bench.codec_error import Error, errors
+from m3runtime.lab.bench.codec_speed import Speed, decode_speed, filled
+from m3runtime.lab.bench.timing import threads
+from m3runtime.lab.evaluation.report import environment, plain
+from m3runtime.memory.block import HEADER_BYTES
+from m3runtime.memory.spec import MemorySpec
+from m3runtime.memory.tensors import Memories
+from m3runtime.writing.codec_files import configured
+from m3runtime.writing.fitting import OnReference, fit_codec, join
+from m3runtime.writing.writer import OnProgress
+
+LEAST = 256
+"""Tokens of a sample: faiss trains as many centroids."""
+ZSTD_LEVEL = 3
+
+
+@dataclass(frozen=True, slots=True)
+class BenchSettings:
+    """What is measured, and how often."""
+
+    references: int = 128
+    decoded: int = 5
+    """Memories that are decoded at once: those of a chunk."""
+    layers: int = 2
+    """Memory layers, evenly spread, whose vectors squared errors are measured on; 0 for no errors."""
+    rounds: int = 15
+    threads: int = 2
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AtRest:
+    """Bytes of a block, on average over held-out memories."""
+
+    codec: str
+    bytes: float
+    zstd: float
+    """The same, each block compressed by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class CodecBench:
+    """All that was measured."""
+
+    settings: BenchSettings
+    device: str
+    config: Mapping[str, Any]
+    fingerprints: Mapping[str, str]
+    """Of the model and of the configured codec."""
+    errors: Mapping[int, Sequence[Error]]
+    """By bytes of a vector: faiss', then ours."""
+    speed: Speed
+    at_rest: Sequence[AtRest]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, with the ratios that claims are made of."""
+        return {
+            "settings": plain(self.settings),
+            "device": self.device,
+            "config": plain(self.config),
+            "fingerprints": plain(self.fingerprints),
+            "squared_error": {
+                str(size): [plain(row) | {"both": row.both} for row in listed] for size, listed in self.errors.items()
+            },
+            "error_ratios": {str(size): dict(ratios(listed)) for size, listed in self.errors.items()},
+            "decoding": plain(self.speed),
+            "decoding_ratios": speedups(self.speed),
+            "at_rest": plain(self.at_rest),
+            "environment": environment() | {name: _version(name) for name in ("numba", "triton", "zstandard")},
+        }
+
+
+def ratios(listed: Sequence[Error]) -> list[tuple[str, float]]:
+    """The error of each of ours over the least of faiss'."""
+    best = min(row.both for row in listed if row.codec.startswith("faiss"))
+    return [(row.codec, row.both / best) for row in listed if not row.codec.startswith("faiss")]
+
+
+def speedups(speed: Speed) -> dict[str, float]:
+    """How many times as fast as faiss' on the same codes ours is, float32, and how far from a copy of the result."""
+    found = {}
+    for name, spread in speed.times.items():
+        scope = name.removeprefix("faiss sa_decode, ")
+        if scope != name:
+            ours = speed.times[f"product, {scope}, float32"]
+            found[f"{scope}: faiss / ours"] = spread.median / ours.median
+            found[f"{scope}: ours / copy of the result"] = ours.median / speed.limit("float32")
+    return found
+
+
+def bench_codec(
+    config: Config, adapter: Adapter, texts: Sequence[str], settings: BenchSettings, progress: OnProgress
+) -> CodecBench:
+    """Compute memories of some of these references, train on three quarters of them, and measure on the others.
+
+    Raises `InputError` if these are too few.
+    """
+    drawn = random.Random(settings.seed).sample(sorted(texts), min(settings.references, len(texts)))
+    cut = len(drawn) * 3 // 4
+    tokens = sum(adapter.count_tokens(text) for text in drawn[:cut])
+    if tokens < LEAST:
+        raise InputError(f"a sample of {tokens} tokens is too small to measure on; give more texts, for {LEAST}")
+    memories = _encode(adapter, drawn, config.memory.batch_size, lambda done, of: progress("memories", done, of))
+    sample, held_out = rows(memories, slice(0, cut)), rows(memories, slice(cut, None))
+    with threads(settings.threads):
+        found: Mapping[int, Sequence[Error]] = {}
+        if settings.layers:
+            spec, few = fewer_layers(adapter.spec, settings.layers)
+            pair = (rows(sample, slice(None), few), rows(held_out, slice(None), few))
+            found = errors(*pair, spec, settings.threads, lambda done, of: progress("errors", done, of))
+        quarters = {scope: quarter(adapter.spec, sample, scope) for scope in ("head", "model")}
+        ours = configured(config, adapter.spec)
+        fit_codec(ours, adapter, drawn[:cut], config.memory.batch_size, lambda done, of: progress("codec", done, of))
+        others: dict[str, Codec] = {f"configured ({config.codec.kind})": ours}
+        others |= {"scalar int4": ScalarCodec(adapter.spec, 4), "raw float32": RawCodec(adapter.spec, "float32")}
+        speed = decode_speed(
+            quarters,
+            others,
+            filled(rows(held_out, slice(0, settings.decoded)), adapter.spec.tokens),
+            adapter.device,
+            settings.rounds,
+            settings.threads,
+            lambda done: progress("decoding", done, settings.rounds + 1),
+        )
+        stored: dict[str, Codec] = {
+            "raw bfloat16": RawCodec(adapter.spec, "bfloat16"),
+            "scalar int8": ScalarCodec(adapter.spec, 8),
+            "scalar int4": ScalarCodec(adapter.spec, 4),
+            "product, a quarter of a byte a channel": quarters["head"],
+            f"configured ({config.codec.kind})": ours,
+        }
+        at_rest = [_at_rest(name, codec, held_out) for name, codec in stored.items()]
+    prints = {"model": adapter.model_fingerprint, "codec": ours.fingerprint}
+    return CodecBench(settings, str(adapter.device), config.model_dump(mode="json"), prints, found, speed, at_rest)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def quarter(spec: MemorySpec, sample: Memories, scope: str) -> ProductCodec:
+    """Codes of a quarter of a byte a channel, which faiss can decode as they are."""
+    size = spec.head_dim // 4
+    codec = ProductCodec(spec, key_bytes=size, value_bytes=size, scope=scope, rotation="none", offset=False)
+    codec.fit(sample)
+    return codec
+
+
+def _at_rest(name: str, codec: Codec, memories: Memories) -> AtRest:
+    compress = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress
+    plainly = packed = 0
+    for payload, tokens in zip(codec.encode(memories), memories.tokens.tolist(), strict=True):
+        data = payload[: codec.payload_bytes(tokens)].numpy().tobytes()
+        plainly += HEADER_BYTES + len(data)
+        packed += HEADER_BYTES + min(len(data), len(compress(data)))
+    return AtRest(name, plainly / len(memories), packed / len(memories))
+
+
+def _encode(adapter: Adapter, texts: Sequence[str], batch: int, progress: OnReference) -> Memories:
+    parts = []
+    for start in range(0, len(texts), batch):
+        progress(start, len(texts))
+        parts.append(adapter.encode(texts[start : start + batch]))
+    progress(len(texts), len(texts))
+    joined = join(parts)
+    return Memories(joined.keys.float(), joined.values.float(), joined.tokens)
+
+
+def fewer_layers(spec: MemorySpec, count: int) -> tuple[MemorySpec, Tensor]:
+    """The spec of a few layers, evenly spread, and which they are among all."""
+    all_of_them = len(spec.layers)
+    count = min(count, all_of_them)
+    chosen = [(2 * i + 1) * all_of_them // (2 * count) for i in range(count)]
+    return replace(spec, layers=tuple(spec.layers[i] for i in chosen)), torch.tensor(chosen)
+
+
+def rows(memories: Memories, which: slice, layers: Tensor | None = None) -> Memories:
+    """Some of these memories, and some layers of them."""
+    keys, values = memories.keys[which], memories.values[which]
+    if layers is not None:
+        keys, values = keys[:, layers], values[:, layers]
+    return Memories(keys, values, memories.tokens[which])

@@ -1,0 +1,291 @@
+"""``m3 bench decode``: what reading memories costs while a model decodes, beside its own library without them."""
+
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from m3runtime.adapters.answers import Prompt
+from m3runtime.adapters.base import Adapter
+from m3runtime.adapters.comparison import Comparable
+from m3runtime.config.schema import Config
+from m3runtime.errors import InputError
+from m3runtime.lab.bench.banks import bank_for
+from m3runtime.lab.bench.decode_runs import KINDS, MEMORIES, NOTHING, PLAIN, TEXT, WITHOUT_LOOKAHEAD, Contenders, Run
+from m3runtime.lab.bench.timeline import draw_timeline
+from m3runtime.lab.bench.timing import Spread, threads, turns
+from m3runtime.lab.evaluation.report import environment, plain
+from m3runtime.writing.writer import OnProgress
+
+PROMPT_TOKENS = 20
+_PRE_ROUNDS = 2
+_TRIED = 64
+"""Tokens by which variants are told apart where prompts hold the references."""
+_TIMELINE = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSettings:
+    """What is measured, and how often."""
+
+    new_tokens: int = 256
+    batches: tuple[int, ...] = (1, 8)
+    rounds: int = 7
+    memories: int = 5
+    references: int = 128
+    """Of the temporary bank of a corpus, at most."""
+    threads: int = 2
+    """That the model computes on."""
+    seed: int = 0
+    quick: bool = False
+    """Whether only `PLAIN` and `MEMORIES` take turns, and the tokens of other ways are not compared."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The contenders."""
+        return (PLAIN, MEMORIES) if self.quick else KINDS
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One way to decode, over all rounds."""
+
+    tokens_per_s: Spread
+    """Of all sequences together, after the first token of each."""
+    call_tokens_per_s: Spread
+    """The same over the whole call, reading the prompt and the first recall included."""
+    first_token_s: Spread
+    kept: Spread
+    """``tokens_per_s`` over that of `PLAIN` in the same round."""
+    call_kept: Spread
+    """``call_tokens_per_s``, likewise."""
+    first_token_of_text: Spread | None
+    """``first_token_s`` over that of `TEXT` in the same round, if that takes part."""
+
+
+@dataclass(frozen=True, slots=True)
+class Boundaries:
+    """What happened at the ends of chunks, over all counted rounds; the prompt's own recall is left out."""
+
+    chunks: int
+    late: int
+    """Memories that had not arrived by the deadline, in chunks of the prompt too."""
+    waited: float
+    """Share of decoding time spent on waiting for what others were bringing."""
+    recalling: float
+    """Share of decoding time spent inside recalls: embedding, search, reading, decoding, waiting."""
+    stages: Mapping[str, float]
+    """Median seconds of each stage of a recall."""
+    kept: float
+    """Share of a chunk's memories that the one before had as well."""
+    guesses: int
+    """Memories that were guessed; the last guess of a run may be of a chunk that did not come."""
+    hit_rate: float
+    """Share of them that a chunk recalled."""
+    foreseen: float
+    """Share of the memories that a chunk had and the one before had not which were guessed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What the bytes that a step must read allow, if nothing else took time."""
+
+    weight_bytes: int
+    memory_tokens: float
+    """Tokens of memory that a sequence attends to, on average."""
+    memory_bytes: float
+    """Keys and values of memories that a step reads for one sequence."""
+    kept: float
+    """Weights over weights and memories of the whole batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """All that was measured at one batch size."""
+
+    batch: int
+    variants: Mapping[str, Mapping[str, float | str]]
+    """For `PLAIN` and `TEXT`: tokens a second of each variant of the baseline before the first round, or its error."""
+    chosen: Mapping[str, str]
+    """The fastest of them, which takes part in the rounds."""
+    contenders: Mapping[str, Contender]
+    boundaries: Mapping[str, Boundaries]
+    bound: Bound
+    same_tokens: Mapping[str, bool]
+    """Whether the tokens are those with lookahead and caching tiers, if late blocks are waited for; not if quick."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBench:
+    """All that was measured."""
+
+    settings: DecodeSettings
+    model: str
+    device: str
+    dtype: str
+    bank: str
+    """Where it is and what it holds, for people."""
+    config: Mapping[str, Any]
+    fingerprints: Mapping[str, str]
+    prompt_tokens: int
+    batches: Sequence[Batch]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {**plain(asdict(self)), "environment": environment()}
+
+
+def bench_decode(
+    config: Config,
+    adapter: Adapter,
+    corpus: Sequence[Path],
+    settings: DecodeSettings,
+    plot: Path | None,
+    progress: OnProgress,
+) -> DecodeBench:
+    """Measure every contender on the same prompts, in turns; each round has prompts of its own.
+
+    Raises `InputError` if the adapter has no baseline, or there is neither bank nor corpus.
+    """
+    if not isinstance(adapter, Comparable):
+        raise InputError(f"model.adapter: {type(adapter).__name__} has no baseline to compare with")
+    with (
+        threads(settings.threads),
+        bank_for(config, adapter, corpus, settings.references, progress) as own,
+        Contenders(measured(own, settings.memories), adapter, timeline=_TIMELINE if plot else 0) as contenders,
+    ):
+        prompts = draw_prompts(adapter, contenders.texts(), PROMPT_TOKENS, settings.seed)
+        found = [_batch(contenders, prompts, size, settings, progress) for size in settings.batches]
+        if plot:
+            _, events = contenders.timeline(prompts[: settings.batches[0]], settings.new_tokens)
+            draw_timeline(events, plot)
+        manifest, home = contenders.bank.manifest, contenders.bank.home
+        where = "temporary" if own is not config else str(config.bank)
+        return DecodeBench(
+            settings=replace(settings, references=len(home)),
+            model=adapter.name,
+            device=str(adapter.device),
+            dtype=str(adapter.dtype).removeprefix("torch."),
+            bank=f"{where}, {len(home)} memories, {home.stored_bytes()} bytes, page cache warm",
+            config=contenders.config.model_dump(mode="json"),
+            fingerprints=manifest.fingerprints(),
+            prompt_tokens=max(adapter.count_tokens(prompt.text) for prompt in prompts),
+            batches=found,
+        )
+
+
+def measured(config: Config, memories: int) -> Config:
+    """The configuration that is measured: as it is, but every chunk gets so many memories, whatever is written."""
+    recall = config.recall.model_copy(update={"memories": memories, "min_score": -1.0, "margin": None, "trace": None})
+    return config.model_copy(update={"recall": recall})
+
+
+def draw_prompts(adapter: Adapter, texts: Sequence[str], tokens: int, seed: int) -> list[Prompt]:
+    """The first tokens of texts, as many of each; of shorter texts all, if no text has as many."""
+    heads = sorted({adapter.cut(text, tokens)[0] for text in texts if text.strip()})
+    full = [head for head in heads if adapter.count_tokens(head) == tokens] or heads
+    if not full:
+        raise InputError("the bank has no text to take prompts from")
+    random.Random(seed).shuffle(full)
+    return [Prompt(head) for head in full]
+
+
+def _batch(
+    contenders: Contenders, prompts: Sequence[Prompt], size: int, settings: DecodeSettings, progress: OnProgress
+) -> Batch:
+    rounds = settings.rounds
+    asked = [[prompts[(number * size + row) % len(prompts)] for row in range(size)] for number in range(rounds + 1)]
+    prompted = {PLAIN: asked}
+    if TEXT in settings.kinds:
+        prompted[TEXT] = [contenders.with_text(some) for some in asked]
+    stage = f"baseline {size}"
+    variants: dict[str, dict[str, float | str]] = {kind: {} for kind in prompted}
+    chosen: dict[str, str] = {}
+    names = contenders.baseline.variants
+    tries = len(prompted) * _PRE_ROUNDS * len(names)
+    # What is compared with is chosen by whole runs; for the prompts with text it is reading them that counts.
+    tried = {PLAIN: settings.new_tokens, TEXT: min(_TRIED, settings.new_tokens)}
+    for place, (kind, some) in enumerate(prompted.items()):
+        room = contenders.room(some, settings.new_tokens)
+        for number, variant in [(number, name) for number in range(_PRE_ROUNDS) for name in names]:
+            done = (place * _PRE_ROUNDS + number) * len(names) + names.index(variant)
+            progress(stage, done, tries)
+            best = variants[kind].get(variant, 0.0)
+            if isinstance(best, float):
+                speed = contenders.try_variant(some[number % len(some)], tried[kind], variant, room)
+                variants[kind][variant] = speed if isinstance(speed, str) else max(speed, best)
+        usable = {name: speed for name, speed in variants[kind].items() if isinstance(speed, float)}
+        if not usable:
+            raise InputError(f"no variant of the baseline runs here: {next(iter(variants[kind].values()))}")
+        chosen[kind] = max(usable, key=lambda name: usable[name])
+        contenders.choose(kind, chosen[kind], room)
+    progress(stage, tries, tries)
+    runs: dict[str, list[Run]] = {name: [] for name in settings.kinds}
+    before = dict.fromkeys(runs, contenders.cool)
+    for number, name in turns(list(runs), rounds, lambda done: progress(f"rounds {size}", done, rounds + 1), before):
+        run = contenders.run(name, prompted.get(name, asked)[number], settings.new_tokens)
+        if number:
+            runs[name].append(run)
+    progress(f"rounds {size}", rounds + 1, rounds + 1)
+    return Batch(
+        batch=size,
+        variants=variants,
+        chosen=chosen,
+        contenders={name: contender(runs, name) for name in runs},
+        boundaries={name: boundaries(runs[name]) for name in (NOTHING, MEMORIES, WITHOUT_LOOKAHEAD) if name in runs},
+        bound=bound(contenders, runs[MEMORIES], size),
+        same_tokens={} if settings.quick else contenders.same_tokens(asked[0], settings.new_tokens),
+    )
+
+
+def contender(runs: Mapping[str, Sequence[Run]], name: str) -> Contender:
+    """Sum up one contender's counted rounds, beside those of the others: runs of equal place are of one round."""
+    own, plainly, text = runs[name], runs[PLAIN], runs.get(TEXT)
+    return Contender(
+        tokens_per_s=Spread.of([run.tokens_per_s for run in own]),
+        call_tokens_per_s=Spread.of([run.call_tokens_per_s for run in own]),
+        first_token_s=Spread.of([run.first_token_s for run in own]),
+        kept=Spread.of([one.tokens_per_s / other.tokens_per_s for one, other in zip(own, plainly, strict=True)]),
+        call_kept=Spread.of(
+            [one.call_tokens_per_s / other.call_tokens_per_s for one, other in zip(own, plainly, strict=True)]
+        ),
+        first_token_of_text=Spread.of(
+            [one.first_token_s / other.first_token_s for one, other in zip(own, text, strict=True)]
+        )
+        if text
+        else None,
+    )
+
+
+def boundaries(runs: Sequence[Run]) -> Boundaries:
+    """Sum up what happened between chunks."""
+    decoding = sum(run.decoding_s for run in runs)
+    recalls = [stages for run in runs for stages in run.recalls]
+    names = list(dict.fromkeys(name for stages in recalls for name in stages))
+    following = [pair for run in runs for ids in run.ids for pair in pairwise(ids)]
+    there = sum(len(after) for _, after in following)
+    new = sum(len(set(after).difference(before)) for before, after in following)
+    guesses, hits = sum(run.guesses for run in runs), sum(run.hits for run in runs)
+    return Boundaries(
+        chunks=sum(len(ids) for run in runs for ids in run.ids),
+        late=sum(run.late for run in runs),
+        waited=sum(stages.get("wait", 0.0) for stages in recalls) / decoding,
+        recalling=sum(stages.get("recall", 0.0) for stages in recalls) / decoding,
+        stages={name: statistics.median(stages.get(name, 0.0) for stages in recalls) for name in names},
+        kept=(there - new) / there if there else 0.0,
+        guesses=guesses,
+        hit_rate=hits / guesses if guesses else 0.0,
+        foreseen=hits / new if new else 0.0,
+    )
+
+
+def bound(contenders: Contenders, runs: Sequence[Run], size: int) -> Bound:
+    """What these runs had to read, ``size`` sequences at once."""
+    spec, dtype = contenders.bank.manifest.spec, contenders.adapter.dtype
+    tokens = statistics.fmean(run.memory_tokens for run in runs)
+    read = 2 * spec.vectors_per_token * spec.head_dim * dtype.itemsize * tokens
+    weights = contenders.baseline.weight_bytes
+    return Bound(weights, tokens, read, weights / (weights + size * read))

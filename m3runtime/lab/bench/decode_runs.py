@@ -1,0 +1,245 @@
+"""The contenders of ``m3 bench decode``, and one run of each."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Self
+
+from m3runtime import assembly
+from m3runtime.adapters.answers import Answer, Form, Prompt
+from m3runtime.adapters.base import Adapter
+from m3runtime.adapters.comparison import Comparable
+from m3runtime.config.schema import Config, GenerateConfig
+from m3runtime.lab.bench.timing import wait
+from m3runtime.observe.metrics import Event
+from m3runtime.retrieval.retriever import Retriever
+from m3runtime.runtime import Runtime
+from m3runtime.storage.hierarchy import Hierarchy
+from m3runtime.stream import Recalled
+
+PLAIN = "generate, no memory"
+TEXT = "generate, references as text"
+BARE = "ours, no runtime"
+NOTHING = "ours, nothing recalled"
+MEMORIES = "ours, memories"
+WITHOUT_LOOKAHEAD = "ours, memories, no lookahead"
+KINDS = (PLAIN, TEXT, BARE, NOTHING, MEMORIES, WITHOUT_LOOKAHEAD)
+
+_ABOVE_ALL = 2.0
+"""A score that none reaches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One call of a contender."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    """Of each sequence."""
+    first_token_s: float
+    seconds: float
+    """Of the whole call."""
+    recalls: tuple[Mapping[str, float], ...] = ()
+    """Seconds of each stage of each recall while decoding: those at the ends of chunks."""
+    ids: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    """Of each sequence the ids that each of its chunks read, from the last chunk of the prompt on."""
+    late: int = 0
+    guesses: int = 0
+    hits: int = 0
+    memory_tokens: float = 0.0
+    """Tokens of memory that a step attends to, on average over steps and sequences."""
+
+    @property
+    def decoding_s(self) -> float:
+        """Seconds from the first token to the last."""
+        return self.seconds - self.first_token_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        """After the first token of each sequence."""
+        return sum(len(row) - 1 for row in self.tokens) / self.decoding_s
+
+    @property
+    def call_tokens_per_s(self) -> float:
+        """Over the whole call."""
+        return sum(map(len, self.tokens)) / self.seconds
+
+
+class Contenders:
+    """All ways to decode, on one loaded model and one open bank. One run at a time."""
+
+    def __init__(self, config: Config, adapter: Adapter, *, timeline: int) -> None:
+        """``timeline`` is how many events a run for a picture keeps. Raises what opening the bank does."""
+        assert isinstance(adapter, Comparable)
+        self.config = config = config.without_cold_start()
+        self.adapter = adapter
+        self.baseline = adapter.baseline()
+        self._endless = self.baseline.endless()
+        self._variants: dict[str, tuple[str, int]] = {}
+        with ExitStack() as opening:
+            self.bank = assembly.open_bank(config, read_only=True)
+            opening.callback(self.bank.close)
+            adapter.check(self.bank.manifest, self.bank.path)
+            self._embedder = assembly.open_embedder(config)
+            opening.callback(self._embedder.close)
+            self.bank.manifest.check_embedder(
+                embedder=self._embedder.fingerprint, name=config.embedder.path, where=self.bank.path
+            )
+            self._index, _ = assembly.open_index(config, self.bank)
+            tiers = assembly.open_tiers(config, self.bank.home.slot_bytes)
+            self._tiers = Hierarchy(tiers, self.bank.home, self.bank.stamp, adapter.device)
+            opening.callback(self._tiers.close)
+            ahead = {"lookahead_tokens": config.recall.lookahead_tokens or config.recall.chunk_tokens // 4}
+            bare = Hierarchy([], self.bank.home, self.bank.stamp, adapter.device)
+            self._runtimes = {
+                NOTHING: self._runtime(opening, self._tiers, ahead),
+                MEMORIES: self._runtime(opening, self._tiers, ahead),
+                WITHOUT_LOOKAHEAD: self._runtime(opening, self._tiers, {"lookahead_tokens": 0}),
+            }
+            waiting = {**ahead, "when_late": "wait"}
+            self._waiting = {
+                "with lookahead": self._runtime(opening, self._tiers, waiting),
+                "without lookahead": self._runtime(opening, self._tiers, {**waiting, "lookahead_tokens": 0}),
+                "without caching tiers": self._runtime(opening, bare, waiting),
+            }
+            self._drawn = self._runtime(opening, self._tiers, ahead, timeline)
+            self._open = opening.pop_all()
+
+    def _runtime(
+        self, opening: ExitStack, hierarchy: Hierarchy, recall: Mapping[str, object], timeline: int = 0
+    ) -> Runtime:
+        changes = {
+            "recall": self.config.recall.model_copy(update=recall),
+            "metrics": self.config.metrics.model_copy(update={"timeline": timeline}),
+        }
+        config = self.config.model_copy(update=changes)
+        runtime = Runtime(config, self.bank, hierarchy, self._retriever(), self.adapter.device)
+        opening.callback(runtime.close)
+        return runtime
+
+    def _retriever(self, min_score: float = -1.0) -> Retriever:
+        return Retriever(self._embedder, self._index, memories=self.config.recall.memories, min_score=min_score)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def texts(self) -> list[str]:
+        """Those of the bank's references."""
+        return [one.text for one in self.bank.home.references(self.bank.home.ids()) if one is not None]
+
+    @property
+    def form(self) -> Form:
+        """How prompts are put: as they are, if memories do not stand inside the chat template."""
+        return "chat" if self.config.memory.place == "turn" else "plain"
+
+    def with_text(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The same prompts, each with the references that it recalls as text in it."""
+        runtime, found = self._runtimes[MEMORIES], []
+        questions = [prompt.query or prompt.text for prompt in prompts]
+        for question, matches in zip(questions, runtime.search(questions), strict=True):
+            references = runtime.references([match.id for match in matches])
+            found.append(self.adapter.render(question, self.form, [one.text for one in references if one]))
+        return found
+
+    # -- the baseline -------------------------------------------------------------------------------------------
+
+    def room(self, batches: Sequence[Sequence[Prompt]], new_tokens: int) -> int:
+        """Tokens that a cache must have room for, over all these."""
+        longest = max(self.adapter.count_tokens(prompt.text) for some in batches for prompt in some)
+        return longest + 1 + new_tokens  # one for BOS
+
+    def try_variant(self, prompts: Sequence[Prompt], new_tokens: int, variant: str, room: int) -> float | str:
+        """Tokens a second of one call, or why the variant cannot be run."""
+        try:
+            run = self.baseline.generate(prompts, new_tokens, variant, room)
+        except (RuntimeError, ValueError, ImportError) as error:
+            return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return len(prompts) * new_tokens / run.seconds
+
+    def choose(self, kind: str, variant: str, room: int) -> None:
+        """Let `PLAIN` or `TEXT` be this variant from now on."""
+        self._variants[kind] = variant, room
+
+    # -- runs ---------------------------------------------------------------------------------------------------
+
+    def cool(self) -> None:
+        """Empty the caching tiers."""
+        ids = self.bank.home.ids()
+        for tier in self._tiers.tiers[:-1]:
+            tier.discard(ids)
+
+    def run(self, kind: str, prompts: Sequence[Prompt], new_tokens: int) -> Run:
+        """One call, by the likeliest tokens, without an early end."""
+        if kind in self._variants:
+            plain = self.baseline.generate(prompts, new_tokens, *self._variants[kind])
+            return Run(plain.tokens, plain.first_token_s, plain.seconds)
+        return self._generate(self._runtimes.get(kind), prompts, new_tokens, nothing=kind == NOTHING)
+
+    def same_tokens(self, prompts: Sequence[Prompt], new_tokens: int) -> dict[str, bool]:
+        """Whether late blocks being waited for, tokens depend neither on lookahead nor on caching tiers."""
+        found = {}
+        for name, runtime in self._waiting.items():
+            self.cool()
+            found[name] = self._generate(runtime, prompts, new_tokens)
+        wanted = found.pop("with lookahead")
+        return {name: (run.tokens, run.ids) == (wanted.tokens, wanted.ids) for name, run in found.items()}
+
+    def timeline(self, prompts: Sequence[Prompt], new_tokens: int) -> tuple[Run, list[Event]]:
+        """One run of `MEMORIES`, and what happened in it, the chunks among it; it begins at 0."""
+        self._generate(self._drawn, prompts, min(new_tokens, 8))  # what is slow the first time
+        self.cool()
+        began = time.perf_counter()
+        run = self._generate(self._drawn, prompts, new_tokens)
+        ended = time.perf_counter()
+        events = [event for event in self._drawn.timeline() if event.start >= began]
+        recalls = sorted((event.start, event.end) for event in events if event.name == "recall")
+        ends = [*(start for start, _ in recalls[1:]), ended]
+        events += [Event("chunk", start, end, "decoding", ()) for (_, start), end in zip(recalls, ends, strict=True)]
+        return run, [
+            Event(one.name, one.start - began, one.end - began, one.thread, one.streams, one.blocks) for one in events
+        ]
+
+    def _generate(
+        self, runtime: Runtime | None, prompts: Sequence[Prompt], new_tokens: int, *, nothing: bool = False
+    ) -> Run:
+        settings = GenerateConfig(max_new_tokens=new_tokens)
+        with ExitStack() as closing:
+            streams = None
+            if runtime is not None:
+                runtime.retriever = self._retriever(_ABOVE_ALL if nothing else -1.0)  # which remembers no vectors
+                before = runtime.metrics().lookahead
+                streams = [closing.enter_context(runtime.stream(self.adapter.dtype)) for _ in prompts]
+            began = time.perf_counter()
+            answers = self._endless.generate(prompts, streams, settings)
+            wait()
+            seconds = time.perf_counter() - began
+        tokens, first = tuple(answer.tokens for answer in answers), answers[0].first_token_s
+        if runtime is None:
+            return Run(tokens, first, seconds)
+        after = runtime.metrics().lookahead
+        read = [self._chunks(answer, new_tokens) for answer in answers]
+        return Run(
+            tokens,
+            first,
+            seconds,
+            recalls=tuple(chunk.stages for chunk in read[0][1:]),
+            ids=tuple(tuple(chunk.ids for chunk in row) for row in read),
+            late=sum(len(chunk.late) for answer in answers for chunk in answer.chunks),
+            guesses=after.guesses - before.guesses,
+            hits=after.hits - before.hits,
+            memory_tokens=sum(self._attended(row, new_tokens) for row in read) / len(read),
+        )
+
+    def _chunks(self, answer: Answer, new_tokens: int) -> Sequence[Recalled]:
+        """What the steps of decoding read, chunk after chunk: the first was recalled for the prompt's last chunk."""
+        return answer.chunks[-math.ceil(new_tokens / self.config.recall.chunk_tokens) :]
+
+    def _attended(self, chunks: Sequence[Recalled], new_tokens: int) -> float:
+        """Tokens of memory, on average over the steps after the first token."""
+        size = self.config.recall.chunk_tokens
+        steps = [min((place + 1) * size, new_tokens) - max(1, place * size) for place in range(len(chunks))]
+        return sum(count * chunk.tokens for count, chunk in zip(steps, chunks, strict=True)) / max(1, sum(steps))

@@ -1,0 +1,214 @@
+"""``m3 bench eviction``: eviction policies on a recorded trace, beside the optimum.
+
+One caching tier in front of all that is slower is replayed, as the hierarchy and the slab treat it.
+Requests are the different ids of each read and each lift. Those that are held when the call comes are hits; the others
+are brought up, and each is admitted unless only pinned blocks could make room. Only a read counts as a use of what is
+held.
+"""
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from m3runtime.errors import InputError
+from m3runtime.storage.eviction import EvictionPolicy, ScoreAware, make_policy
+from m3runtime.storage.trace import Op, Trace, read_trace
+
+REQUESTS = ("read", "lift")
+OPTIMUM = "optimum"
+_NEVER = -1
+
+Run = Sequence[Op]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one policy did with one capacity."""
+
+    policy: str
+    slots: int
+    """Blocks that there is room for."""
+    hits: int
+    brought_up: int
+    """Requested blocks that were not held."""
+
+    @property
+    def hit_rate(self) -> float:
+        """Between 0 and 1."""
+        return self.hits / (self.hits + self.brought_up)
+
+
+@dataclass(frozen=True, slots=True)
+class EvictionBench:
+    """All that was counted."""
+
+    trace: str
+    slot_bytes: int
+    runs: int
+    requests: int
+    blocks: int
+    """Different blocks requested, over runs: no cache avoids bringing up each once."""
+    rows: Sequence[Row]
+    """By capacity, as asked for; of each the policies, then the optimum."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        rows = [
+            {**asdict(row), "hit_rate": row.hit_rate, "bytes": row.brought_up * self.slot_bytes} for row in self.rows
+        ]
+        return {**asdict(self), "rows": rows}
+
+
+def bench_eviction(path: Path, policies: Sequence[str], capacities: Sequence[int]) -> EvictionBench:
+    """Replay a trace. ``capacities`` are in bytes; none: a quarter of the fastest tier's, itself, and four times it.
+
+    Raises `InputError` for a trace that cannot be used and for a capacity without room for a block, and `ConfigError`
+    for an unknown policy.
+    """
+    for name in policies:
+        make_policy(name, 1)
+    trace = read_trace(path)
+    requested = [set().union(*(op.ids for op in run if op.op in REQUESTS)) for run in trace.runs]
+    if not any(requested):
+        raise InputError(f"the trace {path} holds no reads yet")
+    rows = []
+    for slots in _slots(trace, capacities, path):
+        counts = {name: [replay(run, make_policy(name, slots)) for run in trace.runs] for name in policies}
+        counts[OPTIMUM] = [optimum(run, slots) for run in trace.runs]
+        for name, of_runs in counts.items():
+            hits = sum(of_runs)
+            rows.append(Row(name, slots, hits, requests(trace.runs) - hits))
+    blocks = sum(map(len, requested))
+    return EvictionBench(str(path), trace.slot_bytes, len(trace.runs), requests(trace.runs), blocks, rows)
+
+
+def requests(runs: Iterable[Run]) -> int:
+    """How many blocks are requested."""
+    return sum(len(set(op.ids)) for run in runs for op in run if op.op in REQUESTS)
+
+
+def replay(run: Run, policy: EvictionPolicy) -> int:
+    """How many requests are hits in a tier of ``policy.slots`` blocks that is empty at first."""
+    cache, hits = _Cache(policy), 0
+    for op in run:
+        if op.op in REQUESTS:
+            hits += cache.request(op.ids, lifting=op.op == "lift")
+        elif op.op in cache.others:
+            cache.others[op.op](op)
+    return hits
+
+
+def optimum(run: Run, slots: int) -> int:
+    """The most hits that any policy could have, which knows what will be requested (Belady's MIN).
+
+    After each call it keeps, of what was held and what was brought up, the blocks that are requested again soonest. It
+    is free to keep nothing of what was brought up, and pins do not bind it: what it would hold when a pin comes is its
+    own. So it is what no policy can beat, bound by pins or not.
+    """
+    nexts: list[dict[int, int]] = [{} for _ in run]  # for each call when its ids are requested again
+    coming: dict[int, int] = {}
+    for at in range(len(run) - 1, -1, -1):
+        op = run[at]
+        if op.op in REQUESTS:
+            nexts[at] = {id: coming.get(id, _NEVER) for id in op.ids}
+            coming.update(dict.fromkeys(op.ids, at))
+        elif op.op == "discard":
+            for id in op.ids:
+                coming.pop(id, None)
+    hits, kept, latest = 0, dict[int, int](), list[tuple[int, int]]()
+    for again in nexts:
+        hits += len(kept.keys() & again.keys())
+        for id, when in again.items():
+            if when == _NEVER:
+                kept.pop(id, None)
+            else:
+                kept[id] = when
+                heapq.heappush(latest, (-when, id))
+        while len(kept) > slots:
+            when, id = heapq.heappop(latest)
+            if kept.get(id) == -when:
+                del kept[id]
+    return hits
+
+
+class _Cache:
+    """The ids that a tier would hold, with the hierarchy's pins."""
+
+    def __init__(self, policy: EvictionPolicy) -> None:
+        self.policy = policy
+        self.held: set[int] = set()
+        self.pins: Counter[int] = Counter()
+        self.pinned: set[int] = set()
+        self.others: dict[str, Callable[[Op], None]] = {
+            "score": self.score,
+            "pin": self.pin,
+            "unpin": self.unpin,
+            "discard": self.discard,
+        }
+
+    def request(self, ids: Sequence[int], *, lifting: bool) -> int:
+        """Returns how many of the different ids were held."""
+        found = self.held.intersection(ids)
+        if not lifting:
+            for id in filter(found.__contains__, ids):
+                self.policy.touched(id)
+        for id in sorted(set(ids)) if lifting else ids:
+            if id not in found:
+                self.admit(id)
+        return len(found)
+
+    def admit(self, id: int) -> None:
+        if id in self.held:
+            return
+        if len(self.held) >= self.policy.slots:
+            victim = self.policy.victim(lambda other: other not in self.pinned)
+            if victim is None:
+                return
+            self.remove(victim)
+        self.held.add(id)
+        self.policy.admitted(id)
+
+    def remove(self, id: int) -> None:
+        self.held.remove(id)
+        self.policy.removed(id)
+
+    def score(self, op: Op) -> None:
+        if isinstance(self.policy, ScoreAware):
+            for id, score in zip(op.ids, op.scores or (), strict=True):
+                if id in self.held:
+                    self.policy.scored(id, score)
+
+    def pin(self, op: Op) -> None:
+        self.pins.update(op.ids)
+        self.pinned |= self.held.intersection(op.ids)
+
+    def unpin(self, op: Op) -> None:
+        self.pins.subtract(id for id in op.ids if id in self.pins)
+        for id in op.ids:
+            if self.pins[id] <= 0:
+                del self.pins[id]
+                self.pinned.discard(id)
+
+    def discard(self, op: Op) -> None:
+        for id in sorted(set(op.ids)):
+            if id in self.held:
+                self.remove(id)
+            self.pins.pop(id, None)
+            self.pinned.discard(id)
+
+
+def _slots(trace: Trace, capacities: Sequence[int], path: Path) -> list[int]:
+    """Room for how many blocks, each number once."""
+    if not capacities:
+        room = [(tier.capacity or 0) // trace.slot_bytes for tier in trace.tiers]
+        fastest = next(filter(None, room), 0)
+        if not fastest:
+            raise InputError(f"the trace {path} is of no caching tier with room for a block; give --capacity")
+        return list(dict.fromkeys((max(1, fastest // 4), fastest, 4 * fastest)))
+    for capacity in capacities:
+        if capacity < trace.slot_bytes:
+            raise InputError(f"--capacity {capacity}B is too small: a block takes {trace.slot_bytes} bytes here")
+    return list(dict.fromkeys(capacity // trace.slot_bytes for capacity in capacities))

@@ -1,0 +1,120 @@
+"""Banks of as many memories as one likes, made up: small blocks, and embeddings around those of real texts."""
+
+import random
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from m3runtime import assembly
+from m3runtime.bank.bank import Bank, Manifest, as_ids
+from m3runtime.codecs.raw import RawCodec
+from m3runtime.config.schema import Config
+from m3runtime.documents.reference import Reference
+from m3runtime.memory.spec import MemorySpec
+from m3runtime.memory.tensors import Memories
+from m3runtime.retrieval.embedder import Embedder, Vectors
+from m3runtime.storage.home import Batch
+from m3runtime.writing.writer import OnProgress
+
+SPEC = MemorySpec(layers=(0,), kv_heads=1, tokens=4, head_dim=32, reference_tokens=4, dtype="float32")
+"""Blocks of half a KiB: so many would not fit otherwise, and searching does not depend on them."""
+CENTRES = 256
+"""Real texts, around whose embeddings those of the memories lie."""
+NOISE = 0.7
+"""Length of what is added to a centre: the cosine to it is 0.8, as of texts that are about the same."""
+_WORDS = 48
+_GROUP = 2048
+"""Memories of one transaction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """How long it took to make a bank."""
+
+    memories: int
+    home_s: float
+    """Vectors, blocks and commits."""
+    index_s: float
+    """Reading the embeddings back and indexing them."""
+
+
+def centres(embedder: Embedder) -> Vectors:
+    """What `build` puts memories around."""
+    return embedder.embed_references(_windows(CENTRES, seed=1))
+
+
+def build(
+    config: Config, embedder: Embedder, about: Vectors, path: Path, size: int, progress: OnProgress
+) -> tuple[Bank, Built]:
+    """A bank of ``size`` memories in the configured home, near ``about``, its index beside it."""
+    stage = f"bank {size:,}"
+    progress(stage, 0, size)
+    began = time.perf_counter()
+    codec = RawCodec(SPEC)
+    none = "0" * 32
+    manifest = Manifest(
+        model=none,
+        model_name="none",
+        tokenizer=none,
+        sink="",
+        spec=SPEC,
+        codec_kind="raw",
+        codec_options=dict(codec.options),
+        codec=codec.fingerprint,
+        embedder=embedder.fingerprint,
+        embedder_name=config.embedder.path,
+        dim=embedder.dim,
+    )
+    bank = Bank.create(path, assembly.open_home(config), manifest, codec)
+    try:
+        for start in range(0, size, _GROUP):
+            count = min(_GROUP, size - start)
+            bank.home.commit(_batch(bank, start, around(about, count, seed=start)))
+            progress(stage, start + count, size)
+        made = time.perf_counter()
+        index, _ = assembly.open_index(config, bank)
+        assembly.save_index(index, bank)
+    except BaseException:
+        bank.close()
+        raise
+    return bank, Built(size, made - began, time.perf_counter() - made)
+
+
+def around(centres: Vectors, count: int, seed: int) -> Vectors:
+    """``float32[count, dim]``, each row of length 1 and near one of the centres."""
+    drawing = np.random.default_rng(seed)
+    noise = drawing.standard_normal((count, centres.shape[1]), np.float32) * (NOISE / centres.shape[1] ** 0.5)
+    vectors = centres[drawing.integers(0, len(centres), count)] + noise
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)  # type: ignore[no-any-return]
+
+
+def queries(count: int) -> list[str]:
+    """Real texts of about 64 tokens, no two alike."""
+    return _windows(count, seed=2)
+
+
+def _batch(bank: Bank, start: int, vectors: Vectors) -> Batch:
+    ids = as_ids(range(start + 1, start + 1 + len(vectors)))
+    shape = (len(ids), len(SPEC.layers), SPEC.kv_heads, SPEC.tokens, SPEC.head_dim)
+    drawing = torch.Generator().manual_seed(start)
+    keys, values = (torch.randn(shape, generator=drawing) for _ in range(2))
+    memories = Memories(keys, values, torch.full((len(ids),), SPEC.tokens))
+    references = [Reference(f"Memory {id} that nobody wrote.", f"made/{id // 1000}", 0, 29, 4) for id in ids.tolist()]
+    return Batch(ids, bank.blocks(ids, memories), references, vectors)
+
+
+def _windows(count: int, seed: int) -> list[str]:
+    words, drawing = _words(), random.Random(seed)
+    return [" ".join(words[start : start + _WORDS]) for start in drawing.sample(range(len(words) - _WORDS), count)]
+
+
+@cache
+def _words() -> list[str]:
+    """Of the Python language's own reference, which every installation has."""
+    from pydoc_data.topics import topics
+
+    return " ".join(topics[name] for name in sorted(topics)).split()

@@ -1,0 +1,118 @@
+"""``m3 bench tiers``: each tier, and the whole way up, beside plain reads, writes and copies of the same bytes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from m3runtime import assembly
+from m3runtime.config.schema import Config
+from m3runtime.lab.bench.banks import bank_for
+from m3runtime.lab.bench.tier_runs import Contender, TierRuns
+from m3runtime.lab.bench.timing import Spread, threads, timed
+from m3runtime.lab.evaluation.report import environment, plain
+from m3runtime.writing.writer import OnProgress
+
+BATCHES = (1, 5, 32)
+
+
+@dataclass(frozen=True, slots=True)
+class TierSettings:
+    """What is measured, and how often."""
+
+    batches: tuple[int, ...] = BATCHES
+    """Blocks at once."""
+    rounds: int = 15
+    references: int = 64
+    """Of the temporary bank of a corpus, at most."""
+    threads: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One contender with one number of blocks."""
+
+    name: str
+    blocks: int
+    bytes: float
+    """Of the blocks, on average over rounds."""
+    seconds: Spread
+    baseline: str
+    """What it is compared with; of a baseline, itself."""
+    speed: Spread
+    """The baseline's seconds over its own, in the same round."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierBench:
+    """All that was measured."""
+
+    settings: TierSettings
+    device: str
+    tiers: Sequence[str]
+    """As configured, fastest first."""
+    bank: str
+    slot_bytes: int
+    config: Mapping[str, Any]
+    fingerprints: Mapping[str, str]
+    has_cold: bool
+    """Whether the page cache could be emptied for the rows that are called cold; else there are none."""
+    rows: Sequence[Row]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {**plain(asdict(self)), "environment": environment()}
+
+
+def bench_tiers(config: Config, corpus: Sequence[Path], settings: TierSettings, progress: OnProgress) -> TierBench:
+    """Measure on the configured bank, or on a temporary one of the corpus; each round takes other blocks.
+
+    Raises `InputError` if there is neither bank nor corpus. Beside the bank there is a temporary folder meanwhile.
+    """
+    with (
+        threads(settings.threads),
+        bank_for(config, None, corpus, settings.references, progress) as own,
+        TierRuns(own, assembly.device(config)) as runs,
+    ):
+        sizes = sorted({min(size, len(runs.ids)) for size in settings.batches})
+        rows: list[Row] = []
+        for place, size in enumerate(sizes):
+            done = place * (settings.rounds + 1)
+
+            def begin(number: int, size: int = size, done: int = done) -> None:
+                runs.draw(size, number)
+                progress("tiers", done + number, len(sizes) * (settings.rounds + 1))
+
+            runs.sizes.clear()
+            contenders = runs.contenders(size)
+            seconds = timed(
+                {name: one.work for name, one in contenders.items()},
+                settings.rounds,
+                begin,
+                {name: one.before for name, one in contenders.items() if one.before},
+            )
+            rows += _rows(contenders, seconds, size, sum(runs.sizes[1:]) / settings.rounds)
+        progress("tiers", len(sizes) * (settings.rounds + 1), len(sizes) * (settings.rounds + 1))
+        where = "temporary" if own is not config else str(config.bank)
+        return TierBench(
+            settings=settings,
+            device=str(runs.device),
+            tiers=[tier.name for tier in runs.hierarchy.tiers],
+            bank=f"{where}, {len(runs.bank.home)} memories",
+            slot_bytes=runs.slot_bytes,
+            config=own.model_dump(mode="json"),
+            fingerprints=runs.bank.manifest.fingerprints(),
+            has_cold=runs.has_cold,
+            rows=rows,
+        )
+
+
+def _rows(
+    contenders: Mapping[str, Contender], seconds: Mapping[str, Sequence[float]], blocks: int, size: float
+) -> list[Row]:
+    found = []
+    for name, own in seconds.items():
+        baseline = contenders[name].baseline
+        speed = [theirs / mine for theirs, mine in zip(seconds[baseline], own, strict=True)]
+        found.append(Row(name, blocks, size, Spread.of(own), baseline, Spread.of(speed)))
+    return found

@@ -1,0 +1,197 @@
+"""``m3 bench write``: how much of a model's own speed is left while memories are written."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from m3runtime import assembly
+from m3runtime.adapters.answers import Prompt
+from m3runtime.adapters.base import Adapter
+from m3runtime.adapters.comparison import Comparable
+from m3runtime.bank.bank import CODEC, Bank
+from m3runtime.config.schema import Config
+from m3runtime.documents.reading import Document, read_documents
+from m3runtime.documents.references import references_of
+from m3runtime.documents.splitting import Splitter
+from m3runtime.lab.bench.banks import full_pieces
+from m3runtime.lab.bench.timing import Spread, threads, turns, wait
+from m3runtime.lab.evaluation.report import environment, plain
+from m3runtime.retrieval.embedder import Embedder
+from m3runtime.writing import codec_files
+from m3runtime.writing.encoding import GROUP, batches
+from m3runtime.writing.fitting import fit_codec
+from m3runtime.writing.writer import STAGES, OnProgress, Writer, WriteReport
+
+PLAIN = "the model alone"
+"""As its own library runs it."""
+ENCODE = "memories alone"
+"""As the adapter computes them, up to the last keys and values that are kept."""
+WRITE = "the whole write"
+
+
+@dataclass(frozen=True, slots=True)
+class WriteSettings:
+    """What is measured, and how often."""
+
+    references: int = 64
+    rounds: int = 5
+    threads: int = 2
+    """That is computed on, on a CPU."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WriteBench:
+    """All that was measured."""
+
+    settings: WriteSettings
+    model: str
+    device: str
+    dtype: str
+    batch: int
+    """References that the model reads at once."""
+    tokens: int
+    """Of all references."""
+    config: Mapping[str, Any]
+    fingerprints: Mapping[str, str]
+    seconds: Mapping[str, Spread]
+    """That each contender takes for all references: `PLAIN`, if the adapter has a baseline, `ENCODE` and `WRITE`."""
+    kept: Mapping[str, Spread]
+    """The throughput of `WRITE` over that of each other in the same round."""
+    shares: Mapping[str, Spread]
+    """Of the seconds of `WRITE`, those that went by in each of `m3runtime.writing.writer.STAGES`; they may overlap."""
+    beside: bool
+    """Whether encoding and embedding overlapped with the model. Committing does in any case."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {**plain(asdict(self)), "environment": environment()}
+
+
+def bench_write(
+    config: Config, adapter: Adapter, corpus: Sequence[Path], settings: WriteSettings, progress: OnProgress
+) -> WriteBench:
+    """Let the model read the same references by itself and for a new bank, in turns.
+
+    The references are pieces of the corpus as long as a reference may be, or else the first ones of the bank. The codec
+    is that of ``codec.file``, or the bank's, or is trained on these references beforehand. Raises `InputError` if there
+    is neither bank nor corpus, or the corpus is too short.
+    """
+    embedder = assembly.open_embedder(config)
+    # Beside the bank, so that what is committed is committed to the same drive.
+    beside = config.bank.parent if config.bank.parent.is_dir() else None
+    with (
+        threads(settings.threads),
+        tempfile.TemporaryDirectory(dir=beside, prefix=".m3-bench-") as folder,
+    ):
+        documents = _documents(config, adapter, corpus, settings)
+        own = _with_codec(config, adapter, documents, Path(folder), progress)
+        try:
+            return _measure(own, adapter, embedder, documents, settings, progress)
+        finally:
+            embedder.close()
+
+
+def _documents(config: Config, adapter: Adapter, corpus: Sequence[Path], settings: WriteSettings) -> list[Document]:
+    """The references, each a document."""
+    if corpus:
+        return full_pieces(adapter, list(read_documents(corpus)), settings.references, settings.seed)
+    bank = assembly.open_bank(config, read_only=True)
+    try:
+        found = bank.home.references(bank.home.ids()[: settings.references])
+        return [Document(one.source, one.text) for one in found if one is not None]
+    finally:
+        bank.close()
+
+
+def _with_codec(
+    config: Config, adapter: Adapter, documents: Sequence[Document], folder: Path, progress: OnProgress
+) -> Config:
+    """The configuration of a new bank in ``folder`` whose codec is trained."""
+    own = config.model_copy(update={"bank": folder / "bank"})
+    if config.codec.file is not None:
+        return own
+    codec = codec_files.configured(config, adapter.spec)
+    if codec.trained:
+        return own
+    if Bank.exists(config.bank, assembly.open_home(config, read_only=True)):
+        bank = assembly.open_bank(config, read_only=True)
+        try:
+            adapter.check(bank.manifest, bank.path)
+            codec_files.check_bank(config, bank)
+        finally:
+            bank.close()
+        file = config.bank / CODEC
+    else:
+        texts = [document.text for document in documents]
+        fit_codec(codec, adapter, texts, config.memory.batch_size, lambda done, of: progress("codec", done, of))
+        file = folder / CODEC
+        codec.save(file)
+    return own.model_copy(update={"codec": config.codec.model_copy(update={"file": file})})
+
+
+def _measure(
+    config: Config,
+    adapter: Adapter,
+    embedder: Embedder,
+    documents: Sequence[Document],
+    settings: WriteSettings,
+    progress: OnProgress,
+) -> WriteBench:
+    splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
+    references = list(references_of(documents, splitter, whole=True))
+    groups = [references[start : start + GROUP] for start in range(0, len(references), GROUP)]
+    size = config.memory.batch_size
+    read = [[group[row].text for row in rows] for group in groups for rows in batches(group, size)]
+    writer = Writer(config, adapter, embedder)
+    reports: list[WriteReport] = []
+    contenders: dict[str, Callable[[], object]] = {
+        ENCODE: lambda: [adapter.encode(texts) for texts in read],
+        WRITE: lambda: reports.append(writer.write(documents, whole=True)),
+    }
+    if isinstance(adapter, Comparable):
+        contenders[PLAIN] = _plain(adapter, read, max(reference.tokens for reference in references))
+    seconds = {name: list[float]() for name in contenders}
+    before = {WRITE: lambda: shutil.rmtree(config.bank, ignore_errors=True)}
+    every = settings.rounds + 1
+    for number, name in turns(list(contenders), settings.rounds, lambda done: progress("writing", done, every), before):
+        began = time.perf_counter()
+        contenders[name]()
+        wait()
+        if number:
+            seconds[name].append(time.perf_counter() - began)
+    progress("writing", every, every)
+    of_write, counted = seconds[WRITE], reports[1:]
+    return WriteBench(
+        settings=replace(settings, references=len(references)),
+        model=adapter.name,
+        device=str(adapter.device),
+        dtype=str(adapter.dtype).removeprefix("torch."),
+        batch=size,
+        tokens=sum(reference.tokens for reference in references),
+        config=config.model_dump(mode="json"),
+        fingerprints={"model": adapter.model_fingerprint, "embedder": embedder.fingerprint},
+        seconds={name: Spread.of(found) for name, found in seconds.items()},
+        kept={
+            name: Spread.of([theirs / ours for theirs, ours in zip(found, of_write, strict=True)])
+            for name, found in seconds.items()
+            if name != WRITE
+        },
+        shares={stage: Spread.of([one.stages[stage] / one.seconds for one in counted]) for stage in STAGES},
+        beside=writer.beside,
+    )
+
+
+def _plain(model: Comparable, read: Sequence[Sequence[str]], tokens: int) -> Callable[[], object]:
+    """What reads the same batches and makes one token of each, for that takes no other pass.
+
+    By the first variant of the baseline, its library's default.
+    """
+    baseline = model.baseline()
+    room = tokens + 2  # with what begins a sequence, and the token
+    prompts = [[Prompt(text) for text in texts] for texts in read]
+    return lambda: [baseline.generate(some, 1, baseline.variants[0], room) for some in prompts]

@@ -1,0 +1,88 @@
+"""How often to recall: chunk lengths, tried on held-out passages of real text."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from m3runtime.adapters.base import Adapter
+from m3runtime.config.schema import Config
+from m3runtime.documents.reading import Document
+from m3runtime.lab.evaluation.passages import hold_out
+from m3runtime.lab.evaluation.statistics import Estimate, mean
+from m3runtime.lab.evaluation.text_run import run_text
+from m3runtime.lab.evaluation.trials import changed
+from m3runtime.writing.writer import OnProgress
+
+LENGTHS = (16, 32, 64, 96)
+SCORED = 192
+"""Tokens of a passage that are scored, in chunks of whatever length."""
+BANK = 24_000
+"""Tokens of documents that are enough: a bank is written for every length."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkLength:
+    """What one length gave. Log-likelihoods are of a token."""
+
+    tokens: int
+    alone: Estimate
+    memory: Estimate
+    gain: Estimate
+    """Of memory, passage by passage."""
+    recalls: int
+    """For each passage."""
+
+
+def chunk_lengths(
+    config: Config,
+    adapter: Adapter,
+    documents: Sequence[Document],
+    folder: Path,
+    *,
+    passages: int,
+    seed: int,
+    progress: OnProgress | None = None,
+) -> tuple[ChunkLength, ...]:
+    """Score passages of some of the documents under every length; which ones, the seed says.
+
+    Resumes what is in ``folder``. Raises `InputError` for too little text.
+    """
+    found = []
+    some = _some(documents, adapter, seed)
+    for tokens in LENGTHS:
+        settings = changed(
+            config,
+            {
+                "recall.chunk_tokens": tokens,
+                "recall.lookahead_tokens": min(config.recall.lookahead_tokens, tokens // 2),
+            },
+        )
+        corpus = hold_out(
+            some,
+            adapter,
+            passages=passages,
+            chunk_tokens=tokens,
+            reference_tokens=adapter.spec.reference_tokens,
+            continuation=SCORED // tokens,
+            seed=seed,
+        )
+        results = run_text(
+            settings, adapter, corpus, folder / f"chunks-{tokens}", modes=("none", "memory"), progress=progress
+        )
+        alone, memory = results.passage_means("none"), results.passage_means("memory")
+        gains = [ours - theirs for ours, theirs in zip(memory, alone, strict=True)]
+        found.append(ChunkLength(tokens, mean(alone, seed), mean(memory, seed), mean(gains, seed), SCORED // tokens))
+    return tuple(found)
+
+
+def _some(documents: Sequence[Document], adapter: Adapter, seed: int) -> list[Document]:
+    """Documents of about `BANK` tokens together, no single one taking more than a tenth."""
+    drawn, tokens = [], 0
+    for document in random.Random(seed).sample(list(documents), len(documents)):
+        if tokens >= BANK:
+            break
+        text = "".join(adapter.cut(document.text, BANK // 10)[:1])
+        drawn.append(Document(document.source, text))
+        tokens += adapter.count_tokens(text)
+    return drawn

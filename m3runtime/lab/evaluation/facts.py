@@ -1,0 +1,242 @@
+"""``m3 eval facts``: questions about invented facts, put to one model in several modes."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+from m3runtime import assembly
+from m3runtime.adapters.answers import Form
+from m3runtime.adapters.base import Adapter
+from m3runtime.bank.bank import as_ids
+from m3runtime.config.schema import Config, GenerateConfig
+from m3runtime.documents.reading import Document
+from m3runtime.lab.evaluation.banks import write_bank
+from m3runtime.lab.evaluation.journal import Journal
+from m3runtime.lab.evaluation.judging import is_invented, is_right
+from m3runtime.lab.evaluation.modes import MODES, NEAREST, NEEDS_ANSWER, SEARCHING, Asker, Item, Mode
+from m3runtime.lab.evaluation.world import Question, make_world
+from m3runtime.memory.spec import fingerprint
+from m3runtime.observe.tiers import TierStats
+from m3runtime.retrieval.retriever import passing
+from m3runtime.runtime import Runtime
+from m3runtime.writing.writer import OnProgress
+
+Ask = Literal["questions", "statements"]
+
+
+@dataclass(frozen=True, slots=True)
+class FactsSettings:
+    """What is asked, and how."""
+
+    seed: int = 0
+    references: int = 320
+    questions: int = 200
+    unanswerable: int = 50
+    ask: Ask = "questions"
+    """Questions to answer, or statements to complete."""
+    max_new_tokens: int | None = None
+    """Of an answer; None: enough for the form of the prompt."""
+    batch: int = 16
+    timed: int = 8
+    """Questions that are put once more, each alone, to measure time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One question put alone, in one mode."""
+
+    mode: Mode
+    first_token_s: float
+    """From the question to the first token, search included."""
+    tokens_per_s: float
+    bytes: dict[str, int]
+    """Read from each tier, by its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class FactsResults:
+    """Everything that was found."""
+
+    items: tuple[Item, ...]
+    """Answerable and unanswerable ones."""
+    answers: dict[Mode, dict[str, dict[str, Any]]]
+    """By mode and item's key: ``text``, ``right``, ``invented``, and ``log_probs`` of the right answer's tokens."""
+    timings: tuple[Timing, ...]
+    fingerprints: dict[str, str]
+    """Of everything that the bank was made with, by name."""
+
+
+class FactsRun:
+    """One evaluation in one folder: its bank, its journal. Can be stopped at any moment and run again."""
+
+    def __init__(self, config: Config, settings: FactsSettings, folder: Path) -> None:
+        """Raises `InputError` for more questions than so many references can answer."""
+        self.settings = settings
+        self.folder = folder
+        self.modes: tuple[Mode, ...] = ()
+        form: Form = "plain" if settings.ask == "statements" else config.generate.prompt
+        most = settings.max_new_tokens or (40 if form == "chat" else 16)  # in a chat models answer in whole sentences
+        generate = {"max_new_tokens": most, "prompt": form, "stop": ("\n",), "temperature": 0.0}
+        # Every mode decodes alike: greedily, one line.
+        self.config = config.model_copy(
+            update={"bank": folder / "bank", "generate": GenerateConfig.model_validate(generate)}
+        )
+        self.world = make_world(
+            settings.seed,
+            references=settings.references,
+            questions=settings.questions,
+            unanswerable=settings.unanswerable,
+        )
+
+    def run(self, adapter: Adapter, progress: OnProgress | None = None, modes: Iterable[Mode] = MODES) -> FactsResults:
+        """Write the bank, ask all questions in all modes, measure times; what is done already is not done again.
+
+        ``progress`` is called with ``codec``, ``memories``, a mode or ``timing``, what is done of it, and all of it.
+        """
+        self.modes = modes = tuple(modes)
+        self._write(adapter, progress)
+        with Runtime.open(self.config, encoder=adapter) as runtime:
+            items = self._items(runtime)
+            asker = asker_of(adapter, runtime, items)
+            with Journal(self.folder / f"answers-{self.settings.ask}.jsonl", self._fingerprint(runtime)) as journal:
+                for mode in modes:
+                    self._ask_all(asker, mode, items, journal, progress)
+                done = dict(journal.done)
+        answers = {mode: {item.key: done[f"{mode}/{item.key}"] for item in _asked(mode, items)} for mode in modes}
+        with Runtime.open(self.config, encoder=adapter) as runtime:  # anew: its tiers are cold
+            timings = self._time(asker_of(adapter, runtime, items), modes, items, progress)
+            return FactsResults(items, answers, timings, runtime.bank.manifest.fingerprints())
+
+    def _write(self, adapter: Adapter, progress: OnProgress | None) -> None:
+        seed, references = self.world.seed, self.world.references
+        documents = [Document(f"world-{seed}:{number}", text) for number, text in enumerate(references)]
+        embedder = assembly.open_embedder(self.config)
+        try:
+            write_bank(self.config, adapter, embedder, documents, progress)
+        finally:
+            embedder.close()
+
+    def _items(self, runtime: Runtime) -> tuple[Item, ...]:
+        ids = runtime.bank.home.find(self.world.references)
+        questions = [(f"{number}", one) for number, one in enumerate(self.world.questions)]
+        questions += [(f"nowhere-{number}", one) for number, one in enumerate(self.world.unanswerable)]
+        asked = [asked_of(question, self.settings.ask) for _, question in questions]
+        recall, items = self.config.recall, []
+        for (key, question), text, matches in zip(questions, asked, runtime.search(asked, NEAREST), strict=True):
+            recalled = passing(matches[: recall.memories], min_score=recall.min_score, margin=recall.margin)
+            right = None if question.reference is None else ids[question.reference]
+            items.append(Item(key, question, text, tuple(matches), tuple(recalled), right))
+        return tuple(items)
+
+    def _ask_all(
+        self, asker: Asker, mode: Mode, items: Sequence[Item], journal: Journal, progress: OnProgress | None
+    ) -> None:
+        # Of like length in a batch, so that little is padded. A batch is asked again as a whole or not at all: in
+        # another one rounding would make other results of the same question.
+        all_asked = _asked(mode, items)
+        journal.add(self._known(asker, mode, all_asked, journal))
+        asked = sorted(
+            (item for item in all_asked if not self._twin(asker, mode, item)),
+            key=lambda item: (asker.length(mode, item), item.key),
+        )
+        for start in range(0, len(asked), self.settings.batch):
+            batch = asked[start : start + self.settings.batch]
+            if all(f"{mode}/{item.key}" in journal.done for item in batch):
+                continue
+            if progress:
+                progress(mode, start, len(asked))
+            records = ask(asker, mode, batch, self.config.generate)
+            journal.add({f"{mode}/{item.key}": record for item, record in records})
+        if progress:
+            progress(mode, len(asked), len(asked))
+
+    def _known(self, asker: Asker, mode: Mode, items: Sequence[Item], journal: Journal) -> dict[str, Any]:
+        """What need not be asked: the same references in the same prompt were put to the model in another mode."""
+        twins = {item.key: self._twin(asker, mode, item) for item in items}
+        return {
+            f"{mode}/{key}": journal.done[f"{twin}/{key}"]
+            for key, twin in twins.items()
+            if twin and f"{mode}/{key}" not in journal.done
+        }
+
+    def _twin(self, asker: Asker, mode: Mode, item: Item) -> Mode | None:
+        """An earlier mode that puts the same text to the model."""
+        if asker.texts(mode, item) is None:
+            return None
+        earlier = self.modes[: self.modes.index(mode)]
+        return next((twin for twin in earlier if asker.texts(twin, item) == asker.texts(mode, item)), None)
+
+    def _time(
+        self, asker: Asker, modes: Sequence[Mode], items: Sequence[Item], progress: OnProgress | None
+    ) -> tuple[Timing, ...]:
+        """Questions one by one, the modes in turn so that all of them see the machine in the same moods."""
+        chosen = [item for item in items if item.right is not None][: self.settings.timed]
+        timings = []
+        for number, item in enumerate(chosen):
+            if progress:
+                progress("timing", number, len(chosen))
+            timings += [time_one(asker, mode, item, self.config.generate) for mode in modes]
+        if progress:
+            progress("timing", len(chosen), len(chosen))
+        return tuple(timings)
+
+    def _fingerprint(self, runtime: Runtime) -> str:
+        """Over all that answers depend on."""
+        depends = self.config.model_dump(mode="json", exclude={"bank", "tiers", "index"})
+        settings = {**asdict(self.settings), "timed": 0}
+        return fingerprint([depends, settings, runtime.bank.stamp.bank, runtime.bank.manifest.embedder])
+
+
+def asker_of(adapter: Adapter, runtime: Runtime, items: Iterable[Item]) -> Asker:
+    """An `Asker` that knows every reference that items name."""
+    wanted = {match.id for item in items for match in item.nearest} | {
+        item.right for item in items if item.right is not None
+    }
+    ids = sorted(wanted)
+    references = {
+        id: one for id, one in zip(ids, runtime.bank.home.references(as_ids(ids)), strict=True) if one is not None
+    }
+    return Asker(adapter, runtime, references, runtime.config.generate.prompt)
+
+
+def asked_of(question: Question, ask: Ask) -> str:
+    """What is put to the model."""
+    return question.text if ask == "questions" else question.statement
+
+
+def ask(asker: Asker, mode: Mode, items: Sequence[Item], settings: GenerateConfig) -> list[tuple[Item, dict[str, Any]]]:
+    """Put items to the model: what it answers, and how likely it finds the right answer."""
+    continuations = [None if item.right is None else f" {item.question.answers[0]}" for item in items]
+    with asker.ready(mode, items) as (prompts, streams):
+        found = asker.adapter.examine(prompts, continuations, streams, settings)
+    records = []
+    for item, (answer, score) in zip(items, found, strict=True):
+        record: dict[str, Any] = {"text": answer.text, "recalled": [list(chunk.ids) for chunk in answer.chunks]}
+        if score is None:
+            record["invented"] = is_invented(answer.text)
+        else:
+            record |= {"right": is_right(answer.text, item.question.answers), "log_probs": list(score.log_probs)}
+        records.append((item, record))
+    return records
+
+
+def time_one(asker: Asker, mode: Mode, item: Item, settings: GenerateConfig) -> Timing:
+    """Put one item to the model as a user would: what search costs is counted, in every mode that searches."""
+    before = asker.runtime.hierarchy.stats()
+    began = perf_counter()
+    if mode in SEARCHING:
+        asker.runtime.search([item.asked])
+    with asker.ready(mode, [item]) as (prompts, streams):
+        searched = perf_counter() - began
+        (answer,) = asker.adapter.generate(prompts, streams, settings)
+    return Timing(mode, searched + answer.first_token_s, answer.tokens_per_s, _read(before, asker.runtime))
+
+
+def _read(before: Sequence[TierStats], runtime: Runtime) -> dict[str, int]:
+    return {now.name: now.bytes - then.bytes for then, now in zip(before, runtime.hierarchy.stats(), strict=True)}
+
+
+def _asked(mode: Mode, items: Sequence[Item]) -> list[Item]:
+    return [item for item in items if item.right is not None or mode not in NEEDS_ANSWER]

@@ -1,0 +1,67 @@
+"""`Journal`: what an evaluation has found so far, in a file, so that it can be stopped and go on."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from m3runtime.errors import InputError
+from m3runtime.memory.spec import canonical_json
+
+
+class Journal:
+    """Records by key, one line of JSON each. One thread, one process.
+
+    What `add` returned from survives a crash; a line that was half written is dropped.
+    """
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        """``fingerprint`` stands for all that the records depend on. Raises `InputError` if the file is of another."""
+        self.path = path
+        self.done: dict[str, Any] = {}
+        whole = self._read(fingerprint) if path.exists() else 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("r+b" if whole else "wb")
+        self._file.truncate(whole)
+        self._file.seek(whole)
+        if not whole:
+            self._write([{"fingerprint": fingerprint}])
+
+    def add(self, records: Mapping[str, Any]) -> None:
+        """Keep records, each of JSON values. A key that is there already is not to be given again."""
+        self._write([{"key": key, "value": value} for key, value in records.items()])
+        # As a later run will read them: tuples as lists, keys as text.
+        self.done.update(json.loads(json.dumps(dict(records))))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        self._file.write("".join(canonical_json(line) + "\n" for line in lines).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _read(self, fingerprint: str) -> int:
+        """Read all whole lines. Returns how many bytes they have."""
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        try:
+            lines = [json.loads(line) for line in content[:whole].splitlines()]
+            theirs = lines[0]["fingerprint"] if lines else fingerprint
+            self.done = {line["key"]: line["value"] for line in lines[1:]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.path} is not the journal of an evaluation; move it away") from error
+        if theirs != fingerprint:
+            raise InputError(
+                f"{self.path}: an evaluation of other settings, questions or software was begun here; "
+                "choose another --out, or remove this file"
+            )
+        return whole

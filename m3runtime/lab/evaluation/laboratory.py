@@ -1,0 +1,67 @@
+"""`Laboratory`: recalls what an experiment tells it to, where a `Runtime` recalls what it finds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from m3runtime.config.schema import Config
+from m3runtime.documents.reference import Reference
+from m3runtime.memory.spec import MemorySpec
+from m3runtime.stream import Part, Recalled, Stream
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A memory that a text is to get."""
+
+    id: int
+    score: float
+    log_weight: float = 0.0
+
+
+class Laboratory:
+    """Memories that lie decoded in RAM, and for each text those that it gets. A `Recaller`; thread-safe."""
+
+    def __init__(
+        self,
+        config: Config,
+        spec: MemorySpec,
+        parts: Mapping[int, Part],
+        references: Mapping[int, Reference],
+        choices: Mapping[str, Sequence[Choice]],
+    ) -> None:
+        """``choices`` is by the text that a chunk is searched with; a text that is not there gets nothing."""
+        self.config = config
+        self.spec = spec
+        self.parts = parts
+        self.references = references
+        self.choices = choices
+
+    def stream(self, dtype: torch.dtype) -> Stream:
+        """See `m3runtime.runtime.Runtime.stream`."""
+        return Stream(self, dtype)
+
+    def recall(self, streams: Sequence[Stream], texts: Sequence[str], *, wait: bool | None = None) -> list[Recalled]:  # noqa: ARG002 - everything is there
+        """Deliver what was chosen for these texts."""
+        return [self._recalled(stream, self.choices.get(text, ())) for stream, text in zip(streams, texts, strict=True)]
+
+    def hint(self, streams: Sequence[Stream], texts: Sequence[str]) -> None:
+        """Nothing to do: everything is there."""
+
+    def release(self, stream: Stream) -> None:
+        """Nothing to do: nothing is held."""
+
+    def _recalled(self, stream: Stream, choices: Sequence[Choice]) -> Recalled:
+        parts = tuple(self.parts[choice.id] for choice in choices)
+        return Recalled(
+            ids=tuple(choice.id for choice in choices),
+            scores=tuple(choice.score for choice in choices),
+            references=tuple(self.references[choice.id] for choice in choices),
+            late=(),
+            spec=self.spec,
+            device=parts[0][0].device if parts else torch.device("cpu"),
+            dtype=stream.dtype,
+            parts=parts,
+            log_weights=tuple(choice.log_weight for choice in choices),
+        )

@@ -1,0 +1,155 @@
+"""`Report`: what an evaluation found, as files: ``report.json`` for machines, ``report.md`` and pictures for people."""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from m3runtime.lab.evaluation.plots import Plot, draw
+from m3runtime.lab.evaluation.statistics import Estimate
+from m3runtime.memory.spec import canonical_json
+
+PACKAGES = ("m3runtime", "torch", "transformers", "sentence-transformers", "usearch", "faiss-cpu", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of text, numbers and estimates under named columns."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[object, ...], ...]
+    note: str = ""
+    """What must be known to read it."""
+
+    def __post_init__(self) -> None:
+        if any(len(row) != len(self.columns) for row in self.rows):
+            raise ValueError(f"{self.title}: every row must have {len(self.columns)} cells")
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one evaluation found, and all that is needed to repeat it."""
+
+    title: str
+    command: str
+    """What to type to make it again."""
+    settings: Mapping[str, Any]
+    """The evaluation's own, seed included."""
+    config: Mapping[str, Any]
+    """The configuration in force."""
+    fingerprints: Mapping[str, str]
+    """Of the model, the tokenizer, the embedder, the codec and the bank."""
+    summary: tuple[str, ...]
+    """The findings in plain words, the unfavourable included."""
+    tables: tuple[Table, ...]
+    plots: tuple[Plot, ...]
+    results: Mapping[str, Any]
+    """Every single result: equal for equal seeds, on equal software."""
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    """What depends on the machine: times, rates."""
+
+    def save(self, folder: Path) -> None:
+        """Write ``report.json``, ``report.md`` and each plot as PNG and SVG, every file whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for plot in self.plots:
+            draw(plot, folder)
+        self._write(folder / "report.md", self.markdown())
+        self._write(folder / "report.json", json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n")
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values; ``measured`` and ``environment`` alone differ between two runs of one seed."""
+        return {
+            "title": self.title,
+            "command": self.command,
+            "settings": plain(self.settings),
+            "config": plain(self.config),
+            "fingerprints": plain(self.fingerprints),
+            "summary": list(self.summary),
+            "tables": [plain(table) for table in self.tables],
+            "results": plain(self.results),
+            "measured": plain(self.measured),
+            "environment": environment(),
+        }
+
+    def markdown(self) -> str:
+        """The report for people."""
+        lines = [f"# {self.title}", "", f"Made by `{self.command}`.", ""]
+        lines += [f"- {line}" for line in self.summary]
+        for table in self.tables:
+            lines += ["", f"## {table.title}", "", *markdown_table(table)]
+        for plot in self.plots:
+            lines += ["", f"![{plot.title}]({plot.name}.png)"]
+        lines += ["", "## To repeat it", "", "| | |", "|---|---|"]
+        facts = {**self.settings, **self._in_force(), **self.fingerprints, **environment()}
+        lines += [f"| {name} | {_cell(value)} |" for name, value in facts.items()]
+        lines += ["", "The configuration in force and every single result are in `report.json`.", ""]
+        return "\n".join(lines)
+
+    def _in_force(self) -> dict[str, str]:
+        """The sections of the configuration that decide what is answered; no paths."""
+        sections = ("memory", "codec", "recall", "generate")
+        return {name: canonical_json(self.config[name]) for name in sections if name in self.config}
+
+    def _write(self, path: Path, text: str) -> None:
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+
+
+def markdown_table(table: Table) -> list[str]:
+    """The lines of a table."""
+    lines = [f"| {' | '.join(table.columns)} |", "|" + "---|" * len(table.columns)]
+    lines += [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in table.rows]
+    return [*lines, "", table.note] if table.note else lines
+
+
+def environment() -> dict[str, str]:
+    """Software and machine."""
+    import torch
+
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    found["machine"] = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
+    if torch.cuda.is_available():
+        found["accelerator"] = torch.cuda.get_device_name()
+    found["system"] = f"{platform.system()} {platform.machine()}"
+    return found
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, mappings and tuples as what JSON has."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(name): plain(inner) for name, inner in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return str(value)  # which JSON does not have
+    return str(value) if isinstance(value, Path) else value
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, Estimate):
+        return str(value)
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,124 @@
+"""What ``m3 eval text`` found, as a report."""
+
+from dataclasses import asdict, dataclass
+from itertools import chain
+from statistics import fmean
+from typing import Any
+
+from m3runtime.config.schema import Config
+from m3runtime.lab.evaluation.passages import Corpus
+from m3runtime.lab.evaluation.plots import Plot, Series
+from m3runtime.lab.evaluation.report import Report, Table
+from m3runtime.lab.evaluation.statistics import Estimate, mean
+from m3runtime.lab.evaluation.text_results import MODES, Mode, TextResults
+
+_NAMES: dict[Mode, str] = {
+    "none": "the passage so far, alone",
+    "text": "and before it, as text, the references that memory recalls for the chunk",
+    "memory": "and memories, recalled for each chunk as in decoding",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TextSettings:
+    """What is scored."""
+
+    corpus: tuple[str, ...]
+    seed: int = 0
+    passages: int = 40
+    chunks: int = 3
+    """Scored chunks of a passage."""
+    share: float = 2 / 3
+    """References of which a passage has more than this are dropped."""
+
+
+def text_report(
+    results: TextResults,
+    settings: TextSettings,
+    corpus: Corpus,
+    config: Config,
+    command: str,
+) -> Report:
+    """Tables, a picture, and findings in words."""
+    seed = settings.seed
+    return Report(
+        title=f"Text: {results.passages} held-out passages of {', '.join(settings.corpus)}",
+        command=command,
+        settings={**asdict(settings), "corpus": " ".join(settings.corpus)},
+        config=config.model_dump(mode="json"),
+        fingerprints=results.fingerprints,
+        summary=_summary(results, seed),
+        tables=(_likelihood(results, seed), _recall(results, seed)),
+        plots=(_plot(results, seed),),
+        results={
+            "passages": [{"source": one.source, "start": one.start, "chunks": one.chunks} for one in corpus.passages],
+            "log_probs": results.log_probs,
+            "recalled": [[asdict(chunk) for chunk in passage] for passage in results.recalled],
+            "references": results.references,
+            "dropped": results.dropped,
+        },
+    )
+
+
+def _gain(results: TextResults, mode: Mode, baseline: Mode, seed: int) -> Estimate:
+    pairs = zip(results.passage_means(mode), results.passage_means(baseline), strict=True)
+    return mean([ours - theirs for ours, theirs in pairs], seed)
+
+
+def _likelihood(results: TextResults, seed: int) -> Table:
+    rows: list[tuple[object, ...]] = []
+    for mode in MODES:
+        gained = "" if mode == "none" else _gain(results, mode, "none", seed)
+        of_chunks = [f"{value:.3f}" for value in results.chunk_means(mode)]
+        rows.append((mode, _NAMES[mode], mean(results.passage_means(mode), seed), gained, *of_chunks))
+    chunks = tuple(f"chunk {number}" for number in range(1, results.chunks + 1))
+    return Table(
+        "Next-token log-likelihood",
+        ("mode", "what the model is given", "all chunks", "more than alone", *chunks),
+        tuple(rows),
+        f"Natural logarithm, mean over tokens; chunks are of {results.chunk_tokens} tokens. In brackets, the interval "
+        "of 95 % of bootstrap resamples of the passages.",
+    )
+
+
+def _recall(results: TextResults, seed: int) -> Table:
+    counts = [len(chunk.ids) for chunk in chain(*results.recalled)]
+    scores = results.recall_scores()
+    rows: list[tuple[object, ...]] = [
+        ("references in the bank", results.references),
+        ("references dropped, because a passage has too much of them", results.dropped),
+        ("memories recalled for a chunk", mean(counts, seed)),
+        ("score of a recalled memory", mean(scores, seed) if scores else "-"),
+    ]
+    return Table("Recall", ("", ""), tuple(rows))
+
+
+def _summary(results: TextResults, seed: int) -> tuple[str, ...]:
+    memory, text = _gain(results, "memory", "none", seed), _gain(results, "text", "none", seed)
+    against = _gain(results, "memory", "text", seed)
+    return (
+        f"Memory changes the log-likelihood of a token by {memory}, the same references as text by {text}; the "
+        f"difference is {against}.",
+        f"Passages have {results.chunks} scored chunks; {results.dropped} references were dropped, "
+        f"{results.references} remain, of which {_per_chunk(results):.1f} are recalled for a chunk.",
+    )
+
+
+def _per_chunk(results: TextResults) -> float:
+    return fmean(len(chunk.ids) for chunk in chain(*results.recalled))
+
+
+def _plot(results: TextResults, seed: int) -> Plot:
+    def by_chunk(mode: Mode) -> tuple[Estimate, ...]:
+        def of(number: int) -> list[float]:
+            return [fmean(passage[number]) for passage in results.log_probs[mode]]
+
+        base = [[fmean(passage[number]) for passage in results.log_probs["none"]] for number in range(results.chunks)]
+        return tuple(
+            mean([ours - theirs for ours, theirs in zip(of(number), base[number], strict=True)], seed)
+            for number in range(results.chunks)
+        )
+
+    labels = tuple(f"chunk {number}" for number in range(1, results.chunks + 1))
+    series: tuple[Any, ...] = tuple(Series(mode, by_chunk(mode)) for mode in ("text", "memory"))
+    return Plot("text", "What references change", "log-likelihood of a token, more than alone", series, labels)

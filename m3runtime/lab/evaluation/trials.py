@@ -1,0 +1,200 @@
+"""`Trials`: how well a world's questions are answered under one setting after the other.
+
+References are encoded once for all settings that read the same memories; codecs are applied to what lies in RAM. No
+bank is written: what is measured is what attention reads, not what a drive holds.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from m3runtime import assembly
+from m3runtime.adapters.answers import Prompt
+from m3runtime.adapters.base import Adapter
+from m3runtime.codecs import Codec
+from m3runtime.config.schema import Config
+from m3runtime.documents.reference import Reference
+from m3runtime.lab.evaluation.judging import is_right
+from m3runtime.lab.evaluation.laboratory import Choice, Laboratory
+from m3runtime.lab.evaluation.modes import NEAREST
+from m3runtime.lab.evaluation.world import World
+from m3runtime.memory.block import HEADER_BYTES
+from m3runtime.memory.spec import canonical_json
+from m3runtime.memory.tensors import Memories
+from m3runtime.retrieval.retriever import Match, log_weights, passing
+from m3runtime.stream import Part
+from m3runtime.writing.codec_files import configured
+from m3runtime.writing.fitting import fit_codec, sample_size
+from m3runtime.writing.writer import OnProgress
+
+Mode = Literal["none", "text", "memory"]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What one setting gave, question by question."""
+
+    right: tuple[float, ...]
+    log_probs: tuple[float, ...]
+    """Of the right answer, mean over its tokens."""
+    bytes: float
+    """Of a memory at rest, header included, mean over references; 0 where none is read."""
+    recalled: float
+    """Memories, or references, that a question is given."""
+
+
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The configuration with other values, by dotted key; a whole section such as ``codec`` too."""
+    values = config.model_dump(mode="json")
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        if name:
+            values[section] = {**values[section], name: value}
+        else:
+            values[section] = value
+    return Config.model_validate(values)
+
+
+class Trials:
+    """Runs trials over one world with one model. One thread."""
+
+    def __init__(self, config: Config, adapter: Adapter, world: World, *, batch: int = 16) -> None:
+        """``adapter`` needs `Adapter.with_memory`; what it remembers of references is not used."""
+        self.config = config
+        self.world = world
+        self.batch = batch
+        self.progress: OnProgress = lambda *_: None
+        self._adapter = adapter
+        self._adapters: dict[str, Adapter] = {}
+        self._encoded: tuple[str, dict[int, Part]] = ("", {})
+        self._coded: tuple[str, dict[int, Part], float] = ("", {}, 0.0)
+        self._references = {
+            number: Reference(text, f"world-{world.seed}:{number}", 0, len(text), adapter.count_tokens(text))
+            for number, text in enumerate(world.references)
+        }
+        self._nearest = self._search()
+
+    def run(self, mode: Mode, changes: Mapping[str, Any]) -> Trial:
+        """All questions, in one mode, under the configuration with ``changes``."""
+        config = changed(self.config, changes)
+        adapter = self._adapter_of(config)
+        rules = config.recall
+        matches = [
+            passing(nearest[: rules.memories], min_score=rules.min_score, margin=rules.margin)
+            for nearest in self._nearest
+        ]
+        size, laboratory = 0.0, None
+        if mode == "memory":
+            parts, size = self._parts(config, adapter)
+            choices = {
+                question.text: [
+                    Choice(match.id, match.score, weight)
+                    for match, weight in zip(found, log_weights(found, rules.score_temperature), strict=True)
+                ]
+                for question, found in zip(self.world.questions, matches, strict=True)
+            }
+            laboratory = Laboratory(config, adapter.spec, parts, self._references, choices)
+        texts = [[self._references[match.id].text for match in found] if mode == "text" else None for found in matches]
+        prompts = [
+            adapter.render(question.text, config.generate.prompt, given)
+            for question, given in zip(self.world.questions, texts, strict=True)
+        ]
+        right, log_probs = self._ask(config, adapter, prompts, laboratory)
+        recalled = 0.0 if mode == "none" else float(np.mean([len(found) for found in matches]))
+        return Trial(tuple(right), tuple(log_probs), size, recalled)
+
+    def _ask(
+        self, config: Config, adapter: Adapter, prompts: Sequence[Prompt], laboratory: Laboratory | None
+    ) -> tuple[list[float], list[float]]:
+        questions = self.world.questions
+        right, log_probs = [0.0] * len(questions), [0.0] * len(questions)
+        lengths = [adapter.count_tokens(prompt.text) for prompt in prompts]
+        order = sorted(range(len(questions)), key=lambda row: (lengths[row], row))
+        for start in range(0, len(order), self.batch):
+            rows = order[start : start + self.batch]
+            self.progress("questions", start, len(order))
+            batch = [prompts[row] for row in rows]
+            wanted = [f" {questions[row].answers[0]}" for row in rows]
+            streams = None if laboratory is None else [laboratory.stream(adapter.dtype) for _ in rows]
+            examined = adapter.examine(batch, wanted, streams, config.generate)
+            for row, (answer, score) in zip(rows, examined, strict=True):
+                assert score is not None
+                right[row] = float(is_right(answer.text, questions[row].answers))
+                log_probs[row] = float(np.mean(score.log_probs))
+        return right, log_probs
+
+    # -- retrieval ----------------------------------------------------------------------------------------------
+
+    def _search(self) -> list[list[Match]]:
+        """The nearest references of each question, exactly."""
+        embedder = assembly.open_embedder(self.config)
+        try:
+            references = embedder.embed_references(list(self.world.references))
+            asked = embedder.embed_queries([question.text for question in self.world.questions])
+        finally:
+            embedder.close()
+        scores = asked @ references.T
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :NEAREST]
+        return [
+            [Match(int(id), float(score)) for id, score in zip(ids, row[ids], strict=True)]
+            for ids, row in zip(order, scores, strict=True)
+        ]
+
+    # -- memories -----------------------------------------------------------------------------------------------
+
+    def _adapter_of(self, config: Config) -> Adapter:
+        key = canonical_json(config.memory.model_dump(mode="json"))
+        if key not in self._adapters:
+            self._adapters[key] = self._adapter.with_memory(config.memory)
+        return self._adapters[key]
+
+    def _parts(self, config: Config, adapter: Adapter) -> tuple[dict[int, Part], float]:
+        """The memories as the codec leaves them, and the bytes that one takes."""
+        shape = config.memory.model_dump(mode="json", include={"layers", "tokens_per_head", "sink", "place"})
+        encoded = canonical_json(shape)
+        if self._encoded[0] != encoded:
+            self._coded = ("", {}, 0.0)  # two sets of memories at a time are enough for any RAM
+            self._encoded = (encoded, self._encode(adapter))
+        coded = canonical_json([shape, config.codec.model_dump(mode="json")])
+        if self._coded[0] != coded:
+            self._coded = ("", {}, 0.0)
+            self._coded = (coded, *self._recode(configured(config, adapter.spec), adapter))
+        return self._coded[1:]
+
+    def _encode(self, adapter: Adapter) -> dict[int, Part]:
+        parts: dict[int, Part] = {}
+        order = sorted(self._references, key=lambda id: self._references[id].tokens)
+        for start in range(0, len(order), self.batch):
+            self.progress("memories", start, len(order))
+            ids = order[start : start + self.batch]
+            memories = adapter.encode([self._references[id].text for id in ids])
+            for row, (id, tokens) in enumerate(zip(ids, memories.tokens.tolist(), strict=True)):
+                parts[id] = (memories.keys[row, :, :, :tokens].clone(), memories.values[row, :, :, :tokens].clone())
+        return parts
+
+    def _recode(self, codec: Codec, adapter: Adapter) -> tuple[dict[int, Part], float]:
+        """Every memory encoded and decoded."""
+        parts = self._encoded[1]
+        wanted = min(sample_size(adapter.spec), len(parts))
+        drawn = sorted(random.Random(0).sample(sorted(parts), wanted))
+        texts = [self._references[id].text for id in drawn]
+        fit_codec(codec, adapter, texts, self.batch, partial(self.progress, "codec"))
+        found, size = {}, 0
+        for done, (id, part) in enumerate(parts.items()):
+            self.progress("coding", done, len(parts))
+            memory = _alone(part)
+            device, dtype = part[0].device, part[0].dtype
+            decoded = codec.decode(codec.encode(memory).to(device), memory.tokens, dtype)
+            found[id] = (decoded.keys[0], decoded.values[0])
+            size += HEADER_BYTES + codec.payload_bytes(int(memory.tokens))
+        return found, size / len(parts)
+
+
+def _alone(part: Part) -> Memories:
+    keys, values = part
+    return Memories(keys[None], values[None], torch.tensor([keys.shape[2]]))

@@ -1,0 +1,1 @@
+"""The shape of a memory, its tensors, and the block that stores it."""

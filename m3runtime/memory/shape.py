@@ -1,0 +1,137 @@
+"""`ModelShape`: what a model's memories weigh and cost depends on, without the model."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from m3runtime.config.units import parse_count
+from m3runtime.errors import ConfigError
+from m3runtime.memory.spec import DTYPES, MemorySpec
+from m3runtime.plugins.loading import not_known
+
+if TYPE_CHECKING:
+    from m3runtime.config.schema import MemoryConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The sizes of a decoder whose layers are all alike: attention, then an MLP, as Llama's. Raises `ConfigError`."""
+
+    layers: int
+    hidden: int
+    """Channels between layers."""
+    heads: int
+    """Query heads of each layer."""
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    """Width of the MLP."""
+    vocabulary: int
+    gated: bool = True
+    """Whether the MLP has three matrices, as Llama's, or two."""
+    dtype: str = "bfloat16"
+    """What its weights are stored in."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if type(value) is int and value < 1:
+                raise ConfigError(f"a model's {name} must be at least 1, not {value}")
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"a model's kv_heads ({self.kv_heads}) must divide its heads ({self.heads})")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"a model's dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+
+    @property
+    def attention_weights(self) -> int:
+        """Of one layer: the projections of queries, keys, values and outputs."""
+        queries, pairs = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return 2 * self.hidden * queries + 2 * self.hidden * pairs
+
+    @property
+    def mlp_weights(self) -> int:
+        """Of one layer."""
+        return (3 if self.gated else 2) * self.hidden * self.mlp
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+MODELS = {
+    # Memory³, section 3; its weights were never published.
+    "memory3-2.4b": ModelShape(
+        layers=44, hidden=3200, heads=40, kv_heads=8, head_dim=80, mlp=3200, vocabulary=60_299, gated=True
+    )
+}
+"""Shapes by name."""
+
+
+def memory_layers(memory: "MemoryConfig", count: int) -> tuple[int, ...]:
+    """The memory layers that ``memory.layers`` names, of a model with ``count`` layers. Raises `ConfigError`."""
+    wanted = memory.layers
+    if wanted == "all":
+        return tuple(range(count))
+    if wanted == "first-half":
+        return tuple(range(count // 2))
+    if wanted == "middle-half":
+        return tuple(range(count // 4, count // 4 + count // 2))
+    chosen = tuple(sorted(set(wanted)))
+    if not chosen or chosen[-1] >= count or chosen[0] < 0:
+        raise ConfigError(f"memory.layers: the model has layers 0 to {count - 1}, not {list(chosen)}")
+    return chosen
+
+
+def kept_tokens(memory: "MemoryConfig") -> int:
+    """The most tokens of a memory that ``memory.tokens_per_head`` allows."""
+    if memory.tokens_per_head == "all":
+        return memory.reference_tokens
+    return min(memory.tokens_per_head, memory.reference_tokens)
+
+
+def memory_spec(memory: "MemoryConfig", *, layers: int, kv_heads: int, head_dim: int, dtype: str) -> MemorySpec:
+    """The spec of a model's memories. Raises `ConfigError` for layers that the model does not have."""
+    return MemorySpec(
+        layers=memory_layers(memory, layers),
+        kv_heads=kv_heads,
+        tokens=kept_tokens(memory),
+        head_dim=head_dim,
+        reference_tokens=memory.reference_tokens,
+        dtype=dtype,
+    )
+
+
+def described(text: str, base: ModelShape | None = None) -> ModelShape:
+    """The shape of a text such as ``layers=30,hidden=576,heads=9,kv_heads=3,mlp=1536,vocabulary=49152,gated=true``.
+
+    What is left out is as in ``base``. Without one, ``kv_heads`` are the ``heads``, ``head_dim`` is
+    ``hidden / heads``, the MLP is gated and weights are bfloat16; the others are needed. Raises `ConfigError` with one
+    line that names the part.
+    """
+    found: dict[str, Any] = {} if base is None else base.to_json()
+    known = [field.name for field in fields(ModelShape)]
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise ConfigError(f"{part}: write it as NAME=VALUE, such as layers=30")
+        if name not in known:
+            raise ConfigError(not_known("", name, known))
+        found[name] = _value(name, value)
+    if missing := [name for name in ("layers", "hidden", "heads", "mlp", "vocabulary") if name not in found]:
+        raise ConfigError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+    found.setdefault("kv_heads", found["heads"])
+    if "head_dim" not in found and found["hidden"] % found["heads"]:
+        raise ConfigError(f"heads ({found['heads']}) do not divide hidden ({found['hidden']}); give head_dim too")
+    found.setdefault("head_dim", found["hidden"] // found["heads"])
+    return ModelShape(**found)
+
+
+def _value(name: str, text: str) -> int | str | bool:
+    if name == "dtype":
+        return text
+    if name == "gated":
+        if text not in ("true", "false"):
+            raise ConfigError(f"gated must be true or false, not {text!r}")
+        return text == "true"
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise ConfigError(f"{name} {error}") from None

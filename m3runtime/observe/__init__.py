@@ -1,0 +1,1 @@
+"""Metrics of a runtime: counters, latencies, a timeline and the Prometheus endpoint."""

@@ -1,0 +1,200 @@
+"""What a runtime did, counted and timed: as values, for `m3runtime.observe.prometheus`, and as a timeline."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from m3runtime.observe.latency import Latency, Timer
+from m3runtime.observe.tiers import TierStats
+
+RECALL_STAGES = ("embed", "search", "encode", "bring", "wait", "read", "decode", "deliver", "recall")
+"""What a recall consists of. ``encode`` is that of cold references, or waiting while another thread encodes. ``bring``
+has ``wait``, ``read`` and ``decode`` in it, and ``recall`` all the others."""
+LOOKAHEAD_STAGES = ("embed", "search", "read", "decode", "lift")
+"""What is done beside decoding, for hints and for blocks that missed a deadline."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecallCounts:
+    """What recall did so far. Each count only grows."""
+
+    chunks: int = 0
+    memories: int = 0
+    """Memories given to chunks."""
+    kept: int = 0
+    """Of those, memories that a stream held already: neither read nor decoded."""
+    late: int = 0
+    """Memories that were chosen and had not arrived by the deadline, once for each chunk that went on without."""
+    search_s: float = 0.0
+    """Seconds spent on embedding and search."""
+    fetch_s: float = 0.0
+    """Seconds spent on waiting, reading and decoding."""
+    waited_s: float = 0.0
+    """Of those, seconds spent on waiting for what other threads were bringing."""
+    encoded: int = 0
+    """Cold references that were encoded at a recall."""
+    unstored: int = 0
+    """Of those, memories that the home had no room for."""
+    encode_s: float = 0.0
+    """Seconds spent on encoding them."""
+
+
+@dataclass(frozen=True, slots=True)
+class LookaheadCounts:
+    """What came of hints so far; each count only grows, but ``in_flight``."""
+
+    hints: int = 0
+    cancelled: int = 0
+    """Hints that a newer one or the recall overtook before their memories were asked for."""
+    guesses: int = 0
+    """Memories that hints asked for, and that their stream did not hold."""
+    hits: int = 0
+    """Guesses that the next recall of their stream chose."""
+    beyond: int = 0
+    """Guesses that ``recall.in_flight`` had no room for: only lifted."""
+    wasted_bytes: int = 0
+    """Bytes of memories that were decoded and not chosen."""
+    failed: int = 0
+    """Work beside decoding that ended in an `M3Error`."""
+    last_error: str = ""
+    in_flight_bytes: int = 0
+    """Bytes of guesses that are decoded or under way now."""
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the guesses that were chosen; 0 if there were none."""
+        return self.hits / self.guesses if self.guesses else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TierMetrics:
+    """One tier."""
+
+    stats: TierStats
+    read: Latency
+    """Calls that read from it."""
+    blocks: int | None
+    """Blocks held now; None if it cannot say."""
+    capacity: int | None
+    """Bytes of blocks held at most, or None for a tier without a bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """A snapshot of a runtime."""
+
+    recall: RecallCounts
+    lookahead: LookaheadCounts
+    recall_stages: Mapping[str, Latency]
+    """By stage, see `RECALL_STAGES`: of each call of `Runtime.recall`, which streams that recall together share."""
+    lookahead_stages: Mapping[str, Latency]
+    """By stage, see `LOOKAHEAD_STAGES`."""
+    tiers: tuple[TierMetrics, ...]
+    """Fastest first, the home last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that took a while. ``start`` and ``end`` are those of `time.perf_counter`."""
+
+    name: str
+    """A stage; those beside decoding begin with ``ahead.``."""
+    start: float
+    end: float
+    thread: str
+    streams: tuple[int, ...]
+    """Numbers of the streams that it was done for."""
+    blocks: int = 0
+    """How many blocks it was about."""
+
+
+class Timeline:
+    """The last events, at most ``most`` of them; with 0 none are noted. Thread-safe."""
+
+    def __init__(self, most: int = 0) -> None:
+        self.on = most > 0
+        self._events: deque[Event] = deque(maxlen=most)  # appending to one is atomic
+
+    def note(self, name: str, start: float, end: float, streams: tuple[int, ...] = (), blocks: int = 0) -> None:
+        """Add an event of the calling thread, also one of another's making, such as a decoding step."""
+        if self.on:
+            self._events.append(Event(name, start, end, threading.current_thread().name, streams, blocks))
+
+    def events(self) -> tuple[Event, ...]:
+        """What is noted now, in the order in which it ended."""
+        return tuple(self._events.copy())
+
+
+@dataclass(slots=True)
+class Stages:
+    """Times one recall, or one piece of work beside decoding, stage by stage. For one thread."""
+
+    timers: Mapping[str, Timer]
+    timeline: Timeline
+    prefix: str = ""
+    streams: tuple[int, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By stage so far."""
+
+    @contextmanager
+    def stage(self, name: str, blocks: int = 0) -> Iterator[None]:
+        """The block is this stage, or more of it."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            end = time.perf_counter()
+            self.seconds[name] = self.seconds.get(name, 0.0) + end - start
+            self.timeline.note(self.prefix + name, start, end, self.streams, blocks)
+
+    def count(self) -> None:
+        """Add what was timed to the latencies."""
+        for name, seconds in self.seconds.items():
+            self.timers[name].add(seconds)
+
+
+class Meter:
+    """Collects what `Metrics` are made of. Thread-safe."""
+
+    def __init__(self, timeline: int = 0) -> None:
+        self.timeline = Timeline(timeline)
+        self._recall = {name: Timer() for name in RECALL_STAGES}
+        self._lookahead = {name: Timer() for name in LOOKAHEAD_STAGES}
+
+    def recall(self, streams: tuple[int, ...]) -> Stages:
+        """Stages of one recall."""
+        return Stages(self._recall, self.timeline, streams=streams)
+
+    def lookahead(self, streams: tuple[int, ...] = ()) -> Stages:
+        """Stages of work beside decoding."""
+        return Stages(self._lookahead, self.timeline, "ahead.", streams)
+
+    def latencies(self) -> tuple[dict[str, Latency], dict[str, Latency]]:
+        """Of recall and of what is done beside decoding, by stage."""
+        recall, lookahead = (
+            {name: timer.latency() for name, timer in timers.items()} for timers in (self._recall, self._lookahead)
+        )
+        return recall, lookahead
+
+
+class RecallStats:
+    """Collects `RecallCounts`. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts = RecallCounts()
+
+    def count(self, **more: float) -> None:
+        """Add to counts, by name."""
+        with self._lock:
+            self._counts = replace(
+                self._counts, **{name: getattr(self._counts, name) + value for name, value in more.items()}
+            )
+
+    def snapshot(self) -> RecallCounts:
+        """The counts now."""
+        with self._lock:
+            return self._counts

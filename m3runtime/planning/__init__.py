@@ -1,0 +1,1 @@
+"""Planning: size and cost of a bank before it is written."""

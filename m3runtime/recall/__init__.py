@@ -1,0 +1,1 @@
+"""Recall: ids become decoded memories on the device."""

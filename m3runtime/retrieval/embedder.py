@@ -1,0 +1,35 @@
+"""The `Embedder` contract: texts to unit vectors."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Vectors = npt.NDArray[np.float32]
+"""Embeddings, ``float32[n, dim]``."""
+
+
+class Embedder(ABC):
+    """Turns texts into unit vectors whose cosine tells how near they are. Thread-safe, deterministic."""
+
+    @property
+    @abstractmethod
+    def dim(self) -> int:
+        """Length of a vector."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Thirty-two hex digits: equal for embedders that give equal vectors."""
+
+    @abstractmethod
+    def embed_references(self, texts: Sequence[str]) -> Vectors:
+        """``float32[n, dim]``, each row of length 1."""
+
+    @abstractmethod
+    def embed_queries(self, texts: Sequence[str]) -> Vectors:
+        """``float32[n, dim]``, each row of length 1. Models with an instruction for queries prepend it here."""
+
+    def close(self) -> None:  # noqa: B027 - an embedder that holds nothing needs none
+        """Give back what the embedder holds."""

@@ -1,0 +1,77 @@
+"""`Retriever`: an embedder and an index together turn texts into scored ids."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from m3runtime.retrieval.embedder import Embedder, Vectors
+from m3runtime.retrieval.index import Index
+from m3runtime.retrieval.recent import Recent
+
+Timed = Callable[[str], AbstractContextManager[object]]
+"""Is told that the block is the stage ``embed`` or ``search``."""
+
+_RECENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """One memory that was chosen for a chunk."""
+
+    id: int
+    score: float
+
+
+class Retriever:
+    """Chooses memories for texts: embeds, searches, applies the score floor and margin.
+
+    ``margin`` leaves out memories whose score lies more than that below the best one's: fewer, better memories beat
+    more. Vectors of the last calls are kept: a chunk whose very text was hinted at is not embedded again. Thread-safe.
+    """
+
+    def __init__(
+        self, embedder: Embedder, index: Index, *, memories: int, min_score: float = -1.0, margin: float | None = None
+    ) -> None:
+        self.embedder = embedder
+        self.index = index
+        self.memories = memories
+        self.min_score = min_score
+        self.margin = margin
+        # By all texts of a call: what embedders give may depend, in its last bits, on what stands beside a text.
+        self._recent = Recent[tuple[str, ...], Vectors](_RECENT)
+
+    def search(self, texts: Sequence[str], k: int | None = None, timed: Timed = nullcontext) -> list[list[Match]]:
+        """Matches of each text, best first; at most ``k`` (default ``memories``). A blank text has none."""
+        wanted = self.memories if k is None else k
+        asked = [i for i, text in enumerate(texts) if text.strip()]
+        matches: list[list[Match]] = [[] for _ in texts]
+        if not asked or not wanted or not len(self.index):
+            return matches
+        wording = tuple(texts[i] for i in asked)
+        with timed("embed"):
+            vectors = self._recent(wording, lambda: self.embedder.embed_queries(wording))
+        with timed("search"):
+            ids, scores = self.index.search(vectors, wanted)
+        for row, i in enumerate(asked):
+            found = [Match(int(id), float(score)) for id, score in zip(ids[row], scores[row], strict=True)]
+            matches[i] = passing(found, min_score=self.min_score, margin=self.margin)
+        return matches
+
+
+def passing(matches: Sequence[Match], *, min_score: float, margin: float | None) -> list[Match]:
+    """Of matches, best first, those that score at least ``min_score``, and the best one's score less ``margin``."""
+    if not matches:
+        return []
+    floor = min_score if margin is None else max(min_score, matches[0].score - margin)
+    return [match for match in matches if match.score >= floor]
+
+
+def log_weights(matches: Sequence[Match], temperature: float | None) -> tuple[float, ...]:
+    """What attention adds to the logits of each memory's keys: ``(score - best score) / temperature``.
+
+    Memories that match less are attended to less; with None, all alike.
+    """
+    if temperature is None or not matches:
+        return (0.0,) * len(matches)
+    best = max(match.score for match in matches)
+    return tuple((match.score - best) / temperature for match in matches)

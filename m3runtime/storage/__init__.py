@@ -1,0 +1,1 @@
+"""Blocks in tiers: the contracts, the slab, the hierarchy, eviction and traces."""

@@ -1,0 +1,33 @@
+"""`LruPolicy`: least recently used."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from m3runtime.storage.eviction.base import EvictionPolicy
+
+
+class LruPolicy(EvictionPolicy):
+    """Gives up what was used longest ago."""
+
+    def __init__(self, slots: int) -> None:
+        super().__init__(slots)
+        self._order: OrderedDict[int, None] = OrderedDict()
+
+    def admitted(self, id: int) -> None:
+        """See `EvictionPolicy.admitted`."""
+        self._order[id] = None
+
+    def touched(self, id: int) -> None:
+        """See `EvictionPolicy.touched`."""
+        self._order.move_to_end(id)
+
+    def removed(self, id: int) -> None:
+        """See `EvictionPolicy.removed`."""
+        del self._order[id]
+
+    def victim(self, evictable: Callable[[int], bool]) -> int | None:
+        """See `EvictionPolicy.victim`."""
+        return next(filter(evictable, self._order), None)
+
+    def __len__(self) -> int:
+        return len(self._order)

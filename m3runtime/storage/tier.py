@@ -1,0 +1,99 @@
+"""The `Tier` contract, and the `CachingTier` above the home."""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from m3runtime.errors import InputError
+from m3runtime.memory.block import Found, Ids
+
+if TYPE_CHECKING:
+    from torch import Tensor, device
+
+
+def check_ids(ids: Ids) -> None:
+    """Raise `InputError` unless ``ids`` is ``uint64[n]``."""
+    if ids.dtype != np.uint64 or ids.ndim != 1:
+        raise InputError(f"ids must be uint64[n], not {ids.dtype}{list(ids.shape)}")
+
+
+def check_rows(ids: Ids, rows: "Tensor", slot_bytes: int) -> None:
+    """Raise `InputError` unless ``ids`` is ``uint64[n]`` and ``rows`` is ``uint8[n, slot_bytes]``."""
+    check_ids(ids)
+    if tuple(rows.shape) != (len(ids), slot_bytes) or rows.element_size() != 1:
+        raise InputError(f"blocks must be uint8[{len(ids)}, {slot_bytes}], not {rows.dtype}{list(rows.shape)}")
+
+
+class Tier(ABC):
+    """One level of storage that holds blocks.
+
+    Laws: a miss is a value, a fault is a typed exception. `read` after `write` gives the same bytes, or a
+    miss where the tier may evict; never other bytes. Blocks are immutable and an id is never used again.
+    Every method may be called from any thread. Closing twice is fine; using a closed tier raises
+    `TierClosedError`.
+    """
+
+    name: str
+    """For metrics and messages, such as ``pinned``."""
+    slot_bytes: int
+
+    @abstractmethod
+    def read(self, ids: Ids, out: "Tensor") -> Found:
+        """Copy blocks into rows of ``out`` (``uint8[n, slot_bytes]``, on a device this tier can copy to).
+
+        Row ``i`` is filled where the result is true and left as it was where it is false.
+        """
+
+    @abstractmethod
+    def write(self, ids: Ids, blocks: "Tensor") -> None:
+        """Take blocks, rows of ``uint8[n, slot_bytes]``. A caching tier may evict, or not admit one.
+
+        After an error each block is held whole or not at all.
+        """
+
+    @abstractmethod
+    def discard(self, ids: Ids) -> None:
+        """Hold these no longer. Unknown ids are passed over."""
+
+    @abstractmethod
+    def contains(self, ids: Ids) -> Found:
+        """Which of these are held now. Does not count as a use."""
+
+    def __contains__(self, id: int) -> bool:
+        return bool(self.contains(np.array([id], np.uint64))[0])
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many blocks are held."""
+
+    @property
+    @abstractmethod
+    def capacity(self) -> int | None:
+        """Bytes of blocks held at most, or None for a tier without a bound."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the tier holds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class CachingTier(Tier):
+    """A bounded tier above the home. Pinned blocks (in use by a stream) are not evicted."""
+
+    device: "device"
+    can_rot: bool = False
+    """Whether held bytes may change (a drive, a network): the hierarchy then checks every digest."""
+
+    @abstractmethod
+    def pin(self, ids: Ids) -> Found:
+        """Keep these until `unpin`; pins count. Returns which of them are held and therefore pinned now."""
+
+    @abstractmethod
+    def unpin(self, ids: Ids) -> None:
+        """Take back one `pin` of each id that had one."""

@@ -1,0 +1,217 @@
+"""Traces: what a hierarchy was asked for, recorded as it went, to be replayed elsewhere.
+
+A trace is a file of JSON lines. The first is its header::
+
+    {"m3_trace": 1, "slot_bytes": 553024, "tiers": [{"name": "pinned", "capacity": 1073419584}]}
+
+``m3_trace`` is the version of the format, ``tiers`` are the caching tiers, fastest first, with the bytes that each
+holds at most. The very same line again begins another *run*, that of another process, whose tiers are taken to be empty
+at first. Each other line is a call, in the order in which they were made::
+
+    {"op": "read", "ids": [17, 4]}
+    {"op": "score", "ids": [17, 4], "scores": [0.71, 0.55]}
+    {"op": "pin", "ids": [17, 4]}
+
+===========  ====================================================================================
+op           what the hierarchy was asked for
+===========  ====================================================================================
+read         to deliver these blocks
+lift         to bring them up ahead of need
+score        to note what retrieval thought of them; ``scores`` has one for each id
+pin, unpin   to keep them while a stream uses them, and no longer
+discard      to forget them
+===========  ====================================================================================
+
+A trace of one tier (`m3runtime.testing.recording`) also has the ops write and contains; ``found`` is what a call
+answered, one truth for each id, and ``error`` the name of the exception that it raised.
+
+Each line is in the file before the call is made, so a process that was killed leaves a trace of all that it did. A last
+line that is torn is passed over; anything else that is not as above is an error.
+"""
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, BinaryIO, ClassVar, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from m3runtime.errors import InputError
+from m3runtime.memory.block import Ids
+from m3runtime.plugins.loading import reason
+from m3runtime.storage.abilities import Scores
+from m3runtime.storage.tier import CachingTier
+
+FORMAT = 1
+T = TypeVar("T")
+
+log = logging.getLogger("m3runtime")
+
+_Id = Annotated[int, Field(ge=0, lt=2**64)]
+_Size = Annotated[int, Field(ge=0)]
+_CHECKED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One call; see the module."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _CHECKED
+
+    op: Literal["read", "lift", "score", "pin", "unpin", "discard", "write", "contains"]
+    ids: tuple[_Id, ...]
+    scores: tuple[float, ...] | None = None
+    found: tuple[bool, ...] | None = None
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.scores is None) != (self.op != "score"):
+            raise ValueError("scores belong to the op score, and to no other")
+        if any(part is not None and len(part) != len(self.ids) for part in (self.scores, self.found)):
+            raise ValueError("scores and found need one value for each id")
+
+    def to_line(self) -> bytes:
+        """As it stands in a file."""
+        return _line({key: value for key, value in asdict(self).items() if value is not None})
+
+
+@dataclass(frozen=True, slots=True)
+class TracedTier:
+    """A caching tier of a hierarchy that was recorded."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _CHECKED
+
+    name: str
+    capacity: _Size | None
+    """Bytes of blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a trace is of."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _CHECKED
+
+    m3_trace: int
+    slot_bytes: Annotated[int, Field(ge=1)]
+    tiers: tuple[TracedTier, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A recording, read."""
+
+    slot_bytes: int
+    tiers: tuple[TracedTier, ...]
+    """The caching tiers, fastest first."""
+    runs: tuple[tuple[Op, ...], ...]
+    """The calls of each process, one after the other."""
+
+
+class TraceWriter:
+    """Records into a file; a `m3runtime.storage.hierarchy.Recorder`. Thread-safe, for one process at a time.
+
+    A trace of equal tiers and slots that is there already gets another run. Raises `InputError` if the file cannot be
+    written, or holds anything else. If it cannot be written later on, recording ends with a warning in the log, and
+    nobody is held up.
+    """
+
+    def __init__(self, path: Path, slot_bytes: int, tiers: Sequence[CachingTier]) -> None:
+        self.path = path
+        header = Header(FORMAT, slot_bytes, tuple(TracedTier(tier.name, tier.capacity) for tier in tiers))
+        self._lock = threading.Lock()
+        self._ahead = _line(asdict(header))  # written with the first call: a run without any leaves no trace
+        try:
+            self._file = path.open("a+b", buffering=0)
+            try:
+                _continue(self._file, self._ahead, path)
+            except BaseException:
+                self._file.close()
+                raise
+        except OSError as error:
+            raise InputError(f"cannot record into {path}: {error.strerror or 'it is not a regular file'}") from error
+
+    def record(self, op: str, ids: Ids, scores: Scores | None = None) -> None:
+        """See `m3runtime.storage.hierarchy.Recorder.record`."""
+        self.write(Op(op, tuple(ids.tolist()), None if scores is None else tuple(scores.tolist())))  # type: ignore[arg-type]
+
+    def write(self, op: Op) -> None:
+        """Add a call. After `close` it is passed over."""
+        line = op.to_line()
+        with self._lock:
+            if self._file.closed:
+                return
+            line = self._ahead + line
+            try:
+                if self._file.write(line) < len(line):
+                    raise OSError("no space left on the drive")
+            except OSError as error:
+                log.warning("recording into %s ended: %s", self.path, error)
+                self._file.close()
+            self._ahead = b""
+
+    def close(self) -> None:
+        """Close the file. Closing twice is fine."""
+        with self._lock:
+            self._file.close()
+
+
+def read_trace(path: Path) -> Trace:
+    """Read a whole trace. Raises `InputError` that names the file, the line and what is wrong with it."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise InputError(f"cannot read the trace {path}: {error.strerror}") from error
+    if not lines:
+        raise InputError(f"the trace {path} is empty; record one with `recall.trace` in the configuration")
+    header = _parse(_HEADER, lines[0], f"{path} is no trace: line 1")
+    if header.m3_trace != FORMAT:
+        raise InputError(f"{path}: a trace of format {header.m3_trace}, this release reads {FORMAT}")
+    runs: list[list[Op]] = [[]]
+    for number, line in enumerate(lines[1:], 2):
+        if line == lines[0]:
+            runs.append([])
+            continue
+        try:
+            runs[-1].append(_parse(_OP, line, f"{path}: line {number}"))
+        except InputError:
+            if number < len(lines) or line.endswith(b"\n"):
+                raise  # else the writer was stopped here
+    return Trace(header.slot_bytes, header.tiers, tuple(tuple(run) for run in runs))
+
+
+_HEADER, _OP = TypeAdapter(Header), TypeAdapter(Op)
+
+
+def _parse(kind: TypeAdapter[T], line: bytes, where: str) -> T:
+    try:
+        return kind.validate_json(line)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = reason(first).replace(" at line 1 column", " at column")  # which is this line
+        raise InputError(" ".join([where, *map(str, first["loc"]), what])) from None
+
+
+def _line(value: object) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+def _continue(file: BinaryIO, header: bytes, path: Path) -> None:
+    """Cut off a torn last line. Raises `InputError` unless ``file`` is empty or begins with this header."""
+    file.seek(0)
+    first = file.read(len(header))
+    if first != header and not (len(first) < len(header) and header.startswith(first)):
+        raise InputError(f"{path} holds something else than a trace of these tiers; name another file to record into")
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 65_536)
+        file.seek(start)
+        if (newline := file.read(end - start).rfind(b"\n")) >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    file.truncate(end)

@@ -1,0 +1,1 @@
+"""Everything that changes a bank: writing, codec fitting, verification and repair."""

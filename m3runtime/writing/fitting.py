@@ -1,0 +1,71 @@
+"""Training of a codec on memories that an adapter computes from references."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from m3runtime.adapters.abilities import Weighing
+from m3runtime.adapters.base import Adapter
+from m3runtime.codecs import Codec
+from m3runtime.memory.spec import MemorySpec
+from m3runtime.memory.tensors import Memories
+
+SAMPLE = 96
+"""References whose memories a codec is trained on; as many times more as memories have fewer tokens."""
+WEIGHED = 48
+"""References on which it is measured what errors cost. Takes about three times as long as encoding them."""
+
+OnReference = Callable[[int, int], None]
+"""Called with the steps done, of how many."""
+
+
+def sample_size(spec: MemorySpec) -> int:
+    """References that a codec of this spec is trained on."""
+    return SAMPLE * spec.reference_tokens // spec.tokens
+
+
+def fit_codec(
+    codec: Codec, adapter: Adapter, texts: Sequence[str], batch_size: int, progress: OnReference | None = None
+) -> None:
+    """Train a codec on the memories of these references; one that learns nothing stays as it is.
+
+    Where the codec can make use of it and the adapter knows, errors are weighed by what they cost. In memory are the
+    memories of these references, some three times over.
+    """
+    if codec.trained:
+        return
+    weighed = texts[:: max(1, len(texts) // WEIGHED)][:WEIGHED] if codec.weighs_errors else []
+    steps = 2 * len(texts) + len(weighed)
+
+    def report(done: float) -> None:
+        if progress:
+            progress(round(done), steps)
+
+    memories: list[Memories] = []
+    for start in range(0, len(texts), batch_size):
+        report(start)
+        memories.append(adapter.encode(texts[start : start + batch_size]))
+    report(len(texts))
+    importance = None
+    if weighed and isinstance(adapter, Weighing):
+        found = []
+        for start in range(0, len(weighed), batch_size):
+            found.append(adapter.importance(weighed[start : start + batch_size]))
+            report(len(texts) + min(start + batch_size, len(weighed)))
+        importance = torch.stack(found).mean(0)
+    before = len(texts) + len(weighed)
+    codec.fit(join(memories), importance, lambda share: report(before + len(texts) * share))
+
+
+def join(parts: Sequence[Memories]) -> Memories:
+    """Batches of memories as one, padded with zeros to the longest, on the CPU."""
+    width = max(part.keys.shape[3] for part in parts)
+
+    def padded(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(tensor.cpu(), (0, 0, 0, width - tensor.shape[3]))
+
+    return Memories(
+        keys=torch.cat([padded(part.keys) for part in parts]),
+        values=torch.cat([padded(part.values) for part in parts]),
+        tokens=torch.cat([part.tokens for part in parts]),
+    )

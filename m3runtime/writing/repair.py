@@ -1,0 +1,143 @@
+"""`repair`: makes a damaged bank sound again, from the texts that it remembers."""
+
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+
+from m3runtime import assembly
+from m3runtime.adapters.base import Adapter
+from m3runtime.bank import records
+from m3runtime.bank.bank import INDEX, Bank, LoadCodec, as_ids, read_manifest
+from m3runtime.config.schema import Config
+from m3runtime.documents.reference import Reference
+from m3runtime.errors import InputError, RecordError
+from m3runtime.retrieval.embedder import Embedder
+from m3runtime.storage.home import Home
+from m3runtime.writing import encoding
+from m3runtime.writing.encoding import GROUP
+from m3runtime.writing.verification import OnProgress, VerifyReport, examine, home_folder
+
+log = logging.getLogger("m3runtime")
+
+
+@dataclass(frozen=True, slots=True)
+class RepairReport:
+    """What `repair` found and did."""
+
+    found: VerifyReport
+    left: VerifyReport
+    """What is found afterwards."""
+    quarantined: tuple[int, ...] = ()
+    """What was set apart before anything else."""
+    recomputed: Mapping[int, int] = field(default_factory=dict)
+    """Memories that were computed again: the id that each had, and the one that it has now."""
+    dropped: tuple[int, ...] = ()
+    """What was forgotten because its text cannot be read any more."""
+
+
+def repair(
+    config: Config, *, compute: bool = True, drop: bool = False, progress: OnProgress | None = None
+) -> RepairReport:
+    """Examine a bank, mend what can be mended, and examine it again if anything was wrong.
+
+    Damaged memories are quarantined first, so that nothing recalls them. With ``compute`` those whose reference is
+    intact are computed again, by the bank's own model and under new ids; with ``drop`` the others are forgotten. No
+    text is forgotten that can still be read. A damaged manifest or codec cannot be mended, and nothing is changed then.
+    It can be stopped at any instant and called again.
+
+    Raises `BankBusyError` if the bank is open for writing already, and `BankMismatchError`, before anything is
+    changed, if the configured model or embedder is not the bank's.
+    """
+    with assembly.open_home(config)(path=home_folder(config)) as home:
+        _rewrite_quarantine(home)
+        found = examine(config, home, progress)
+        if any(one.where in ("manifest", "codec") for one in found.damage):
+            return RepairReport(found, found)
+        bank = Bank.over(config.bank, home, read_manifest(config.bank, home), LoadCodec(config.codec.kind))
+        report = _Repair(config, bank, progress).mend(found, compute=compute, drop=drop)
+        if any(one.where == "index" for one in found.damage):
+            (bank.path / INDEX).unlink()
+        index, changed = assembly.open_index(config, bank, every=True)
+        if changed:
+            assembly.save_index(index, bank)
+        if found.clean:
+            return report
+
+        def again(stage: str, done: int, total: int) -> None:
+            if progress:
+                progress(f"{stage} again", done, total)
+
+        return replace(report, left=examine(config, home, again))
+
+
+def _rewrite_quarantine(home: Home) -> None:
+    """Write damaged records of what is quarantined anew: they hide the others."""
+    last = None
+    while True:
+        try:
+            home.quarantined()
+            return
+        except RecordError as error:
+            if error.id in (None, last):
+                return
+            last = error.id
+            home.quarantine(last, "nobody knows why any more")
+
+
+class _Repair:
+    """Mends the memories of one bank."""
+
+    def __init__(self, config: Config, bank: Bank, progress: OnProgress | None) -> None:
+        self.config = config
+        self.bank = bank
+        self.progress = progress
+        self.recomputed: dict[int, int] = {}
+
+    def mend(self, found: VerifyReport, *, compute: bool, drop: bool) -> RepairReport:
+        """Quarantine what is damaged, then compute or forget it."""
+        home = self.bank.home
+        damaged = {one.id: f"{one.where}: {one.what}" for one in found.damage if one.where != "index"}
+        ids = sorted(id for id in damaged if id is not None)
+        references, _ = records.references(home, as_ids(ids))
+        intact = {id: one for id, one in zip(ids, references, strict=True) if one is not None}
+        with ExitStack() as opened:
+            if compute and intact:  # another model's is refused before anything is changed
+                adapter, embedder = assembly.open_adapter(self.config), assembly.open_embedder(self.config)
+                opened.callback(adapter.close)
+                opened.callback(embedder.close)
+                adapter.check(self.bank.manifest, self.bank.path)
+                self.bank.manifest.check_embedder(
+                    embedder=embedder.fingerprint, name=self.config.embedder.path, where=self.bank.path
+                )
+            before = records.quarantined(home).keys()
+            for id in ids:
+                if id not in before:
+                    home.quarantine(id, damaged[id])
+            apart = sorted(records.quarantined(home).keys() - before)
+            if compute and intact:
+                for start in range(0, len(intact), GROUP):
+                    self._compute(adapter, embedder, dict(list(intact.items())[start : start + GROUP]), len(intact))
+        dropped = [id for id in ids if id not in intact] if drop else []
+        home.discard(as_ids(dropped))
+        return RepairReport(found, found, tuple(apart), self.recomputed, tuple(dropped))
+
+    def _compute(self, adapter: Adapter, embedder: Embedder, group: Mapping[int, Reference], total: int) -> None:
+        """Compute memories again, and forget the damaged ones in the transaction that adds the new."""
+
+        def done(count: int) -> None:
+            if self.progress:
+                self.progress("memories", len(self.recomputed) + count, total)
+
+        done(0)
+        try:
+            size = self.config.memory.batch_size
+            batch = encoding.encoded(self.bank, adapter, embedder, list(group.values()), size, done)
+            self.bank.home.commit(batch, replacing=as_ids(list(group)))
+            self.recomputed.update(zip(group, batch.ids.tolist(), strict=True))
+        except InputError as error:  # a text that is no reference, or is another memory's too
+            if len(group) == 1:
+                log.warning("memory %d cannot be computed again: %s", *group, error)
+                return
+            for id, reference in group.items():
+                self._compute(adapter, embedder, {id: reference}, total)

@@ -1,0 +1,260 @@
+"""`verify`: reads all of a bank and says what is not as it should be."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3runtime import assembly
+from m3runtime.bank import records
+from m3runtime.bank.bank import HOME, Bank, LoadCodec, Manifest, as_ids, read_manifest
+from m3runtime.config.schema import Config
+from m3runtime.documents.reference import Reference
+from m3runtime.errors import BankError, BankFormatError, BankMissingError, BlockError, IndexFileError
+from m3runtime.memory import block
+from m3runtime.memory.block import Ids
+from m3runtime.storage.abilities import Auditable, Damage
+from m3runtime.storage.home import Home
+from m3runtime.writing.index_check import strangers
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with the stage (``home``, ``blocks`` or ``index``), the steps done, and all of them."""
+
+BATCH_BYTES = 64 << 20
+"""About how much is held at once: blocks, and the memories that are decoded from them."""
+_LARGEST_SLOT = 1 << 30
+"""Of a slot that no codec vouches for: no memory is so large, and a lie must not cost so much."""
+_LENGTH_ERROR = 1e-2
+"""How far the length of an embedding may be from 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify` found."""
+
+    blocks: int
+    """Memories whose blocks were looked for, quarantined ones with them; cold references have none."""
+    good: int
+    bytes: int
+    """Bytes of the blocks whose digest is right."""
+    quarantined: int
+    damage: tuple[Damage, ...]
+    """Everything that is wrong. What is quarantined is, until it is repaired."""
+    sources: Mapping[int, str]
+    """Where the reference of each damaged memory came from, if that can still be read."""
+    notes: tuple[str, ...]
+    """What is in no harm: an index, which is a cache, may be missing or behind."""
+    cold: int = 0
+    """References that are in the catalogue and not encoded yet."""
+
+    @property
+    def bad(self) -> int:
+        """Memories whose block is damaged, missing or quarantined."""
+        return self.blocks - self.good
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.damage
+
+
+def verify(config: Config, progress: OnProgress | None = None) -> VerifyReport:
+    """Read all of the bank of a configuration, in memory that does not grow with it. Changes nothing.
+
+    Other processes may read and write meanwhile: what they forget is not missed. Raises `BankMissingError`,
+    `BankFormatError`, or `BankError` if there is no home that can be opened.
+    """
+    with assembly.open_home(config, read_only=True)(path=home_folder(config)) as home:
+        return examine(config, home, progress)
+
+
+def examine(config: Config, home: Home, progress: OnProgress | None = None) -> VerifyReport:
+    """As `verify`, in a home that is open already."""
+    walk = _Walk(config, home, progress or (lambda *_: None))
+    walk.open_bank()
+    walk.read_books()
+    walk.read_memories()
+    walk.compare_index()
+    return walk.report()
+
+
+def home_folder(config: Config) -> Path:
+    """Where the home of the bank is. Raises `BankMissingError`."""
+    if not (config.bank / HOME).exists():
+        raise BankMissingError(f"there is no bank at {config.bank}; make one with `m3 write`")
+    return config.bank / HOME
+
+
+class _Walk:
+    """Goes through a bank step by step, and gathers what is wrong."""
+
+    def __init__(self, config: Config, home: Home, progress: OnProgress) -> None:
+        self.config = config
+        self.home = home
+        self.progress = progress
+        self.manifest: Manifest | None = None
+        self.bank: Bank | None = None
+        self.blocks = self.good = self.bytes = self.cold = 0
+        self.notes: list[str] = []
+        # By what it is about: the home's own audit and the reading of each memory may find the same.
+        self._damage: dict[tuple[str, int | None, str | None], Damage] = {}
+
+    def found(self, where: str, id: int | None, what: str) -> None:
+        """Something is wrong."""
+        self._damage.setdefault((where, id, what if id is None else None), Damage(where, id, what))
+
+    def open_bank(self) -> None:
+        """Manifest and codec. Without them less can be checked, but the rest is."""
+        try:
+            self.manifest = read_manifest(self.config.bank, self.home)
+        except (BankFormatError, BankMissingError):
+            raise
+        except BankError as error:
+            self.found("manifest", None, str(error))
+            return
+        try:
+            self.bank = Bank.over(self.config.bank, self.home, self.manifest, LoadCodec(self.config.codec.kind))
+        except BankError as error:
+            self.found("codec", None, str(error))
+
+    def read_books(self) -> None:
+        """What the home itself can tell."""
+        if isinstance(self.home, Auditable):
+            for one in self.home.audit(partial(self.progress, "home")):
+                self.found(one.where, one.id, one.what)
+
+    def read_memories(self) -> None:
+        """Block, reference and embedding of every memory."""
+        if self.bank is None and self.home.slot_bytes > _LARGEST_SLOT:
+            self.found("home", None, f"it states slots of {self.home.slot_bytes} bytes")
+            return
+        ids = self._remembered()
+        size = self._batch_size()
+        slots = torch.zeros(min(size, len(ids)), self.home.slot_bytes, dtype=torch.uint8)
+        self.progress("blocks", 0, len(ids))
+        for start in range(0, len(ids), size):
+            some = ids[start : start + size]
+            damage, cold_ids = self._read_batch(some, slots[: len(some)])
+            if damage:  # what was forgotten meanwhile is not missed
+                there = set(self._remembered().tolist())
+                damage = [one for one in damage if one.id in there]
+                some = some[[id in there for id in some.tolist()]]
+            for one in damage:
+                self.found(one.where, one.id, one.what)
+            cold = len(np.intersect1d(some, cold_ids))
+            self.cold += cold
+            self.blocks += len(some) - cold
+            self.good += len(some) - cold - sum(one.where == "block" for one in damage)
+            self.progress("blocks", min(start + size, len(ids)), len(ids))
+
+    def compare_index(self) -> None:
+        """The index's file against the home's embeddings."""
+        if self.bank is None:
+            return
+        try:
+            index = assembly.load_index(self.config, self.bank)
+        except IndexFileError as error:
+            self.notes.append(f"{error}; the index is rebuilt when the bank is opened")
+            return
+        ids, there = self.home.ids(), index.ids()
+        # Whether it has those that are cold depends on who wrote it.
+        lacks, has = len(np.setdiff1d(np.setdiff1d(ids, there), self.home.cold())), len(np.setdiff1d(there, ids))
+        if lacks or has:
+            self.notes.append(
+                f"the index lacks {lacks} memories and holds {has} that are not remembered; "
+                "it catches up when the bank is opened"
+            )
+        shared = np.intersect1d(ids, there)
+        progress = partial(self.progress, "index")
+        for id in strangers(self.config, self.bank, index, shared, progress).tolist():
+            self.found("index", id, "its vector in the index is not its embedding")
+
+    def report(self) -> VerifyReport:
+        """What was found."""
+        damage = tuple(self._damage.values())
+        ids = sorted({one.id for one in damage if one.id is not None})
+        found, _ = records.references(self.home, as_ids(ids))
+        sources = {id: one.source for id, one in zip(ids, found, strict=True) if one is not None}
+        quarantined = len(records.quarantined(self.home))
+        return VerifyReport(
+            self.blocks, self.good, self.bytes, quarantined, damage, sources, tuple(self.notes), self.cold
+        )
+
+    def _remembered(self) -> Ids:
+        return np.union1d(self.home.ids(), as_ids(list(records.quarantined(self.home))))
+
+    def _batch_size(self) -> int:
+        """How many memories are read at once."""
+        each = self.home.slot_bytes
+        if self.manifest is not None:
+            spec = self.manifest.spec
+            each += 2 * 4 * spec.vectors_per_token * spec.tokens * spec.head_dim
+        return max(1, min(256, BATCH_BYTES // each))
+
+    def _read_batch(self, ids: Ids, slots: Tensor) -> tuple[list[Damage], Ids]:
+        """What is wrong with these, and which of them are whole without a block."""
+        references, wrong = records.references(self.home, ids)
+        damage = [Damage("reference", id, what) for id, what in wrong.items()]
+        damage += [
+            Damage("reference", id, "there is none")
+            for id, one in zip(ids.tolist(), references, strict=True)
+            if one is None and id not in wrong
+        ]
+        damage += self._read_embeddings(ids)
+        cold = self.home.cold(ids)  # before its block is looked for: it may get it meanwhile
+        there = self.home.read(ids, slots)
+        cold = np.setdiff1d(cold, ids[there])
+        quarantined = records.quarantined(self.home)
+        whole = []
+        for row, (id, reference) in enumerate(zip(ids.tolist(), references, strict=True)):
+            if there[row]:
+                try:
+                    self.bytes += self._check(slots[row], id, reference)
+                    whole.append(row)
+                except BlockError as error:
+                    damage.append(Damage("block", id, str(error).removeprefix(f"block {id}: ")))
+            elif id not in cold:
+                why = f"quarantined: {quarantined[id]}" if id in quarantined else "there is none"
+                damage.append(Damage("block", id, why))
+        damage += [Damage("block", int(ids[row]), what) for row, what in self._undecodable(slots, whole).items()]
+        return damage, cold
+
+    def _read_embeddings(self, ids: Ids) -> list[Damage]:
+        wrong: dict[int, str] = {}
+        dim = None if self.manifest is None else self.manifest.dim
+        for some, vectors in records.embeddings(self.home, ids, dim, wrong):
+            lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+            for row in np.flatnonzero(np.abs(lengths - 1) > _LENGTH_ERROR).tolist():
+                wrong[int(some[row])] = f"a vector of length {lengths[row]:.3g}, not 1"
+        return [Damage("embedding", id, what) for id, what in wrong.items()]
+
+    def _check(self, slot: Tensor, id: int, reference: Reference | None) -> int:
+        """The length of a block in which everything fits. Raises `BlockError`."""
+        if self.manifest is None:
+            return 0
+        end = block.check(slot.numpy(), id=id, stamp=self.manifest.stamp)
+        tokens, spec = int(block.headers(slot[None].numpy())["tokens"][0]), self.manifest.spec
+        if not 1 <= tokens <= spec.tokens or (reference and tokens != min(reference.tokens, spec.tokens)):
+            raise BlockError(f"block {id}: {tokens} tokens are not those of its reference")
+        if self.bank is not None and end != block.HEADER_BYTES + (size := self.bank.codec.payload_bytes(tokens)):
+            raise BlockError(f"block {id}: a payload of {end - block.HEADER_BYTES} bytes, not {size}")
+        return end
+
+    def _undecodable(self, slots: Tensor, rows: list[int]) -> dict[int, str]:
+        """Rows that do not decode to finite numbers, and why."""
+        if self.bank is None or not rows:
+            return {}
+        try:
+            memories = self.bank.decode(slots[rows], getattr(torch, self.bank.manifest.spec.dtype))
+            if all(bool(part.isfinite().all()) for part in (memories.keys, memories.values)):
+                return {}
+            what = "does not decode to finite numbers"
+        except BlockError as error:
+            what = str(error)
+        if len(rows) == 1:
+            return {rows[0]: what}
+        return {row: what for one in rows for row, what in self._undecodable(slots, [one]).items()}

@@ -1,0 +1,1 @@
+"""Attention over memories, sink and context: layout, buffers, masks, token selection."""

@@ -1,0 +1,158 @@
+"""Forward passes that gradients flow through: encoding references, and reading text beside their memories.
+
+Both run the model's own layers with the attention of `.implementation`, as a `Session` does. Where that writes into
+buffers, these concatenate: nothing is overwritten that a backward pass asks for.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadMemories:
+    """What the text of a batch reads: the memories of all its chunks, one after the other."""
+
+    parts: dict[int, Pair]
+    """Of each memory layer keys and values, ``[B, kv_heads, M, head_dim]``."""
+    seen: Tensor
+    """Which of the M columns each token of the text attends to, ``bool[B, T, M]``."""
+
+
+class Pass(Cache):
+    """One forward pass over ``[sink | text]``: what stands for a cache, in place of `MemoryCache`."""
+
+    def __init__(self, layers: int, sink: int, valid: Tensor, positions: Tensor) -> None:
+        """``valid`` is ``bool[B, T]``, which tokens are no padding; ``positions`` int64 ``[B, sink + T]``."""
+        super().__init__(layers=[_Layer(self, layer) for layer in range(layers)])
+        self.sink = sink
+        self.valid = valid
+        self.positions = positions
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
+
+    @property
+    def query_valid(self) -> Tensor:
+        """Which queries are tokens of the text, ``bool[B, sink + T]``: neither the sink's nor padding."""
+        return torch.nn.functional.pad(self.valid, (self.sink, 0))
+
+    def take(self, layer: int, keys: Tensor, values: Tensor) -> Pair:
+        """What a layer's attention reads, given the keys and values of this pass, ``[B, kv_heads, Q, head_dim]``."""
+        raise NotImplementedError
+
+    def columns(self, before: int) -> Tensor:
+        """Which of the ``before`` columns in front of the pass' own each query sees: ``bool[B, Q, before]``."""
+        raise NotImplementedError
+
+    def mask(self, keys: int, window: int | None) -> Tensor:
+        """What attention adds to the logits of ``keys`` columns, float32 ``[B, 1, Q, K]``: zero or -inf.
+
+        The sink is seen in layers with a sliding window as well, and memories too.
+        """
+        if (keys, window) not in self._masks:
+            seen = torch.cat([self.columns(keys - self.positions.shape[1]), self._causal(window)], dim=2)
+            mask = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
+            self._masks[keys, window] = mask[:, None]
+        return self._masks[keys, window]
+
+    def _causal(self, window: int | None) -> Tensor:
+        batch, length = self.positions.shape
+        places = torch.arange(length, device=self.positions.device)
+        seen = (places <= places[:, None]).expand(batch, -1, -1)
+        if window is not None:
+            near = self.positions[:, None, :] > self.positions[:, :, None] - window
+            seen = seen & (near | (places < self.sink))
+        # Padding sees itself, whatever it is: a softmax over nothing is 0/0.
+        itself = places == places[:, None]
+        return seen & (torch.nn.functional.pad(self.valid, (self.sink, 0), value=True)[:, None] | itself)
+
+
+class Encoding(Pass):
+    """References, each after the sink: keeps the keys and values of the memory layers."""
+
+    def __init__(self, layers: int, sink: int, valid: Tensor, positions: Tensor, memory_layers: Sequence[int]) -> None:
+        super().__init__(layers, sink, valid, positions)
+        self.wanted = frozenset(memory_layers)
+        self.last = max(memory_layers)
+        self.kept: dict[int, Pair] = {}
+
+    def take(self, layer: int, keys: Tensor, values: Tensor) -> Pair:
+        """See `Pass.take`; raises what `until_encoded` waits for."""
+        if layer in self.wanted:
+            self.kept[layer] = keys[:, :, self.sink :], values[:, :, self.sink :]
+        if layer == self.last:
+            raise _EncodedError
+        return keys, values
+
+    def columns(self, before: int) -> Tensor:
+        """See `Pass.columns`: there are none."""
+        return self.valid.new_zeros(*self.positions.shape, before)
+
+
+class _EncodedError(Exception):
+    """No error: the last memory layer has its keys and values."""
+
+
+@contextmanager
+def until_encoded() -> Iterator[None]:
+    """Around an `Encoding`'s forward pass: neither attention nor a layer after what is wanted is computed."""
+    with suppress(_EncodedError):
+        yield
+
+
+class Reading(Pass):
+    """Text after the sink, which may read memories."""
+
+    def __init__(
+        self, layers: int, sink: int, valid: Tensor, positions: Tensor, memories: ReadMemories | None = None
+    ) -> None:
+        super().__init__(layers, sink, valid, positions)
+        self._memories = memories
+
+    def take(self, layer: int, keys: Tensor, values: Tensor) -> Pair:
+        """See `Pass.take`."""
+        if self._memories is None or layer not in self._memories.parts:
+            return keys, values
+        of_keys, of_values = self._memories.parts[layer]
+        return torch.cat([of_keys.to(keys.dtype), keys], 2), torch.cat([of_values.to(values.dtype), values], 2)
+
+    def columns(self, before: int) -> Tensor:
+        """See `Pass.columns`: the sink sees no memory, for it is the same for whatever stands behind it."""
+        seen = self.valid.new_zeros(*self.positions.shape, before)
+        if before and self._memories is not None:
+            seen[:, self.sink :] = self._memories.seen
+        return seen
+
+
+class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subclass__ is untyped
+    """What a layer of the model hands its keys and values to."""
+
+    def __init__(self, whole: Pass, layer: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._take: Callable[[int, Tensor, Tensor], Pair] = whole.take
+        self._layer = layer
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> Pair:
+        """All that attention reads."""
+        return self._take(self._layer, key_states, value_states)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing is kept from one pass to the next."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Nobody asks who knows of memories: masks are `Pass.mask`'s."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Nothing came before."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """No bound."""
+        return -1

@@ -1,0 +1,119 @@
+"""Selection of tokens: each KV head keeps the tokens of a reference that receive the most attention.
+
+Memory³, sections 3.3 and 4.4: attention is scored without causal mask and without positions. That takes queries and
+keys as they are before rotation, so while references are encoded, the attention of each memory layer runs a second
+time with position embeddings that rotate by nothing, and its queries and keys are looked at (`observed`).
+"""
+
+# Why not undo the rotation of the queries and keys that attention gets anyway? Because layers rotate in ways of their
+# own: a part of the dimensions (Phi-3), other frequencies in other layers (Gemma 3), neighbours instead of halves
+# (Cohere, GLM), scaled (YaRN), in some layers not at all (SmolLM3). A wrong guess would go unnoticed: it only chooses
+# worse tokens. Hooks on projections would have to know where each family normalises. A layer that is asked again knows
+# all this itself. It costs the projections of the memory layers, and nothing where all tokens are kept.
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from m3model.attention.versions import CACHE_NAMES
+from m3runtime.errors import ConfigError
+from m3runtime.memory.tensors import Memories
+
+
+def attention_scores(
+    query: Tensor, key: Tensor, valid: Tensor, *, scale: float, softcap: float | None = None
+) -> Tensor:
+    """The attention that each token receives from all, ``w_j = sum_i softmax_j(q_i . k_j * scale)``.
+
+    ``query`` is ``[B, Hq, T, D]`` and ``key`` ``[B, Hkv, T, D]``, both before RoPE; ``valid`` is ``bool[B, T]``, at
+    least one token a row: the others neither ask nor are asked. Query heads that share a KV head are summed. Returns
+    ``float32[B, Hkv, T]``, zero for tokens that are not valid.
+    """
+    batch, kv_heads, tokens, dim = key.shape
+    grouped = query.float().reshape(batch, kv_heads, -1, dim)  # [B, Hkv, G * T, D]
+    logits = grouped @ key.float().transpose(2, 3) * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    weights = logits.masked_fill(~valid[:, None, None], -torch.inf).softmax(-1)
+    asked = weights.view(batch, kv_heads, -1, tokens, tokens)  # [B, Hkv, G, asking, asked]
+    return asked.masked_fill(~valid[:, None, None, :, None], 0).sum((2, 3))
+
+
+def most_attended(scores: Tensor, tokens: Tensor, count: int) -> Tensor:
+    """Positions of the tokens that each KV head keeps, ascending: ``int64[n, layers, kv_heads, min(count, T)]``.
+
+    ``scores`` is ``[n, layers, kv_heads, T]``, ``tokens`` ``int64[n]`` on the CPU: how many of the T exist. Of equal
+    scores the earlier token is kept. A row of fewer than ``count`` tokens keeps all of them first, and then positions
+    of tokens that do not exist.
+    """
+    exists = torch.arange(scores.shape[3]) < tokens[:, None]
+    ranked = scores.masked_fill(~exists[:, None, None].to(scores.device), -torch.inf)
+    kept = ranked.sort(dim=3, descending=True, stable=True).indices[..., :count]
+    return kept.sort(dim=3).values
+
+
+def select(memories: Memories, scores: Tensor, count: int) -> Memories:
+    """Of memories of all tokens, those of the ``count`` best scored tokens of each layer and KV head, in order.
+
+    ``scores`` is ``[n, layers, kv_heads, T]`` on the memories' device, as of `encode_scored`. Keys keep the positions
+    that they had in the reference. Memories of no more than ``count`` tokens stay as they are.
+    """
+    if memories.keys.shape[3] <= count:
+        return memories
+    kept = most_attended(scores, memories.tokens, count)[..., None]
+    index = kept.expand(-1, -1, -1, -1, memories.keys.shape[4])
+    return Memories(
+        keys=memories.keys.gather(3, index),
+        values=memories.values.gather(3, index),
+        tokens=memories.tokens.clamp_max(count),
+    )
+
+
+def attention_modules(model: Any, layers: Sequence[int]) -> dict[int, nn.Module]:
+    """The self-attention of these layers. Raises `ConfigError` if it cannot be run without rotation."""
+    decoder = model.get_decoder()
+    found = {}
+    for index in layers:
+        attention = getattr(decoder.layers[index], "self_attn", None) if hasattr(decoder, "layers") else None
+        if attention is None or "position_embeddings" not in inspect.signature(attention.forward).parameters:
+            raise ConfigError(
+                f"memory.tokens_per_head must be all: a model of type {model.config.model_type} does not let "
+                "its tokens be scored without their positions"
+            )
+        found[index] = attention
+    return found
+
+
+@contextmanager
+def observed(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Score the tokens of every forward pass meanwhile: layer to ``float32[B, kv_heads, Q]``, of the last pass.
+
+    The model must be one that `prepare` prepared, and be run by a `Session`. Only the tokens of the
+    pass itself count, neither sink nor memories nor earlier context. Raises `ConfigError` if the model's layers are
+    not built like Llama's. One thread.
+    """
+    scores: dict[int, Tensor] = {}
+    with ExitStack() as hooks:
+        for index, attention in attention_modules(model, layers).items():
+            hooks.callback(_observe(attention, index, scores).remove)
+        yield scores
+
+
+def _observe(attention: nn.Module, index: int, scores: dict[int, Tensor]) -> Any:
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def look(query: Tensor, key: Tensor, scale: float, softcap: float | None) -> None:
+            valid = kwargs["m3_cache"].query_valid
+            scores[index] = attention_scores(query, key, valid, scale=scale, softcap=softcap)
+
+        cos, sin = kwargs["position_embeddings"]
+        unrotated = (torch.ones_like(cos), torch.zeros_like(sin))
+        without = dict.fromkeys(name for name in CACHE_NAMES if name in kwargs)
+        # Without a cache, keys are those of this pass alone. And not by calling the module: that would call this hook.
+        with torch.no_grad():  # which tokens are kept is a choice: no gradient is asked of it
+            attention.forward(*args, **{**kwargs, **without, "position_embeddings": unrotated, "m3_observer": look})
+
+    return attention.register_forward_pre_hook(before, with_kwargs=True)

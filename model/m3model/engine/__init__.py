@@ -1,0 +1,1 @@
+"""Decoding with memories: sessions, prompts, sampling, scoring."""

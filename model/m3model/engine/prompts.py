@@ -1,0 +1,47 @@
+"""How a question becomes a prompt, with memories and with references as text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from m3runtime.adapters.answers import Form, Prompt
+from m3runtime.errors import ConfigError
+
+_QUESTION = "\n\nQuestion: {question}\nAnswer:"
+_REFERENCE = "\n\nThe references answer a question in a few words.\nQuestion: {question}\nAnswer:"
+
+
+def render(tokenizer: Any, question: str, form: Form, *, sink: str, texts: Sequence[str] | None = None) -> Prompt:
+    r"""The prompt that asks ``question``.
+
+    ``question`` completes ``Question: ...\nAnswer:``, ``reference`` does so after a line that points to the references,
+    of which memories leave no word in the prompt, ``chat`` uses the model's chat template, ``plain`` takes the text as
+    it is. With ``texts`` the references stand in the prompt, each after the sink's words, as they would stand
+    in a memory; that is what memory is compared with. Raises `ConfigError` if the model has no chat template.
+    """
+    before = "".join(f"{sink} {text}\n\n" for text in texts or ())
+    if form == "chat":
+        return Prompt(chat(tokenizer, [{"role": "user", "content": before + question}]), query=question)
+    asked = {"question": _QUESTION, "reference": _REFERENCE, "plain": "{question}"}[form].format(question=question)
+    return Prompt(before + asked.lstrip("\n") if before else asked, query=question)
+
+
+def turn_head(tokenizer: Any) -> str:
+    """What the chat template writes before the words of a user who begins the conversation.
+
+    Raises `ConfigError` if the model has no chat template, or it does not keep the user's words as they are.
+    """
+    if not tokenizer.chat_template:
+        raise ConfigError("memory.place: this model has no chat template; use start")
+    mark = "<the user's words>"
+    head, found, _ = chat(tokenizer, [{"role": "user", "content": mark}]).partition(mark)
+    if not found:
+        raise ConfigError("memory.place: this model's chat template changes the user's words; use start")
+    return head
+
+
+def chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation in the model's chat template, ready for the next answer."""
+    if not tokenizer.chat_template:
+        raise ConfigError("generate.prompt: this model has no chat template; use question or plain")
+    turns = [dict(message) for message in messages]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))

@@ -1,0 +1,1 @@
+"""Models from folders, hub names and GGUF files; their shape and fingerprint."""
