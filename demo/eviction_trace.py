@@ -26,7 +26,7 @@ from m3runtime.documents.references import references_of
 from m3runtime.documents.splitting import Splitter
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import Memories
-from m3runtime.retrieval.embedder import Embedder, Vectors
+from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.runtime import Runtime
 from m3runtime.storage.home import Batch
 
@@ -99,7 +99,7 @@ def configuration(trace: Path | None) -> Config:
 class Known(Embedder):
     """The embedder of the bank, for queries that were all embedded at once: most are asked more than once."""
 
-    def __init__(self, embedder: Embedder, vectors: Mapping[str, Vectors]) -> None:
+    def __init__(self, embedder: Embedder, vectors: Mapping[str, Embeddings]) -> None:
         self._embedder = embedder
         self._vectors = vectors
 
@@ -111,10 +111,10 @@ class Known(Embedder):
     def fingerprint(self) -> str:
         return self._embedder.fingerprint
 
-    def embed_references(self, texts: Sequence[str]) -> Vectors:
+    def embed_references(self, texts: Sequence[str]) -> Embeddings:
         return self._embedder.embed_references(texts)
 
-    def embed_queries(self, texts: Sequence[str]) -> Vectors:
+    def embed_queries(self, texts: Sequence[str]) -> Embeddings:
         return np.stack([self._vectors[text] for text in texts])
 
     def close(self) -> None:
@@ -150,7 +150,7 @@ def write_bank(embedder: Embedder, splitter: Splitter) -> tuple[int, int]:
     return len(references), slot
 
 
-def record(name: str, sessions: list[list[str]], known: Mapping[str, Vectors]) -> None:
+def record(name: str, sessions: list[list[str]], known: Mapping[str, Embeddings]) -> None:
     """Streams take turns, a chunk each; one whose session is over begins the next."""
     waiting = iter(sessions)
     with Runtime.open(configuration(FOLDER / f"{name}.jsonl")) as runtime:

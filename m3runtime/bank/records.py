@@ -7,7 +7,7 @@ import numpy as np
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import BankFullError, RecordError, TierReadOnlyError
 from m3runtime.memory.block import Ids
-from m3runtime.retrieval.embedder import Vectors
+from m3runtime.retrieval.embedder import Embeddings
 from m3runtime.storage.home import Home
 
 
@@ -27,7 +27,7 @@ def references(home: Home, ids: Ids) -> tuple[list[Reference | None], dict[int, 
     return found, damaged
 
 
-def embeddings(home: Home, ids: Ids, dim: int | None, damaged: dict[int, str]) -> Iterator[tuple[Ids, Vectors]]:
+def embeddings(home: Home, ids: Ids, dim: int | None, damaged: dict[int, str]) -> Iterator[tuple[Ids, Embeddings]]:
     """The embeddings of ids in batches, as `Home.embeddings` gives them: those that are there and sound.
 
     What is wrong with the others is put into ``damaged``. ``dim`` is the length that they must have, or None.
@@ -63,7 +63,7 @@ def set_apart(home: Home, damaged: Mapping[int, str]) -> None:
             return
 
 
-def _read(home: Home, ids: Ids, damaged: dict[int, str]) -> list[tuple[Ids, Vectors]]:
+def _read(home: Home, ids: Ids, damaged: dict[int, str]) -> list[tuple[Ids, Embeddings]]:
     """At once if none is damaged, else one by one."""
     try:
         return list(home.embeddings(ids))

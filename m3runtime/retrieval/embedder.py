@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-Vectors = npt.NDArray[np.float32]
+Embeddings = npt.NDArray[np.float32]
 """Embeddings, ``float32[n, dim]``."""
 
 
@@ -24,11 +24,11 @@ class Embedder(ABC):
         """Thirty-two hex digits: equal for embedders that give equal vectors."""
 
     @abstractmethod
-    def embed_references(self, texts: Sequence[str]) -> Vectors:
+    def embed_references(self, texts: Sequence[str]) -> Embeddings:
         """``float32[n, dim]``, each row of length 1."""
 
     @abstractmethod
-    def embed_queries(self, texts: Sequence[str]) -> Vectors:
+    def embed_queries(self, texts: Sequence[str]) -> Embeddings:
         """``float32[n, dim]``, each row of length 1. Models with an instruction for queries prepend it here."""
 
     def close(self) -> None:  # noqa: B027 - an embedder that holds nothing needs none

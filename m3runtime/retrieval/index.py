@@ -7,14 +7,14 @@ import numpy as np
 import numpy.typing as npt
 
 from m3runtime.memory.block import Ids
-from m3runtime.retrieval.embedder import Vectors
+from m3runtime.retrieval.embedder import Embeddings
 
 
 class Index(ABC):
     """Nearest vectors by cosine. A cache of the home's embeddings. Thread-safe."""
 
     @abstractmethod
-    def add(self, ids: Ids, vectors: Vectors) -> None:
+    def add(self, ids: Ids, vectors: Embeddings) -> None:
         """Add vectors; an id that is there already is passed over."""
 
     @abstractmethod
@@ -22,7 +22,7 @@ class Index(ABC):
         """Remove ids; unknown ones are passed over."""
 
     @abstractmethod
-    def search(self, vectors: Vectors, k: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float32]]:
+    def search(self, vectors: Embeddings, k: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float32]]:
         """The nearest ``min(k, len(self))`` ids and their scores in [-1, 1] for each row, highest first: ``[n, <=k]``.
 
         Equal scores come in ascending order of ids.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from m3runtime.retrieval.embedder import Embedder, Vectors
+from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.retrieval.index import Index
 from m3runtime.retrieval.recent import Recent
 
@@ -26,7 +26,7 @@ class Retriever:
     """Chooses memories for texts: embeds, searches, applies the score floor and margin.
 
     ``margin`` leaves out memories whose score lies more than that below the best one's: fewer, better memories beat
-    more. Vectors of the last calls are kept: a chunk whose very text was hinted at is not embedded again. Thread-safe.
+    more. Embeddings of the last calls are kept: a chunk whose very text was hinted at is not embedded again. Thread-safe.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Retriever:
         self.min_score = min_score
         self.margin = margin
         # By all texts of a call: what embedders give may depend, in its last bits, on what stands beside a text.
-        self._recent = Recent[tuple[str, ...], Vectors](_RECENT)
+        self._recent = Recent[tuple[str, ...], Embeddings](_RECENT)
 
     def search(self, texts: Sequence[str], k: int | None = None, timed: Timed = nullcontext) -> list[list[Match]]:
         """Matches of each text, best first; at most ``k`` (default ``memories``). A blank text has none."""

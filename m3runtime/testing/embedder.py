@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from m3runtime.retrieval.embedder import Embedder, Vectors
+from m3runtime.retrieval.embedder import Embedder, Embeddings
 
 MakeEmbedder = Callable[[], Embedder]
 """Makes an embedder; all that it makes are equal, each loaded anew."""
@@ -45,7 +45,7 @@ class EmbedderContract:
         return make_embedder()
 
     @staticmethod
-    def both(embedder: Embedder, texts: list[str]) -> list[Vectors]:
+    def both(embedder: Embedder, texts: list[str]) -> list[Embeddings]:
         """The texts as references and as queries."""
         return [embedder.embed_references(texts), embedder.embed_queries(texts)]
 

@@ -7,21 +7,21 @@ import numpy.typing as npt
 import pytest
 
 from m3runtime.memory.block import Ids
-from m3runtime.retrieval.embedder import Vectors
+from m3runtime.retrieval.embedder import Embeddings
 from m3runtime.retrieval.index import Index
 
 STAMP = "0123456789abcdef0123456789abcdef"
 Oracle = tuple[npt.NDArray[np.uint64], npt.NDArray[np.float64]]
 
 
-def unit_vectors(count: int, dim: int, seed: int = 0) -> Vectors:
+def unit_vectors(count: int, dim: int, seed: int = 0) -> Embeddings:
     """``float32[count, dim]`` of length 1, in directions that are all equally likely."""
     vectors = np.random.default_rng(seed).standard_normal((count, dim))
-    unit: Vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    unit: Embeddings = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     return unit
 
 
-def brute_force(ids: Ids, vectors: Vectors, query: Vectors) -> Oracle:
+def brute_force(ids: Ids, vectors: Embeddings, query: Embeddings) -> Oracle:
     """All ids and their cosine to one query in float64, highest first, equal ones by ascending id."""
     scores = vectors.astype(np.float64) @ query.astype(np.float64)
     order = np.lexsort((ids, -scores))
@@ -42,7 +42,7 @@ class IndexLaws(ABC):
     def make_index(self) -> Index:
         """An empty index of ``self.dim`` dimensions that finds exactly, at this size, what is nearest."""
 
-    def filled(self, count: int = 50, seed: int = 0) -> tuple[Index, Ids, Vectors]:
+    def filled(self, count: int = 50, seed: int = 0) -> tuple[Index, Ids, Embeddings]:
         """An index with ``count`` random vectors, whose ids are neither dense nor in order."""
         ids = np.random.default_rng(seed).permutation(count).astype(np.uint64) * np.uint64(7) + np.uint64(3)
         vectors = unit_vectors(count, self.dim, seed)
@@ -50,7 +50,7 @@ class IndexLaws(ABC):
         index.add(ids, vectors)
         return index, ids, vectors
 
-    def assert_agrees(self, index: Index, ids: Ids, vectors: Vectors, k: int) -> None:
+    def assert_agrees(self, index: Index, ids: Ids, vectors: Embeddings, k: int) -> None:
         """Assert that a search gives what brute force over ``ids`` and ``vectors`` gives."""
         queries = unit_vectors(8, self.dim, seed=99)
         found, scores = index.search(queries, k)

@@ -10,7 +10,7 @@ from m3runtime.bank.bank import Bank, as_ids
 from m3runtime.documents.reference import Reference
 from m3runtime.memory.block import Ids
 from m3runtime.memory.tensors import Memories
-from m3runtime.retrieval.embedder import Embedder, Vectors
+from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.storage.home import Batch
 
 GROUP = 64
@@ -25,7 +25,7 @@ class Group:
         self.references = references
         self._bank = bank
         self._blocks: Tensor | None = None
-        self._vectors: Vectors | None = None
+        self._vectors: Embeddings | None = None
 
     def texts(self, rows: Sequence[int]) -> list[str]:
         """What the model reads for these rows."""
@@ -48,7 +48,7 @@ class Group:
         return self._blocks
 
     @property
-    def vectors(self) -> Vectors:
+    def vectors(self) -> Embeddings:
         """The embeddings, once they are there."""
         assert self._vectors is not None, "embed comes first"
         return self._vectors

@@ -10,7 +10,7 @@ from m3runtime.bank import records
 from m3runtime.bank.bank import Bank
 from m3runtime.config.schema import Config
 from m3runtime.memory.block import Ids
-from m3runtime.retrieval.embedder import Vectors
+from m3runtime.retrieval.embedder import Embeddings
 from m3runtime.retrieval.index import Index
 
 _ROWS = 256
@@ -28,7 +28,7 @@ def strangers(config: Config, bank: Bank, index: Index, ids: Ids, progress: Call
     dim, damaged = bank.manifest.dim, dict[int, str]()
     suspects, done = [ids[:0]], 0
 
-    def low(ids: Ids, vectors: Vectors, most: int) -> npt.NDArray[np.bool_]:
+    def low(ids: Ids, vectors: Embeddings, most: int) -> npt.NDArray[np.bool_]:
         sound = assembly.make_index(config, dim)
         sound.add(ids, vectors)
         return _scores(index, ids, vectors, most) < _scores(sound, ids, vectors, len(ids)) - _TOLERANCE
@@ -48,7 +48,7 @@ def strangers(config: Config, bank: Bank, index: Index, ids: Ids, progress: Call
     return np.concatenate(found)
 
 
-def _scores(index: Index, ids: Ids, vectors: Vectors, most: int) -> npt.NDArray[np.float32]:
+def _scores(index: Index, ids: Ids, vectors: Embeddings, most: int) -> npt.NDArray[np.float32]:
     """The score with which each vector finds its own id among the ``most`` nearest, or -2."""
     found, scores = index.search(vectors, most)
     own: npt.NDArray[np.float32] = np.where(found == ids[:, None], scores, np.float32(-2)).max(axis=1, initial=-2)

@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from m3backends.embedders.flag_embedding import FlagEmbedder
 from m3runtime.errors import ConfigError, PluginError
-from m3runtime.retrieval.embedder import Vectors
+from m3runtime.retrieval.embedder import Embeddings
 from m3runtime.testing.embedder import TEXTS, EmbedderContract, MakeEmbedder
 from tests.backends.tiny_bge_m3 import write_bge_m3, write_bge_small
 
@@ -40,7 +40,7 @@ class TestBgeSmall(EmbedderContract):
         return lambda: FlagEmbedder(small_path, batch_size=4)
 
 
-def first_hidden_state(path: Path, texts: list[str]) -> Vectors:
+def first_hidden_state(path: Path, texts: list[str]) -> Embeddings:
     """The normalised last hidden state of the first token, by transformers alone, one text at a time."""
     tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
     rows = []

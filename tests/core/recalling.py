@@ -24,7 +24,7 @@ from m3runtime.errors import InputError
 from m3runtime.memory.block import Found, Ids
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import Memories
-from m3runtime.retrieval.embedder import Embedder, Vectors
+from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.retrieval.retriever import Retriever
 from m3runtime.runtime import Runtime
 from m3runtime.storage.hierarchy import Hierarchy
@@ -65,10 +65,10 @@ class WordEmbedder(Embedder):
         self.gate.set()
         self.entered = threading.Semaphore(0)
 
-    def embed_references(self, texts: Sequence[str]) -> Vectors:
+    def embed_references(self, texts: Sequence[str]) -> Embeddings:
         return np.stack([self._embed(text) for text in texts])
 
-    def embed_queries(self, texts: Sequence[str]) -> Vectors:
+    def embed_queries(self, texts: Sequence[str]) -> Embeddings:
         self.calls.append(tuple(texts))
         self.entered.release()
         self.gate.wait()
@@ -76,7 +76,7 @@ class WordEmbedder(Embedder):
             raise InputError("this text cannot be embedded")
         return self.embed_references(texts)
 
-    def _embed(self, text: str) -> Vectors:
+    def _embed(self, text: str) -> Embeddings:
         vector = np.full(DIM, 0.01, np.float32)
         for word in text.split():
             vector[xxhash.xxh3_64_intdigest(word.encode()) % DIM] += 1

@@ -6,7 +6,7 @@ from zlib import crc32
 
 import numpy as np
 
-from m3runtime.retrieval.embedder import Embedder, Vectors
+from m3runtime.retrieval.embedder import Embedder, Embeddings
 
 _WORDS = re.compile(r"\w+")
 
@@ -26,7 +26,7 @@ class HashedWords(Embedder):
     def fingerprint(self) -> str:
         return f"{self._dim:016x}{crc32(self._salt.encode()):016x}"
 
-    def embed_references(self, texts: Sequence[str]) -> Vectors:
+    def embed_references(self, texts: Sequence[str]) -> Embeddings:
         vectors = np.zeros((len(texts), self._dim), np.float32)
         for vector, text in zip(vectors, texts, strict=True):
             vector[0] = 0.01  # so that a blank text has a direction
@@ -35,7 +35,7 @@ class HashedWords(Embedder):
                 vector[1 + code % (self._dim - 1)] += len(part) if code >> 31 else -len(part)  # long words say more
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-    def embed_queries(self, texts: Sequence[str]) -> Vectors:
+    def embed_queries(self, texts: Sequence[str]) -> Embeddings:
         return self.embed_references(texts)
 
     def _parts(self, text: str) -> Iterator[str]:

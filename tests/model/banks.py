@@ -18,7 +18,7 @@ from m3runtime.codecs.raw import RawCodec
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
 from m3runtime.memory.block import Found, Ids
-from m3runtime.retrieval.embedder import Embedder, Vectors
+from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.retrieval.retriever import Retriever
 from m3runtime.runtime import Runtime
 from m3runtime.storage.hierarchy import Hierarchy
@@ -34,12 +34,12 @@ class TrigramEmbedder(Embedder):
     dim = DIM
     fingerprint = "7" * 32
 
-    def embed_references(self, texts: Sequence[str]) -> Vectors:
+    def embed_references(self, texts: Sequence[str]) -> Embeddings:
         return np.stack([self._embed(text) for text in texts])
 
     embed_queries = embed_references
 
-    def _embed(self, text: str) -> Vectors:
+    def _embed(self, text: str) -> Embeddings:
         text = f"  {text} "
         vector = np.full(DIM, 0.01, np.float32)
         for start in range(len(text) - 2):

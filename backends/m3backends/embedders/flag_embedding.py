@@ -10,7 +10,7 @@ import torch
 
 from m3backends.embedders import loading as embedding
 from m3runtime.errors import ConfigError
-from m3runtime.retrieval.embedder import Embedder, Vectors
+from m3runtime.retrieval.embedder import Embedder, Embeddings
 
 KIND = "flag-embedding"
 # FlagEmbedding's own names for the two classes that embed with an encoder.
@@ -85,15 +85,15 @@ class FlagEmbedder(Embedder):
         """Thirty-two hex digits over weights, tokenizer, pooling, instruction and longest text."""
         return self._fingerprint
 
-    def embed_references(self, texts: Sequence[str]) -> Vectors:
+    def embed_references(self, texts: Sequence[str]) -> Embeddings:
         """``float32[n, dim]`` of length 1."""
         return self._embed(texts)
 
-    def embed_queries(self, texts: Sequence[str]) -> Vectors:
+    def embed_queries(self, texts: Sequence[str]) -> Embeddings:
         """``float32[n, dim]`` of length 1, each text after the instruction for queries."""
         return self._embed([self._instruction + text for text in texts])
 
-    def _embed(self, texts: Sequence[str]) -> Vectors:
+    def _embed(self, texts: Sequence[str]) -> Embeddings:
         # FlagEmbedding's own encode functions run the first batch twice, to find out whether it fits the
         # memory. A query is one batch, so that would double the time of every recall; its model and pooling
         # are called here.

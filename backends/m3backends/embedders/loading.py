@@ -13,7 +13,7 @@ import xxhash
 
 from m3runtime.errors import ConfigError, PluginError
 from m3runtime.memory.spec import canonical_json
-from m3runtime.retrieval.embedder import Vectors
+from m3runtime.retrieval.embedder import Embeddings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,13 +129,13 @@ def fingerprint(
     return state.hexdigest()
 
 
-def unit_rows(rows: Sequence[Vectors] | Vectors, dim: int, kind: str) -> Vectors:
+def unit_rows(rows: Sequence[Embeddings] | Embeddings, dim: int, kind: str) -> Embeddings:
     """``float32[n, dim]``, every row of length 1. Raises `ConfigError` for a row without direction."""
     vectors = np.asarray(rows, np.float64).reshape(-1, dim)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not (np.isfinite(lengths) & (lengths > 0)).all():
         raise ConfigError(f"embedder {kind}: a vector without direction; the model's weights are damaged")
-    unit: Vectors = (vectors / lengths).astype(np.float32)
+    unit: Embeddings = (vectors / lengths).astype(np.float32)
     return unit
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from m3backends.embedders import loading as embedding
-from m3runtime.retrieval.embedder import Embedder, Vectors
+from m3runtime.retrieval.embedder import Embedder, Embeddings
 
 KIND = "sentence-transformers"
 
@@ -68,15 +68,15 @@ class SentenceTransformersEmbedder(Embedder):
         """Thirty-two hex digits over weights, tokenizer, pooling, prompts and longest text."""
         return self._fingerprint
 
-    def embed_references(self, texts: Sequence[str]) -> Vectors:
+    def embed_references(self, texts: Sequence[str]) -> Embeddings:
         """``float32[n, dim]`` of length 1, with the prompt for references."""
         return self._embed(self._model.encode_document, texts, self._prompts["reference"])
 
-    def embed_queries(self, texts: Sequence[str]) -> Vectors:
+    def embed_queries(self, texts: Sequence[str]) -> Embeddings:
         """``float32[n, dim]`` of length 1, with the prompt for queries."""
         return self._embed(self._model.encode_query, texts, self._prompts["query"])
 
-    def _embed(self, encode: Any, texts: Sequence[str], prompt: str | None) -> Vectors:
+    def _embed(self, encode: Any, texts: Sequence[str], prompt: str | None) -> Embeddings:
         if not texts:
             return np.zeros((0, self._dim), np.float32)
         with self._lock:

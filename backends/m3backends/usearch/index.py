@@ -35,7 +35,7 @@ from m3backends.usearch.layout import problem
 from m3runtime.errors import ConfigError, IndexFileError, InputError
 from m3runtime.memory.block import Ids
 from m3runtime.memory.spec import canonical_json
-from m3runtime.retrieval.embedder import Vectors
+from m3runtime.retrieval.embedder import Embeddings
 from m3runtime.retrieval.index import Index
 from m3runtime.storage.files import open_regular
 
@@ -103,7 +103,7 @@ class UsearchIndex(Index):
         self._native = NativeIndex(**self._options)
         self._lock = threading.Lock()
 
-    def add(self, ids: Ids, vectors: Vectors) -> None:
+    def add(self, ids: Ids, vectors: Embeddings) -> None:
         """Add ``float32[n, dim]``; an id that is there already, or twice in ``ids``, is passed over."""
         vectors = self._checked(vectors)
         if ids.shape != vectors.shape[:1]:
@@ -123,7 +123,7 @@ class UsearchIndex(Index):
             with self._lock:
                 self._native.remove(keys[np.asarray(self._native.contains(keys), np.bool_)])
 
-    def search(self, vectors: Vectors, k: int) -> tuple[npt.NDArray[np.uint64], Scores]:
+    def search(self, vectors: Embeddings, k: int) -> tuple[npt.NDArray[np.uint64], Scores]:
         """The nearest ``min(k, len(self))`` to each row of ``float32[n, dim]``: ids and scores."""
         if k < 0:
             raise InputError(f"index: k must not be negative, not {k}")
@@ -143,7 +143,7 @@ class UsearchIndex(Index):
                     ids[tied], scores[tied] = more_ids[:, : wanted + 1], more_scores[:, : wanted + 1]
         return ids[:, :wanted], scores[:, :wanted]
 
-    def _nearest(self, vectors: Vectors, count: int, size: int) -> tuple[npt.NDArray[np.uint64], Scores]:
+    def _nearest(self, vectors: Embeddings, count: int, size: int) -> tuple[npt.NDArray[np.uint64], Scores]:
         exact = size <= self.exact_below
         found = self._native.search(vectors, count, exact=exact, threads=self.threads)
         complete = found.counts.min() if isinstance(found, BatchMatches) else len(found)
@@ -238,7 +238,7 @@ class UsearchIndex(Index):
             raise IndexFileError(f"{path} does not hold {about['count']} vectors of {self.dim}, as it states")
         return native
 
-    def _checked(self, vectors: Vectors) -> Vectors:
+    def _checked(self, vectors: Embeddings) -> Embeddings:
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
             raise InputError(f"index: vectors of shape {vectors.shape}, not [n, {self.dim}]")
         if not np.isfinite(vectors).all():

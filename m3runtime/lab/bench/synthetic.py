@@ -16,7 +16,7 @@ from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import Memories
-from m3runtime.retrieval.embedder import Embedder, Vectors
+from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.storage.home import Batch
 from m3runtime.writing.writer import OnProgress
 
@@ -37,18 +37,18 @@ class Built:
 
     memories: int
     home_s: float
-    """Vectors, blocks and commits."""
+    """Embeddings, blocks and commits."""
     index_s: float
     """Reading the embeddings back and indexing them."""
 
 
-def centres(embedder: Embedder) -> Vectors:
+def centres(embedder: Embedder) -> Embeddings:
     """What `build` puts memories around."""
     return embedder.embed_references(_windows(CENTRES, seed=1))
 
 
 def build(
-    config: Config, embedder: Embedder, about: Vectors, path: Path, size: int, progress: OnProgress
+    config: Config, embedder: Embedder, about: Embeddings, path: Path, size: int, progress: OnProgress
 ) -> tuple[Bank, Built]:
     """A bank of ``size`` memories in the configured home, near ``about``, its index beside it."""
     stage = f"bank {size:,}"
@@ -84,7 +84,7 @@ def build(
     return bank, Built(size, made - began, time.perf_counter() - made)
 
 
-def around(centres: Vectors, count: int, seed: int) -> Vectors:
+def around(centres: Embeddings, count: int, seed: int) -> Embeddings:
     """``float32[count, dim]``, each row of length 1 and near one of the centres."""
     drawing = np.random.default_rng(seed)
     noise = drawing.standard_normal((count, centres.shape[1]), np.float32) * (NOISE / centres.shape[1] ** 0.5)
@@ -97,7 +97,7 @@ def queries(count: int) -> list[str]:
     return _windows(count, seed=2)
 
 
-def _batch(bank: Bank, start: int, vectors: Vectors) -> Batch:
+def _batch(bank: Bank, start: int, vectors: Embeddings) -> Batch:
     ids = as_ids(range(start + 1, start + 1 + len(vectors)))
     shape = (len(ids), len(SPEC.layers), SPEC.kv_heads, SPEC.tokens, SPEC.head_dim)
     drawing = torch.Generator().manual_seed(start)

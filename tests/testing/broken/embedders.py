@@ -7,19 +7,19 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from m3runtime.retrieval.embedder import Vectors
+from m3runtime.retrieval.embedder import Embeddings
 from m3runtime.testing.embedder import EmbedderContract, MakeEmbedder
 from tests.end_to_end.embedders import HashedWords
 from tests.testing.broken.suites import make_suites
 
 
 class NotOfLengthOne(HashedWords):
-    def embed_queries(self, texts: Sequence[str]) -> Vectors:
+    def embed_queries(self, texts: Sequence[str]) -> Embeddings:
         return super().embed_queries(texts) * np.float32(0.999)
 
 
 class DependsOnTheBatch(HashedWords):
-    def embed_references(self, texts: Sequence[str]) -> Vectors:
+    def embed_references(self, texts: Sequence[str]) -> Embeddings:
         vectors = super().embed_references(texts)
         if len(vectors) > 1:
             vectors = vectors - 0.01 * vectors.mean(0)
@@ -29,16 +29,16 @@ class DependsOnTheBatch(HashedWords):
 class SortsByLength(HashedWords):
     """Batches texts of like length, and forgets to put the rows back."""
 
-    def embed_references(self, texts: Sequence[str]) -> Vectors:
+    def embed_references(self, texts: Sequence[str]) -> Embeddings:
         return super().embed_references(sorted(texts, key=len))
 
 
 class GivesItsOwnCache(HashedWords):
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self.known: dict[tuple[str, ...], Vectors] = {}
+        self.known: dict[tuple[str, ...], Embeddings] = {}
 
-    def embed_references(self, texts: Sequence[str]) -> Vectors:
+    def embed_references(self, texts: Sequence[str]) -> Embeddings:
         key = tuple(texts)
         if key not in self.known:
             self.known[key] = super().embed_references(texts)
@@ -46,7 +46,7 @@ class GivesItsOwnCache(HashedWords):
 
 
 class ABlankTextHasNoDirection(HashedWords):
-    def embed_references(self, texts: Sequence[str]) -> Vectors:
+    def embed_references(self, texts: Sequence[str]) -> Embeddings:
         vectors = super().embed_references(texts)
         vectors[[not text.strip() for text in texts]] = 0
         return vectors

@@ -8,7 +8,7 @@ import numpy as np
 from m3backends.usearch.index import UsearchIndex
 from m3runtime.errors import IndexFileError
 from m3runtime.memory.block import Ids
-from m3runtime.retrieval.embedder import Vectors
+from m3runtime.retrieval.embedder import Embeddings
 from m3runtime.retrieval.index import Index
 from m3runtime.testing.index import IndexContract
 from tests.testing.broken.suites import make_suites
@@ -20,7 +20,7 @@ class FindsWhatWasRemoved(UsearchIndex):
 
 
 class FarthestFirst(UsearchIndex):
-    def search(self, vectors: Vectors, k: int) -> Any:
+    def search(self, vectors: Embeddings, k: int) -> Any:
         ids, scores = super().search(vectors, k)
         return ids[:, ::-1], scores[:, ::-1]
 
@@ -44,20 +44,20 @@ class ADamagedFileIsAnEmptyIndex(UsearchIndex):
 
 
 class TheLastVectorWins(UsearchIndex):
-    def add(self, ids: Ids, vectors: Vectors) -> None:
+    def add(self, ids: Ids, vectors: Embeddings) -> None:
         self.remove(ids)
         super().add(ids, vectors)
 
 
 class SignedOrderOfTies(UsearchIndex):
-    def search(self, vectors: Vectors, k: int) -> Any:
+    def search(self, vectors: Embeddings, k: int) -> Any:
         ids, scores = super().search(vectors, k)
         order = np.lexsort((-ids.astype(np.int64), -scores))
         return np.take_along_axis(ids, order, 1), scores
 
 
 class DotProductsBeyondOne(UsearchIndex):
-    def search(self, vectors: Vectors, k: int) -> Any:
+    def search(self, vectors: Embeddings, k: int) -> Any:
         ids, scores = super().search(vectors, k)
         return ids, scores * np.float32(1.001)
 
