@@ -26,7 +26,7 @@ class Retriever:
     """Chooses memories for texts: embeds, searches, applies the score floor and margin.
 
     ``margin`` leaves out memories whose score lies more than that below the best one's: fewer, better memories beat
-    more. Embeddings of the last calls are kept: a chunk whose very text was hinted at is not embedded again. Thread-safe.
+    more. The embeddings of the last calls are cached, so a hinted text is not embedded again. Thread-safe.
     """
 
     def __init__(
