@@ -189,8 +189,6 @@ class Runtime:
     def release(self, stream: Stream) -> None:
         """See `Stream.close`."""
         self._lookahead.forget(stream.number)
-        if not self._closed:
-            self.hierarchy.unpin(as_ids(list(stream.held)))
         stream.held = {}
         stream.owed = []
 
@@ -359,8 +357,6 @@ class Runtime:
         """Give a stream its memories, and take back those it no longer holds."""
         given = [match for match in matches if match.id in parts and match.id in references]
         held = {match.id: parts[match.id] for match in given}
-        self.hierarchy.pin(as_ids([id for id in held if id not in stream.held]))
-        self.hierarchy.unpin(as_ids([id for id in stream.held if id not in held]))
         stream.held = held
         missed = [match for match in matches if match.id in late]
         stream.owed = missed if self.config.recall.when_late == "next_chunk" else []

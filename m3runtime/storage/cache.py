@@ -40,12 +40,11 @@ class Cache:
     """A caching tier, what the hierarchy knows of it, and what it owes.
 
     What it failed to discard is tried again before it is asked for anything, and until that succeeds it is asked
-    for nothing: it may hold what is forgotten. What it may have failed to unpin is tried again as often, and does not
-    keep it from being used. A tier whose blocks outlive the process is asked first what it holds; ``remembered``
-    says which of that are still in the home, or None if the home fails.
+    for nothing: it may hold what is forgotten. A tier whose blocks outlive the process
+    is asked first what it holds; ``remembered`` says which of that are still in the home, or None if the home fails.
 
     Whatever changes the tier (all but `read` and `contains`) is called under ``changing``, a lock that all caches
-    of a hierarchy share: a pin and a discard of one block never cross.
+    of a hierarchy share.
     """
 
     def __init__(
@@ -62,28 +61,19 @@ class Cache:
         self._changing = changing
         self._unlisted = tier if isinstance(tier, Persistent) else None
         self._scored = tier if isinstance(tier, Scored) else None
-        self._pinned: set[int] = set()  # each of them once, however many streams have it
         self._discards: set[int] = set()
-        self._unpins: set[int] = set()
 
     def is_usable(self) -> bool:
         """Settle what is owed. False while the tier may hold what is forgotten."""
-        if self._unlisted is None and not self._discards and not self._unpins:
+        if self._unlisted is None and not self._discards:
             return True
         with self._changing:
             self._list()
             if self._unlisted is None and self._discards:
                 with self._counting():
                     self.tier.discard(_array(self._discards))
-                    self._pinned -= self._discards
-                    self._unpins -= self._discards
                     self._discards.clear()
-            is_usable = self._unlisted is None and not self._discards
-            if is_usable and self._unpins:
-                with self._counting():
-                    self.tier.unpin(_array(self._unpins))
-                    self._unpins.clear()
-            return is_usable
+            return self._unlisted is None and not self._discards
 
     def read(self, ids: Ids, out: Tensor) -> Found | None:
         """See `Tier.read`. None if the tier cannot answer."""
@@ -109,24 +99,6 @@ class Cache:
     def forget(self, ids: Set[int]) -> None:
         """Discard these, now or before anything else."""
         self._discards |= ids
-        self.is_usable()
-
-    def pin(self, ids: Set[int]) -> Set[int]:
-        """Pin those that it holds and that are not pinned yet. Returns which are pinned."""
-        if not self.is_usable():
-            return set()
-        if new := ids - self._pinned - self._unpins:
-            self._unpins |= new  # if the call fails they may be pinned all the same
-            with self._counting():
-                array = _array(new)
-                self._pinned.update(array[self.tier.pin(array)].tolist())
-                self._unpins -= new
-        return ids & self._pinned
-
-    def unpin(self, ids: Set[int]) -> None:
-        """Take the pins of these back."""
-        self._unpins |= self._pinned & ids
-        self._pinned -= ids
         self.is_usable()
 
     def score(self, ids: Ids, scores: Scores) -> None:

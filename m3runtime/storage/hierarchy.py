@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Protocol
@@ -30,7 +29,7 @@ class Recorder(Protocol):
     """Is told what a hierarchy is asked for, before it does it. Called from any thread."""
 
     def record(self, op: str, ids: Ids, scores: Scores | None = None) -> None:
-        """``op`` is ``read``, ``lift``, ``score``, ``pin``, ``unpin`` or ``discard``."""
+        """``op`` is ``read``, ``lift``, ``score`` or ``discard``."""
 
 
 class Hierarchy:
@@ -58,11 +57,10 @@ class Hierarchy:
         self.stamp = stamp
         self.device = torch.device(device)
         self.slot_bytes = home.slot_bytes
-        # What enters, stays in or leaves a caching tier is decided under this lock: what is forgotten while it is
-        # read does not come back (see `_promote`), and a pin and a discard of one block never cross.
+        # What enters or leaves a caching tier is decided under this lock: what is forgotten while it is read does not
+        # come back (see `_promote`).
         self._changing = threading.RLock()
         self._forgets = 0
-        self._pins: Counter[int] = Counter()
         self._caches = [Cache(tier, self._remembered, self._changing) for tier in tiers]
         self._tallies = [*(cache.tally for cache in self._caches), Tally(home.name)]
         self._closed = False
@@ -114,24 +112,6 @@ class Hierarchy:
         target = self._target
         return np.zeros(len(ids), np.bool_) if target is None else target.contains(ids)
 
-    def pin(self, ids: Ids) -> Found:
-        """Keep these in the caching tiers that hold them, until as many `unpin`. Returns which are held."""
-        self._open()
-        self._record("pin", ids)
-        with self._changing:
-            self._pins.update(ids.tolist())
-            wanted = set(ids.tolist())
-            pinned = set[int]().union(*(cache.pin(wanted) for cache in self._caches))
-            return np.array([id in pinned for id in ids.tolist()], np.bool_)
-
-    def unpin(self, ids: Ids) -> None:
-        """Take back one `pin` of each id that had one, whether or not a tier held it."""
-        self._open()
-        self._record("unpin", ids)
-        with self._changing:
-            self._pins.subtract(id for id in ids.tolist() if id in self._pins)
-            self._drop_pins({id for id in ids.tolist() if self._pins[id] <= 0})
-
     def discard(self, ids: Ids) -> None:
         """Forget blocks, in the home first. Once it returned no tier will ever answer with them."""
         self._open()
@@ -146,7 +126,6 @@ class Hierarchy:
             self._forgets += 1
             for cache in self._caches:
                 cache.forget(forgotten)
-            self._drop_pins(forgotten)
 
     def set_apart(self, id: int, reason: str) -> None:
         """Quarantine a block that is bad though its digest is right, and hold it in no caching tier."""
@@ -323,12 +302,6 @@ class Hierarchy:
             except BlockError as error:
                 bad[row] = str(error)
         return bad
-
-    def _drop_pins(self, ids: set[int]) -> None:
-        for id in ids:
-            self._pins.pop(id, None)
-        for cache in self._caches:
-            cache.unpin(ids)
 
     def _buffer(self, count: int, device: torch.device) -> Tensor:
         locked = device.type == "cpu" and self.device.type == "cuda"

@@ -99,7 +99,6 @@ class SlabTier(CachingTier):
         self._slots = slots
         self._held: dict[int, int] = {}
         self._free = list(range(slots - 1, -1, -1))
-        self._pins: dict[int, int] = {}
         self._hits = self._misses = self._evictions = 0
         self._lock = threading.Lock()
 
@@ -128,10 +127,7 @@ class SlabTier(CachingTier):
             return found
 
     def write(self, ids: Ids, blocks: Tensor) -> None:
-        """See `Tier.write`.
-
-        Passes over what is held already, and what only pinned blocks could make room for.
-        """
+        """See `Tier.write`. Blocks that are held already are passed over."""
         check_rows(ids, blocks, self.slot_bytes)
         with self._lock:
             slab = self._open()
@@ -160,7 +156,7 @@ class SlabTier(CachingTier):
                             self._remove(id)
 
     def discard(self, ids: Ids) -> None:
-        """See `Tier.discard`. Pinned blocks go too, and their pins with them."""
+        """See `Tier.discard`."""
         with self._lock:
             self._open()
             for id in ids.tolist():
@@ -172,23 +168,6 @@ class SlabTier(CachingTier):
         with self._lock:
             self._open()
             return np.array([id in self._held for id in ids.tolist()], np.bool_)
-
-    def pin(self, ids: Ids) -> Found:
-        """See `CachingTier.pin`. An id that occurs twice is pinned twice."""
-        with self._lock:
-            self._open()
-            held = np.array([id in self._held for id in ids.tolist()], np.bool_)
-            for id in ids[held].tolist():
-                self._pins[id] = self._pins.get(id, 0) + 1
-            return held
-
-    def unpin(self, ids: Ids) -> None:
-        """See `CachingTier.unpin`."""
-        with self._lock:
-            self._open()
-            for id in ids.tolist():
-                if (pins := self._pins.pop(id, 0)) > 1:
-                    self._pins[id] = pins - 1
 
     def score(self, ids: Ids, scores: Scores) -> None:
         """See `m3runtime.storage.abilities.Scored`. For policies that are `ScoreAware`; others pass it over."""
@@ -223,7 +202,7 @@ class SlabTier(CachingTier):
     def _claim(self) -> int | None:
         if self._free:
             return self._free.pop()
-        victim = self._policy.victim(lambda id: id not in self._pins)
+        victim = self._policy.victim()
         if victim is None:
             return None
         self._evictions += 1
@@ -232,5 +211,4 @@ class SlabTier(CachingTier):
 
     def _remove(self, id: int) -> None:
         self._free.append(self._held.pop(id))
-        self._pins.pop(id, None)
         self._policy.removed(id)

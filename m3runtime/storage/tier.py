@@ -84,16 +84,8 @@ class Tier(ABC):
 
 
 class CachingTier(Tier):
-    """A bounded tier above the home. Pinned blocks (in use by a stream) are not evicted."""
+    """A bounded tier above the home."""
 
     device: "device"
     can_rot: bool = False
     """Whether held bytes may change (a drive, a network): the hierarchy then checks every digest."""
-
-    @abstractmethod
-    def pin(self, ids: Ids) -> Found:
-        """Keep these until `unpin`; pins count. Returns which of them are held and therefore pinned now."""
-
-    @abstractmethod
-    def unpin(self, ids: Ids) -> None:
-        """Take back one `pin` of each id that had one."""

@@ -50,12 +50,6 @@ class RecordingTier(WrappedTier):
     def contains(self, ids: Ids) -> Found:
         return self._recorded("contains", ids, lambda: self.inner.contains(ids))
 
-    def pin(self, ids: Ids) -> Found:
-        return self._recorded("pin", ids, lambda: self.inner.pin(ids))
-
-    def unpin(self, ids: Ids) -> None:
-        self._recorded("unpin", ids, lambda: self.inner.unpin(ids))
-
     def _recorded(self, op: str, ids: Ids, call: Callable[[], T], scores: Scores | None = None) -> T:
         asked = tuple(ids.tolist())
         given = None if scores is None else tuple(scores.tolist())

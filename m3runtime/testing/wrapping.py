@@ -67,12 +67,6 @@ class WrappedTier(Wrapped[CachingTier], CachingTier):
         if isinstance(inner, Persistent):
             self.ids: Callable[[], Ids] = lambda: self.around("ids", inner.ids)
 
-    def pin(self, ids: Ids) -> Found:
-        return self.around("pin", lambda: self.inner.pin(ids))
-
-    def unpin(self, ids: Ids) -> None:
-        self.around("unpin", lambda: self.inner.unpin(ids))
-
 
 class WrappedHome(Wrapped[Home], Home):
     """A home around another. It has the ability ``audit`` if the inner one has it."""

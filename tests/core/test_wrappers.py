@@ -188,8 +188,6 @@ CALLS: dict[str, Callable[[CachingTier], object]] = {
     "discard": lambda tier: tier.discard(make_ids(1)),
     "contains": lambda tier: tier.contains(make_ids(1)),
     "len": len,
-    "pin": lambda tier: tier.pin(make_ids(1)),
-    "unpin": lambda tier: tier.unpin(make_ids(1)),
 }
 
 
@@ -206,26 +204,23 @@ def test_an_error_does_nothing_and_a_lost_reply_did_all(method: str) -> None:
             assert (1 in tier.inner) != done
         if method == "write":
             assert (9 in tier.inner) == done
-        if method == "pin":
-            write(tier.inner, make_ids(*range(20, 40)))
-            assert (1 in tier.inner) == done
         CALLS[method](tier)
 
 
 def test_only_the_chosen_methods_fail_and_only_while_it_is_on() -> None:
-    tier = faulty(Fault("error", rate=ALWAYS, methods={"pin", "unpin"}))
+    tier = faulty(Fault("error", rate=ALWAYS, methods={"contains", "discard"}))
     write(tier, make_ids(1))
     assert check_read(tier, make_ids(1)).all()
-    for method in ("pin", "unpin"):
+    for method in ("contains", "discard"):
         with pytest.raises(TierError):
             CALLS[method](tier)
     tier.schedule.on = False
-    assert tier.pin(make_ids(1)).all()
+    tier.discard(make_ids(1))
     tier.schedule.on = True
     with pytest.raises(TierError):
-        tier.unpin(make_ids(1))
+        tier.discard(make_ids(1))
     tier.schedule.set()
-    tier.unpin(make_ids(1))
+    tier.discard(make_ids(1))
     assert len(tier.schedule.injected) == 3
 
 
@@ -359,7 +354,7 @@ def test_a_slow_tier_takes_its_latency_and_what_its_bandwidth_needs() -> None:
     assert check_read(tier, make_ids(1, 2, 9)).tolist() == [True, True, False]
     assert slept == [0.5, 1.0]  # what is missed is not carried
     slept.clear()
-    tier.pin(make_ids(1))
+    tier.discard(make_ids(2))
     assert 1 in tier
     tier.close()
     assert slept == [0.5, 0.5]

@@ -5,6 +5,11 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 
+def anything(_: int) -> bool:
+    """True: every id may be evicted."""
+    return True
+
+
 class EvictionPolicy(ABC):
     """Orders the ids that a tier holds by how gladly it would lose them.
 
@@ -29,8 +34,8 @@ class EvictionPolicy(ABC):
         """The tier holds ``id`` no longer, evicted or discarded."""
 
     @abstractmethod
-    def victim(self, evictable: Callable[[int], bool]) -> int | None:
-        """The id to give up first among those that ``evictable`` allows, or None if it allows none."""
+    def victim(self, is_evictable: Callable[[int], bool] = anything) -> int | None:
+        """The id to evict first among those that ``is_evictable`` allows, or None if it allows none."""
 
     @abstractmethod
     def __len__(self) -> int:

@@ -36,15 +36,6 @@ class AnotherIdsBytesOnceInAThousand(PinnedTier):
         return found
 
 
-class EvictsWhatIsPinned(PinnedTier):
-    def _claim(self) -> int | None:
-        pins, self._pins = self._pins, {}
-        try:
-            return super()._claim()
-        finally:
-            self._pins = pins
-
-
 class CopiesOutsideTheLock(PinnedTier):
     def read(self, ids: Ids, out: Tensor) -> Found:
         check_rows(ids, out, self.slot_bytes)
@@ -57,15 +48,6 @@ class CopiesOutsideTheLock(PinnedTier):
         for start, end in runs(found):
             gather(slab, slots[start:end], out[start:end])
         return found
-
-
-class PinsOutsideTheLock(PinnedTier):
-    def pin(self, ids: Ids) -> Found:
-        held = self.contains(ids)
-        for id in ids[held].tolist():
-            with self._lock:
-                self._pins[id] = self._pins.get(id, 0) + 1
-        return held
 
 
 class MissesAsErrors(PinnedTier):
@@ -130,48 +112,6 @@ class CountsAnIdTwice(PinnedTier):
 
     def __len__(self) -> int:
         return super().__len__() + self.twice
-
-
-class DiscardLeavesThePins(PinnedTier):
-    def discard(self, ids: Ids) -> None:
-        pins = dict(self._pins)
-        super().discard(ids)
-        self._pins.update(pins)
-
-
-class PinsBelowZero(PinnedTier):
-    """Counts down what has no pin, so that the next pin only makes up for it."""
-
-    def __init__(self, *, slot_bytes: int, capacity: int) -> None:
-        super().__init__(slot_bytes=slot_bytes, capacity=capacity)
-        self.owed: dict[int, int] = {}
-
-    def unpin(self, ids: Ids) -> None:
-        for id in ids.tolist():
-            if id in self._held and id not in self._pins:
-                self.owed[id] = self.owed.get(id, 0) + 1
-        super().unpin(ids)
-
-    def pin(self, ids: Ids) -> Found:
-        held = super().pin(ids)
-        owed = [id for id in ids.tolist() if self.owed.pop(id, 0)]
-        super().unpin(np.array(owed, np.uint64))
-        return held
-
-
-class PinsDoNotCount(PinnedTier):
-    def unpin(self, ids: Ids) -> None:
-        for id in ids.tolist():
-            self._pins.pop(id, None)
-        super().unpin(ids)
-
-
-class PinsWhatIsNotHeld(PinnedTier):
-    def pin(self, ids: Ids) -> Found:
-        held = super().pin(ids)
-        for id in ids[~held].tolist():
-            self._pins[id] = self._pins.get(id, 0) + 1
-        return held
 
 
 class OverwritesABlock(PinnedTier):
