@@ -4,12 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-import numpy.typing as npt
-
 from m3runtime.memory.block import Ids
-
-Scores = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +25,6 @@ class Persistent(Protocol):
 
     def ids(self) -> Ids:
         """All ids held, in any order: what was forgotten meanwhile is discarded when a hierarchy takes the tier."""
-
-
-@runtime_checkable
-class Scored(Protocol):
-    """A caching tier whose eviction policy may look at what retrieval thought of a block."""
-
-    def score(self, ids: Ids, scores: Scores) -> None:
-        """Retrieval chose these with these scores in [-1, 1]. Ids that are not held are passed over."""
 
 
 @runtime_checkable

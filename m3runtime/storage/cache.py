@@ -12,8 +12,8 @@ from m3runtime.errors import TierError
 from m3runtime.memory.block import Found, Ids
 from m3runtime.observe.latency import Timer
 from m3runtime.observe.tiers import TierStats
-from m3runtime.storage.abilities import Persistent, Scored, Scores
-from m3runtime.storage.tier import CachingTier
+from m3runtime.storage.abilities import Persistent
+from m3runtime.storage.tier import CachingTier, Scores
 
 
 class Tally:
@@ -60,7 +60,6 @@ class Cache:
         self._remembered = remembered
         self._changing = changing
         self._unlisted = tier if isinstance(tier, Persistent) else None
-        self._scored = tier if isinstance(tier, Scored) else None
         self._discards: set[int] = set()
 
     def is_usable(self) -> bool:
@@ -102,10 +101,10 @@ class Cache:
         self.is_usable()
 
     def score(self, ids: Ids, scores: Scores) -> None:
-        """See `Scored`."""
-        if self._scored is not None and self.is_usable():
+        """See `CachingTier.score`."""
+        if self.is_usable():
             with self._counting():
-                self._scored.score(ids, scores)
+                self.tier.score(ids, scores)
 
     def close(self) -> None:
         """See `Tier.close`."""

@@ -15,11 +15,9 @@ from m3runtime.errors import BankError, BlockError, TierClosedError, TierError, 
 from m3runtime.memory.block import BlockStamp, Found, Ids, check
 from m3runtime.observe.latency import Latency
 from m3runtime.observe.tiers import TierStats
-from m3runtime.storage.abilities import Scores
 from m3runtime.storage.cache import Cache, Tally
 from m3runtime.storage.home import Home
-from m3runtime.storage.slab import finish, runs
-from m3runtime.storage.tier import CachingTier, Tier, check_rows
+from m3runtime.storage.tier import CachingTier, Scores, Tier, check_rows
 
 LIFT_BLOCKS = 32
 """How many blocks `Hierarchy.lift` moves at a time: what its scratch buffer holds."""
@@ -209,7 +207,6 @@ class Hierarchy:
         if not direct:
             for start, end, source in _ranges(found, rows):
                 out[start:end].copy_(buffer[source : source + end - start], non_blocking=True)
-            finish(out.device)
         if level and hits:
             self._promote(level, ids, found, rows, out, buffer, forgets)
         return found
@@ -306,6 +303,12 @@ class Hierarchy:
     def _buffer(self, count: int, device: torch.device) -> Tensor:
         locked = device.type == "cpu" and self.device.type == "cuda"
         return torch.empty((count, self.slot_bytes), dtype=torch.uint8, device=device, pin_memory=locked)
+
+
+def runs(mask: Found) -> Iterator[tuple[int, int]]:
+    """Maximal ranges ``[start, end)`` of true: such rows are a view, copied without a temporary."""
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
+    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
 
 
 def _ranges(found: Found, rows: npt.NDArray[np.intp]) -> Iterator[tuple[int, int, int]]:

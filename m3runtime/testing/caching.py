@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from m3runtime.memory.block import Ids
-from m3runtime.storage.abilities import Persistent, Scored
+from m3runtime.storage.abilities import Persistent
 from m3runtime.storage.tier import CachingTier, Tier
 from m3runtime.testing.blocks import SLOT_BYTES, make_ids
 from m3runtime.testing.threads import together
@@ -44,8 +44,7 @@ class CachingTierContract(TierContract):
         """See `TierContract.calls`."""
         assert isinstance(tier, CachingTier)
         calls = [*super().calls(tier, ids)]
-        if isinstance(tier, Scored):
-            calls.append(lambda: tier.score(ids, np.zeros(len(ids), np.float32)))
+        calls.append(lambda: tier.score(ids, np.zeros(len(ids), np.float32)))
         if isinstance(tier, Persistent):
             calls.append(tier.ids)
         return calls
@@ -100,8 +99,6 @@ class CachingTierContract(TierContract):
             assert check_read(tier, make_ids(*range(7))).sum() == 4
 
     def test_scores_change_nothing_that_is_held(self, small: CachingTier) -> None:
-        if not isinstance(small, Scored):
-            pytest.skip("this tier looks at no scores")
         write(small, make_ids(1, 2, 3))
         small.score(make_ids(3, UNKNOWN, 3, 1), np.array([1, 0.5, -1, 0], np.float32))
         small.score(make_ids(), np.zeros(0, np.float32))

@@ -15,7 +15,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from m3runtime.storage.eviction import EvictionPolicy, ScoreAware
+from m3runtime.storage.eviction import EvictionPolicy
 from m3runtime.testing.blocks import LAST_ID
 
 
@@ -141,8 +141,7 @@ class EvictionMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(data=st.data(), score=st.floats(-1, 1, width=32))
     def score(self, data: st.DataObject, score: float) -> None:
-        if isinstance(self.policy, ScoreAware):
-            self.policy.scored(data.draw(st.sampled_from(sorted(self.held))), score)
+        self.policy.scored(data.draw(st.sampled_from(sorted(self.held))), score)
 
     @rule(data=st.data())
     def lease(self, data: st.DataObject) -> None:

@@ -9,7 +9,6 @@ from m3runtime.storage.eviction import (
     EvictionPolicy,
     LruPolicy,
     S3FifoPolicy,
-    ScoreAware,
     ScoredPolicy,
     make_policy,
 )
@@ -183,14 +182,6 @@ def test_what_a_policy_keeps_is_bounded(name: str) -> None:
     sizes = [len(part) for part in vars(policy).values() if hasattr(part, "__len__")]
     assert sizes
     assert max(sizes) <= 40
-
-
-def test_only_the_score_policy_looks_at_scores() -> None:
-    assert {name: isinstance(make_policy(name, 1), ScoreAware) for name in POLICIES} == {
-        "lru": False,
-        "s3-fifo": False,
-        "score": True,
-    }
 
 
 def test_an_unknown_policy_names_the_choices() -> None:

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from m3backends.slabs import PinnedTier
 from m3runtime.errors import InputError, TierClosedError
-from m3runtime.storage.abilities import Scored
 from m3runtime.storage.tier import CachingTier
 from m3runtime.storage.trace import Op, Trace, TracedTier, TraceWriter, read_trace
 from m3runtime.testing.blocks import LAST_ID, SLOT_BYTES, make_blocks, make_ids
@@ -245,8 +244,7 @@ def calls(tier: CachingTier, seed: int, count: int = 150) -> None:
             case _:
                 tier.contains(ids)
                 tier.discard(ids[:1])
-        if isinstance(tier, Scored):
-            tier.score(ids, np.array([drawing.uniform(-1, 1) for _ in ids], np.float32))
+        tier.score(ids, np.array([drawing.uniform(-1, 1) for _ in ids], np.float32))
 
 
 @pytest.mark.parametrize("eviction", ["lru", "s3-fifo", "score"])

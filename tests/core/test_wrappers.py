@@ -10,7 +10,7 @@ import torch
 from m3backends.lmdb.home import LmdbHome
 from m3backends.slabs import PinnedTier
 from m3runtime.errors import BankFullError, InputError, M3Error, TierClosedError, TierError
-from m3runtime.storage.abilities import Auditable, Persistent, Scored
+from m3runtime.storage.abilities import Auditable, Persistent
 from m3runtime.storage.home import Home
 from m3runtime.storage.tier import CachingTier, Tier
 from m3runtime.testing.blocks import (
@@ -86,14 +86,6 @@ class Lasting(PinnedTier):
         return np.array(sorted(self._held), np.uint64)
 
 
-class Plain(WrappedTier):
-    """A tier without abilities."""
-
-    def __init__(self) -> None:
-        super().__init__(pinned())
-        del self.score
-
-
 @pytest.mark.parametrize("wrap", [FaultyTier, SlowTier, WrappedTier, lambda tier: SlowTier(FaultyTier(tier))])
 def test_a_wrapper_has_the_abilities_of_what_it_wraps(wrap: Callable[[CachingTier], CachingTier]) -> None:
     lasting = Lasting(slot_bytes=SLOT_BYTES, capacity=SLOT_BYTES)
@@ -101,11 +93,7 @@ def test_a_wrapper_has_the_abilities_of_what_it_wraps(wrap: Callable[[CachingTie
     tier = wrap(lasting)
     assert isinstance(tier, Persistent)
     assert tier.ids().tolist() == [7]
-    assert isinstance(tier, Scored)
-    tier.score(make_ids(7), np.ones(1, np.float32))
-    assert isinstance(wrap(pinned()), Scored)
     assert not isinstance(wrap(pinned()), Persistent)
-    assert not isinstance(wrap(Plain()), Scored)
     assert (tier.name, tier.slot_bytes, tier.capacity, tier.device) == (
         "pinned",
         SLOT_BYTES,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from m3runtime.errors import InputError
-from m3runtime.storage.eviction import EvictionPolicy, ScoreAware, make_policy
+from m3runtime.storage.eviction import EvictionPolicy, make_policy
 from m3runtime.storage.trace import Op, Trace, read_trace
 
 REQUESTS = ("read", "lift")
@@ -169,10 +169,9 @@ class _Cache:
         self.policy.removed(id)
 
     def score(self, op: Op) -> None:
-        if isinstance(self.policy, ScoreAware):
-            for id, score in zip(op.ids, op.scores or (), strict=True):
-                if id in self.held:
-                    self.policy.scored(id, score)
+        for id, score in zip(op.ids, op.scores or (), strict=True):
+            if id in self.held:
+                self.policy.scored(id, score)
 
     def discard(self, op: Op) -> None:
         for id in sorted(set(op.ids)):

@@ -48,7 +48,7 @@ class ScoredPolicy(EvictionPolicy):
         self._add(id, 0.0)
 
     def scored(self, id: int, score: float) -> None:
-        """See `ScoreAware.scored`. The score belongs to a use that was counted already, so no time passes."""
+        """See `EvictionPolicy.scored`. The score belongs to a use that was counted already, so no time passes."""
         self._add(id, GAIN * min(1.0, max(-1.0, score)))  # in this order not a number is -1
 
     def removed(self, id: int) -> None:

@@ -6,9 +6,9 @@ import numpy as np
 from torch import Tensor
 
 from m3backends.slabs import PinnedTier
+from m3runtime.device.copies import copy_rows
 from m3runtime.errors import TierError
 from m3runtime.memory.block import Found, Ids
-from m3runtime.storage.slab import gather, runs
 from m3runtime.storage.tier import CachingTier, check_rows
 from m3runtime.testing.slab import SlabTierContract
 from tests.testing.broken.suites import make_suites
@@ -45,8 +45,7 @@ class CopiesOutsideTheLock(PinnedTier):
             found: Found = slots >= 0
             for id in ids[found].tolist():
                 self._policy.touched(id)
-        for start, end in runs(found):
-            gather(slab, slots[start:end], out[start:end])
+        copy_rows(out, np.flatnonzero(found).tolist(), slab, slots[found].tolist())
         return found
 
 
