@@ -82,7 +82,7 @@ def forget(
 
     from m3runtime import assembly
     from m3runtime.bank import records
-    from m3runtime.bank.bank import as_ids
+    from m3runtime.memory.block import as_ids
     from m3runtime.storage.hierarchy import Hierarchy
 
     with closing(assembly.open_bank(settings)) as bank:
@@ -103,8 +103,7 @@ def forget(
         with closing(Hierarchy(tiers, bank.home, bank.stamp)) as hierarchy:
             hierarchy.discard(as_ids(list(wanted)))
             failed = [tier.name for tier in hierarchy.stats() if tier.faults]
-        index, _ = assembly.open_index(settings, bank, every=True)
-        assembly.save_index(index, bank)
+        assembly.bank_index(settings, bank).update()
     for name in failed:
         typer.echo(f"tier {name} failed: what it still holds is discarded when it is used again", err=True)
     if json:
@@ -142,9 +141,9 @@ def _bank_facts(bank: "Bank") -> dict[str, Any]:
 def _memory_facts(bank: "Bank", id: int) -> dict[str, Any]:
     import torch
 
-    from m3runtime.bank.bank import as_ids
     from m3runtime.errors import BlockError
     from m3runtime.memory import block
+    from m3runtime.memory.block import as_ids
 
     (reference,) = bank.home.references(as_ids([id]))
     if reference is None:

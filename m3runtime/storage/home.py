@@ -1,7 +1,7 @@
 """The `Home` contract: the durable, complete tier of a bank."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,18 @@ class Batch:
     references: Sequence[Reference]
     embeddings: npt.NDArray[np.float32]
     """``float32[n, dim]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One defect that was found in a bank."""
+
+    where: str
+    """The damaged part: ``block``, ``reference``, ``embedding``, ``home``, ``index``, ``codec`` or ``manifest``."""
+    id: int | None
+    """The memory concerned, or None for the bank as a whole."""
+    what: str
+    """A description of the defect, to be read after the two above."""
 
 
 class Home(Tier):
@@ -117,3 +129,11 @@ class Home(Tier):
     @abstractmethod
     def stored_bytes(self) -> int:
         """Bytes that the home takes on its drive."""
+
+    def audit(self, progress: Callable[[int, int], None] | None = None) -> Iterator[Damage]:  # noqa: ARG002
+        """Look for damage that the other methods alone do not show, such as records that disagree. Changes nothing.
+
+        `m3 verify` reads every block itself, so their payloads are left out. ``progress`` is called with the steps
+        done and all steps. The default finds nothing.
+        """
+        yield from ()

@@ -8,9 +8,9 @@ import pytest
 
 from m3runtime.testing.blocks import LAST_ID, make_ids
 from m3runtime.testing.index_files import IndexFileLaws
-from m3runtime.testing.index_laws import STAMP, brute_force, unit_vectors
+from m3runtime.testing.index_laws import brute_force, unit_vectors
 
-__all__ = ["STAMP", "IndexContract", "brute_force", "unit_vectors"]
+__all__ = ["IndexContract", "brute_force", "unit_vectors"]
 
 
 class IndexContract(IndexFileLaws):

@@ -10,7 +10,6 @@ from m3runtime.memory.block import Ids
 from m3runtime.retrieval.embedder import Embeddings
 from m3runtime.retrieval.index import Index
 
-STAMP = "0123456789abcdef0123456789abcdef"
 Oracle = tuple[npt.NDArray[np.uint64], npt.NDArray[np.float64]]
 
 

@@ -4,14 +4,17 @@ import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
 from m3runtime.bank import records
-from m3runtime.bank.bank import INDEX, Bank, LoadCodec, as_ids, read_manifest
+from m3runtime.bank.bank import Bank
+from m3runtime.bank.manifest import Manifest
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError, RecordError
+from m3runtime.memory.block import as_ids
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.storage.home import Home
 from m3runtime.writing import encoding
@@ -54,13 +57,13 @@ def repair(
         found = examine(config, home, progress)
         if any(one.where in ("manifest", "codec") for one in found.damage):
             return RepairReport(found, found)
-        bank = Bank.over(config.bank, home, read_manifest(config.bank, home), LoadCodec(config.codec.kind))
+        manifest = Manifest.read(config.bank, home)
+        bank = Bank.over(config.bank, home, manifest, partial(assembly.load_codec, config))
         report = _Repair(config, bank, progress).mend(found, compute=compute, drop=drop)
+        index = assembly.bank_index(config, bank)
         if any(one.where == "index" for one in found.damage):
-            (bank.path / INDEX).unlink()
-        index, changed = assembly.open_index(config, bank, every=True)
-        if changed:
-            assembly.save_index(index, bank)
+            index.path.unlink()
+        index.update()
         if found.clean:
             return report
 

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from m3runtime import assembly
 from m3runtime.bank import records
-from m3runtime.bank.bank import HOME, Bank, LoadCodec, Manifest, as_ids, read_manifest
+from m3runtime.bank.bank import HOME, Bank
+from m3runtime.bank.manifest import Manifest
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import BankError, BankFormatError, BankMissingError, BlockError, IndexFileError
 from m3runtime.memory import block
-from m3runtime.memory.block import Ids
-from m3runtime.storage.abilities import Auditable, Damage
-from m3runtime.storage.home import Home
+from m3runtime.memory.block import Ids, as_ids
+from m3runtime.storage.home import Damage, Home
 from m3runtime.writing.index_check import strangers
 
 OnProgress = Callable[[str, int, int], None]
@@ -110,22 +110,22 @@ class _Walk:
     def open_bank(self) -> None:
         """Manifest and codec. Without them less can be checked, but the rest is."""
         try:
-            self.manifest = read_manifest(self.config.bank, self.home)
+            self.manifest = Manifest.read(self.config.bank, self.home)
         except (BankFormatError, BankMissingError):
             raise
         except BankError as error:
             self.found("manifest", None, str(error))
             return
         try:
-            self.bank = Bank.over(self.config.bank, self.home, self.manifest, LoadCodec(self.config.codec.kind))
+            load_codec = partial(assembly.load_codec, self.config)
+            self.bank = Bank.over(self.config.bank, self.home, self.manifest, load_codec)
         except BankError as error:
             self.found("codec", None, str(error))
 
     def read_books(self) -> None:
         """What the home itself can tell."""
-        if isinstance(self.home, Auditable):
-            for one in self.home.audit(partial(self.progress, "home")):
-                self.found(one.where, one.id, one.what)
+        for one in self.home.audit(partial(self.progress, "home")):
+            self.found(one.where, one.id, one.what)
 
     def read_memories(self) -> None:
         """Block, reference and embedding of every memory."""
@@ -156,7 +156,7 @@ class _Walk:
         if self.bank is None:
             return
         try:
-            index = assembly.load_index(self.config, self.bank)
+            index = assembly.bank_index(self.config, self.bank).load()
         except IndexFileError as error:
             self.notes.append(f"{error}; the index is rebuilt when the bank is opened")
             return

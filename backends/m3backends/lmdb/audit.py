@@ -22,7 +22,7 @@ from m3backends.lmdb.schema import Databases, above_all
 from m3backends.lmdb.structure import structure_problems
 from m3backends.lmdb.table import Absent, Table
 from m3runtime.errors import RecordError
-from m3runtime.storage.abilities import Damage
+from m3runtime.storage.home import Damage
 
 T = TypeVar("T")
 

@@ -29,8 +29,7 @@ from m3backends.lmdb.schema import Databases, create_folder, open_databases, sto
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError
 from m3runtime.memory.block import HEADER_BYTES, Found, Ids, Rows, headers
-from m3runtime.storage.abilities import Damage
-from m3runtime.storage.home import Batch
+from m3runtime.storage.home import Batch, Damage
 from m3runtime.storage.tier import check_ids, check_rows
 
 
@@ -196,7 +195,7 @@ class LmdbHome(LmdbReading):
         self._environment.write(work, need=len(value), reserve=True)
 
     def audit(self, progress: Callable[[int, int], None] | None = None) -> Iterator[Damage]:
-        """See `Auditable.audit`. The structure of the file is left out while another process has it open for writing.
+        """See `Home.audit`. The structure of the file is left out while another process has it open for writing.
 
         Its steps are records. Memory is bounded, but for two bytes for each page of the file.
         """
