@@ -135,7 +135,7 @@ class UsearchIndex(Index):
             return len(self._native)
 
     def save(self, path: Path) -> None:
-        """See `Index.save`. Other calls wait until the file is written."""
+        """Write the index into a file, as `Index.save` says. Other calls wait until it is written."""
         try:
             with self._lock:
                 self._native.save(path)
@@ -143,7 +143,7 @@ class UsearchIndex(Index):
             raise IndexFileError(f"cannot write index {path}: {error}") from error
 
     def load(self, data: memoryview) -> None:
-        """See `Index.load`. Takes a copy, so ``data`` is needed no longer."""
+        """Load a copy of the bytes that `save` wrote, as `Index.load` says."""
         native = NativeIndex(**self._options)
         shape = (native.ndim, native.dtype)
         try:
