@@ -21,7 +21,7 @@ from m3runtime.codecs import Codec
 from m3runtime.errors import BankError, BankMismatchError, BankMissingError, CodecError
 from m3runtime.memory import block
 from m3runtime.memory.block import Ids
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.storage.files import sync_folder
 from m3runtime.storage.home import Home
 
@@ -117,7 +117,7 @@ class Bank:
             pass
         raise BankError(f"{folder} is not the home of a bank; set `bank` to another folder")
 
-    def blocks(self, ids: Ids, memories: Memories) -> Tensor:
+    def blocks(self, ids: Ids, memories: MemoryTensors) -> Tensor:
         """Encode and seal memories: ``uint8[n, slot_bytes]`` on the CPU.
 
         All n are encoded at once on the device they lie on: the caller bounds n.
@@ -131,7 +131,7 @@ class Bank:
             block.seal(rows[row], id=id, tokens=tokens, payload_bytes=size, stamp=self.stamp)
         return out
 
-    def decode(self, blocks: Tensor, dtype: torch.dtype) -> Memories:
+    def decode(self, blocks: Tensor, dtype: torch.dtype) -> MemoryTensors:
         """Decode verified blocks, ``uint8[n, slot_bytes]``, on the device they lie on, to memories of ``dtype``.
 
         All n are decoded in one call, which takes n times the size of a decoded memory in float32 and in ``dtype``,

@@ -17,6 +17,7 @@ from m3runtime.memory.spec import MemorySpec
 from m3runtime.retrieval.index import Index
 from m3runtime.testing.index import unit_vectors
 from tests.core.recalling import references
+from tests.core.test_files import windows  # noqa: F401 - a fixture
 
 DIM = 8
 SPEC = MemorySpec(layers=(0,), kv_heads=1, tokens=2, head_dim=4, reference_tokens=2, dtype="float32")
@@ -229,6 +230,12 @@ def test_a_folder_in_its_place_is_neither_read_nor_replaced(bank: Bank) -> None:
     assert is_rebuilt(bank)
     with pytest.raises(IndexFileError, match="cannot write index"):
         upkeep(bank).update()
+
+
+@pytest.mark.usefixtures("windows")
+def test_an_index_is_saved_where_no_folder_can_be_opened(bank: Bank) -> None:
+    upkeep(bank).update()
+    assert upkeep(bank).load().ids().tolist() == IDS.tolist()
 
 
 def test_an_index_that_saves_no_bytes_is_given_none(bank: Bank) -> None:
