@@ -1,4 +1,4 @@
-"""The laws of what an index saves and loads."""
+"""The laws of saving and loading an index."""
 
 import threading
 from pathlib import Path
@@ -14,7 +14,7 @@ from m3runtime.testing.threads import together
 
 
 class IndexFileLaws(IndexLaws):
-    """An index loads what one like it saved."""
+    """An index loads the bytes that an equal one saved."""
 
     def loaded(self, path: Path) -> Index:
         """A new index that loaded the file."""

@@ -280,7 +280,7 @@ def test_another_model_is_refused_before_anything_is_changed(written: Place, tmp
 
 def test_how_to_repair_needs_repair(written_once: Place) -> None:
     for option in ("--no-model", "--drop"):
-        assert written_once.m3("verify", option).complaint == f"m3: {option} says how to repair: give --repair too"
+        assert written_once.m3("verify", option).complaint == f"m3: {option} is an option of --repair: give that, too"
 
 
 def test_a_sound_bank(written_once: Place) -> None:
