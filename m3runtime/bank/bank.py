@@ -72,9 +72,7 @@ class Bank:
         Raises `BankMissingError`, `BankFormatError`, `BankError` if the home or the codec file cannot be read, and
         `BankMismatchError` if that file is not the one that the manifest names.
         """
-        if not (path / HOME).exists():
-            raise BankMissingError(f"there is no bank at {path}; make one with `m3 write`")
-        opened = home(path=path / HOME)
+        opened = home(path=home_folder(path))
         try:
             return cls.over(path, opened, Manifest.read(path, opened), load_codec)
         except BaseException:
@@ -144,6 +142,13 @@ class Bank:
     def close(self) -> None:
         """Close the home."""
         self.home.close()
+
+
+def home_folder(path: Path) -> Path:
+    """The folder of the home of the bank at ``path``. Raises `BankMissingError`."""
+    if not (path / HOME).exists():
+        raise BankMissingError(f"there is no bank at {path}; make one with `m3 write`")
+    return path / HOME
 
 
 def slot_bytes(codec: Codec) -> int:

@@ -9,7 +9,7 @@ from functools import partial
 from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
 from m3runtime.bank import records
-from m3runtime.bank.bank import Bank
+from m3runtime.bank.bank import Bank, home_folder
 from m3runtime.bank.manifest import Manifest
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
@@ -19,7 +19,7 @@ from m3runtime.retrieval.embedder import Embedder
 from m3runtime.storage.home import Home
 from m3runtime.writing import encoding
 from m3runtime.writing.encoding import GROUP
-from m3runtime.writing.verification import OnProgress, VerifyReport, examine, home_folder
+from m3runtime.writing.verification import OnProgress, VerifyReport, examine
 
 log = logging.getLogger("m3runtime")
 
@@ -52,7 +52,7 @@ def repair(
     Raises `BankBusyError` if the bank is open for writing already, and `BankMismatchError`, before anything is
     changed, if the configured model or embedder is not the bank's.
     """
-    with assembly.open_home(config)(path=home_folder(config)) as home:
+    with assembly.open_home(config)(path=home_folder(config.bank)) as home:
         _rewrite_quarantine(home)
         found = examine(config, home, progress)
         if any(one.where in ("manifest", "codec") for one in found.damage):

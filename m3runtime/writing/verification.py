@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from m3runtime import assembly
 from m3runtime.bank import records
-from m3runtime.bank.bank import HOME, Bank
+from m3runtime.bank.bank import Bank, home_folder
 from m3runtime.bank.manifest import Manifest
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
@@ -68,7 +67,7 @@ def verify(config: Config, progress: OnProgress | None = None) -> VerifyReport:
     Other processes may read, write and forget meanwhile. Raises `BankMissingError`, `BankFormatError`, or `BankError`
     if the home cannot be opened.
     """
-    with assembly.open_home(config, read_only=True)(path=home_folder(config)) as home:
+    with assembly.open_home(config, read_only=True)(path=home_folder(config.bank)) as home:
         return examine(config, home, progress)
 
 
@@ -80,13 +79,6 @@ def examine(config: Config, home: Home, progress: OnProgress | None = None) -> V
     examination.read_memories()
     examination.compare_index()
     return examination.report()
-
-
-def home_folder(config: Config) -> Path:
-    """The folder of the configured bank's home. Raises `BankMissingError`."""
-    if not (config.bank / HOME).exists():
-        raise BankMissingError(f"there is no bank at {config.bank}; make one with `m3 write`")
-    return config.bank / HOME
 
 
 class _Examination:
