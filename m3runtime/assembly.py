@@ -11,7 +11,8 @@ from m3runtime.codecs import Codec
 from m3runtime.config.schema import Config, default_tiers
 from m3runtime.errors import CodecError, ConfigError, IndexFileError
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.plugins.loading import construct, load
+from m3runtime.plugins.construction import construct
+from m3runtime.plugins.loading import load
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.retrieval.index import Index
 from m3runtime.storage.abilities import Persistent

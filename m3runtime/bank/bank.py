@@ -36,7 +36,8 @@ from m3runtime.memory import block
 from m3runtime.memory.block import BlockStamp, Ids
 from m3runtime.memory.spec import MemorySpec, canonical_json, fingerprint
 from m3runtime.memory.tensors import Memories
-from m3runtime.plugins.loading import available, construct, load
+from m3runtime.plugins.construction import construct
+from m3runtime.plugins.loading import available, load
 from m3runtime.storage.home import Home
 
 FORMAT = 1

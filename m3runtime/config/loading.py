@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from m3runtime.config import presets
 from m3runtime.config.schema import Config
 from m3runtime.errors import ConfigError
-from m3runtime.plugins.loading import not_known, reason
+from m3runtime.plugins.messages import not_known, reason
 
 PREFIX = "M3_"
 FILE_VARIABLE = "M3_CONFIG"
