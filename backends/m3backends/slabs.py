@@ -2,6 +2,7 @@
 
 import torch
 
+from m3runtime.config.units import Size
 from m3runtime.errors import ConfigError
 from m3runtime.storage.slab import SlabTier
 
@@ -14,7 +15,7 @@ class GpuTier(SlabTier):
     or has not ``capacity`` bytes free.
     """
 
-    def __init__(self, *, slot_bytes: int, capacity: int, eviction: str = "lru", device: str = "auto") -> None:
+    def __init__(self, *, slot_bytes: int, capacity: Size, eviction: str = "lru", device: str = "auto") -> None:
         super().__init__(
             name="gpu",
             slot_bytes=slot_bytes,
@@ -52,7 +53,7 @@ class PinnedTier(SlabTier):
     `ConfigError` if there is not so much.
     """
 
-    def __init__(self, *, slot_bytes: int, capacity: int, eviction: str = "lru") -> None:
+    def __init__(self, *, slot_bytes: int, capacity: Size, eviction: str = "lru") -> None:
         super().__init__(
             name="pinned",
             slot_bytes=slot_bytes,

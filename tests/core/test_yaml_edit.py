@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from m3runtime.config.loading import load_config
+from m3runtime.config.schema import Config
 from m3runtime.errors import InputError
 from m3runtime.lab.evaluation.yaml_edit import check_writable, edited, file_alone, replace
 from m3runtime.lab.evaluation.yaml_text import MARK, Value, edited_text
@@ -289,5 +290,5 @@ def test_a_read_only_file_is_left_alone(tmp_path: Path) -> None:
 def test_origins_say_that_the_values_come_from_the_file(tmp_path: Path) -> None:
     path = put(tmp_path, REST)
     replace(path, edited(path, NEW, EVIDENCE))
-    origins = load_config(path, {}).origins
+    origins = load_config(Config, path, {}).origins
     assert {origins[f"recall.{name}"] for name in NEW} == {"m3.yaml"}

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import yaml
 
-from m3runtime.config.loading import load_config
 from m3runtime.config.schema import Config
 from m3runtime.errors import ConfigError, InputError
 from m3runtime.lab.evaluation.yaml_text import SECTION, Value, edited_text
@@ -19,7 +18,7 @@ Load = Callable[[Path], Config]
 
 def file_alone(path: Path) -> Config:
     """What a configuration file says without the environment."""
-    return load_config(path, environ={}).config
+    return Config.load(path, environ={})
 
 
 def edited(path: Path, values: Mapping[str, Value], evidence: Mapping[str, str], load: Load = file_alone) -> str:

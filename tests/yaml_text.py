@@ -1,0 +1,13 @@
+"""Values as YAML, for the configurations that tests write."""
+
+from io import StringIO
+from typing import Any
+
+from ruamel.yaml import YAML
+
+
+def dumped(value: Any) -> str:
+    """The value as a YAML document."""
+    text = StringIO()
+    YAML(typ="safe", pure=True).dump(value, text)
+    return text.getvalue()
