@@ -13,7 +13,7 @@ from tests.hostile.cases import spoiled
 from tests.hostile.nursery import Nursery
 
 PACKAGES = ("m3runtime", "backends", "model", "demo")
-MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
+MODULES = {"yaml", "pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
 CALLS = {
     "torch.load",
     "torch.jit.load",
@@ -65,6 +65,7 @@ def test_no_source_loads_a_pickle() -> None:
         "import joblib.numpy_pickle",
         "torch.load(path)",
         "np.load(path, allow_pickle=True)",
+        "import yaml",
         "YAML(typ='unsafe')",
         "YAML(typ=['unsafe', 'pytypes'])",
         "YAML('full')",
