@@ -9,7 +9,6 @@
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -35,9 +34,10 @@ from m3runtime.errors import (
 from m3runtime.memory import block
 from m3runtime.memory.block import BlockStamp, Ids
 from m3runtime.memory.spec import MemorySpec, canonical_json, fingerprint
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.plugins.construction import construct
 from m3runtime.plugins.loading import available, load
+from m3runtime.storage.files import sync_folder
 from m3runtime.storage.home import Home
 
 FORMAT = 1
@@ -186,10 +186,7 @@ class Bank:
             codec.save(path / CODEC)
             made.set_meta(_MANIFEST, manifest.to_bytes())
         (path / UNFINISHED).rename(path / HOME)
-        if os.name == "posix":  # or the new name might not outlive a power cut
-            folder = os.open(path, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        sync_folder(path)
         return cls(path, home(path=path / HOME), manifest, codec)
 
     @classmethod
@@ -241,7 +238,7 @@ class Bank:
             pass
         raise BankError(f"{folder} is not the home of a bank; set `bank` to another folder")
 
-    def blocks(self, ids: Ids, memories: Memories) -> Tensor:
+    def blocks(self, ids: Ids, memories: MemoryTensors) -> Tensor:
         """Encode and seal: ``uint8[n, slot_bytes]`` on the CPU."""
         payloads = self.codec.encode(memories)
         out = torch.zeros(len(ids), self.home.slot_bytes, dtype=torch.uint8)
@@ -252,7 +249,7 @@ class Bank:
             block.seal(rows[row], id=id, tokens=tokens, payload_bytes=size, stamp=self.stamp)
         return out
 
-    def decode(self, blocks: Tensor, dtype: torch.dtype) -> Memories:
+    def decode(self, blocks: Tensor, dtype: torch.dtype) -> MemoryTensors:
         """The memories of checked blocks, ``uint8[n, slot_bytes]``, in one call on the device they lie on."""
         heads = block.headers(blocks[:, : block.HEADER_BYTES].cpu().numpy())
         tokens = torch.from_numpy(heads["tokens"].astype(np.int64))

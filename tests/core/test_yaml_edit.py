@@ -1,6 +1,5 @@
 """Changing a user's YAML file: laws over generated files, and the forms that recall's section can have."""
 
-import os
 import re
 import stat
 from pathlib import Path
@@ -214,20 +213,6 @@ def test_mode_and_symbolic_link_stay(tmp_path: Path) -> None:
     assert path.read_text() == "other: text\n"
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert [one.name for one in path.parent.iterdir()] == ["m3.yaml"]
-
-
-@pytest.mark.parametrize("at", ["fsync", "replace"])
-def test_a_crash_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
-    path = put(tmp_path, REST)
-
-    def crash(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(*((os, "fsync") if at == "fsync" else (Path, "replace")), crash)
-    with pytest.raises(KeyboardInterrupt):
-        replace(path, "half")
-    assert path.read_text() == REST
-    assert [one.name for one in tmp_path.iterdir()] == ["m3.yaml"]
 
 
 def test_a_read_only_file_is_left_alone(tmp_path: Path) -> None:
