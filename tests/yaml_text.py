@@ -7,7 +7,8 @@ from ruamel.yaml import YAML
 
 
 def dumped(value: Any) -> str:
-    """The value as a YAML document."""
-    text = StringIO()
-    YAML(typ="safe", pure=True).dump(value, text)
+    """The value as a YAML document, one key a line."""
+    text, yaml = StringIO(), YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.dump(value, text)
     return text.getvalue()
