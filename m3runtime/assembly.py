@@ -15,7 +15,8 @@ from m3runtime.config.schema import Config, TierConfig
 from m3runtime.device.resolve import resolve
 from m3runtime.errors import BankMismatchError, CodecError, ConfigError
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.plugins.loading import available, construct, load
+from m3runtime.plugins.construction import construct
+from m3runtime.plugins.loading import available, load
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.retrieval.index import Index
 from m3runtime.storage.abilities import Persistent

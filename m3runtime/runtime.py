@@ -79,7 +79,7 @@ class Runtime:
             lambda texts, stages: self._cold_start.encoded(self.retriever.search(texts, timed=stages.stage)),
             self._prefetcher,
             self.meter,
-            in_flight=config.recall.in_flight,
+            in_flight=256 * 1024**2 if config.recall.decoded is None else config.recall.decoded,
         )
         self._cold_start = ColdStart(bank, self._fetcher, self.stats, config)
         self.encoder = encoder

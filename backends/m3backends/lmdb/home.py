@@ -35,6 +35,7 @@ from m3backends.lmdb.records import (
     unpack_source,
 )
 from m3backends.lmdb.schema import Databases, create_folder, open_databases, store_packing
+from m3runtime.config.units import Size
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError
 from m3runtime.memory.block import Found, Ids, Rows
@@ -73,7 +74,7 @@ class LmdbHome(LmdbReader):
         *,
         path: str | os.PathLike[str],
         slot_bytes: int | None = None,
-        max_size: int | None = None,
+        max_size: Size | None = None,
         compression: Compression = "none",
         durability: Durability = "full",
         read_only: bool = False,
