@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from m3runtime.errors import M3Error
     from m3runtime.memory.spec import MemorySpec
     from m3runtime.memory.tensors import Memories
+    from m3runtime.recall.recalled import Recalled
     from m3runtime.runtime import Runtime
-    from m3runtime.stream import Recalled, Stream
+    from m3runtime.stream import Stream
 
 __all__ = ["Config", "M3Error", "Memories", "MemorySpec", "Recalled", "Runtime", "Stream", "__version__"]
 
@@ -24,7 +25,7 @@ _HOMES = {
     "M3Error": "m3runtime.errors",
     "Memories": "m3runtime.memory.tensors",
     "MemorySpec": "m3runtime.memory.spec",
-    "Recalled": "m3runtime.stream",
+    "Recalled": "m3runtime.recall.recalled",
     "Runtime": "m3runtime.runtime",
     "Stream": "m3runtime.stream",
 }

@@ -13,6 +13,7 @@
     │   ├── BankBusyError       another process, or this one, has it open for writing
     │   └── BankFullError       the home has reached its configured limit, or the drive is full
     ├── BlockError              bytes that are not the block they should be
+    ├── StoreFullError          leased memories fill the memory store
     ├── CodecError              a codec that is untrained, unreadable or does not fit the spec
     ├── IndexFileError          an index file that cannot be used (it is rebuilt from the home)
     └── TierError               a tier that failed
@@ -66,6 +67,10 @@ class BankFullError(BankError):
 
 class BlockError(M3Error):
     """Bytes that are not the block they should be: damaged, of another bank, or of another id."""
+
+
+class StoreFullError(M3Error):
+    """Leased memories fill the memory store, so a recall finds no room. See ``recall.decoded``."""
 
 
 class CodecError(M3Error):

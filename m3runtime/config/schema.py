@@ -161,10 +161,11 @@ class RecallConfig(Section):
     """Attention weighs memories by ``exp((score - best) / this)``; null: all alike, as a Memory³ model is trained."""
     lookahead_tokens: Annotated[Whole, Field(ge=0)] = 16
     """Tokens before a chunk's end at which its memories are guessed, and brought beside decoding; 0: never."""
-    in_flight: Size = 256 * _MIB
-    """Most bytes of guessed memories, decoded or on their way, of all streams; what does not fit is only lifted."""
+    decoded: Size | None = None
+    """Most bytes of decoded memories on the device, prefetched and leased together; null: fits the machine."""
     deadline: Seconds = 0.05
-    """How long a recall waits for blocks that are still below."""
+    """How long a recall waits, after its search, for memories that are still being read or decoded in the background.
+    Embedding, the search, and decoding what the fastest tier holds are not bounded by it."""
     when_late: Literal["wait", "skip", "next_chunk"] = "skip"
     """For memories that miss the deadline: wait for them, go on without, or give them to the next chunk."""
     cold_start: Annotated[bool, Strict()] = False

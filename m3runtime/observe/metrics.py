@@ -50,7 +50,7 @@ class LookaheadCounts:
     cancelled: int = 0
     """Hints that a newer one or the recall overtook before their memories were asked for."""
     guesses: int = 0
-    """Memories that hints asked for."""
+    """Memories that hints asked for and that their stream did not lease."""
     hits: int = 0
     """Guesses that the next recall of their stream chose."""
     beyond: int = 0

@@ -27,8 +27,8 @@ class Delivered:
     """Ids that were not ready by the deadline, or that the store has no room for."""
     pending: list[Lease] = field(default_factory=list)
     """Leases of late parts that are still loading: the caller's to release."""
-    hits: int = 0
-    """Parts that were in the store already: neither read nor decoded."""
+    hits: set[int] = field(default_factory=set)
+    """Ids of parts that were in the store already: neither read nor decoded."""
 
 
 class Delivery:
@@ -69,7 +69,7 @@ class Delivery:
                         f"recall.decoded: no room for {len(beyond)} memories, for streams read others that fill its "
                         f"{self._store.capacity} bytes; set a larger size, or recall fewer memories at once"
                     )
-                result.hits += sum(lease.entry.state == "ready" for lease in leases)
+                result.hits |= {lease.id for lease in leases if lease.entry.state == "ready"}
                 begun = self._begin(leases, stages, deadline, blocks)
                 self._wait(leases, stages, deadline)
                 missing = []

@@ -27,6 +27,8 @@ class Hint:
     """The stream's number."""
     text: str
     dtype: torch.dtype
+    held: frozenset[int]
+    """Ids that the stream leases already: its recall finds them in the store."""
     owed: tuple[Match, ...]
     """Matches that were late for the stream's last chunk, and that its next recall adds."""
     is_taken: bool = False
@@ -67,7 +69,11 @@ class Hints:
                 self._waiting[hint.stream] = hint
             schedule, self._is_scheduled = not self._is_scheduled, True
         if schedule:
-            self._background.submit(self._work)
+            try:
+                self._background.submit(self._work)
+            except BaseException:
+                self._is_scheduled = False
+                raise
 
     def begin_recall(self, streams: Iterable[int]) -> None:
         """Cancel the hints of these streams that no thread works on: they come too late."""
@@ -135,7 +141,7 @@ class Hints:
         streams: list[int] = []
         old: list[Lease] = []
         for hint, matches in found:
-            best = with_owed(matches, hint.owed, self._memories)
+            best = [match for match in with_owed(matches, hint.owed, self._memories) if match.id not in hint.held]
             mine, no_room = self._store.lease([match.id for match in best], dtype, guess=True)
             with self._lock:
                 if self._waiting.get(hint.stream) is hint:

@@ -84,7 +84,7 @@ class Loader:
         return {id: one for id, one in zip(ids, found, strict=True) if one is not None}
 
     def forget_strangers(self, ids: Sequence[int]) -> None:
-        """Remove from the store those of these memories that the home does not remember: another process forgot them."""
+        """Remove those of these memories from the store that another process has forgotten."""
         if ids:
             self.store.forget(set(ids) - self.references(ids).keys())
 

@@ -10,6 +10,7 @@ Everybody else waits for its future. The module needs torch for types alone.
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -66,15 +67,17 @@ class Lease:
     """The right to read one part: a leased part is not evicted. `MemoryStore.release` ends it.
 
     A **guess** is the lease of a prefetch. It protects the part from other prefetches, not from a recall that needs
-    the room.
+    the room. A lease that is dropped without release, by a stream that nobody closed or by an interrupt, gives itself
+    back.
     """
 
-    __slots__ = ("entry", "is_guess", "is_live")
+    __slots__ = ("_dropped", "entry", "is_guess", "is_live")
 
-    def __init__(self, entry: Entry, *, is_guess: bool) -> None:
+    def __init__(self, entry: Entry, dropped: "deque[tuple[Entry, bool]]", *, is_guess: bool) -> None:
         self.entry = entry
         self.is_guess = is_guess
         self.is_live = True
+        self._dropped = dropped
 
     @property
     def id(self) -> int:
@@ -87,11 +90,15 @@ class Lease:
         assert self.entry.loaded is not None, "only a ready part can be read"
         return self.entry.loaded
 
+    def __del__(self) -> None:
+        if self.is_live:  # no lock here: garbage is collected at any instruction, also of whoever holds it
+            self._dropped.append((self.entry, self.is_guess))
+
 
 class MemoryStore:
-    """A cache of parts by id and dtype. Leased, guessed, loading and idle parts together take at most ``capacity`` bytes.
+    """A cache of parts by id and dtype, of at most ``capacity`` bytes.
 
-    A part without leases stays until the eviction policy names it. A recall evicts idle parts first, then guesses.
+    Leased, guessed, loading and idle parts count alike. A part without leases stays until the eviction policy names it. A recall evicts idle parts first, then guesses.
     Thread-safe: one lock covers the bookkeeping. Nothing is read, decoded or waited for while it is held.
     """
 
@@ -109,6 +116,7 @@ class MemoryStore:
         self._entries: dict[tuple[int, torch.dtype], Entry] = {}
         self._ready: dict[int, Entry] = {}  # by handle: what the policy knows
         self._handles = 0
+        self._dropped: deque[tuple[Entry, bool]] = deque()
         self._closed = False
         self._counts = StoreCounts(capacity)
 
@@ -125,6 +133,7 @@ class MemoryStore:
         with self._lock:
             if self._closed:
                 raise TierClosedError("the memory store is closed")
+            self._collect_dropped()
             new = []
             for id in ids:  # held ones first: making room for another must not evict them
                 if (entry := self._entries.get((id, dtype))) is None:
@@ -142,27 +151,18 @@ class MemoryStore:
                     beyond.append(id)
         return leases, beyond
 
+    def share(self, leases: Iterable[Lease]) -> list[Lease]:
+        """Another lease of each leased part, for another stream."""
+        with self._lock:
+            return [self._add_lease(lease.entry, guess=False) for lease in leases]
+
     def release(self, leases: Iterable[Lease]) -> None:
         """End leases. Releasing one twice is fine. A wanted entry that nobody leases any more is gone."""
-        cancelled = []
         with self._lock:
             for lease in leases:
-                if not lease.is_live:
-                    continue
-                lease.is_live = False
-                entry = lease.entry
-                if lease.is_guess:
-                    entry.guesses -= 1
-                    self._count(guessed=-(not entry.guesses))
-                else:
-                    entry.leases -= 1
-                    self._count(leased=-(not entry.leases))
-                if entry.state == "wanted" and not (entry.leases or entry.guesses):
-                    self._remove(entry)
-                    cancelled.append(entry)
-                self._reclaim(entry)
-        for entry in cancelled:
-            entry.done.cancel()
+                if lease.is_live:
+                    lease.is_live = False
+                    self._end(lease.entry, is_guess=lease.is_guess)
 
     # -- loading -----------------------------------------------------------------------------------------------
 
@@ -234,16 +234,20 @@ class MemoryStore:
             self._closed = True
             entries = list(self._entries.values())
         self.forget(entry.id for entry in entries)
-        self.fail([entry for entry in entries if entry.state == "wanted"], TierClosedError("the memory store is closed"))
+        self.fail(
+            [entry for entry in entries if entry.state == "wanted"], TierClosedError("the memory store is closed")
+        )
 
     def counts(self) -> StoreCounts:
         """A snapshot."""
         with self._lock:
+            self._collect_dropped()
             return replace(self._counts, parts=len(self._ready))
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` unless the counters agree with the entries. For tests: it walks over all entries."""
         with self._lock:
+            self._collect_dropped()
             held = list(self._entries.values())
             assert all(self._entries[entry.id, entry.dtype] is entry for entry in held)
             assert {entry.handle for entry in held if entry.state == "ready"} == set(self._ready)
@@ -258,6 +262,23 @@ class MemoryStore:
     def _count(self, **more: int) -> None:
         self._counts = replace(self._counts, **{name: getattr(self._counts, name) + by for name, by in more.items()})
 
+    def _end(self, entry: Entry, *, is_guess: bool) -> None:
+        if is_guess:
+            entry.guesses -= 1
+            self._count(guessed=-(not entry.guesses))
+        else:
+            entry.leases -= 1
+            self._count(leased=-(not entry.leases))
+        if entry.state == "wanted" and not (entry.leases or entry.guesses):
+            self._remove(entry)
+            entry.done.cancel()  # nobody waits
+        self._reclaim(entry)
+
+    def _collect_dropped(self) -> None:
+        while self._dropped:
+            entry, is_guess = self._dropped.popleft()
+            self._end(entry, is_guess=is_guess)
+
     def _add_lease(self, entry: Entry, *, guess: bool) -> Lease:
         if guess:
             self._count(guessed=not entry.guesses)
@@ -266,7 +287,7 @@ class MemoryStore:
             self._count(leased=not entry.leases)
             entry.leases += 1
             entry.is_used = True
-        return Lease(entry, is_guess=guess)
+        return Lease(entry, self._dropped, is_guess=guess)
 
     def _admit(self, id: int, dtype: "torch.dtype", size: int) -> Entry:
         self._handles += 1

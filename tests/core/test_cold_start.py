@@ -17,10 +17,10 @@ from m3runtime import assembly
 from m3runtime.bank.bank import as_ids
 from m3runtime.errors import BankMismatchError, CodecError, ConfigError, M3Error, TierError
 from m3runtime.observe.metrics import RECALL_STAGES
+from m3runtime.recall.recalled import Recalled
 from m3runtime.runtime import Runtime
 from m3runtime.storage.home import Home
 from m3runtime.storage.tier import CachingTier
-from m3runtime.stream import Recalled
 from m3runtime.testing.faulty import Fault, FaultyHome, Schedule
 from m3runtime.testing.threads import together
 from tests.core.recalling import TEXTS, WORDS, TextAdapter, no_tiers, open_runtime, pinned, shut

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from m3backends.slabs import PinnedTier
 from m3runtime.errors import TierClosedError, TierError
+from m3runtime.recall.recalled import Recalled
 from m3runtime.runtime import Runtime
 from m3runtime.storage.tier import CachingTier
 from m3runtime.storage.trace import Op
-from m3runtime.stream import Recalled
 from m3runtime.testing.faulty import Fault, FaultyHome, Schedule
 from m3runtime.testing.recording import RecordingTier
 from m3runtime.testing.slow import SlowHome, SlowTier

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from m3runtime.errors import TierError
-from m3runtime.stream import Recalled
+from m3runtime.recall.recalled import Recalled
 from m3runtime.testing.faulty import Fault, FaultyHome
 from tests.core.recalling import (
     PART_BYTES,

@@ -10,8 +10,8 @@ import torch
 
 from m3runtime.errors import InputError, M3Error
 from m3runtime.recall.batching import Together
+from m3runtime.recall.recalled import Recalled
 from m3runtime.retrieval.recent import Recent
-from m3runtime.stream import Recalled
 from m3runtime.testing.threads import together
 from tests.core.recalling import (
     BAD,

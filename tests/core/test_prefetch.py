@@ -4,9 +4,9 @@ from concurrent.futures import CancelledError
 from functools import partial
 
 import pytest
+from m3runtime.recall.prefetch import Prefetcher, PrefetchStats
 
 from m3runtime.errors import TierClosedError, TierError
-from m3runtime.recall.prefetch import Prefetcher, PrefetchStats
 
 
 @pytest.fixture
