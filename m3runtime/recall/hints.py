@@ -54,6 +54,7 @@ class Hints:
         self._lock = threading.Lock()
         self._waiting: dict[int, Hint] = {}  # the newest of each stream, until its memories are asked for
         self._guesses: dict[int, list[Lease]] = {}
+        self._guessed: dict[int, frozenset[int]] = {}  # ids, also of guesses without room
         self._counts = LookaheadCounts()
         self._is_scheduled = False
 
@@ -88,7 +89,7 @@ class Hints:
         with self._lock:
             self._cancel(stream)
             guesses = self._guesses.pop(stream, [])
-            self._count(hits=len({lease.id for lease in guesses}.intersection(chosen)))
+            self._count(hits=len(self._guessed.pop(stream, frozenset()).intersection(chosen)))
             if kept:
                 self._guesses[stream] = kept
         self._store.release(guesses)
@@ -98,6 +99,7 @@ class Hints:
         with self._lock:
             self._cancel(stream)
             guesses = self._guesses.pop(stream, [])
+            self._guessed.pop(stream, None)
         self._store.release(guesses)
 
     def counts(self) -> LookaheadCounts:
@@ -137,17 +139,21 @@ class Hints:
         """Guess and load the matches of the hints that are still the newest of their streams."""
         leases: list[Lease] = []
         beyond: set[int] = set()
+        known: set[int] = set()
         scores: dict[int, float] = {}
         streams: list[int] = []
         old: list[Lease] = []
         for hint, matches in found:
-            best = [match for match in with_owed(matches, hint.owed, self._memories) if match.id not in hint.held]
+            best = with_owed(matches, hint.owed, self._memories)
+            known.update(match.id for match in best)
+            best = [match for match in best if match.id not in hint.held]
             mine, no_room = self._store.lease([match.id for match in best], dtype, guess=True)
             with self._lock:
                 if self._waiting.get(hint.stream) is hint:
                     del self._waiting[hint.stream]
                     old += self._guesses.pop(hint.stream, [])
                     self._guesses[hint.stream] = mine
+                    self._guessed[hint.stream] = frozenset(match.id for match in best)
                     self._count(guesses=len(best), beyond=len(no_room))
                 else:  # overtaken, and counted as cancelled by whoever did
                     old += mine
@@ -162,10 +168,13 @@ class Hints:
             claimed = self._store.claim(leases)
             self._loader.load(claimed, stages, aside=True)
             # What was loaded before may have been forgotten by another process since.
-            self._loader.forget_strangers(list(scores.keys() - {entry.id for entry in claimed}))
+            self._loader.forget_strangers(list(known - {entry.id for entry in claimed}))
             if beyond:
                 with stages.stage("lift", len(beyond)):
                     self._loader.hierarchy.lift(as_ids(sorted(beyond)))
+        except BaseException:
+            self._store.release(leases)
+            raise
         finally:
             stages.count()
         if scores:  # once the tiers hold them

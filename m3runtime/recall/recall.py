@@ -97,8 +97,10 @@ class Recall:
         began = time.perf_counter()
         texts = [text for texts, _ in requests for text in texts]
         found = iter(self._retriever.search(texts, timed=requests[0][1].stage))
+        ended = time.perf_counter()
         for _, stages in requests[1:]:  # their threads waited for it
-            stages.seconds["embed"] = time.perf_counter() - began
+            stages.seconds["embed"] = ended - began
+            stages.timeline.note("embed", began, ended, stages.streams)
         return [[next(found) for _ in texts] for texts, _ in requests]
 
     def _search_for_hints(self, texts: Sequence[str], stages: Stages) -> list[list[Match]]:
@@ -117,17 +119,19 @@ class Recall:
         ids = list(dict.fromkeys(match.id for matches in chosen for match in matches))
         cold, blocks = self._cold_start.fill(ids, stages)
         with stages.stage("bring"):
-            fresh = self.delivery.gather(cold, dtype, stages, blocks=blocks)  # just encoded: never late
+            delivered = self.delivery.gather(cold, dtype, stages, blocks=blocks)  # just encoded: never late
             try:
                 deadline = None if waits else time.perf_counter() + self._config.deadline
                 rest = self.delivery.gather((id for id in ids if id not in cold), dtype, stages, deadline=deadline)
+                rest.leases |= delivered.leases
+                rest.hits |= delivered.hits
+                delivered = rest
+                if waits:  # then there is time to see what another process forgot
+                    self._loader.forget_strangers(list(rest.hits))
             except BaseException:
-                self._store.release(fresh.leases.values())
+                self._store.release([*delivered.leases.values(), *delivered.pending])
                 raise
-            rest.leases |= fresh.leases
-            if waits:  # then there is time to see what another process forgot
-                self._loader.forget_strangers(list(rest.hits))
-        return rest
+        return delivered
 
     def _deliver(
         self, streams: Sequence[StreamState], chosen: Sequence[list[Match]], delivered: Delivered, stages: Stages

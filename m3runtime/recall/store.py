@@ -98,8 +98,9 @@ class Lease:
 class MemoryStore:
     """A cache of parts by id and dtype, of at most ``capacity`` bytes.
 
-    Leased, guessed, loading and idle parts count alike. A part without leases stays until the eviction policy names it. A recall evicts idle parts first, then guesses.
-    Thread-safe: one lock covers the bookkeeping. Nothing is read, decoded or waited for while it is held.
+    Leased, guessed, loading and idle parts count alike. A part without leases stays until the eviction policy names it.
+    A recall evicts idle parts first, then guesses. Thread-safe: one lock covers the bookkeeping. Nothing is read,
+    decoded or waited for while it is held.
     """
 
     def __init__(
@@ -232,11 +233,14 @@ class MemoryStore:
         """Remove everything. A later `lease` raises; loads under way are settled by their loaders."""
         with self._lock:
             self._closed = True
-            entries = list(self._entries.values())
-        self.forget(entry.id for entry in entries)
-        self.fail(
-            [entry for entry in entries if entry.state == "wanted"], TierClosedError("the memory store is closed")
-        )
+            wanted = [entry for entry in self._entries.values() if entry.state == "wanted"]
+            for entry in wanted:
+                self._remove(entry)
+                self._reclaim(entry)
+            left = {entry.id for entry in self._entries.values()}
+        for entry in wanted:
+            entry.done.set_exception(TierClosedError("the memory store is closed"))
+        self.forget(left)
 
     def counts(self) -> StoreCounts:
         """A snapshot."""
