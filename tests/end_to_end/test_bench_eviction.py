@@ -208,7 +208,7 @@ def test_what_a_runtime_is_asked_for_is_recorded(written: Place) -> None:
         with runtime.stream() as stream:
             chosen = [stream.recall(text) for text in (texts[0], texts[0], texts[1])]
             stream.hint(texts[2])
-            runtime._prefetcher.drain()
+            runtime.background.drain()
         runtime.forget([chosen[0].ids[0]])
     trace = read_trace(config.recall.trace)
     (run,) = trace.runs

@@ -14,10 +14,10 @@ from m3runtime.adapters.comparison import Comparable
 from m3runtime.config.schema import Config, GenerateConfig
 from m3runtime.lab.bench.timing import wait
 from m3runtime.observe.metrics import Event
+from m3runtime.recall.recalled import Recalled
 from m3runtime.retrieval.retriever import Retriever
 from m3runtime.runtime import Runtime
 from m3runtime.storage.hierarchy import Hierarchy
-from m3runtime.stream import Recalled
 
 PLAIN = "generate, no memory"
 TEXT = "generate, references as text"
