@@ -1,4 +1,4 @@
-"""`TransformQuantiser.decode` as one Triton kernel, for CUDA devices. Imported when first used, where there is Triton.
+"""Decoding of a transform as one Triton kernel, for CUDA devices. Imported when first used, where Triton is installed.
 
 A program makes one tile: some tokens of one memory, by some channels of one unit. It gathers the coordinates that codes
 stand for, a few at a time, and multiplies them by the inverse transform. Tiles are always of the same shape, and sums
@@ -6,15 +6,12 @@ are of float32 in one order (never of TF32, which tensor cores would take), so w
 on the batch nor on the width, and is what torch makes of it, to rounding.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from m3runtime.codecs.product.transform_quantiser import TransformQuantiser
+from m3runtime.codecs.product.transform import CENTROIDS, Transform, kept_by
 
 _TOKENS = 32
 """Of a tile."""
@@ -27,17 +24,16 @@ _LEAST = 16
 
 
 class TritonDecoder:
-    """Decodes the codes of one quantiser on its device. Immutable, so any thread may use it.
+    """Decodes the codes of one transform on its device. Immutable, so any thread may use it.
 
     Construction compiles the kernel and runs it once. It raises what Triton raises, of many types, where that has no
     compiler or does not know the device.
     """
 
-    def __init__(self, quantiser: "TransformQuantiser") -> None:
-        design, device = quantiser.design, quantiser.mean.device
-        unit, first, size = quantiser.parts.long().unbind(1)
-        self._units, self._channels = quantiser.mean.shape
-        kept = torch.zeros(self._units, dtype=torch.int64).scatter_reduce(0, unit, first + size, "amax")
+    def __init__(self, transform: Transform) -> None:
+        units, device = transform.units, transform.mean.device
+        unit, first, size = transform.parts.long().unbind(1)
+        kept = torch.tensor(kept_by(transform.parts, units.count))
         bounds = torch.cat([kept.new_zeros(1), kept.cumsum(0)])
         # Coordinates in the order of codes: of which part each is, and where in it; and its row of the inverse.
         before = size.cumsum(0) - size
@@ -47,27 +43,26 @@ class TritonDecoder:
         # Of each row of the inverse: byte of a token, floats of its centroids (0 where no part covers it), and where
         # its number stands in the first of them.
         places = torch.zeros(3, int(bounds[-1]), dtype=torch.int32)
-        centroids = quantiser.tables[0].shape[1]
-        for place, found in zip(places, (part, size[part], centroids * before[part] + within), strict=True):
+        for place, found in zip(places, (part, size[part], CENTROIDS * before[part] + within), strict=True):
             place[row] = found.int()
         self._bounds = bounds.int().to(device)
         self._bytes, self._sizes, self._starts = places.to(device)
-        self._table = torch.cat([table.flatten() for table in quantiser.tables])
-        self._inverse, self._mean = quantiser.inverse.contiguous(), quantiser.mean.contiguous()
+        self._table = torch.cat([table.flatten() for table in transform.tables])
+        self._inverse, self._mean = transform.inverse.contiguous(), transform.mean.contiguous()
         # Of each channel of a unit, where it belongs among a token's keys of all heads and then its values.
-        target = torch.arange(2 * design.heads * design.spec.head_dim, dtype=torch.int32)
-        target = target.view(2, design.heads, 1, design.spec.head_dim)
-        self._target = design.joined(target[0], target[1]).contiguous().to(device)
-        self._token_bytes = quantiser.token_bytes
+        one = (units.heads, 1, units.spec.head_dim)
+        target = torch.arange(units.count * units.channels, dtype=torch.int32).view(2, *one)
+        self._target = units.joined(target[0], target[1]).contiguous().to(device)
+        self._units, self._channels, self._token_bytes = units.count, units.channels, len(transform.parts)
         self._tile = min(_CHANNELS, max(_LEAST, triton.next_power_of_2(self._channels)))
 
-        keys, values = (torch.empty(1, design.heads, 1, design.spec.head_dim, device=device) for _ in range(2))
+        keys, values = (torch.empty(1, *one, device=device) for _ in range(2))
         self(torch.zeros(1, self._token_bytes, dtype=torch.uint8, device=device), keys, values)
 
     def __call__(self, payloads: Tensor, keys: Tensor, values: Tensor) -> None:
         """Decode ``uint8[n, at least width * token_bytes]`` into two contiguous ``[n, heads, width, head_dim]``.
 
-        These are of any floating type, and all on the quantiser's device. Payloads need not be aligned. Nothing waits
+        These are of any floating type, and all on the transform's device. Payloads need not be aligned. Nothing waits
         for the device.
         """
         n, heads, width, head_dim = keys.shape
