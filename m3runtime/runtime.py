@@ -16,12 +16,12 @@ import torch
 from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
 from m3runtime.bank import records
-from m3runtime.bank.bank import Bank, as_ids
+from m3runtime.bank.bank import Bank
 from m3runtime.config.schema import Config
 from m3runtime.device.threads import prepare
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import BankBusyError, InputError, TierError
-from m3runtime.memory.block import Ids
+from m3runtime.memory.block import Ids, as_ids
 from m3runtime.observe.metrics import Event, Meter, Metrics, RecallStats, Stages, TierMetrics
 from m3runtime.recall.batching import Together
 from m3runtime.recall.cold_start import ColdStart
@@ -79,7 +79,7 @@ class Runtime:
             lambda texts, stages: self._cold_start.encoded(self.retriever.search(texts, timed=stages.stage)),
             self._prefetcher,
             self.meter,
-            in_flight=config.recall.in_flight,
+            in_flight=256 * 1024**2 if config.recall.decoded is None else config.recall.decoded,
         )
         self._cold_start = ColdStart(bank, self._fetcher, self.stats, config)
         self.encoder = encoder
@@ -124,8 +124,8 @@ class Runtime:
                 trace = TraceWriter(config.recall.trace, bank.home.slot_bytes, tiers)
                 undo.callback(trace.close)
             hierarchy = Hierarchy(tiers, bank.home, bank.stamp, device, recorder=trace)
-            index, changed = assembly.open_index(config, bank)
             recall = config.recall
+            index, changed = assembly.bank_index(config, bank).open(cold=recall.cold_start)
             retriever = Retriever(
                 embedder, index, memories=recall.memories, min_score=recall.min_score, margin=recall.margin
             )
@@ -253,7 +253,7 @@ class Runtime:
             closing.callback(self.bank.close)
             closing.callback(self.retriever.embedder.close)
             if self._index_changed:
-                closing.callback(assembly.save_index, self.retriever.index, self.bank)
+                closing.callback(assembly.bank_index(self.config, self.bank).save, self.retriever.index)
             if self._trace is not None:
                 closing.callback(self._trace.close)
             closing.callback(self.hierarchy.close)

@@ -10,9 +10,9 @@ from functools import partial
 
 import torch
 
-from m3runtime.bank.bank import as_ids
 from m3runtime.device.side_stream import SideStream
 from m3runtime.errors import M3Error
+from m3runtime.memory.block import as_ids
 from m3runtime.observe.metrics import Meter, Stages
 from m3runtime.recall.fetching import Fetcher
 from m3runtime.recall.prefetch import Prefetcher

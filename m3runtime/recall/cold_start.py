@@ -12,11 +12,11 @@ from torch import Tensor
 
 from m3runtime.adapters.base import Adapter
 from m3runtime.bank import records
-from m3runtime.bank.bank import Bank, as_ids
+from m3runtime.bank.bank import Bank
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import BankFullError, CodecError, ConfigError, InputError
-from m3runtime.memory.block import Ids
+from m3runtime.memory.block import Ids, as_ids
 from m3runtime.observe.metrics import RecallStats, Stages
 from m3runtime.recall.fetching import Fetcher
 from m3runtime.retrieval.retriever import Match

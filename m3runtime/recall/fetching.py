@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from m3runtime.bank import records
-from m3runtime.bank.bank import Bank, as_ids
+from m3runtime.bank.bank import Bank
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import BlockError
-from m3runtime.memory.block import Ids
+from m3runtime.memory.block import Ids, as_ids
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.storage.hierarchy import Hierarchy
 from m3runtime.stream import Part

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from m3runtime.bank.bank import as_ids
+from m3runtime.memory.block import as_ids
 from m3runtime.observe.metrics import LookaheadCounts, Meter, Stages
 from m3runtime.recall.arrivals import Arrival, Arrivals, Gathered
 from m3runtime.recall.fetching import Fetcher

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from m3runtime.config.schema import TierConfig
+from m3runtime.config.units import format_size
 
 HOME = TierConfig(kind="lmdb")
 """The home of a configuration that names no tiers."""
@@ -28,7 +29,7 @@ def default_tiers(device: torch.device) -> tuple[TierConfig, ...]:
 
 def _tier(kind: str, capacity: int) -> TierConfig:
     whole = max(1, capacity // _MIB) * _MIB  # so that `m3 config` prints it readably
-    return TierConfig.model_validate({"kind": kind, "capacity": whole})
+    return TierConfig.model_validate({"kind": kind, "capacity": format_size(whole)})
 
 
 def _ram() -> int:

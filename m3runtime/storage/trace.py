@@ -41,7 +41,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from m3runtime.errors import InputError
 from m3runtime.memory.block import Ids
-from m3runtime.plugins.loading import reason
+from m3runtime.plugins.messages import reason
 from m3runtime.storage.tier import CachingTier, Scores
 
 FORMAT = 1

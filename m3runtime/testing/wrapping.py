@@ -9,8 +9,8 @@ from torch import Tensor
 
 from m3runtime.documents.reference import Reference
 from m3runtime.memory.block import Found, Ids
-from m3runtime.storage.abilities import Auditable, Damage, Persistent
-from m3runtime.storage.home import Batch, Home
+from m3runtime.storage.abilities import Persistent
+from m3runtime.storage.home import Batch, Damage, Home
 from m3runtime.storage.tier import CachingTier, Scores, Tier
 
 T = TypeVar("T")
@@ -67,16 +67,10 @@ class WrappedTier(Wrapped[CachingTier], CachingTier):
 
 
 class WrappedHome(Wrapped[Home], Home):
-    """A home around another. It has the ability ``audit`` if the inner one has it."""
+    """A home around another."""
 
-    def __init__(self, inner: Home) -> None:
-        super().__init__(inner)
-        if isinstance(inner, Auditable):
-
-            def audit(progress: Callable[[int, int], None] | None = None) -> Iterator[Damage]:
-                return self.around("audit", lambda: inner.audit(progress))
-
-            self.audit = audit
+    def audit(self, progress: Callable[[int, int], None] | None = None) -> Iterator[Damage]:
+        return self.around("audit", lambda: self.inner.audit(progress))
 
     def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
         self.around("commit", lambda: self.inner.commit(batch, replacing=replacing))

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3runtime import assembly
-from m3runtime.bank.bank import as_ids
+from m3runtime.bank.index import catch_up
 from m3runtime.errors import BankMismatchError, CodecError, ConfigError, M3Error, TierError
+from m3runtime.memory.block import as_ids
 from m3runtime.observe.metrics import RECALL_STAGES
 from m3runtime.runtime import Runtime
 from m3runtime.storage.home import Home
@@ -352,10 +352,10 @@ def test_encoding_is_counted_and_timed(runtime: Runtime) -> None:
 def test_an_index_holds_what_is_recalled_and_is_not_saved_for_that(tmp_path: Path) -> None:
     with open_cold(tmp_path / "bank", cold=[1, 2]) as runtime:
         index, bank = runtime.retriever.index, runtime.bank
-        assert assembly.catch_up(index, bank) == (0, 0)
-        assert assembly.catch_up(index, bank, cold=False) == (0, 0)
+        assert catch_up(index, bank) == (0, 0)
+        assert catch_up(index, bank, cold=False) == (0, 0)
         assert index.ids().tolist() == [id for id in ALL if id not in (1, 2)]
-        assert assembly.catch_up(index, bank, cold=False) == (0, 0)
-        assert assembly.catch_up(index, bank) == (2, 0)
+        assert catch_up(index, bank, cold=False) == (0, 0)
+        assert catch_up(index, bank) == (2, 0)
         bank.home.discard(as_ids([1, 5]))
-        assert assembly.catch_up(index, bank, cold=False) == (0, 2)
+        assert catch_up(index, bank, cold=False) == (0, 2)

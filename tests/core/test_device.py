@@ -11,6 +11,7 @@ import torch
 
 from m3runtime import assembly
 from m3runtime.config.schema import Config, TierConfig
+from m3runtime.config.units import parse_size
 from m3runtime.device.resolve import resolve
 from m3runtime.device.threads import prepare
 from m3runtime.errors import ConfigError
@@ -56,7 +57,7 @@ def test_default_tiers_fit_the_machine() -> None:
     *caching, home = default_tiers(CPU)
     assert home == TierConfig(kind="lmdb")
     assert [tier.kind for tier in caching] == ["pinned"]
-    assert 0 < caching[0].options["capacity"] <= 8 * GIB
+    assert 0 < parse_size(caching[0].options["capacity"]) <= 8 * GIB
 
 
 @pytest.mark.gpu

@@ -83,7 +83,7 @@ def test_equal_memories_with_lookahead_on_and_off_and_without_tiers(
 ) -> None:
     folder = tmp_path_factory.mktemp("banks")
     with (
-        open_runtime(folder / "on", tiers=pinned(slots), in_flight=in_flight) as on,
+        open_runtime(folder / "on", tiers=pinned(slots), decoded=in_flight) as on,
         open_runtime(folder / "off", tiers=no_tiers) as off,
         on.stream() as ahead,
         off.stream() as plain,
@@ -199,7 +199,7 @@ def test_what_is_decoded_in_inference_mode_serves_everybody(opened: Open) -> Non
 
 
 def test_what_does_not_fit_is_only_lifted(opened: Open) -> None:
-    runtime = opened(in_flight=2 * PART_BYTES)
+    runtime = opened(decoded=2 * PART_BYTES)
     with runtime.stream() as stream:
         stream.hint("lamp oil harbour")
         drain(runtime)
@@ -394,7 +394,7 @@ def test_what_a_hint_is_still_bringing_is_late_once(when_late: str, tiers: Any, 
 
 @pytest.mark.parametrize("tiers", [pinned(6), no_tiers], ids=["tier", "no tier"])
 def test_decoding_goes_on_without_what_lies_below_and_with_what_is_near(tiers: Any, opened: Open) -> None:
-    runtime = opened(when_late="skip", deadline=0.01, memories=2, tiers=tiers, in_flight=0)
+    runtime = opened(when_late="skip", deadline=0.01, memories=2, tiers=tiers, decoded=0)
     home = home_of(runtime)
     with runtime.stream() as stream, runtime.stream() as other:
         near = other.recall(TEXTS[3], wait=True).ids
@@ -542,7 +542,7 @@ def test_a_closed_runtime_takes_no_hints_and_leaves_no_thread(opened: Open) -> N
 @pytest.mark.gpu
 @pytest.mark.parametrize("in_flight", [0, 100 * PART_BYTES])
 def test_equal_memories_with_and_without_lookahead_on_a_gpu(in_flight: int, opened: Open) -> None:
-    runtime, plain = opened(device="cuda", in_flight=in_flight), opened("other", device="cuda", tiers=no_tiers)
+    runtime, plain = opened(device="cuda", decoded=in_flight), opened("other", device="cuda", tiers=no_tiers)
     with runtime.stream() as stream, plain.stream() as other, torch.cuda.stream(torch.cuda.Stream()):
         for at in range(20):
             text = f"{WORDS[at % 12]} {WORDS[at * 5 % 12]}"

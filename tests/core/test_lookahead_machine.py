@@ -51,7 +51,7 @@ class LookaheadMachine(RuleBasedStateMachine):
             folder / "on",
             tiers=pinned(slots),
             wrap=wrap,
-            in_flight=in_flight,
+            decoded=in_flight,
             when_late=when_late,
             deadline=0.001,
             sections={"threads": {"lookahead": threads}},

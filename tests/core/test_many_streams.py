@@ -37,7 +37,7 @@ def texts_of(stream: int, chunks: int) -> list[str]:
 def test_threads_recall_what_they_would_one_after_the_other(in_flight: int, tmp_path: Path) -> None:
     streams, chunks = 5, 12
     recalled: list[list[Recalled]] = [[] for _ in range(streams)]
-    with open_runtime(tmp_path / "bank", tiers=pinned(4), in_flight=in_flight) as runtime:
+    with open_runtime(tmp_path / "bank", tiers=pinned(4), decoded=in_flight) as runtime:
 
         def work(number: int) -> None:
             random = Random(-number)

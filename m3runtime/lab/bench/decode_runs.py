@@ -86,7 +86,7 @@ class Contenders:
             self.bank.manifest.check_embedder(
                 embedder=self._embedder.fingerprint, name=config.embedder.path, where=self.bank.path
             )
-            self._index, _ = assembly.open_index(config, self.bank)
+            self._index, _ = assembly.bank_index(config, self.bank).open(cold=config.recall.cold_start)
             tiers = assembly.open_tiers(config, self.bank.home.slot_bytes, adapter.device)
             self._tiers = Hierarchy(tiers, self.bank.home, self.bank.stamp, adapter.device)
             opening.callback(self._tiers.close)
