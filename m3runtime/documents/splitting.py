@@ -20,6 +20,8 @@ _ITEM = re.compile(r"\s*(?:[-*+•|>#]|\d+[.)])\s")
 _SOFT_BREAKS = "\u205f\u2004\u2005\u2006\u2008\u2009\u200a"
 
 _Span = tuple[int, int]
+_Piece = tuple[int, int, int]
+"""A span and its tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +84,10 @@ class Splitter:
         except UnicodeEncodeError as error:
             place = offset + error.start
             raise InputError(f"character {place} of the text is half a character (a lone surrogate)") from error
-        for a, b in self._by_paragraph(text):
-            yield Passage(text[a:b], offset + a, offset + b, self.count_tokens(text[a:b]))
+        for start, end, tokens in self._by_paragraph(text):
+            yield Passage(text[start:end], offset + start, offset + end, tokens)
 
-    def _by_paragraph(self, text: str) -> Iterator[_Span]:
+    def _by_paragraph(self, text: str) -> Iterator[_Piece]:
         heading: _Span | None = None
         for paragraph in _paragraphs(text):
             if _is_heading(text, paragraph):
@@ -99,30 +101,30 @@ class Splitter:
         if heading:
             yield from self._pieces(text, heading, self.max_tokens)
 
-    def _section(self, text: str, heading: _Span | None, paragraph: _Span) -> Iterator[_Span]:
+    def _section(self, text: str, heading: _Span | None, paragraph: _Span) -> Iterator[_Piece]:
         """A paragraph behind its heading."""
         start, end = paragraph
         if heading:
-            if self._count(text, heading[0], end) <= self.max_tokens:
-                yield heading[0], end
+            if (together := self._count(text, heading[0], end)) <= self.max_tokens:
+                yield heading[0], end, together
                 return
             room = self.max_tokens - self._count(text, heading[0], start)
-            # A heading that takes up half a passage would leave a shred of the paragraph beside it.
+            # A heading that takes up half a passage would leave room for a shred of the paragraph only.
             first = next(self._pieces(text, paragraph, room), None) if 2 * room >= self.max_tokens else None
-            if first and self._count(text, heading[0], first[1]) <= self.max_tokens:
-                yield heading[0], first[1]
+            if first and (together := self._count(text, heading[0], first[1])) <= self.max_tokens:
+                yield heading[0], first[1], together
                 start = first[1]
             else:
                 yield from self._pieces(text, heading, self.max_tokens)
         yield from self._pieces(text, (start, end), self.max_tokens)
 
-    def _pieces(self, text: str, span: _Span, limit: int) -> Iterator[_Span]:
-        """Spans of at most ``limit`` tokens that hold all of a span but white space."""
+    def _pieces(self, text: str, span: _Span, limit: int) -> Iterator[_Piece]:
+        """Pieces of at most ``limit`` tokens that hold all of a span but white space."""
         span = _stripped(text, span)
         if span[0] == span[1]:
             return
-        if self._count(text, *span) <= limit:
-            yield span
+        if (tokens := self._count(text, *span)) <= limit:
+            yield *span, tokens
             return
         from semantic_text_splitter import TextSplitter
 
@@ -132,20 +134,20 @@ class Splitter:
             start, end = _stripped(text, (span[0] + offset, span[0] + offset + len(piece)))
             yield from self._halves(text, start, end, limit)
 
-    def _halves(self, text: str, start: int, end: int, limit: int) -> Iterator[_Span]:
-        """What the library could not make fit, because its idea of white space is narrower than Python's."""
+    def _halves(self, text: str, start: int, end: int, limit: int) -> Iterator[_Piece]:
+        """A span, halved until it fits: the library may give too long ones, as its white space is not Python's."""
         if start == end:
             return
         count = self._count(text, start, end)
         if count <= limit:
-            yield start, end
+            yield start, end, count
         elif end - start == 1:
             if count > self.max_tokens:
                 raise InputError(
                     f"the character {text[start]!r} alone has {count} tokens, more than reference_tokens "
                     f"({self.max_tokens})"
                 )
-            yield start, end  # beyond what a heading leaves, but it fits without the heading
+            yield start, end, count  # beyond what a heading leaves, but it fits without the heading
         else:
             middle = (start + end) // 2
             yield from self._halves(text, *_stripped(text, (start, middle)), limit)
