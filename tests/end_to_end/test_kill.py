@@ -42,7 +42,7 @@ if m3runtime.codecs.kernels.lookup.compiled():
     from m3runtime.codecs.kernels.nearest_numba import kernel
     kernel(8, bytes=True)
 
-BEGINS = {"Writer._train": "codec", "Bank.create": "creation", "Writer._commit": "commits", "save_index": "index",
+BEGINS = {"Writer._codec": "codec", "Bank.create": "creation", "Pipeline.run": "commits", "save_index": "index",
           "_Repair.mend": "repair", "_Repair._compute": "computing", "Hierarchy.discard": "forgetting",
           "KeptTier.discard": "tiers"}
 
