@@ -7,6 +7,7 @@ import signal
 import subprocess
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,20 @@ def test_sequences_hold_the_documents_in_order(
     else:
         pieces = [row[start : start + length] for row in whole for start in range(0, len(row), length)]
         assert cut == [piece for piece in pieces if len(piece) > 1]
+
+
+def test_sequences_go_to_a_file_as_they_come(tmp_path: Path) -> None:
+    """A few of them are in memory, and a document is in pieces."""
+    documents = ([list(range(1000, 2000))] * 10 for _ in range(200))
+    tracemalloc.start()
+    try:
+        TokenRows.write(tmp_path / "rows", cut_sequences(documents, 64, 0, pack=True))
+        rows = TokenRows.open(tmp_path / "rows")
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(rows) == 200 * 10_001 // 64
+    assert most < rows.tokens.nbytes / 8
 
 
 @given(
