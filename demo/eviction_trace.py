@@ -19,14 +19,16 @@ from transformers import AutoTokenizer
 
 import models
 from m3runtime import assembly, cli
-from m3runtime.bank.bank import Bank, Manifest, as_ids
+from m3runtime.bank.bank import Bank
+from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs.raw import RawCodec
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import Document
 from m3runtime.documents.references import ReferenceSpool
 from m3runtime.documents.splitting import Splitter
+from m3runtime.memory.block import as_ids
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.runtime import Runtime
 from m3runtime.storage.home import Batch
@@ -143,7 +145,7 @@ def write_bank(embedder: Embedder, splitter: Splitter) -> tuple[int, int]:
     )
     bank = Bank.create(config.bank, assembly.open_home(config), manifest, codec)
     zeros = torch.zeros(len(references), 1, 1, 1, SPEC.head_dim)
-    memories = Memories(zeros, zeros, torch.ones(len(references), dtype=torch.int64))
+    memories = MemoryTensors(zeros, zeros, torch.ones(len(references), dtype=torch.int64))
     ids = as_ids(range(1, len(references) + 1))
     vectors = embedder.embed_references([one.text for one in references])
     bank.home.commit(Batch(ids, bank.blocks(ids, memories), references, vectors))

@@ -9,14 +9,15 @@ from itertools import islice
 
 from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
-from m3runtime.bank.bank import Bank, Manifest, as_ids
+from m3runtime.bank.bank import Bank
+from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs import Codec
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import Document
 from m3runtime.documents.reference import Reference
 from m3runtime.documents.references import ReferenceSpool
 from m3runtime.documents.splitting import Splitter
-from m3runtime.memory.block import HEADER_BYTES
+from m3runtime.memory.block import HEADER_BYTES, as_ids
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.writing import codec_files
 from m3runtime.writing.encoding import GROUP, Group, Store
@@ -109,9 +110,7 @@ class Writer:
                 if done.stored:
                     computed(done.stored)  # known references may have followed the last group
                 with clock.phase("index"):
-                    index, changed = assembly.open_index(self.config, bank, every=True)
-                    if changed:
-                        assembly.save_index(index, bank)
+                    assembly.bank_index(self.config, bank).update()
             return WriteReport(
                 documents=references.documents,
                 references=len(references),

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 from m3runtime import assembly
-from m3runtime.bank.bank import Bank, Manifest, as_ids
+from m3runtime.bank.bank import Bank
+from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs.raw import RawCodec
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
+from m3runtime.memory.block import as_ids
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.storage.home import Batch
 from m3runtime.writing.writer import OnProgress
@@ -76,8 +78,7 @@ def build(
             bank.home.commit(_batch(bank, start, around(about, count, seed=start)))
             progress(stage, start + count, size)
         made = time.perf_counter()
-        index, _ = assembly.open_index(config, bank)
-        assembly.save_index(index, bank)
+        assembly.bank_index(config, bank).update()
     except BaseException:
         bank.close()
         raise
@@ -102,7 +103,7 @@ def _batch(bank: Bank, start: int, vectors: Embeddings) -> Batch:
     shape = (len(ids), len(SPEC.layers), SPEC.kv_heads, SPEC.tokens, SPEC.head_dim)
     drawing = torch.Generator().manual_seed(start)
     keys, values = (torch.randn(shape, generator=drawing) for _ in range(2))
-    memories = Memories(keys, values, torch.full((len(ids),), SPEC.tokens))
+    memories = MemoryTensors(keys, values, torch.full((len(ids),), SPEC.tokens))
     references = [Reference(f"Memory {id} that nobody wrote.", f"made/{id // 1000}", 0, 29, 4) for id in ids.tolist()]
     return Batch(ids, bank.blocks(ids, memories), references, vectors)
 

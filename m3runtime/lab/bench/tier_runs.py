@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from m3runtime import assembly
-from m3runtime.bank.bank import as_ids
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError
 from m3runtime.memory import block
-from m3runtime.memory.block import Ids
+from m3runtime.memory.block import Ids, as_ids
 from m3runtime.storage.hierarchy import Hierarchy
 from m3runtime.storage.home import Batch, Home
 from m3runtime.storage.tier import CachingTier
@@ -61,7 +60,7 @@ class TierRuns:
             self.slot_bytes = self.bank.home.slot_bytes
             every = self.bank.home.ids()
             self.ids = np.sort(np.array(random.Random(0).sample(every.tolist(), min(MOST, len(every))), np.uint64))
-            self._tiers = assembly.open_tiers(config, self.slot_bytes)
+            self._tiers = assembly.open_tiers(config, self.slot_bytes, device)
             self.hierarchy = Hierarchy(self._tiers, self.bank.home, self.bank.stamp, device)
             opening.callback(self.hierarchy.close)
             self._bare = Hierarchy([], self.bank.home, self.bank.stamp, device)
@@ -254,4 +253,4 @@ class TierRuns:
         self._decode(self.there)
 
     def _buffer(self, count: int) -> Tensor:
-        return torch.zeros(count, self.slot_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        return torch.zeros(count, self.slot_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")

@@ -25,9 +25,9 @@ from m3runtime.lab.evaluation.modes import NEAREST
 from m3runtime.lab.evaluation.world import World
 from m3runtime.memory.block import HEADER_BYTES
 from m3runtime.memory.spec import canonical_json
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
+from m3runtime.recall.store import Part
 from m3runtime.retrieval.retriever import Match, log_weights, passing
-from m3runtime.stream import Part
 from m3runtime.writing.codec_files import configured
 from m3runtime.writing.fitting import fit_codec, sample_size
 from m3runtime.writing.writer import OnProgress
@@ -195,6 +195,6 @@ class Trials:
         return found, size / len(parts)
 
 
-def _alone(part: Part) -> Memories:
+def _alone(part: Part) -> MemoryTensors:
     keys, values = part
-    return Memories(keys[None], values[None], torch.tensor([keys.shape[2]]))
+    return MemoryTensors(keys[None], values[None], torch.tensor([keys.shape[2]]))

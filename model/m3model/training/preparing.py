@@ -1,5 +1,6 @@
 """`prepare`: from the texts of ``train.data`` to token sequences and what they retrieve."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -19,6 +20,7 @@ from m3runtime.documents.reading import Document, read_documents
 from m3runtime.documents.references import ReferenceSpool
 from m3runtime.documents.splitting import Splitter
 from m3runtime.errors import ConfigError
+from m3runtime.storage.files import sync_folder
 from m3runtime.writing.writer import OnProgress
 
 
@@ -43,7 +45,12 @@ def prepare(config: Config, settings: TrainConfig, tokenizer: Any, progress: OnP
         )
     unfinished.mkdir()
     _write(unfinished, config, settings, tokenizer, progress, data(), references)
+    for file in unfinished.rglob("*"):
+        if file.is_file():
+            with file.open("r+b") as written:
+                os.fsync(written.fileno())
     unfinished.replace(folder)
+    sync_folder(settings.out)
     return Prepared.open(folder)
 
 
