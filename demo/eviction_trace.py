@@ -9,6 +9,7 @@ import random
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -23,7 +24,7 @@ from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs.raw import RawCodec
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import Document
-from m3runtime.documents.references import references_of
+from m3runtime.documents.references import ReferenceSpool
 from m3runtime.documents.splitting import Splitter
 from m3runtime.memory.block import as_ids
 from m3runtime.memory.spec import MemorySpec
@@ -127,7 +128,8 @@ def write_bank(embedder: Embedder, splitter: Splitter) -> tuple[int, int]:
     """A bank of all topics. Returns how many references it holds, and the bytes of a slot."""
     config, codec = configuration(None), RawCodec(SPEC)
     documents = [Document(name, text) for name, text in sorted(topics.items())]
-    references = list(references_of(documents, splitter, whole=False))
+    with closing(ReferenceSpool(documents, splitter)) as spool:
+        references = list(spool)
     manifest = Manifest(
         model="0" * 32,
         model_name="none",

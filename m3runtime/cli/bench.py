@@ -1,5 +1,6 @@
 """``m3 bench``: how fast, how exactly, and how well blocks are kept."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -114,12 +115,13 @@ def _texts(config: "Config", adapter: "Adapter", corpus: list[Path] | None) -> l
     from m3runtime import assembly
     from m3runtime.bank.bank import Bank
     from m3runtime.documents.reading import read_documents
-    from m3runtime.documents.references import references_of
+    from m3runtime.documents.references import ReferenceSpool
     from m3runtime.documents.splitting import Splitter
 
     if corpus:
         splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
-        return [one.text for one in references_of(read_documents(corpus), splitter, whole=False)]
+        with closing(ReferenceSpool(read_documents(corpus), splitter)) as references:
+            return [one.text for one in references]
     if not Bank.exists(config.bank, assembly.open_home(config, read_only=True)):
         raise InputError(f"there is no bank at {config.bank}; give texts with --corpus")
     bank = assembly.open_bank(config, read_only=True)

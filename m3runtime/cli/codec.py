@@ -1,6 +1,7 @@
 """``m3 codec``: trained codecs as files of their own."""
 
 from collections.abc import Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,7 +51,7 @@ def fit(
     documents = read_documents(corpus, text_field=text_field)
 
     from m3runtime import assembly
-    from m3runtime.documents.references import references_of
+    from m3runtime.documents.references import ReferenceSpool
     from m3runtime.documents.splitting import Splitter
     from m3runtime.writing.fitting import fit_codec, sample_size
     from m3runtime.writing.sampling import reservoir
@@ -60,8 +61,9 @@ def fit(
     if codec.trained:
         raise InputError(f"a codec of kind {settings.codec.kind} learns nothing: there is nothing to fit")
     splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
-    references = references_of(documents, splitter, whole=whole)
-    texts = [reference.text for reference in reservoir(references, sample_size(adapter.spec))]
+    with closing(ReferenceSpool(documents, splitter, whole=whole)) as references:
+        sample = reservoir(range(len(references)), sample_size(adapter.spec))
+        texts = [references[place].text for place in sample]
     with stages({"codec": "Training the codec"}, shown=not json) as progress:
         fit_codec(codec, adapter, texts, settings.memory.batch_size, partial(progress, "codec"))
     codec.save(path)

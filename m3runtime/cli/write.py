@@ -30,7 +30,9 @@ def write(
     from m3runtime.documents.reading import find_files, read_documents
 
     skipped = find_files(paths).skipped
-    documents = list(read_documents(paths, text_field=text_field))
+    for document in read_documents(paths, text_field=text_field):
+        for _ in document.blocks():
+            pass  # a file that cannot be read shows before a model is loaded
 
     from m3runtime import assembly
     from m3runtime.writing.writer import Writer
@@ -42,7 +44,7 @@ def write(
         names["memories"] = "Cataloguing references"
     with stages(names, shown=not json) as progress:
         report = Writer(settings, adapter, embedder).write(
-            documents, whole=whole, catalogue=catalogue, progress=progress
+            read_documents(paths, text_field=text_field), whole=whole, catalogue=catalogue, progress=progress
         )
     if json:
         print_json({**asdict(report), "bank": str(settings.bank), "skipped": [str(path) for path in skipped]})

@@ -4,6 +4,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from m3runtime.adapters.comparison import Comparable
 from m3runtime.bank.bank import CODEC, Bank
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import Document, read_documents
-from m3runtime.documents.references import references_of
+from m3runtime.documents.references import ReferenceSpool
 from m3runtime.documents.splitting import Splitter
 from m3runtime.lab.bench.banks import full_pieces
 from m3runtime.lab.bench.timing import Spread, threads, turns, wait
@@ -24,7 +25,8 @@ from m3runtime.retrieval.embedder import Embedder
 from m3runtime.writing import codec_files
 from m3runtime.writing.encoding import GROUP, batches
 from m3runtime.writing.fitting import fit_codec
-from m3runtime.writing.writer import STAGES, OnProgress, Writer, WriteReport
+from m3runtime.writing.pipeline import PHASES
+from m3runtime.writing.writer import OnProgress, Writer, WriteReport
 
 PLAIN = "the model alone"
 """As its own library runs it."""
@@ -63,7 +65,7 @@ class WriteBench:
     kept: Mapping[str, Spread]
     """The throughput of `WRITE` over that of each other in the same round."""
     shares: Mapping[str, Spread]
-    """Of the seconds of `WRITE`, those that went by in each of `m3runtime.writing.writer.STAGES`; they may overlap."""
+    """Share of the seconds of `WRITE` by phase (`m3runtime.writing.pipeline.PHASES`); phases may overlap."""
     beside: bool
     """Whether encoding and embedding overlapped with the model. Committing does in any case."""
 
@@ -143,7 +145,8 @@ def _measure(
     progress: OnProgress,
 ) -> WriteBench:
     splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
-    references = list(references_of(documents, splitter, whole=True))
+    with closing(ReferenceSpool(documents, splitter, whole=True)) as spool:
+        references = list(spool)
     groups = [references[start : start + GROUP] for start in range(0, len(references), GROUP)]
     size = config.memory.batch_size
     read = [[group[row].text for row in rows] for group in groups for rows in batches(group, size)]
@@ -181,8 +184,8 @@ def _measure(
             for name, found in seconds.items()
             if name != WRITE
         },
-        shares={stage: Spread.of([one.stages[stage] / one.seconds for one in counted]) for stage in STAGES},
-        beside=writer.beside,
+        shares={stage: Spread.of([one.stages[stage] / one.seconds for one in counted]) for stage in PHASES},
+        beside=writer.parallel,
     )
 
 
