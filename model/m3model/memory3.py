@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from m3model.attention.implementation import IMPLEMENTATION
 from m3model.attention.passes import Encoding, Pair, Reading, ReadMemories, until_encoded
+from m3model.attention.rope import check_positions, fixed_positions
 from m3model.attention.selection import most_attended, observed
 from m3model.attention.versions import CACHE_NAMES, cache_name
 from m3model.engine.session import prepare
@@ -223,6 +224,7 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
         valid = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         sink = self._sink(batch)
         start = sink.shape[1] + self.config.reference_tokens
+        check_positions(start + length, fixed_positions(self.config.get_text_config()))
         positions = torch.cat([self._places(sink, 0), self._places(ids, start)], dim=1)
         age = chunk_of[:, None] - torch.arange(chunks, device=ids.device)  # [T, chunks]
         near = (age >= 0) & (age < self.config.memories)

@@ -15,6 +15,7 @@ from m3model.attention.arrangement import Arrangement
 from m3model.attention.cache import MemoryCache
 from m3model.attention.implementation import IMPLEMENTATION
 from m3model.attention.layout import AttentionLayout
+from m3model.attention.rope import check_positions
 from m3model.attention.versions import cache_name
 
 Sink = tuple[Tensor, Tensor]
@@ -57,9 +58,12 @@ class Session:
         """``offset`` is the position of the first context token; ``context`` how many tokens to allocate for at first.
 
         ``temperature`` divides the logits between queries and memories; ``arrange`` places those (default: as is).
+        Raises `InputError` if the context would need more positions than the model's RoPE keeps fixed.
         """
         self.model = model
         self.layout = AttentionLayout.of(model)
+        self._offset = offset
+        check_positions(offset + context, self.layout.positions)
         self.cache = MemoryCache(self.layout, memory_layers, batch, context, temperature)
         if sink is not None:
             self.cache.put_sink(*sink)
@@ -161,6 +165,8 @@ class Session:
     def _pass(self, tokens: Tensor, counts: Sequence[int] | None, *, keep: int | Tensor) -> Tensor:
         """One forward pass; the logits at the indices ``keep``, after the last so many tokens, or (0) after all."""
         device, length = self.layout.device, tokens.shape[1]
+        if self.layout.positions is not None:
+            check_positions(self._offset + int(self.lengths.max()) + length, self.layout.positions)
         counted = None if counts is None or min(counts) == length else torch.tensor(counts)
         positions = self._next[:, None]
         if length > 1:
