@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,8 @@ class Manifest:
     dim: int
     """Length of an embedding."""
     format: int = FORMAT
+    model_settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """The settings that the model's fingerprint covers; banks of earlier releases have none."""
 
     @property
     def stamp(self) -> BlockStamp:
@@ -112,10 +114,10 @@ class Manifest:
 
     def _check_types(self) -> None:
         """Raise `ValueError` for a field that is not what it is declared as: what is read may be anything."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not (field.type if field.type in (str, int, MemorySpec) else dict):
-                raise ValueError(f"{field.name} cannot be {value!r}")
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if type(value) is not (one.type if one.type in (str, int, MemorySpec) else dict):
+                raise ValueError(f"{one.name} cannot be {value!r}")
             if isinstance(value, str):
                 value.encode()  # a ValueError, where JSON escapes what is no character
         if not 1 <= self.dim <= _LARGEST_DIM:

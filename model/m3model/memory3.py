@@ -1,8 +1,8 @@
 """`Memory3ForCausalLM`: any causal language model of the transformers library, with the spec of its memories.
 
-It is registered with the library's auto classes, so that ``AutoModelForCausalLM.from_pretrained`` loads what
-``save_pretrained`` wrote (once this module was imported; the adapter does). Given references, its forward pass is that
-of Memory³'s continual training (section 3.6): references are encoded by the model itself, and the text reads them.
+After `register`, ``AutoModelForCausalLM.from_pretrained`` loads what ``save_pretrained`` wrote. Given references, the
+forward pass is that of Memory³'s continual training (section 3.6): the model itself encodes the references, and the
+text reads them.
 """
 
 from typing import Any
@@ -12,12 +12,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from m3model.attention.implementation import IMPLEMENTATION
-from m3model.attention.passes import Encoding, Pair, Reading, ReadMemories, until_encoded
+from m3model.attention.implementation import IMPLEMENTATION, prepare
+from m3model.attention.passes import EncodingPass, Pair, ReadingPass, ReadMemories, until_encoded
 from m3model.attention.rope import check_positions, fixed_positions
 from m3model.attention.selection import most_attended, observed
 from m3model.attention.versions import CACHE_NAMES, cache_name
-from m3model.engine.session import prepare
 
 NO_LABEL = -100
 """Of a token that no loss is taken of."""
@@ -179,7 +178,7 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
         if ids is None or past is not None:
             raise ValueError("once this model has read references, the adapter generates; `generate` does not")
         valid = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        reading = Reading(self.config.text_config.num_hidden_layers, 0, valid, self._places(ids, 0))
+        reading = ReadingPass(self.config.text_config.num_hidden_layers, 0, valid, self._places(ids, 0))
         own = {cache_name(self): reading, "m3_cache": reading}
         return {**own, "position_ids": reading.positions, "use_cache": True}
 
@@ -201,7 +200,7 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
             [self._places(sink, 0), sink.shape[1] + torch.minimum(steps.expand(len(ids), -1), last)], dim=1
         )
         layers = self.config.memory_layers
-        encoding = Encoding(self.config.text_config.num_hidden_layers, sink.shape[1], valid, positions, layers)
+        encoding = EncodingPass(self.config.text_config.num_hidden_layers, sink.shape[1], valid, positions, layers)
         selects = self.config.tokens_per_head < width
         with observed(self, layers if selects else ()) as scores, until_encoded():
             self._run(torch.cat([sink, ids], dim=1), encoding, keep=1)
@@ -228,13 +227,13 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
         positions = torch.cat([self._places(sink, 0), self._places(ids, start)], dim=1)
         age = chunk_of[:, None] - torch.arange(chunks, device=ids.device)  # [T, chunks]
         near = (age >= 0) & (age < self.config.memories)
-        reading = Reading(
+        reading = ReadingPass(
             self.config.text_config.num_hidden_layers, sink.shape[1], valid, positions, memories.seen_by(near)
         )
         keep = torch.arange(sink.shape[1], sink.shape[1] + length, device=ids.device)
         return self._run(torch.cat([sink, ids], dim=1), reading, keep=keep)
 
-    def _run(self, ids: Tensor, cache: Encoding | Reading, keep: int | Tensor) -> Tensor:
+    def _run(self, ids: Tensor, cache: EncodingPass | ReadingPass, keep: int | Tensor) -> Tensor:
         output = self.language_model(
             input_ids=ids,
             position_ids=cache.positions,
@@ -284,5 +283,7 @@ def _given(arguments: dict[str, Any]) -> Any:
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
-AutoConfig.register("memory3", Memory3Config, exist_ok=True)
-AutoModelForCausalLM.register(Memory3Config, Memory3ForCausalLM, exist_ok=True)
+def register() -> None:
+    """Let ``AutoConfig`` and ``AutoModelForCausalLM`` know the model. Calling it again is fine."""
+    AutoConfig.register(Memory3Config.model_type, Memory3Config, exist_ok=True)
+    AutoModelForCausalLM.register(Memory3Config, Memory3ForCausalLM, exist_ok=True)

@@ -13,15 +13,13 @@ from torch import Tensor
 
 from m3runtime.config.schema import MemoryConfig
 from m3runtime.errors import ConfigError
-
-Pair = tuple[Tensor, Tensor]
-"""Keys and values of one memory or of the sink, each ``[layers, kv_heads, tokens, head_dim]``."""
+from m3runtime.stream import Part
 
 
 class Arrangement:
     """Arranges the memories of one sequence. Thread-safe."""
 
-    def __init__(self, model: Any, memory: MemoryConfig, layers: Sequence[int], sink: Pair, width: int) -> None:
+    def __init__(self, model: Any, memory: MemoryConfig, layers: Sequence[int], sink: Part, width: int) -> None:
         """``sink`` is of all layers; ``width`` is the interval of positions that a memory was computed in.
 
         Raises `ConfigError` for a model whose keys cannot be moved to other positions.
@@ -33,7 +31,7 @@ class Arrangement:
         self._rotate = _rotation(model) if memory.positions == "sequential" else None
         self._model = model
 
-    def __call__(self, memories: Sequence[Pair]) -> list[Pair]:
+    def __call__(self, memories: Sequence[Part]) -> list[Part]:
         """Memories, best first, as attention is to read them.
 
         In sequence, the best one stays next to the context and each further one stands an interval before the last,

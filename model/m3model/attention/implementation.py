@@ -22,6 +22,13 @@ from m3runtime.errors import ConfigError
 IMPLEMENTATION = "m3_memory"
 
 
+def prepare(model: Any) -> None:
+    """Switch a transformers model to this attention: only a `Session` or a training pass can run it from now on."""
+    AttentionInterface.register(IMPLEMENTATION, memory_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _window)
+    model.set_attn_implementation(IMPLEMENTATION)
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """Takes the place of a mask between the model and its layers."""
@@ -125,7 +132,3 @@ def _window(*, config: Any, local_size: int | None = None, allow_is_causal_skip:
     if not allow_is_causal_skip:  # bidirectional, or joined with a function of the model's own
         raise ConfigError(f"a model of type {config.model_type} has masks that are not causal: it cannot read memories")
     return Window(local_size)
-
-
-AttentionInterface.register(IMPLEMENTATION, memory_attention)
-AttentionMaskInterface.register(IMPLEMENTATION, _window)

@@ -72,7 +72,7 @@ class Pass(Cache):
         return seen & (torch.nn.functional.pad(self.valid, (self.sink, 0), value=True)[:, None] | itself)
 
 
-class Encoding(Pass):
+class EncodingPass(Pass):
     """References, each after the sink: keeps the keys and values of the memory layers."""
 
     def __init__(self, layers: int, sink: int, valid: Tensor, positions: Tensor, memory_layers: Sequence[int]) -> None:
@@ -100,12 +100,12 @@ class _EncodedError(Exception):
 
 @contextmanager
 def until_encoded() -> Iterator[None]:
-    """Around an `Encoding`'s forward pass: neither attention nor a layer after what is wanted is computed."""
+    """Around an `EncodingPass`: neither attention nor a layer after what is wanted is computed."""
     with suppress(_EncodedError):
         yield
 
 
-class Reading(Pass):
+class ReadingPass(Pass):
     """Text after the sink, which may read memories."""
 
     def __init__(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from m3model.engine.detokenizing import Detokenizer
-from m3model.engine.reading import Reading, Row
+from m3model.engine.reading import ChunkReader, Row
 from m3model.engine.sampling import Sampler
 from m3model.engine.session import Session
 from m3runtime.adapters.answers import Answer, OnText, Prompt
@@ -28,7 +28,7 @@ class _Row(Row):
     last_s: float = 0.0
 
 
-class Generation(Reading[_Row]):
+class Generation(ChunkReader[_Row]):
     """Continues a batch of prompts once."""
 
     def __init__(

@@ -31,7 +31,7 @@ class Row:
 AnyRow = TypeVar("AnyRow", bound=Row)
 
 
-class Reading(Generic[AnyRow]):
+class ChunkReader(Generic[AnyRow]):
     """Sequences of a session, with the streams that recall for them."""
 
     def __init__(

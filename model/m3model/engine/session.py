@@ -13,7 +13,6 @@ from torch import Tensor
 
 from m3model.attention.arrangement import Arrangement
 from m3model.attention.cache import MemoryCache
-from m3model.attention.implementation import IMPLEMENTATION
 from m3model.attention.layout import AttentionLayout
 from m3model.attention.rope import check_positions
 from m3model.attention.versions import cache_name
@@ -21,13 +20,8 @@ from m3model.attention.versions import cache_name
 Sink = tuple[Tensor, Tensor]
 """Keys and values of the sink, each ``[layers, kv_heads, tokens, head_dim]``."""
 
-Memories = Sequence[Sequence[tuple[Tensor, Tensor]]]
+RowMemories = Sequence[Sequence[tuple[Tensor, Tensor]]]
 """Of each row, keys and values of its memories, each ``[memory layers, kv_heads, tokens, head_dim]``."""
-
-
-def prepare(model: Any) -> None:
-    """Let a transformers model read memories: switch it to our attention implementation."""
-    model.set_attn_implementation(IMPLEMENTATION)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +67,12 @@ class Session:
         """Tokens of context that each row has."""
         # The same on the device, as the position of each row's next token: a decode step copies nothing there.
         self._next = torch.full((batch,), offset, device=self.layout.device)
-        self._read: Memories = ()
+        self._read: RowMemories = ()
 
     @torch.inference_mode()
     def read(
         self,
-        memories: Memories,
+        memories: RowMemories,
         log_weights: Sequence[Sequence[float]] | None = None,
         ids: Sequence[Sequence[int]] | None = None,
     ) -> None:
@@ -89,14 +83,14 @@ class Session:
         """
         self._place(memories, log_weights, ids)
 
-    def read_with_gradients(self, memories: Memories) -> None:
+    def read_with_gradients(self, memories: RowMemories) -> None:
         """As `read`, for memories that gradients are asked of. Only before the session's only forward pass."""
         self._place(memories, None, None)
         self.cache.separate()
 
     def _place(
         self,
-        memories: Memories,
+        memories: RowMemories,
         log_weights: Sequence[Sequence[float]] | None,
         ids: Sequence[Sequence[int]] | None,
     ) -> None:

@@ -14,14 +14,13 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from m3model.loading.fingerprint import tokenizer_fingerprint
 from m3model.loading.models import (
     configuration_of,
-    find_device,
     first_line,
     load,
     quiet,
     source_of,
-    tokenizer_fingerprint,
 )
 from m3model.loading.spec import carried
 from m3model.memory3 import Memory3Config, Memory3ForCausalLM
@@ -32,6 +31,7 @@ from m3runtime import assembly
 from m3runtime.adapters.training import StageReport, Trainer, TrainReport
 from m3runtime.config.schema import Config
 from m3runtime.config.train import StageConfig, TrainConfig
+from m3runtime.device.resolve import resolve
 from m3runtime.documents.reading import read_documents
 from m3runtime.documents.references import references_of
 from m3runtime.documents.splitting import Splitter
@@ -195,13 +195,14 @@ def _prepared(config: Config, settings: TrainConfig, tokenizer: Any, progress: O
 def _start(config: Config, settings: TrainConfig, tokenizer: Any, after: str | None) -> Memory3ForCausalLM:
     """The model to train: after an earlier stage, with the weights that are there, or with fresh ones."""
     torch.manual_seed(settings.seed)
+    device = resolve(config.model.device)
     if after is None and settings.start == "config":
         with _loading(config.model.path), quiet():
             classes: Any = AutoModelForCausalLM  # whose methods have no types
             model = classes.from_config(configuration_of(config.model.path), dtype=torch.float32)
     else:
-        model, _ = load(after or config.model.path, "float32", config.model.device)
-    model = model.to(find_device(config.model.device)).train()
+        model, _ = load(after or config.model.path, "float32", device)
+    model = model.to(device).train()
     if isinstance(model, Memory3ForCausalLM):
         model = model.language_model
     return Memory3ForCausalLM.holding(model, memory3_config(model, tokenizer, config))
