@@ -368,8 +368,7 @@ def writer() -> Writer:
 @example(seed=1, places=[(2, 3), (3, 1)])  # the one that begins later is complete earlier
 def test_what_is_shown_is_the_answer(writer: Writer, seed: int, places: list[tuple[int, int]]) -> None:
     texts = writer.texts(seed)
-    stop = [texts[-1][start : start + length] for start, length in places]
-    assume(all(stop))
+    stop = [texts[-1][start % len(texts[-1]) :][:length] for start, length in places]
     assume("\ufffd" not in "".join(stop))  # which half a character looks like
     answer, shown = writer.write(seed, stop)
     ends = [(text, [text.find(word) for word in stop if word in text]) for text in texts]
