@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from m3model.attention.implementation import IMPLEMENTATION, prepare
-from m3model.attention.passes import EncodingPass, Pair, ReadingPass, ReadMemories, until_encoded
+from m3model.attention.layout import Pair
+from m3model.attention.passes import EncodingPass, ReadingPass, ReadMemories, until_encoded
 from m3model.attention.rope import check_positions, fixed_positions
 from m3model.attention.selection import most_attended, observed
 from m3model.attention.versions import CACHE_NAMES, cache_name

@@ -5,6 +5,8 @@ logits of its text where no window hides anything, and windows hide what they sh
 """
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +81,13 @@ UNBUILT = {
     "reformer",
 }
 """Architectures that the library makes no model of from their default configuration: nothing is known of them."""
+
+DOCUMENTED = {
+    kind
+    for line in (Path(__file__).parents[2] / "docs" / "embed.md").read_text(encoding="utf-8").splitlines()
+    if line.startswith("> ")
+    for kind in re.findall("`(.+?)`", line)
+}
 
 LATELY_WRONG = ["phimoe", "qwen2_moe", "olmoe", "afmoe"]
 """Their windows are in their masks alone, or in all but those."""
@@ -166,5 +175,6 @@ def test_an_architecture_keeps_the_law_or_is_refused(kind: str) -> None:
     except ImportError as error:
         pytest.skip(str(error))
     assert "\n" not in refusal
+    assert (kind in DOCUMENTED) == bool(gaps)
     assert max(gaps, default=0.0) < TOLERANCE
     assert gaps or kind not in LATELY_WRONG

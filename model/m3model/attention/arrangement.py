@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m3model.attention.layout import Pair
 from m3runtime.config.schema import MemoryConfig
 from m3runtime.errors import ConfigError
-from m3runtime.stream import Part
 
 
 class Arrangement:
     """Arranges the memories of one sequence. Thread-safe."""
 
-    def __init__(self, model: Any, memory: MemoryConfig, layers: Sequence[int], sink: Part, width: int) -> None:
+    def __init__(self, model: Any, memory: MemoryConfig, layers: Sequence[int], sink: Pair, width: int) -> None:
         """``sink`` is of all layers; ``width`` is the interval of positions that a memory was computed in.
 
-        Raises `ConfigError` for a model whose keys cannot be moved to other positions.
+        Memories and sink are ``[layers, kv_heads, tokens, head_dim]``. Raises `ConfigError` for a model whose keys
+        cannot be moved to other positions.
         """
         self._layers = tuple(layers)
         self._width = width
@@ -31,7 +32,7 @@ class Arrangement:
         self._rotate = _rotation(model) if memory.positions == "sequential" else None
         self._model = model
 
-    def __call__(self, memories: Sequence[Part]) -> list[Part]:
+    def __call__(self, memories: Sequence[Pair]) -> list[Pair]:
         """Memories, best first, as attention is to read them.
 
         In sequence, the best one stays next to the context and each further one stands an interval before the last,

@@ -4,9 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from m3model.attention.rope import fixed_positions
 from m3runtime.errors import ConfigError
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values, of one shape."""
 
 
 @dataclass(frozen=True, slots=True)

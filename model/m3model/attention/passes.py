@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-Pair = tuple[Tensor, Tensor]
+from m3model.attention.layout import Pair
 
 
 @dataclass(frozen=True, slots=True)
