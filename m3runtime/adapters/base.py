@@ -117,7 +117,7 @@ class Adapter(ABC):
     def score(
         self, prompts: Sequence[Prompt], continuations: Sequence[str], streams: "Sequence[Stream] | None"
     ) -> list[Score]:
-        """How likely each continuation is after its prompt: memories are recalled as if it were being generated.
+        """The likelihood of each continuation after its prompt; memories are recalled as if it were being generated.
 
         Raises `InputError` for a prompt or a continuation without tokens.
         """

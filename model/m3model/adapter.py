@@ -187,7 +187,7 @@ class TransformersAdapter(Adapter):
     def score(
         self, prompts: Sequence[Prompt], continuations: Sequence[str], streams: Sequence[Stream] | None
     ) -> list[Score]:
-        """How likely each continuation is after its prompt; see `Adapter.score`."""
+        """The likelihood of each continuation after its prompt; see `Adapter.score`."""
         if len(continuations) != len(prompts):
             raise InputError(f"{len(prompts)} prompts, but {len(continuations)} continuations")
         if not prompts:

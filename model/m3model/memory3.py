@@ -20,7 +20,7 @@ from m3model.attention.selection import most_attended, observed
 from m3model.attention.versions import CACHE_NAMES, cache_name
 
 NO_LABEL = -100
-"""Of a token that no loss is taken of."""
+"""The label of a token without a loss."""
 
 
 class Memory3Config(PreTrainedConfig):  # type: ignore[no-untyped-call]  # its __init_subclass__ is untyped
@@ -109,7 +109,7 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
         raise ValueError("a Memory³ model cannot be trained with gradient checkpointing")
 
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
-        """As `activation_checkpointing_enable`, by its older name."""
+        """`activation_checkpointing_enable` by its older name."""
         self.activation_checkpointing_enable()
 
     def get_decoder(self) -> Any:
@@ -175,7 +175,7 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     def _alone(self, ids: Tensor | None, attention_mask: Tensor | None, past: Any) -> dict[str, Any]:
-        """What the attention for memories needs where there are none: no sink, and positions from 0."""
+        """The arguments of a forward pass without memories: no sink, and positions from 0."""
         if ids is None or past is not None:
             raise ValueError("once this model has read references, the adapter generates; `generate` does not")
         valid = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -195,7 +195,7 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
         lengths, ids = distinct[:, 0], distinct[:, 1:]
         sink = self._sink(len(ids))
         steps = torch.arange(width, device=ids.device)
-        valid = steps < lengths.clamp_min(1)[:, None]  # a reference that is not there is encoded as its padding
+        valid = steps < lengths.clamp_min(1)[:, None]  # a missing reference is encoded as its padding
         last = (lengths - 1).clamp_min(0)[:, None]
         positions = torch.cat(
             [self._places(sink, 0), sink.shape[1] + torch.minimum(steps.expand(len(ids), -1), last)], dim=1
@@ -268,13 +268,13 @@ class EncodedReferences:
     def seen_by(self, near: Tensor) -> ReadMemories:
         """For tokens that see the memories of some chunks, ``bool[T, chunks]``."""
         batch, chunks = self.places.shape
-        parts = {layer: (self._beside(keys), self._beside(values)) for layer, (keys, values) in self.parts.items()}
+        parts = {layer: (self._by_row(keys), self._by_row(values)) for layer, (keys, values) in self.parts.items()}
         width = next(iter(self.parts.values()))[0].shape[2]
         exists = torch.arange(width, device=near.device) < self.tokens[self.places][..., None]  # [B, chunks, K]
         seen = near[None, :, :, None] & exists[:, None]
         return ReadMemories(parts, seen.reshape(batch, near.shape[0], chunks * width))
 
-    def _beside(self, one: Tensor) -> Tensor:
+    def _by_row(self, one: Tensor) -> Tensor:
         """``[n, kv_heads, K, D]`` to what each text reads, ``[B, kv_heads, chunks * K, D]``."""
         return one[self.places].transpose(1, 2).flatten(2, 3)
 

@@ -301,3 +301,9 @@ def test_a_gguf_file_is_the_same_model_as_its_folder(smollm2_path: Path) -> None
     assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(other_tokenizer)
     adapter = TransformersAdapter(model, tokenizer, MemoryConfig(), "GGUF")
     assert adapter.encode(["The lamp is purple."]).keys.isfinite().all()
+
+
+@pytest.mark.real_model
+def test_a_model_is_known_by_the_fingerprint_that_earlier_releases_recorded(smollm2_path: Path) -> None:
+    model, _ = load(str(smollm2_path), "auto", CPU)
+    assert ModelIdentity.of(model).differences("693f629b3bdf3987662981f9e69108e5", {}) == []

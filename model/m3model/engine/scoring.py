@@ -1,4 +1,4 @@
-"""How likely a model finds a text: the chunks of decoding, with the tokens given instead of chosen."""
+"""Scores texts: the chunks of decoding, with tokens that are given instead of chosen."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -6,7 +6,7 @@ every memory in ``[s, s + 128)`` (parallel positions, Memory³ section 3.2), the
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ Sink = tuple[Tensor, Tensor]
 """Keys and values of the sink, each ``[layers, kv_heads, tokens, head_dim]``."""
 
 RowMemories = Sequence[Sequence[tuple[Tensor, Tensor]]]
-"""Of each row, keys and values of its memories, each ``[memory layers, kv_heads, tokens, head_dim]``."""
+"""The memories of each row: keys and values, each ``[memory layers, kv_heads, tokens, head_dim]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Session:
         self._cache_name = cache_name(model)
         self.arrange = arrange
         self.lengths = torch.zeros(batch, dtype=torch.int64)
-        """Tokens of context that each row has."""
+        """The number of tokens of context of each row, ``int64[B]`` on the CPU."""
         # The same on the device, as the position of each row's next token: a decode step copies nothing there.
         self._next = torch.full((batch,), offset, device=self.layout.device)
         self._read: RowMemories = ()
@@ -84,7 +84,7 @@ class Session:
         self._place(memories, log_weights, ids)
 
     def read_with_gradients(self, memories: RowMemories) -> None:
-        """As `read`, for memories that gradients are asked of. Only before the session's only forward pass."""
+        """`read` for memories that need gradients. Only before the session's only forward pass."""
         self._place(memories, None, None)
         self.cache.separate()
 
@@ -104,38 +104,27 @@ class Session:
         self.cache.put_memories(arranged, names, log_weights)
         self._read = memories  # so that tensors with the same `id` are the same
 
-    @overload
-    def forward(
-        self, tokens: Tensor, counts: Sequence[int] | None = None, *, logits: Literal[True] = True
-    ) -> Tensor: ...
+    def feed(self, tokens: Tensor, counts: Sequence[int] | None = None) -> None:
+        """Read ``tokens``, int64 ``[B, Q]``, padded on the right; row ``i`` has ``counts[i]`` of them (default: all)."""
+        self._run(tokens, counts, keep=torch.zeros(0, dtype=torch.int64))  # the head is much of a small model
 
-    @overload
-    def forward(self, tokens: Tensor, counts: Sequence[int] | None = None, *, logits: Literal[False]) -> None: ...
+    def forward(self, tokens: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+        """`feed`, and return the logits after each row's last token, ``[B, vocabulary]``.
 
-    @overload
-    def forward(self, tokens: Tensor, counts: Sequence[int] | None = None, *, logits: bool) -> Tensor | None: ...
-
-    def forward(self, tokens: Tensor, counts: Sequence[int] | None = None, *, logits: bool = True) -> Tensor | None:
-        """Read ``tokens`` (int64 ``[B, Q]``), of which row ``i`` has ``counts[i]`` (default all), padded on the right.
-
-        Returns the logits after each row's last token, ``[B, vocabulary]`` (of no meaning in a row without any), or
-        None if not asked for.
+        Those of a row without tokens have no meaning.
         """
         batch, length = tokens.shape
-        if not logits:
-            self._run(tokens, counts, keep=torch.zeros(0, dtype=torch.int64))
-            return None
         if length == 1 or counts is None or min(counts) == length:
             # A count, not indices: indexing would copy.
             return self._run(tokens, counts, keep=1)[:, -1]
         last = torch.tensor(counts) - 1
-        keep = torch.unique(last[last >= 0])  # the head is much of a small model
+        keep = torch.unique(last[last >= 0])
         kept = self._run(tokens, counts, keep=keep)
         places = torch.searchsorted(keep, last.clamp_min(0)).to(kept.device, non_blocking=True)
         return kept[torch.arange(batch, device=kept.device), places]
 
     def mark(self) -> Mark:
-        """Where the session is, to come back to by `rewind`."""
+        """The session's place, for `rewind`."""
         return Mark(self.cache.columns, self.cache.whole, self.lengths, self._next)
 
     @torch.inference_mode()
@@ -145,11 +134,11 @@ class Session:
         self.lengths, self._next = mark.lengths, mark.next
 
     def all_logits(self, tokens: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-        """As `forward`, with the logits after every token, ``[B, Q, vocabulary]``, of no meaning after padding."""
+        """`forward` with the logits after every token, ``[B, Q, vocabulary]``, of no meaning after padding."""
         return self._run(tokens, counts, keep=0)
 
     def logits_with_gradients(self, tokens: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-        """As `all_logits`, and a gradient can be taken. The only forward pass of its session."""
+        """`all_logits` with gradients. The only forward pass of its session."""
         return self._pass(tokens, counts, keep=0)
 
     @torch.inference_mode()
@@ -191,6 +180,6 @@ class Session:
 def make_sink(model: Any, tokens: Sequence[int]) -> Sink:
     """Keys and values of the constant prefix at positions ``[0, len(tokens))``."""
     session = Session(model, batch=1, context=len(tokens))
-    session.forward(torch.tensor([list(tokens)]), logits=False)
+    session.feed(torch.tensor([list(tokens)]))
     parts = [session.cache.context(layer) for layer in range(session.layout.layers)]
     return torch.stack([k[0] for k, _ in parts]), torch.stack([v[0] for _, v in parts])
