@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from m3runtime.adapters.answers import Answer, Form, OnText, Prompt, Score
-from m3runtime.bank.bank import Manifest
+from m3runtime.bank.manifest import Manifest
 from m3runtime.errors import ConfigError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors

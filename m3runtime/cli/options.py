@@ -9,7 +9,7 @@ import typer
 from m3runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from m3runtime.config.loading import LoadedConfig
+    from m3runtime.config.loading import Loaded
     from m3runtime.config.schema import Config
 
 ConfigFile = Annotated[
@@ -21,9 +21,10 @@ Set = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
-def load(file: Path | None, settings: list[str] | None) -> "LoadedConfig":
+def load(file: Path | None, settings: list[str] | None) -> "Loaded[Config]":
     """The configuration in force. Raises `ConfigError`, or `InputError` for a ``--set`` without a value."""
     from m3runtime.config.loading import load_config
+    from m3runtime.config.schema import Config
 
     overrides = {}
     for setting in settings or ():
@@ -31,7 +32,7 @@ def load(file: Path | None, settings: list[str] | None) -> "LoadedConfig":
         if not equals:
             raise InputError(f"--set {setting}: write it as KEY=VALUE")
         overrides[key] = value
-    return load_config(file, overrides=overrides)
+    return load_config(Config, file, overrides=overrides)
 
 
 def configuration(file: Path | None, settings: list[str] | None) -> "Config":

@@ -33,7 +33,7 @@ from m3model.loading.sizing import shape_of
 from m3model.loading.spec import carried
 from m3runtime.adapters.answers import Answer, Form, OnText, Prompt, Score
 from m3runtime.adapters.base import Adapter
-from m3runtime.bank.bank import Manifest
+from m3runtime.bank.manifest import Manifest
 from m3runtime.config.schema import GenerateConfig, MemoryConfig, ModelConfig
 from m3runtime.errors import BankMismatchError, InputError
 from m3runtime.memory.shape import ModelShape, memory_spec

@@ -12,7 +12,7 @@ from m3runtime.adapters.base import Adapter
 from m3runtime.assembly import open_adapter
 from m3runtime.config.schema import GenerateConfig
 from m3runtime.errors import ConfigError, InputError
-from m3runtime.plugins.loading import not_known, reason
+from m3runtime.plugins.messages import not_known, reason
 from m3runtime.runtime import Runtime
 
 __all__ = ["MemoryModel", "TransformersAdapter"]

@@ -15,7 +15,7 @@ from m3model.loading.fingerprint import ModelIdentity, tokenizer_fingerprint
 from m3model.loading.models import load
 from m3model.transformers import MemoryModel, TransformersAdapter
 from m3runtime.adapters.answers import Prompt
-from m3runtime.bank.bank import Manifest
+from m3runtime.bank.manifest import Manifest
 from m3runtime.config.schema import GenerateConfig, MemoryConfig, ModelConfig
 from m3runtime.errors import BankMismatchError, ConfigError
 from tests.model.banks import make_runtime

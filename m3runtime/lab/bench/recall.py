@@ -120,7 +120,7 @@ def bench_recall(config: Config, settings: RecallSettings, progress: OnProgress)
 
 def _open(opened: ExitStack, config: Config, bank: Bank, embedder: Embedder) -> Runtime:
     device = assembly.device(config)
-    index, _ = assembly.open_index(config, bank)
+    index, _ = assembly.bank_index(config, bank).open(cold=config.recall.cold_start)
     retriever = Retriever(embedder, index, memories=config.recall.memories)
     runtime = Runtime(config, bank, Hierarchy([], bank.home, bank.stamp, device), retriever, device)
     opened.callback(runtime.close)

@@ -8,7 +8,6 @@ from statistics import fmean
 
 from m3runtime.adapters.answers import Prompt
 from m3runtime.adapters.base import Adapter
-from m3runtime.bank.bank import as_ids
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError
@@ -16,6 +15,7 @@ from m3runtime.lab.evaluation.choosing import MEMORIES, Case, Pair, Setting, gri
 from m3runtime.lab.evaluation.held_out import FEWEST, Statement, Statements, holds, make_statements
 from m3runtime.lab.evaluation.journal import Journal
 from m3runtime.lab.evaluation.laboratory import Choice, Laboratory
+from m3runtime.memory.block import as_ids
 from m3runtime.memory.spec import fingerprint
 from m3runtime.retrieval.retriever import Match, log_weights
 from m3runtime.runtime import Runtime

@@ -105,7 +105,7 @@ class Session:
         self._read = memories  # so that tensors with the same `id` are the same
 
     def feed(self, tokens: Tensor, counts: Sequence[int] | None = None) -> None:
-        """Read ``tokens``, int64 ``[B, Q]``, padded on the right; row ``i`` has ``counts[i]`` of them (default: all)."""
+        """Read ``tokens``, int64 ``[B, Q]``, padded on the right; row ``i`` has ``counts[i]`` (default: all)."""
         self._run(tokens, counts, keep=torch.zeros(0, dtype=torch.int64))  # the head is much of a small model
 
     def forward(self, tokens: Tensor, counts: Sequence[int] | None = None) -> Tensor:
