@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from m3runtime import assembly
-from m3runtime.adapters.abilities import Sizing
+from m3runtime.adapters.base import Adapter
 from m3runtime.bank.bank import slot_bytes
 from m3runtime.config.units import parse_size
 from m3runtime.errors import ConfigError
@@ -145,11 +145,7 @@ def sized(config: "Config") -> "tuple[Config, ModelShape]":
 
     Raises `ConfigError` if the shape cannot be told.
     """
-    kind = load("adapters", config.model.adapter)
-    if not isinstance(kind, Sizing):
-        raise ConfigError(
-            f"model.adapter: {config.model.adapter} does not tell the shape of a model; say it with --shape"
-        )
+    kind: type[Adapter] = load("adapters", config.model.adapter)
     shape = kind.shape(config.model)
     return config.model_copy(update={"memory": kind.carried(config.model, config.memory)}), shape
 
