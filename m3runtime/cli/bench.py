@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from m3runtime.cli import bench_speed, bench_write
+from m3runtime.cli import bench_recall, bench_speed, bench_write
 from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json, show_size
 from m3runtime.cli.progress import stages
 from m3runtime.errors import InputError
@@ -28,7 +28,7 @@ _STAGES = {
 
 app.command("decode")(bench_speed.decode)
 app.command("tiers")(bench_speed.tiers)
-app.command("recall")(bench_speed.recall)
+app.command("recall")(bench_recall.recall)
 app.command("write")(bench_write.write)
 
 

@@ -1,4 +1,4 @@
-"""``m3 bench decode``, ``tiers`` and ``recall``: how fast memories are read, and what decoding loses by it."""
+"""``m3 bench decode`` and ``m3 bench tiers``: the cost of memories while decoding, and the speed of the tiers."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from m3runtime.lab.bench.decode import Batch, DecodeBench
-    from m3runtime.lab.bench.recall import RecallBench
     from m3runtime.lab.bench.tiers import TierBench
 
 Corpus = Annotated[
@@ -103,39 +102,6 @@ def tiers(
         _show_tiers(found)
 
 
-def recall(
-    config: ConfigFile = None,
-    sizes: Annotated[
-        list[int] | None,
-        typer.Option("--size", min=1, help="Memories of a bank; may be repeated. Default: 1000, 10000 and 100000."),
-    ] = None,
-    huge: Annotated[bool, typer.Option("--huge", help="Also over a million memories, which takes a while.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Texts that every bank is asked for, in turns.")] = 30,
-    memories: Annotated[int, typer.Option(min=1, help="Memories that are recalled.")] = 5,
-    threads: Threads = 0,
-    set: Set = None,
-    json: Json = False,
-) -> None:
-    """Recall, stage by stage, over banks of more and more memories, and over the configured bank if it is there.
-
-    The banks are made up, with small blocks, in a temporary folder: of 100000 memories in a minute, in 0.5 GB.
-    """
-    settings = configuration(config, set)
-    import torch
-
-    from m3runtime.lab.bench.recall import HUGE, SIZES, RecallSettings, bench_recall
-
-    chosen = (*(sizes or SIZES), *([HUGE] if huge else []))
-    asked = RecallSettings(chosen, rounds, memories, threads or torch.get_num_threads())
-    names = {f"bank {size:,}": f"Making {size:,} memories" for size in chosen}
-    with stages({**names, "recall": "Recalling"}, shown=not json) as progress:
-        found = bench_recall(settings, asked, progress)
-    if json:
-        print_json(found.to_json())
-    else:
-        _show_recall(found)
-
-
 def _show_decode(found: "DecodeBench") -> None:
     from rich.console import Console
 
@@ -205,34 +171,4 @@ def _show_tiers(found: "TierBench") -> None:
     console.print(
         f"{' > '.join(found.tiers)}, on {found.device}; {found.settings.threads} threads; "
         f"{found.settings.rounds} rounds; page cache warm{cold}; bank: {found.bank}; {environment()['machine']}"
-    )
-
-
-def _show_recall(found: "RecallBench") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from m3runtime.lab.bench.recall import OURS, PARTS, WHOLE
-    from m3runtime.lab.evaluation.report import environment
-
-    console = Console()
-    table = Table("memories", *PARTS, WHOLE, title="Milliseconds, median (quartiles); share of the embedding's time")
-    for row in found.rows:
-        cells = []
-        for stage in (*PARTS, WHOLE):
-            spread = row.stages[stage]
-            share = f"\n{row.of_embedding[stage].median:.2f}" if stage in row.of_embedding else ""
-            cells.append(f"{1e3 * spread.median:.2f} ({1e3 * spread.low:.2f} to {1e3 * spread.high:.2f}){share}")
-        name = row.name if row.name == f"{row.memories:,}" else f"{row.name}, {row.memories:,}"
-        table.add_row(name, *cells)
-    console.print(table)
-    first, last = found.built[0], found.built[-1]
-    for stage in (WHOLE, OURS):
-        console.print(
-            f"{stage}: {found.growth[stage].show(2)} times as long at {last.memories:,} as at {first.memories:,}"
-        )
-    console.print(
-        f"{last.memories:,} memories were made in {last.home_s:.0f} s and indexed in {last.index_s:.0f} s; "
-        f"on {found.device}; {found.settings.threads} threads; {found.settings.rounds} texts; no caching tiers, page "
-        f"cache warm; {found.embedder}; {environment()['machine']}"
     )
