@@ -1,6 +1,9 @@
 """Builds from a configuration what a runtime or a writer is made of."""
 
 import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from inspect import signature
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,13 +11,15 @@ import numpy as np
 from m3runtime.bank import records
 from m3runtime.bank.bank import INDEX, Bank, LoadCodec, OpenHome, as_ids
 from m3runtime.codecs import Codec
-from m3runtime.config.schema import Config, default_tiers
+from m3runtime.config.schema import Config, TierConfig
+from m3runtime.device.resolve import resolve
 from m3runtime.errors import CodecError, ConfigError, IndexFileError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.plugins.loading import construct, load
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.retrieval.index import Index
 from m3runtime.storage.abilities import Persistent
+from m3runtime.storage.defaults import HOME, default_tiers
 from m3runtime.storage.home import Home
 from m3runtime.storage.tier import CachingTier
 
@@ -26,27 +31,18 @@ if TYPE_CHECKING:
 log = logging.getLogger("m3runtime")
 
 
-def tiers(config: Config) -> list[tuple[type, dict[str, object]]]:
-    """The classes and options of the configured tiers, or of those that fit the machine; the home is last."""
-    configured = config.tiers or default_tiers()
-    found = [(load("tiers", tier.kind), tier.options) for tier in configured]
-    for place, (kind, _) in enumerate(found):
-        last = place == len(found) - 1
-        if issubclass(kind, Home) != last:
-            name = configured[place].kind
-            raise ConfigError(
-                f"tiers: the last one must be a home, and {name} is none"
-                if last
-                else f"tiers: {name} is a home and must come last"
-            )
-    return found
+def device(config: Config) -> "torch.device":
+    """The device that ``model.device`` names: where the model runs and memories are decoded.
+
+    Resolve it once and hand it on. Raises `ConfigError` if this machine does not have it.
+    """
+    return resolve(config.model.device)
 
 
 def open_home(config: Config, *, read_only: bool = False) -> OpenHome:
-    """What opens the bank's home."""
-    found = tiers(config)
-    kind, options = found[-1]
-    return OpenHome(kind, options, f"tiers.{len(found) - 1}", read_only=read_only)
+    """A callable that opens the bank's home."""
+    configured = config.tiers or (HOME,)
+    return OpenHome(_kinds(configured)[-1], configured[-1].options, f"tiers.{len(configured) - 1}", read_only=read_only)
 
 
 def open_bank(config: Config, *, read_only: bool = False) -> Bank:
@@ -54,24 +50,36 @@ def open_bank(config: Config, *, read_only: bool = False) -> Bank:
     return Bank.open(config.bank, open_home(config, read_only=read_only), LoadCodec(config.codec.kind))
 
 
-def open_tiers(config: Config, slot_bytes: int, *, persistent: bool = False) -> list[CachingTier]:
-    """The caching tiers, fastest first; with ``persistent`` only those that may hold something when they are opened."""
+def open_tiers(
+    config: Config, slot_bytes: int, device: "torch.device", *, persistent: bool = False
+) -> list[CachingTier]:
+    """The caching tiers, fastest first; with ``persistent`` only those that may hold blocks when they are opened.
+
+    A tier whose constructor has a parameter ``device`` gets this one. Raises `ConfigError`, also for a tier whose
+    options name another device.
+    """
+    configured = config.tiers or default_tiers(device)
     opened: list[CachingTier] = []
-    try:
-        for place, (kind, options) in enumerate(tiers(config)[:-1]):
+    with ExitStack() as undo:
+        for place, kind in enumerate(_kinds(configured)[:-1]):
             if issubclass(kind, Persistent) or not persistent:
-                opened.append(construct(kind, options, f"tiers.{place}", slot_bytes=slot_bytes))
-    except BaseException:
-        for tier in opened:
-            tier.close()
-        raise
+                where, options = f"tiers.{place}", configured[place].options
+                given: dict[str, object] = {"slot_bytes": slot_bytes}
+                if "device" in signature(kind).parameters:
+                    given["device"] = _same(options.pop("device", "auto"), device, f"{where}.device")
+                opened.append(construct(kind, options, where, **given))
+                undo.callback(opened[-1].close)
+        undo.pop_all()
     return opened
 
 
-def open_embedder(config: Config) -> Embedder:
-    """Load the embedder."""
-    kind = load("embedders", config.embedder.kind)
-    return construct(kind, config.embedder.options, "embedder", path=config.embedder.path)  # type: ignore[no-any-return]
+def open_embedder(config: Config, device: "torch.device | None" = None) -> Embedder:
+    """Load the embedder on ``device`` (default: the configuration's), or on the CPU if its options say so."""
+    kind, options = load("embedders", config.embedder.kind), config.embedder.options
+    if "device" in signature(kind).parameters and options.get("device") != "cpu":
+        device = device or resolve(config.model.device)
+        options["device"] = str(_same(options.get("device", "auto"), device, "embedder.device"))
+    return construct(kind, options, "embedder", path=config.embedder.path)  # type: ignore[no-any-return]
 
 
 def open_adapter(config: Config) -> "Adapter":
@@ -141,14 +149,27 @@ def save_index(index: Index, bank: Bank) -> None:
     index.save(bank.path / INDEX, _stamp(bank))
 
 
-def device(config: Config) -> "torch.device":
-    """Where the model runs and memories are decoded."""
-    import torch
-
-    if config.model.device != "auto":
-        return torch.device(config.model.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _stamp(bank: Bank) -> str:
     return f"{bank.stamp.bank}-{bank.manifest.embedder}"
+
+
+def _kinds(configured: Sequence[TierConfig]) -> list[type]:
+    """The classes of tiers. Raises `ConfigError` unless the last one, and no other, is a home."""
+    kinds = [load("tiers", tier.kind) for tier in configured]
+    for place, kind in enumerate(kinds):
+        last = place == len(kinds) - 1
+        if issubclass(kind, Home) != last:
+            name = configured[place].kind
+            raise ConfigError(
+                f"tiers: the last one must be a home, and {name} is none"
+                if last
+                else f"tiers: {name} is a home and must come last"
+            )
+    return kinds
+
+
+def _same(name: object, device: "torch.device", key: str) -> "torch.device":
+    """The runtime's device. Raises `ConfigError` if the option ``key`` names another one."""
+    if name != "auto" and (found := resolve(str(name), key)) != device:
+        raise ConfigError(f"{key} is {found}, but the runtime computes on {device}; remove it, or set model.device")
+    return device

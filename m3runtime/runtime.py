@@ -18,7 +18,7 @@ from m3runtime.adapters.base import Adapter
 from m3runtime.bank import records
 from m3runtime.bank.bank import Bank, as_ids
 from m3runtime.config.schema import Config
-from m3runtime.device.threads import compute_on
+from m3runtime.device.threads import prepare
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import BankBusyError, InputError, TierError
 from m3runtime.memory.block import Ids
@@ -71,7 +71,7 @@ class Runtime:
         self.stats = RecallStats()
         self.meter = Meter(config.metrics.timeline)
         self._prefetcher = Prefetcher(
-            threads=config.threads.lookahead, prepare=partial(compute_on, config.threads.cores)
+            threads=config.threads.lookahead, prepare=partial(prepare, device, config.threads.cores)
         )
         self._fetcher = Fetcher(bank, hierarchy, device)
         self._lookahead = Lookahead(
@@ -112,11 +112,11 @@ class Runtime:
         with contextlib.ExitStack() as undo:
             bank = _open_bank(config, read_only=read_only)
             undo.callback(bank.close)
-            embedder = assembly.open_embedder(config)
+            device = assembly.device(config)
+            embedder = assembly.open_embedder(config, device)
             undo.callback(embedder.close)
             bank.manifest.check_embedder(embedder=embedder.fingerprint, name=config.embedder.path, where=bank.path)
-            device = assembly.device(config)
-            tiers = assembly.open_tiers(config, bank.home.slot_bytes)
+            tiers = assembly.open_tiers(config, bank.home.slot_bytes, device)
             for tier in tiers:
                 undo.callback(tier.close)
             trace = None

@@ -9,7 +9,6 @@
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -37,6 +36,7 @@ from m3runtime.memory.block import BlockStamp, Ids
 from m3runtime.memory.spec import MemorySpec, canonical_json, fingerprint
 from m3runtime.memory.tensors import Memories
 from m3runtime.plugins.loading import available, construct, load
+from m3runtime.storage.files import sync_folder
 from m3runtime.storage.home import Home
 
 FORMAT = 1
@@ -185,10 +185,7 @@ class Bank:
             codec.save(path / CODEC)
             made.set_meta(_MANIFEST, manifest.to_bytes())
         (path / UNFINISHED).rename(path / HOME)
-        if os.name == "posix":  # or the new name might not outlive a power cut
-            folder = os.open(path, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        sync_folder(path)
         return cls(path, home(path=path / HOME), manifest, codec)
 
     @classmethod

@@ -99,7 +99,7 @@ def forget(
         if quarantined:
             wanted.update(dict.fromkeys(bank.home.quarantined()))
         # What a crash leaves in a tier or in the index is removed when they are opened again.
-        tiers = assembly.open_tiers(settings, bank.home.slot_bytes, persistent=True)
+        tiers = assembly.open_tiers(settings, bank.home.slot_bytes, assembly.device(settings), persistent=True)
         with closing(Hierarchy(tiers, bank.home, bank.stamp)) as hierarchy:
             hierarchy.discard(as_ids(list(wanted)))
             failed = [tier.name for tier in hierarchy.stats() if tier.faults]

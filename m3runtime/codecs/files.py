@@ -12,11 +12,9 @@ A file is as long as its header says and no longer than a codec of its spec can 
 The digest finds damage; it proves nothing against somebody who computes it anew, so whatever is read is checked.
 """
 
-import contextlib
 import json
 import math
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +29,7 @@ from torch import Tensor
 from m3runtime.codecs.base import Codec, Distortion
 from m3runtime.errors import CodecError, ConfigError
 from m3runtime.memory.spec import MemorySpec, canonical_json, fingerprint
-from m3runtime.storage.files import open_regular
+from m3runtime.storage.files import open_regular, write_atomically
 
 C = TypeVar("C", bound=Codec)
 
@@ -134,24 +132,10 @@ def read(path: Path, kind: str, spec: MemorySpec) -> CodecFile:
 
 def replace(path: Path, data: bytes) -> None:
     """Write all of a file or nothing, over what was there. Raises `CodecError` if the drive does not take it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        # The rename lasts only once the folder is on the drive too.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_atomically(path, data)
     except OSError as error:
         raise CodecError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _checked(path: Path) -> tuple[CodecFile, str, MemorySpec]:

@@ -1,6 +1,5 @@
 """The configuration: one YAML file, every key of it described here. `m3runtime.config.loading` reads it."""
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +22,6 @@ from m3runtime.config.units import Seconds, Size, format_size, parse_size
 
 _SIZES = ("capacity", "max_size")
 _MIB = 1024**2
-_GIB = 1024**3
 _RANGE = re.compile(r"([0-9]{1,4})-([0-9]{1,4})", re.ASCII)
 
 
@@ -242,7 +240,7 @@ class Config(Section):
     index: IndexConfig = IndexConfig()
     """What finds the nearest vectors."""
     tiers: tuple[TierConfig, ...] = ()
-    """The tiers, fastest first, the home last. Empty: those of `default_tiers`, which fit the machine."""
+    """The tiers, fastest first, the home last. Empty: those that fit the device and the machine."""
     recall: RecallConfig = RecallConfig()
     """Which memories a chunk gets, and how long it waits for them."""
     threads: ThreadsConfig = ThreadsConfig()
@@ -274,31 +272,3 @@ class Config(Section):
         from m3runtime.config.loading import load_config  # which needs the models above
 
         return load_config(path, environ, overrides).config
-
-
-def default_tiers() -> tuple[TierConfig, ...]:
-    """Tiers that fit this machine: the GPU if there is CUDA, an eighth of RAM up to 8 GiB, and LMDB as the home."""
-    import torch  # only here: reading a configuration stays light
-
-    tiers = [_tier("pinned", min(8 * _GIB, _memory() // 8)), TierConfig(kind="lmdb")]
-    if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        tiers.insert(0, _tier("gpu", min(2 * _GIB, total // 8)))
-    return tuple(tiers)
-
-
-def _tier(kind: str, capacity: int) -> TierConfig:
-    whole = max(1, capacity // _MIB) * _MIB  # so that `m3 config` prints it readably
-    return TierConfig.model_validate({"kind": kind, "capacity": whole})
-
-
-def _memory() -> int:
-    """Bytes of RAM that this process may use, a container's limit included."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows does not tell
-        memory = 8 * _GIB
-    try:
-        return min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no cgroup, or `max`: no limit
-        return memory

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from m3runtime import assembly
 from m3runtime.adapters.abilities import Sizing
 from m3runtime.bank.bank import slot_bytes
-from m3runtime.config.schema import default_tiers
 from m3runtime.errors import ConfigError
 from m3runtime.memory.shape import ModelShape, memory_spec
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.planning.cost import Cost, cost
 from m3runtime.plugins.loading import load
+from m3runtime.storage.defaults import default_tiers
 from m3runtime.writing import codec_files
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def reads(drive: Drive, block: int, memories: int, chunk_tokens: int) -> Reads |
 
 def _rooms(config: "Config", need: Need, block: int) -> tuple[Room, ...]:
     """Of the caching tiers that state a capacity, configured or default, and of those to be tried."""
-    caching = (config.tiers or default_tiers())[:-1]
+    caching = (config.tiers or default_tiers(assembly.device(config)))[:-1]
     named = [(tier.kind, tier.options.get("capacity")) for tier in caching]
     named += [("--capacity", capacity) for capacity in need.capacities]
     found = []

@@ -331,7 +331,7 @@ class Hierarchy:
             cache.unpin(ids)
 
     def _buffer(self, count: int, device: torch.device) -> Tensor:
-        locked = device.type == "cpu" and torch.cuda.is_available()
+        locked = device.type == "cpu" and self.device.type == "cuda"
         return torch.empty((count, self.slot_bytes), dtype=torch.uint8, device=device, pin_memory=locked)
 
 

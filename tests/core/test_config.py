@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from m3runtime.config.loading import LoadedConfig, load_config
-from m3runtime.config.schema import Config, TierConfig, default_tiers
+from m3runtime.config.schema import Config
 from m3runtime.config.schema import schema as config_module
 from m3runtime.config.units import format_seconds, format_size, parse_seconds, parse_size
 from m3runtime.errors import ConfigError
@@ -177,13 +177,6 @@ def test_what_is_dumped_is_loaded_again(tmp_path_factory: pytest.TempPathFactory
 def test_a_configuration_is_frozen(file: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         load(file).config.bank = Path("other")
-
-
-def test_default_tiers_fit_the_machine() -> None:
-    *caching, home = default_tiers()
-    assert home == TierConfig(kind="lmdb")
-    assert caching[-1].kind == "pinned"
-    assert all(0 < tier.options["capacity"] <= 8 * GIB for tier in caching)
 
 
 # What is wrong is said in one line

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from m3backends.lmdb.home import LmdbHome
 from m3backends.slabs import GpuTier, PinnedTier
+from m3runtime.device.resolve import resolve
 from m3runtime.errors import InputError, TierClosedError, TierError
 from m3runtime.memory.block import BlockStamp, Found, Ids
 from m3runtime.observe.tiers import TierStats
@@ -27,7 +28,7 @@ from m3runtime.testing.threads import together
 
 
 def gpu(slots: int, policy: str = "lru") -> GpuTier:
-    return GpuTier(slot_bytes=SLOT_BYTES, capacity=slots * SLOT_BYTES, eviction=policy, device="cpu")
+    return GpuTier(slot_bytes=SLOT_BYTES, capacity=slots * SLOT_BYTES, eviction=policy, device=torch.device("cpu"))
 
 
 def pinned(slots: int, policy: str = "lru") -> PinnedTier:
@@ -633,8 +634,9 @@ def test_a_buffer_of_another_shape_is_refused(home: LmdbHome) -> None:
 
 @pytest.mark.gpu
 def test_through_a_gpu(home: LmdbHome) -> None:
-    tiers = [GpuTier(slot_bytes=SLOT_BYTES, capacity=2 * SLOT_BYTES), pinned(4)]
-    hierarchy = Hierarchy(tiers, home, STAMP, "cuda")
+    device = resolve("cuda")
+    tiers = [GpuTier(slot_bytes=SLOT_BYTES, capacity=2 * SLOT_BYTES, device=device), pinned(4)]
+    hierarchy = Hierarchy(tiers, home, STAMP, device)
     ids = make_ids(1, 2, 99, 3, 4)
     made = make_blocks(ids)
     for _ in range(3):

@@ -115,7 +115,7 @@ def test_what_goes_on_from_a_memory3_has_its_memories(school: Place) -> None:
 
 
 def test_a_folder_that_a_kill_left_without_a_claim_is_taken(school: Place) -> None:
-    school.text("trained/train.partial", '{"half')
+    school.text("trained/.train.json.0123456789abcdef.tmp", '{"half')
     assert school.m3("train", "--set", "train.warmup.steps=1", "--set", "train.memory.steps=0").code == 0
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import xxhash
 
 from m3runtime.errors import BankError
+from m3runtime.storage.files import sync_folder
 
 SMALL = 256 << 20
 """Bytes of a ``data.mdb`` whose structure is checked at every opening, which mostly takes milliseconds: what rots on a
@@ -95,13 +96,3 @@ class HomeFiles:
         of = self.data.stat()
         state = f"{of.st_size} {of.st_mtime_ns} {of.st_ino}"
         return f"{state} {xxhash.xxh3_64_hexdigest(state.encode())}\n".encode()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make what was created, renamed or removed in a folder outlive a power cut."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -34,7 +34,6 @@ import lmdb
 
 from m3backends.lmdb.compression import Method, Packing, load_dictionary
 from m3backends.lmdb.environment import Environment, Reading, Writing
-from m3backends.lmdb.files import sync_folder
 from m3backends.lmdb.records import unpack_id, unpack_number, unpack_text
 from m3backends.lmdb.table import Absent, Table
 from m3runtime.errors import (
@@ -46,6 +45,7 @@ from m3runtime.errors import (
     RecordError,
     TierError,
 )
+from m3runtime.storage.files import sync_folder
 
 VERSION = 2
 _LARGEST_SLOT = 64 + 2**32

@@ -20,7 +20,6 @@ does not prove is that vectors are the home's; whoever can write a bank's files 
 import json
 import mmap
 import os
-import secrets
 import threading
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from m3runtime.memory.block import Ids
 from m3runtime.memory.spec import canonical_json
 from m3runtime.retrieval.embedder import Embeddings
 from m3runtime.retrieval.index import Index
-from m3runtime.storage.files import open_regular
+from m3runtime.storage.files import open_regular, write_atomically
 
 DTYPES = ("f32", "f16", "bf16", "i8")
 MAGIC = b"M3INDEX1"
@@ -171,29 +170,24 @@ class UsearchIndex(Index):
 
         Raises `IndexFileError` if it cannot be written; what was at ``path`` before is then still there.
         """
-        # A name that nobody can foresee: usearch would follow a link that waits there.
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         try:
-            with self._lock:
-                self._native.save(temporary)
-                count = len(self._native)
-            about = {"count": count, "dim": self.dim, "dtype": self.dtype, "stamp": stamp}
-            text = canonical_json(about).encode()
-            with temporary.open("r+b") as file:
-                digest = xxhash.xxh3_128()
-                while piece := file.read(_PIECE):
-                    digest.update(piece)
-                tail = text + len(text).to_bytes(8, "little") + MAGIC
-                digest.update(tail)
-                file.write(tail + digest.digest())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            _sync_folder(path.parent)
+            write_atomically(path, lambda temporary: self._write(temporary, stamp))
         except (OSError, RuntimeError) as error:  # usearch reports a full drive as RuntimeError
             raise IndexFileError(f"cannot write index {path}: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+
+    def _write(self, path: Path, stamp: str) -> None:
+        with self._lock:
+            self._native.save(path)
+            count = len(self._native)
+        about = {"count": count, "dim": self.dim, "dtype": self.dtype, "stamp": stamp}
+        text = canonical_json(about).encode()
+        with path.open("r+b") as file:
+            digest = xxhash.xxh3_128()
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+            tail = text + len(text).to_bytes(8, "little") + MAGIC
+            digest.update(tail)
+            file.write(tail + digest.digest())
 
     def load(self, path: Path, stamp: str) -> None:
         """Replace what is held by what `save` wrote. After `IndexFileError` nothing has changed."""
@@ -256,12 +250,3 @@ def _about(text: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(about, dict) or {key: type(value) for key, value in about.items()} != kinds:
         raise IndexFileError(f"{path} is damaged: what it states of itself cannot be read")
     return about
-
-
-def _sync_folder(folder: Path) -> None:
-    # A rename lasts through a power cut only when its folder has been synced too.
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

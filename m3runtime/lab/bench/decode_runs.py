@@ -87,7 +87,7 @@ class Contenders:
                 embedder=self._embedder.fingerprint, name=config.embedder.path, where=self.bank.path
             )
             self._index, _ = assembly.open_index(config, self.bank)
-            tiers = assembly.open_tiers(config, self.bank.home.slot_bytes)
+            tiers = assembly.open_tiers(config, self.bank.home.slot_bytes, adapter.device)
             self._tiers = Hierarchy(tiers, self.bank.home, self.bank.stamp, adapter.device)
             opening.callback(self._tiers.close)
             ahead = {"lookahead_tokens": config.recall.lookahead_tokens or config.recall.chunk_tokens // 4}

@@ -61,7 +61,7 @@ class TierRuns:
             self.slot_bytes = self.bank.home.slot_bytes
             every = self.bank.home.ids()
             self.ids = np.sort(np.array(random.Random(0).sample(every.tolist(), min(MOST, len(every))), np.uint64))
-            self._tiers = assembly.open_tiers(config, self.slot_bytes)
+            self._tiers = assembly.open_tiers(config, self.slot_bytes, device)
             self.hierarchy = Hierarchy(self._tiers, self.bank.home, self.bank.stamp, device)
             opening.callback(self.hierarchy.close)
             self._bare = Hierarchy([], self.bank.home, self.bank.stamp, device)
@@ -254,4 +254,4 @@ class TierRuns:
         self._decode(self.there)
 
     def _buffer(self, count: int) -> Tensor:
-        return torch.zeros(count, self.slot_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        return torch.zeros(count, self.slot_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")

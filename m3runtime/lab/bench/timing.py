@@ -91,8 +91,8 @@ def turns(
 
 
 def wait() -> None:
-    """Until the accelerator is idle, if there is one."""
-    if torch.cuda.is_available():
+    """Until the accelerator is idle, if anything ran on one."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
 
 

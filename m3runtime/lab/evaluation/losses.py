@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from m3runtime.storage.files import write_atomically
+
 
 def draw_losses(stages: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
     """Draw each stage's losses, steps and nats, one after the other, into a picture, such as a png."""
@@ -20,6 +22,4 @@ def draw_losses(stages: Mapping[str, Sequence[tuple[int, float]]], path: Path) -
     axes.set_ylabel("loss, nats a token")
     axes.grid(lw=0.4)
     axes.legend(frameon=False)
-    partial = path.with_name(f"{path.name}.partial")
-    figure.savefig(partial, format=path.suffix[1:] or "png", dpi=150)
-    partial.replace(path)
+    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:] or "png", dpi=150))

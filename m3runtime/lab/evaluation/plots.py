@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from m3runtime.lab.evaluation.statistics import Estimate
+from m3runtime.storage.files import write_atomically
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +66,8 @@ def draw(plot: Plot, folder: Path) -> None:
         if len(plot.series) > 1:
             axes.legend(frameon=False)
         for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            temporary = folder / f"{plot.name}.{suffix}.tmp"
-            figure.savefig(temporary, format=suffix, dpi=150, metadata=metadata)
-            temporary.replace(folder / f"{plot.name}.{suffix}")
+            save = partial(figure.savefig, format=suffix, dpi=150, metadata=metadata)
+            write_atomically(folder / f"{plot.name}.{suffix}", save)
 
 
 def _error(values: Sequence[Estimate]) -> tuple[list[float], list[float]]:

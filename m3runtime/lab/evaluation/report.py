@@ -13,6 +13,7 @@ from typing import Any
 from m3runtime.lab.evaluation.plots import Plot, draw
 from m3runtime.lab.evaluation.statistics import Estimate
 from m3runtime.memory.spec import canonical_json
+from m3runtime.storage.files import write_atomically
 
 PACKAGES = ("m3runtime", "torch", "transformers", "sentence-transformers", "usearch", "faiss-cpu", "numpy")
 
@@ -59,8 +60,9 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         for plot in self.plots:
             draw(plot, folder)
-        self._write(folder / "report.md", self.markdown())
-        self._write(folder / "report.json", json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n")
+        write_atomically(folder / "report.md", self.markdown().encode())
+        results = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
+        write_atomically(folder / "report.json", results.encode())
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values; ``measured`` and ``environment`` alone differ between two runs of one seed."""
@@ -95,11 +97,6 @@ class Report:
         """The sections of the configuration that decide what is answered; no paths."""
         sections = ("memory", "codec", "recall", "generate")
         return {name: canonical_json(self.config[name]) for name in sections if name in self.config}
-
-    def _write(self, path: Path, text: str) -> None:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
 
 
 def markdown_table(table: Table) -> list[str]:

@@ -4,7 +4,6 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -13,6 +12,7 @@ from m3runtime.config.loading import load_config
 from m3runtime.config.schema import Config
 from m3runtime.errors import ConfigError, InputError
 from m3runtime.lab.evaluation.yaml_text import SECTION, Value, edited_text
+from m3runtime.storage.files import write_atomically
 
 Load = Callable[[Path], Config]
 
@@ -62,23 +62,7 @@ def replace(path: Path, text: str) -> None:
     """Put a text in a file's place, whole or not at all; its mode stays, and a symbolic link remains one."""
     check_writable(path)
     target = path.resolve()
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    temporary = Path(name)
-    try:
-        with open(handle, "wb") as file:  # noqa: PTH123 - a descriptor
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(stat.S_IMODE(target.stat().st_mode))
-        temporary.replace(target)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    if os.name == "posix":  # or the new content might not outlive a power cut
-        folder = os.open(target.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+    write_atomically(target, text.encode(), mode=stat.S_IMODE(target.stat().st_mode))
 
 
 def _read(path: Path) -> str:

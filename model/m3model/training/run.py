@@ -38,6 +38,7 @@ from m3runtime.documents.splitting import Splitter
 from m3runtime.errors import ConfigError, InputError
 from m3runtime.memory.shape import kept_tokens, memory_layers
 from m3runtime.memory.spec import fingerprint
+from m3runtime.storage.files import sync_folder, write_atomically
 from m3runtime.writing.writer import OnProgress
 
 _SETTINGS = "train.json"
@@ -126,7 +127,6 @@ def _claim(config: Config, settings: TrainConfig, tokenizer: Any) -> None:
         "embedder": config.embedder.model_dump(mode="json"),
     }
     path = settings.out / _SETTINGS
-    unfinished = path.with_suffix(".partial")
     if path.exists():
         there = json.loads(path.read_text())
         differing = [key for key in wanted if there.get(key) != wanted[key]]
@@ -136,11 +136,10 @@ def _claim(config: Config, settings: TrainConfig, tokenizer: Any) -> None:
                 "choose another folder, or remove this one"
             )
         return
-    if settings.out.exists() and any(file != unfinished for file in settings.out.iterdir()):
+    if settings.out.exists() and any(not file.name.startswith(f".{_SETTINGS}.") for file in settings.out.iterdir()):
         raise ConfigError(f"train.out: {settings.out} holds something else; choose another folder")
     settings.out.mkdir(parents=True, exist_ok=True)
-    unfinished.write_text(json.dumps(wanted, indent=1, ensure_ascii=False))
-    unfinished.replace(path)
+    write_atomically(path, json.dumps(wanted, indent=1, ensure_ascii=False).encode())
 
 
 def _prepared(config: Config, settings: TrainConfig, tokenizer: Any, progress: OnProgress) -> Prepared:
@@ -239,6 +238,7 @@ def _keep(model: Memory3ForCausalLM, tokenizer: Any, losses: list[Loss], folder:
         tokenizer.save_pretrained(unfinished)
     (unfinished / _LOSSES).write_text(json.dumps([asdict(one) for one in losses]))
     unfinished.replace(folder)
+    sync_folder(folder.parent)
 
 
 def _report(name: str, stage: StageConfig, folder: Path) -> StageReport:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from m3model.memory3 import NO_LABEL
 from m3runtime.errors import InputError
+from m3runtime.storage.files import write_atomically
 
 Tokens = npt.NDArray[np.int32]
 NOTHING = -1
@@ -79,16 +80,18 @@ class Prepared:
 
     def save(self, path: Path) -> None:
         """Write it by temporary file and rename."""
-        partial = path.with_suffix(".partial.npz")
-        np.savez(
-            partial,
-            ids=self.sequences.ids,
-            counts=self.sequences.counts,
-            reference_ids=self.references.ids,
-            reference_counts=self.references.counts,
-            retrieved=self.retrieved,
-        )
-        partial.replace(path)
+        write_atomically(path, self._write)
+
+    def _write(self, path: Path) -> None:
+        with path.open("wb") as file:  # a path would get the suffix .npz
+            np.savez(
+                file,
+                ids=self.sequences.ids,
+                counts=self.sequences.counts,
+                reference_ids=self.references.ids,
+                reference_counts=self.references.counts,
+                retrieved=self.retrieved,
+            )
 
     @classmethod
     def load(cls, path: Path) -> "Prepared":
