@@ -1,4 +1,4 @@
-"""``m3 bench``: how fast, how exactly, and how well blocks are kept."""
+"""``m3 bench``: speed, errors and hit rates, each against a baseline."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from m3runtime.lab.bench.codec import CodecBench
     from m3runtime.lab.bench.eviction import EvictionBench
 
-app = typer.Typer(name="bench", help="Measure speed, errors and hit rates beside a baseline.", no_args_is_help=True)
+app = typer.Typer(
+    name="bench", help="Measure speed, errors and hit rates against a baseline in the same run.", no_args_is_help=True
+)
 
 _STAGES = {
     "memories": "Computing memories",
@@ -24,7 +26,7 @@ _STAGES = {
     "codec": "Training the codec",
     "decoding": "Measuring times",
 }
-
+"""Names of stages for progress bars."""
 
 app.command("decode")(bench_speed.decode)
 app.command("tiers")(bench_speed.tiers)
@@ -32,29 +34,25 @@ app.command("recall")(bench_recall.recall)
 app.command("write")(bench_write.write)
 
 
-@app.callback()
-def bench() -> None:
-    """Measure speed, errors and hit rates beside a named baseline in the same run."""
-
-
 @app.command()
 def codec(
     corpus: Annotated[
         list[Path] | None,
-        typer.Option("--corpus", help="Texts to take memories of; may be repeated. Default: those of the bank."),
+        typer.Option("--corpus", help="Texts to encode; may be repeated. Default: the references of the bank."),
     ] = None,
     config: ConfigFile = None,
-    references: Annotated[int, typer.Option(min=16, help="References to take memories of.")] = 128,
-    decoded: Annotated[int, typer.Option(min=1, help="Memories that are decoded at once.")] = 5,
-    layers: Annotated[int, typer.Option(min=0, help="Layers that squared errors are measured on; 0: none.")] = 2,
-    rounds: Annotated[int, typer.Option(min=5, help="How often everything is timed, in turns.")] = 15,
-    threads: Annotated[int, typer.Option(min=0, help="Threads on a CPU; 0: as many as torch takes.")] = 0,
+    references: Annotated[int, typer.Option(min=16, help="Number of references.")] = 128,
+    decoded: Annotated[int, typer.Option(min=1, help="Memories decoded in one call.")] = 5,
+    layers: Annotated[int, typer.Option(min=0, help="Layers whose squared errors are measured; 0: none.")] = 2,
+    rounds: Annotated[int, typer.Option(min=5, help="Timed rounds; all contenders take turns in each.")] = 15,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: the default of torch.")] = 0,
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Codecs: squared error at equal bytes and speed of decoding beside faiss, and bytes at rest.
+    """Measure squared error, decoding speed and size of codecs against faiss.
 
-    Everything is measured in one run, on the same vectors and threads. The bank is not changed.
+    Everything is measured in one run, on the same vectors and threads; errors are compared at equal bytes. The bank is
+    not changed.
     """
     settings = configuration(config, set)
     from m3runtime import assembly
@@ -77,20 +75,21 @@ def codec(
 
 @app.command()
 def eviction(
-    trace: Annotated[Path, typer.Option("--trace", help="A trace, as `recall.trace` in the configuration records it.")],
+    trace: Annotated[Path, typer.Option("--trace", help="A trace that `recall.trace` recorded.")],
     capacity: Annotated[
         list[str] | None,
         typer.Option(
             metavar="SIZE",
-            help="Room in the tier, such as 2GiB; may be repeated. Default: the fastest tier's, a quarter, four times.",
+            help="Capacity of the tier, such as 2GiB; may be repeated. Default: a quarter, once and four times that of "
+            "the fastest tier.",
         ),
     ] = None,
     policy: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A policy; may be repeated. Default: each.")
+        list[str] | None, typer.Option(metavar="NAME", help="Name of a policy; may be repeated. Default: all.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Eviction policies: hit rates on a recorded trace beside the optimum for the same room (Belady's MIN).
+    """Measure hit rates of eviction policies on a recorded trace against the optimum (Belady's MIN).
 
     Nothing is timed: the same trace gives the same figures.
     """

@@ -18,34 +18,37 @@ Corpus = Annotated[
     list[Path] | None,
     typer.Option("--corpus", help="Texts for a temporary bank; may be repeated. Default: the configured bank."),
 ]
-References = Annotated[int, typer.Option(min=1, help="References of a temporary bank, at most.")]
+References = Annotated[int, typer.Option(min=1, help="Most references in a temporary bank.")]
 _WRITING = {"codec": "Training the codec", "memories": "Writing memories"}
-Threads = Annotated[int, typer.Option(min=0, help="Threads on a CPU; 0: as many as torch takes.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: the default of torch.")]
 
 
 def decode(
     corpus: Corpus = None,
     config: ConfigFile = None,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each sequence gets, without an early end.")] = 256,
+    new_tokens: Annotated[int, typer.Option(min=2, help="New tokens of each sequence; no sequence ends early.")] = 256,
     batch: Annotated[
-        list[int] | None, typer.Option(min=1, help="Sequences at once; may be repeated. Default: 1 and 8.")
+        list[int] | None, typer.Option(min=1, help="Batch size; may be repeated. Default: 1 and 8.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often everything is timed, in turns.")] = 7,
-    memories: Annotated[int, typer.Option(min=1, help="Memories that every chunk gets.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; all contenders take turns in each.")] = 7,
+    memories: Annotated[int, typer.Option(min=1, help="Memories of each chunk.")] = 5,
     references: References = 128,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Only the baseline and ours with memories: a third of the time.")
+        bool,
+        typer.Option("--quick", help="Compare only the baseline and decoding with memories, in a third of the time."),
     ] = False,
     threads: Threads = 0,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw one run's chunks and recalls, such as run.png.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the chunks and recalls of one run into a picture, such as run.png."),
     ] = None,
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Decoding with memories beside the model's own library without them: throughput and time to the first token.
+    """Compare decoding with memories to the model's own library without them.
 
-    Every chunk gets its memories whatever its text is: recall.min_score and recall.margin are left aside.
+    Throughput and the time to the first token are measured. Every chunk gets its memories, whatever its text is:
+    recall.min_score and recall.margin are not applied.
     """
     settings = configuration(config, set)
     from m3runtime import assembly
@@ -75,17 +78,17 @@ def tiers(
     corpus: Corpus = None,
     config: ConfigFile = None,
     blocks: Annotated[
-        list[int] | None, typer.Option(min=1, help="Blocks at once; may be repeated. Default: 1, 5 and 32.")
+        list[int] | None, typer.Option(min=1, help="Blocks read in one call; may be repeated. Default: 1, 5 and 32.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often everything is timed, in turns.")] = 15,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; all contenders take turns in each.")] = 15,
     references: References = 64,
     threads: Threads = 0,
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Each tier, and the whole way up to keys and values, beside plain reads, writes and copies of the same bytes.
+    """Compare each tier, and the whole path to keys and values, with plain reads, writes and copies of the same bytes.
 
-    The bank is not changed; a temporary folder beside it is written to, so that both are on one drive.
+    The bank is not changed. Temporary files are written to a folder next to it, on the same drive.
     """
     settings = configuration(config, set)
     import torch

@@ -1,4 +1,4 @@
-"""``m3 plan``."""
+"""``m3 plan``: size and cost of a bank before it is written."""
 
 import os
 from pathlib import Path
@@ -56,9 +56,9 @@ def plan(
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """What memories weigh and cost, what tiers hold of them and what a drive allows, before anything is written.
+    """Compute the size and the cost of a bank, and what its tiers and drive allow, before it is written.
 
-    No weights are read, and nothing is timed. With --model or --shape no file is read but one that --config names:
+    No weights are read, and nothing is timed. With --model or --shape, only a file that --config names is read;
     memories are then those of `memory.preset: memory3`, unless --set says otherwise.
     """
     chosen = _chosen(model, shape)

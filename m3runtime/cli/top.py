@@ -1,4 +1,4 @@
-"""``m3 top``: what a running process recalls, live."""
+"""``m3 top``: the metrics of a running process, live."""
 
 import os
 import time
@@ -45,7 +45,7 @@ def top(
     set: Set = None,
     json: Annotated[bool, typer.Option("--json", help="Print one reading as JSON and end.")] = False,
 ) -> None:
-    """Watch what a running process recalls, which was started with `metrics.port` set."""
+    """Watch the recalls of a running process that was started with `metrics.port` set."""
     configured = _configured(config, set)
     where = f"{address or configured.address}:{port or configured.port or DEFAULT_PORT}"
     sample = read(where)
