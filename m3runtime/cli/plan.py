@@ -15,43 +15,43 @@ if TYPE_CHECKING:
     from m3runtime.planning.bank import Plan
 
 _BYTES_OF_A_TOKEN = 4
-"""Of English text, about."""
+"""Approximate bytes of a token of English text."""
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
 def plan(
     config: ConfigFile = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="A known shape instead of the configured model: memory3-2.4b.")
+        str | None, typer.Option("--model", help="Name of a known shape instead of the configured model: memory3-2.4b.")
     ] = None,
     shape: Annotated[
         str | None,
         typer.Option(
             "--shape",
             metavar="NAME=N,...",
-            help="A shape instead of the configured model's, or what is other than in --model: layers=30,hidden=576,"
-            "heads=9,kv_heads=3,head_dim=64,mlp=1536,vocabulary=49152,gated=true.",
+            help="A shape instead of the configured model's, or changes to --model: layers=30,hidden=576,heads=9,"
+            "kv_heads=3,head_dim=64,mlp=1536,vocabulary=49152,gated=true.",
         ),
     ] = None,
     references: Annotated[
-        str, typer.Option("--references", "-n", metavar="N", help="References in the bank, such as 1e8.")
+        str, typer.Option("--references", "-n", metavar="N", help="Number of references in the bank, such as 1e8.")
     ] = "1e6",
     capacity: Annotated[
         list[str] | None,
-        typer.Option("--capacity", metavar="SIZE", help="Also say what a tier of that size holds; may be repeated."),
+        typer.Option("--capacity", metavar="SIZE", help="Capacity of a further tier; may be repeated."),
     ] = None,
     drive: Annotated[
-        str | None, typer.Option("--drive", metavar="SIZE", help="What the drive reads in a second, such as 3GiB.")
+        str | None, typer.Option("--drive", metavar="SIZE", help="Bytes that the drive reads per second, such as 3GiB.")
     ] = None,
     iops: Annotated[
-        str | None, typer.Option("--iops", metavar="N", help="Reads that the drive does in a second, such as 5e5.")
+        str | None, typer.Option("--iops", metavar="N", help="Reads per second of the drive, such as 5e5.")
     ] = None,
     speed: Annotated[
-        float | None, typer.Option("--speed", metavar="N", help="Tokens that one stream decodes in a second.")
+        float | None, typer.Option("--speed", metavar="N", help="Tokens per second that one stream decodes.")
     ] = None,
-    embedding_dim: Annotated[int, typer.Option(min=1, help="Numbers of an embedding; BGE-M3 has 1024.")] = 1024,
+    embedding_dim: Annotated[int, typer.Option(min=1, help="Dimensions of an embedding; BGE-M3 has 1024.")] = 1024,
     text_bytes: Annotated[
-        int | None, typer.Option(min=0, help="Bytes of a reference's text; default: four for each token.")
+        int | None, typer.Option(min=0, help="Bytes of the text of a reference. Default: four per token.")
     ] = None,
     set: Set = None,
     json: Json = False,
@@ -75,9 +75,10 @@ def plan(
     if speed is not None and not 0 < speed < float("inf"):
         raise InputError(f"--speed must be above 0, not {speed}")
     if speed is not None and bandwidth is None and reads is None:
-        raise InputError("--speed says how many streams a drive serves: say what it does with --drive or --iops")
+        raise InputError("--speed tells how many streams a drive serves: give its limits with --drive or --iops")
 
     from m3runtime.planning import bank as planning
+    from m3runtime.planning.drive import Drive
 
     if chosen is None:
         settings, chosen = planning.sized(settings)
@@ -86,7 +87,7 @@ def plan(
         text_bytes=_BYTES_OF_A_TOKEN * settings.memory.reference_tokens if text_bytes is None else text_bytes,
         dim=embedding_dim,
         capacities=capacities,
-        drive=planning.Drive(bandwidth, reads, speed),
+        drive=Drive(bandwidth, reads, speed),
     )
     found = planning.plan(settings, chosen, need, name or settings.model.path)
     if json:
@@ -97,13 +98,13 @@ def plan(
 
 
 def _chosen(model: str | None, shape: str | None) -> "ModelShape | None":
-    """The shape that the options say. Raises `InputError`."""
+    """The shape that --model and --shape select, or None. Raises `InputError`."""
     from m3runtime.memory.shape import MODELS, described
 
     if model is not None and model not in MODELS:
         raise InputError(
-            f"--model {model} is not known; there are {', '.join(MODELS)}. "
-            "Say a shape with --shape, or configure the model as model.path"
+            f"--model {model} is not known; known are {', '.join(MODELS)}. "
+            "Describe a shape with --shape, or configure the model as model.path"
         )
     base = None if model is None else MODELS[model]
     if shape is None:
@@ -131,20 +132,20 @@ def _size(option: str, text: str) -> int:
     except ValueError as error:
         raise InputError(f"{option} {error}") from None
     if not size:
-        raise InputError(f"{option} must be more than nothing")
+        raise InputError(f"{option} must be above 0")
     return size
 
 
 def _memories(found: "Plan") -> list[str]:
-    """The model, the spec, and a memory step by step."""
+    """Lines about the model, the spec and the size of a memory after each step."""
     shape, memory = found.shape, found.memory
     options = ", ".join(f"{name}: {value}" for name, value in found.codec.items() if name != "kind")
     rows = {
         "every layer, query head and token in bfloat16": memory.raw,
         "every layer, KV head and token in bfloat16": memory.cache,
-        "what is kept of them, in bfloat16": memory.kept,
+        "kept by the spec, in bfloat16": memory.kept,
         "encoded by the codec": memory.payload,
-        "a block: the same with its header": memory.block,
+        "a block: encoded, with its header": memory.block,
     }
     return [
         f"{found.model}: {shape.layers} layers of {shape.hidden} channels, {shape.heads} query heads and "
@@ -162,7 +163,7 @@ def _memories(found: "Plan") -> list[str]:
 
 
 def _bank(found: "Plan", text_bytes: int, dim: int) -> list[str]:
-    """The bank and the tiers."""
+    """Lines about the size of the bank and the tiers."""
     bank = found.bank
     tiers = [
         f"{room.tier} of {_bytes(room.capacity)}: {room.memories:,} memories, {_three(100 * room.share)} % of the bank"
@@ -172,13 +173,13 @@ def _bank(found: "Plan", text_bytes: int, dim: int) -> list[str]:
         "",
         f"bank: {_bytes(bank.total)}: blocks {_bytes(bank.blocks)}, texts {_bytes(bank.texts)} ({text_bytes} bytes "
         f"each), embeddings {_bytes(bank.embeddings)} ({dim} numbers each)",
-        "not counted: the index, and what the home needs for its own books",
+        "not counted: the index, and the internal structures of the home",
         *tiers,
     ]
 
 
 def _costs(found: "Plan") -> list[str]:
-    """FLOP, and from when on what is cheapest."""
+    """Lines about FLOP, and about the number of uses at which each way is cheapest."""
     cost, tera = found.cost, 1e12
     over = "never" if cost.over_text is None else _three(cost.over_text)
     return [
@@ -205,13 +206,13 @@ def _reads(found: "Plan") -> list[str]:
 
 
 def _three(number: float) -> str:
-    """Three digits that matter."""
+    """A number with three significant digits."""
     rounded = float(f"{number:.3g}")
     return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:g}"
 
 
 def _bytes(size: float) -> str:
-    """Bytes with three digits that matter; units are powers of 1024, as in the paper, which calls them PB and TB."""
+    """A size with three significant digits. Units are powers of 1024, which the paper calls PB and TB."""
     power = 0
     while float(f"{size:.3g}") >= 1000 and power < len(_UNITS) - 1:
         size, power = size / 1024, power + 1

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from m3runtime.config.schema import Config, default_tiers
+from m3runtime.config.schema import Config
 from m3runtime.errors import InputError
 from m3runtime.lab.bench.recall import WHOLE, Row, measured, timed_recall
 from m3runtime.lab.bench.timing import Spread, threads, turns
 from m3runtime.lab.evaluation.report import environment, plain
 from m3runtime.runtime import Runtime
+from m3runtime.storage.defaults import HOME
 from m3runtime.writing.writer import OnProgress
 
 COLD, WARM = "cold", "warm"
@@ -65,7 +66,7 @@ def bench_bank(config: Config, settings: RecallBankSettings, progress: OnProgres
     references, and what `Runtime.open` raises.
     """
     config = measured(config, settings.memories)
-    only_home = (config.tiers or default_tiers())[-1:]
+    only_home = (config.tiers or (HOME,))[-1:]
     config = config.model_copy(update={"tiers": only_home, "metrics": config.metrics.model_copy(update={"port": None})})
     with threads(settings.threads), Runtime.open(config, read_only=True) as runtime:
         texts = _queries(runtime, settings, progress)
