@@ -12,7 +12,7 @@ from m3runtime.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from m3runtime.lab.bench.recall import RecallBench, Row
+    from m3runtime.lab.bench.recall import RecallBench, RecallTimes
     from m3runtime.lab.bench.recall_bank import RecallBankBench
 
 
@@ -63,7 +63,7 @@ def recall(
         typer.echo(line)
 
 
-def _show_rows(rows: "Sequence[Row]") -> None:
+def _show_rows(rows: "Sequence[RecallTimes]") -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -83,7 +83,7 @@ def _show_rows(rows: "Sequence[Row]") -> None:
 
 
 def _growth(found: "RecallBench") -> list[str]:
-    from m3runtime.lab.evaluation.report import environment
+    from m3runtime.lab.results import environment
 
     first, last = found.built[0], found.built[-1]
     return [
@@ -99,7 +99,7 @@ def _growth(found: "RecallBench") -> list[str]:
 
 def _warmth(found: "RecallBankBench") -> list[str]:
     from m3runtime.lab.bench.recall import WHOLE
-    from m3runtime.lab.evaluation.report import environment
+    from m3runtime.lab.results import environment
 
     rounds = found.settings.rounds
     return [

@@ -11,7 +11,7 @@ from m3runtime.cli.progress import stages
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from m3runtime.lab.bench.decode import Batch, DecodeBench
+    from m3runtime.lab.bench.decode import BatchBench, DecodeBench
     from m3runtime.lab.bench.tiers import TierBench
 
 Corpus = Annotated[
@@ -108,7 +108,7 @@ def tiers(
 def _show_decode(found: "DecodeBench") -> None:
     from rich.console import Console
 
-    from m3runtime.lab.evaluation.report import environment
+    from m3runtime.lab.results import environment
 
     console = Console()
     for batch in found.batches:
@@ -120,7 +120,7 @@ def _show_decode(found: "DecodeBench") -> None:
     )
 
 
-def _show_batch(console: "Console", batch: "Batch") -> None:
+def _show_batch(console: "Console", batch: "BatchBench") -> None:
     from rich.table import Table
 
     from m3runtime.lab.bench.decode_runs import MEMORIES, PLAIN
@@ -159,7 +159,7 @@ def _show_tiers(found: "TierBench") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from m3runtime.lab.evaluation.report import environment
+    from m3runtime.lab.results import environment
 
     console = Console()
     for blocks in dict.fromkeys(row.blocks for row in found.rows):

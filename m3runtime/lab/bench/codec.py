@@ -3,7 +3,6 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from m3runtime.errors import InputError
 from m3runtime.lab.bench.codec_error import Error, errors
 from m3runtime.lab.bench.codec_speed import Speed, decode_speed, filled
 from m3runtime.lab.bench.timing import threads
-from m3runtime.lab.evaluation.report import environment, plain
+from m3runtime.lab.results import environment, plain
 from m3runtime.memory.block import HEADER_BYTES
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import Memories
@@ -85,7 +84,7 @@ class CodecBench:
             "decoding": plain(self.speed),
             "decoding_ratios": speedups(self.speed),
             "at_rest": plain(self.at_rest),
-            "environment": environment() | {name: _version(name) for name in ("numba", "triton", "zstandard")},
+            "environment": environment(),
         }
 
 
@@ -151,13 +150,6 @@ def bench_codec(
         at_rest = [_at_rest(name, codec, held_out) for name, codec in stored.items()]
     prints = {"model": adapter.model_fingerprint, "codec": ours.fingerprint}
     return CodecBench(settings, str(adapter.device), config.model_dump(mode="json"), prints, found, speed, at_rest)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
 
 
 def quarter(spec: MemorySpec, sample: Memories, scope: str) -> ProductCodec:

@@ -12,7 +12,8 @@ from m3runtime.codecs import Codec
 from m3runtime.codecs.product.codec import ProductCodec
 from m3runtime.codecs.product.faiss_exchange import index_of, to_faiss
 from m3runtime.codecs.product.stages import StagesQuantiser
-from m3runtime.lab.bench.timing import Spread, alternate
+from m3runtime.lab.bench.timing import alternate
+from m3runtime.lab.results import Spread
 from m3runtime.memory.tensors import Memories
 
 COPY = "copy of the result"

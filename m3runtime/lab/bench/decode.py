@@ -3,7 +3,7 @@
 import random
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from m3runtime.errors import InputError
 from m3runtime.lab.bench.banks import bank_for
 from m3runtime.lab.bench.decode_runs import KINDS, MEMORIES, NOTHING, PLAIN, TEXT, WITHOUT_LOOKAHEAD, Contenders, Run
 from m3runtime.lab.bench.timeline import draw_timeline
-from m3runtime.lab.bench.timing import Spread, threads, turns
-from m3runtime.lab.evaluation.report import environment, plain
+from m3runtime.lab.bench.timing import threads, turns
+from m3runtime.lab.results import Result, Spread
 from m3runtime.writing.writer import OnProgress
 
 PROMPT_TOKENS = 20
@@ -50,7 +50,7 @@ class DecodeSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class DecodeTimes:
     """One way to decode, over all rounds."""
 
     tokens_per_s: Spread
@@ -103,7 +103,7 @@ class Bound:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class BatchBench:
     """All that was measured at one batch size."""
 
     batch: int
@@ -111,7 +111,7 @@ class Batch:
     """For `PLAIN` and `TEXT`: tokens a second of each variant of the baseline before the first round, or its error."""
     chosen: Mapping[str, str]
     """The fastest of them, which takes part in the rounds."""
-    contenders: Mapping[str, Contender]
+    contenders: Mapping[str, DecodeTimes]
     boundaries: Mapping[str, Boundaries]
     bound: Bound
     same_tokens: Mapping[str, bool]
@@ -119,7 +119,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeBench:
+class DecodeBench(Result):
     """All that was measured."""
 
     settings: DecodeSettings
@@ -131,11 +131,7 @@ class DecodeBench:
     config: Mapping[str, Any]
     fingerprints: Mapping[str, str]
     prompt_tokens: int
-    batches: Sequence[Batch]
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {**plain(asdict(self)), "environment": environment()}
+    batches: Sequence[BatchBench]
 
 
 def bench_decode(
@@ -195,7 +191,7 @@ def draw_prompts(adapter: Adapter, texts: Sequence[str], tokens: int, seed: int)
 
 def _batch(
     contenders: Contenders, prompts: Sequence[Prompt], size: int, settings: DecodeSettings, progress: OnProgress
-) -> Batch:
+) -> BatchBench:
     rounds = settings.rounds
     asked = [[prompts[(number * size + row) % len(prompts)] for row in range(size)] for number in range(rounds + 1)]
     prompted = {PLAIN: asked}
@@ -230,7 +226,7 @@ def _batch(
         if number:
             runs[name].append(run)
     progress(f"rounds {size}", rounds + 1, rounds + 1)
-    return Batch(
+    return BatchBench(
         batch=size,
         variants=variants,
         chosen=chosen,
@@ -241,22 +237,18 @@ def _batch(
     )
 
 
-def contender(runs: Mapping[str, Sequence[Run]], name: str) -> Contender:
+def contender(runs: Mapping[str, Sequence[Run]], name: str) -> DecodeTimes:
     """Sum up one contender's counted rounds, beside those of the others: runs of equal place are of one round."""
     own, plainly, text = runs[name], runs[PLAIN], runs.get(TEXT)
-    return Contender(
-        tokens_per_s=Spread.of([run.tokens_per_s for run in own]),
-        call_tokens_per_s=Spread.of([run.call_tokens_per_s for run in own]),
-        first_token_s=Spread.of([run.first_token_s for run in own]),
-        kept=Spread.of([one.tokens_per_s / other.tokens_per_s for one, other in zip(own, plainly, strict=True)]),
-        call_kept=Spread.of(
-            [one.call_tokens_per_s / other.call_tokens_per_s for one, other in zip(own, plainly, strict=True)]
-        ),
-        first_token_of_text=Spread.of(
-            [one.first_token_s / other.first_token_s for one, other in zip(own, text, strict=True)]
-        )
-        if text
-        else None,
+    speeds, calls = [run.tokens_per_s for run in own], [run.call_tokens_per_s for run in own]
+    firsts = [run.first_token_s for run in own]
+    return DecodeTimes(
+        tokens_per_s=Spread.of(speeds),
+        call_tokens_per_s=Spread.of(calls),
+        first_token_s=Spread.of(firsts),
+        kept=Spread.ratio(speeds, [run.tokens_per_s for run in plainly]),
+        call_kept=Spread.ratio(calls, [run.call_tokens_per_s for run in plainly]),
+        first_token_of_text=Spread.ratio(firsts, [run.first_token_s for run in text]) if text else None,
     )
 
 

@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from m3runtime import assembly
 from m3runtime.bank.bank import Bank
 from m3runtime.config.schema import Config
 from m3runtime.lab.bench.synthetic import Built, build, centres, queries
-from m3runtime.lab.bench.timing import Spread, threads, turns, wait
-from m3runtime.lab.evaluation.report import environment, plain
+from m3runtime.lab.bench.timing import threads, turns, wait
+from m3runtime.lab.results import Result, Spread
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.retrieval.retriever import Retriever
 from m3runtime.runtime import Runtime
@@ -42,7 +42,7 @@ class RecallSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class RecallTimes:
     """The times of one kind of recall over one bank, in seconds."""
 
     name: str
@@ -54,33 +54,25 @@ class Row:
     """The time of each of these over the time of the embedding in the same recall."""
 
     @classmethod
-    def of(cls, name: str, memories: int, recalls: Sequence[Mapping[str, float]]) -> "Row":
+    def of(cls, name: str, memories: int, recalls: Sequence[Mapping[str, float]]) -> "RecallTimes":
         """Sum up recalls that `timed_recall` measured."""
         stages = {stage: [one[stage] for one in recalls] for stage in (*PARTS, WHOLE, OURS)}
-        ratios = {
-            stage: Spread.of([seconds / embedding for seconds, embedding in zip(of, stages["embed"], strict=True)])
-            for stage, of in stages.items()
-            if stage != "embed"
-        }
+        ratios = {stage: Spread.ratio(of, stages["embed"]) for stage, of in stages.items() if stage != "embed"}
         return cls(name, memories, {stage: Spread.of(of) for stage, of in stages.items()}, ratios)
 
 
 @dataclass(frozen=True, slots=True)
-class RecallBench:
+class RecallBench(Result):
     """The result of `bench_recall`."""
 
     settings: RecallSettings
     device: str
     config: Mapping[str, Any]
     embedder: str
-    rows: Sequence[Row]
+    rows: Sequence[RecallTimes]
     built: Sequence[Built]
     growth: Mapping[str, Spread]
     """For `WHOLE` and `OURS`: the time over the largest bank, over the time over the smallest for the same text."""
-
-    def to_json(self) -> dict[str, Any]:
-        """All figures, with software and machine, as JSON values."""
-        return {**plain(asdict(self)), "environment": environment()}
 
 
 def bench_recall(config: Config, settings: RecallSettings, progress: OnProgress) -> RecallBench:
@@ -112,16 +104,17 @@ def bench_recall(config: Config, settings: RecallSettings, progress: OnProgress)
             if number:
                 found[names[name]].append(stages)
         progress("recall", every, every)
-        pairs = list(zip(found[sizes[0]], found[sizes[-1]], strict=True))
+        small, large = found[sizes[0]], found[sizes[-1]]
         return RecallBench(
             settings=settings,
             device=str(assembly.device(config)),
             config=config.model_dump(mode="json"),
             embedder=f"{Path(config.embedder.path).name} ({embedder.fingerprint})",
-            rows=[Row.of(f"{size:,}", size, stages) for size, stages in found.items()],
+            rows=[RecallTimes.of(f"{size:,}", size, stages) for size, stages in found.items()],
             built=built,
             growth={
-                stage: Spread.of([large[stage] / small[stage] for small, large in pairs]) for stage in (WHOLE, OURS)
+                stage: Spread.ratio([one[stage] for one in large], [one[stage] for one in small])
+                for stage in (WHOLE, OURS)
             },
         )
 

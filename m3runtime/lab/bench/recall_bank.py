@@ -2,14 +2,14 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from m3runtime.config.schema import Config
 from m3runtime.errors import InputError
-from m3runtime.lab.bench.recall import WHOLE, Row, measured, timed_recall
-from m3runtime.lab.bench.timing import Spread, threads, turns
-from m3runtime.lab.evaluation.report import environment, plain
+from m3runtime.lab.bench.recall import WHOLE, RecallTimes, measured, timed_recall
+from m3runtime.lab.bench.timing import threads, turns
+from m3runtime.lab.results import Result, Spread
 from m3runtime.runtime import Runtime
 from m3runtime.storage.defaults import HOME
 from m3runtime.writing.writer import OnProgress
@@ -35,7 +35,7 @@ class RecallBankSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class RecallBankBench:
+class RecallBankBench(Result):
     """The result of `bench_bank`."""
 
     settings: RecallBankSettings
@@ -44,7 +44,7 @@ class RecallBankBench:
     fingerprints: Mapping[str, str]
     memory_tokens: Spread
     """Tokens of memory that a cold recall delivers."""
-    rows: Sequence[Row]
+    rows: Sequence[RecallTimes]
     """`COLD`: no memory is decoded yet. `WARM`: the same memories were recalled by another stream before."""
     cold_of_warm: Spread
     """The time of a cold recall over the time of a warm one in the same round."""
@@ -52,10 +52,6 @@ class RecallBankBench:
     """Warm recalls that read or decoded a block nevertheless."""
     warm_other: int
     """Warm recalls that chose other memories than the cold recall of the same text."""
-
-    def to_json(self) -> dict[str, Any]:
-        """All figures, with software and machine, as JSON values."""
-        return {**plain(asdict(self)), "environment": environment()}
 
 
 def bench_bank(config: Config, settings: RecallBankSettings, progress: OnProgress) -> RecallBankBench:
@@ -88,15 +84,14 @@ def bench_bank(config: Config, settings: RecallBankSettings, progress: OnProgres
                 seconds[name].append(stages)
         progress("recall", every, every)
         home = len(runtime.bank.home)
-        pairs = zip(seconds[COLD], seconds[WARM], strict=True)
         return RecallBankBench(
             settings=settings,
             device=str(runtime.device),
             config=config.model_dump(mode="json"),
             fingerprints=runtime.bank.manifest.fingerprints(),
             memory_tokens=Spread.of(tokens),
-            rows=[Row.of(name, home, recalls) for name, recalls in seconds.items()],
-            cold_of_warm=Spread.of([cold[WHOLE] / warm[WHOLE] for cold, warm in pairs]),
+            rows=[RecallTimes.of(name, home, recalls) for name, recalls in seconds.items()],
+            cold_of_warm=Spread.ratio(*([one[WHOLE] for one in seconds[name]] for name in (COLD, WARM))),
             warm_decoded=sum(one["read"] + one["decode"] > 0 for one in seconds[WARM]),
             warm_other=other,
         )

@@ -1,7 +1,7 @@
 """``m3 bench tiers``: each tier, and the whole way up, beside plain reads, writes and copies of the same bytes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,8 @@ from m3runtime import assembly
 from m3runtime.config.schema import Config
 from m3runtime.lab.bench.banks import bank_for
 from m3runtime.lab.bench.tier_runs import Contender, TierRuns
-from m3runtime.lab.bench.timing import Spread, threads, timed
-from m3runtime.lab.evaluation.report import environment, plain
+from m3runtime.lab.bench.timing import threads, timed
+from m3runtime.lab.results import Result, Spread
 from m3runtime.writing.writer import OnProgress
 
 BATCHES = (1, 5, 32)
@@ -29,7 +29,7 @@ class TierSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TierTimes:
     """One contender with one number of blocks."""
 
     name: str
@@ -44,7 +44,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class TierBench:
+class TierBench(Result):
     """All that was measured."""
 
     settings: TierSettings
@@ -57,11 +57,7 @@ class TierBench:
     fingerprints: Mapping[str, str]
     has_cold: bool
     """Whether the page cache could be emptied for the rows that are called cold; else there are none."""
-    rows: Sequence[Row]
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {**plain(asdict(self)), "environment": environment()}
+    rows: Sequence[TierTimes]
 
 
 def bench_tiers(config: Config, corpus: Sequence[Path], settings: TierSettings, progress: OnProgress) -> TierBench:
@@ -75,7 +71,7 @@ def bench_tiers(config: Config, corpus: Sequence[Path], settings: TierSettings, 
         TierRuns(own, assembly.device(config)) as runs,
     ):
         sizes = sorted({min(size, len(runs.ids)) for size in settings.batches})
-        rows: list[Row] = []
+        rows: list[TierTimes] = []
         for place, size in enumerate(sizes):
             done = place * (settings.rounds + 1)
 
@@ -109,10 +105,9 @@ def bench_tiers(config: Config, corpus: Sequence[Path], settings: TierSettings, 
 
 def _rows(
     contenders: Mapping[str, Contender], seconds: Mapping[str, Sequence[float]], blocks: int, size: float
-) -> list[Row]:
+) -> list[TierTimes]:
     found = []
     for name, own in seconds.items():
         baseline = contenders[name].baseline
-        speed = [theirs / mine for theirs, mine in zip(seconds[baseline], own, strict=True)]
-        found.append(Row(name, blocks, size, Spread.of(own), baseline, Spread.of(speed)))
+        found.append(TierTimes(name, blocks, size, Spread.of(own), baseline, Spread.ratio(seconds[baseline], own)))
     return found

@@ -30,13 +30,11 @@ def draw_timeline(events: Sequence[Event], path: Path) -> None:
 
     The image is made with the package of the extra ``eval``. Raises `OSError` if it cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     shown = [name for name in ROWS if any(event.name == name for event in events)]
     end = max((event.end for event in events), default=1.0)
     figure = Figure(figsize=(12.0, 0.9 + 0.32 * max(1, len(shown))), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     chunks = sorted((event.start, event.end) for event in events if event.name == "chunk")
     for number, (start, stop) in enumerate(chunks):

@@ -4,37 +4,12 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from m3runtime.lab.results import Spread
+
 _PAUSE = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Figures of some rounds; seconds, where nothing else is said."""
-
-    median: float
-    low: float
-    """First quartile."""
-    high: float
-    """Third quartile."""
-    rounds: int
-
-    @classmethod
-    def of(cls, figures: Sequence[float]) -> "Spread":
-        """Of at least one figure."""
-        low, median, high = np.quantile(figures, [0.25, 0.5, 0.75])
-        return cls(float(median), float(low), float(high), len(figures))
-
-    def __str__(self) -> str:
-        return f"{1e3 * self.median:.2f} ms ({1e3 * self.low:.2f} to {1e3 * self.high:.2f})"
-
-    def show(self, digits: int) -> str:
-        """For figures that are no seconds, with so many digits after the point."""
-        return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
 
 
 def alternate(

@@ -4,7 +4,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from m3runtime.documents.reading import Document, read_documents
 from m3runtime.documents.references import references_of
 from m3runtime.documents.splitting import Splitter
 from m3runtime.lab.bench.banks import full_pieces
-from m3runtime.lab.bench.timing import Spread, threads, turns, wait
-from m3runtime.lab.evaluation.report import environment, plain
+from m3runtime.lab.bench.timing import threads, turns, wait
+from m3runtime.lab.results import Result, Spread
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.writing import codec_files
 from m3runtime.writing.encoding import GROUP, batches
@@ -45,7 +45,7 @@ class WriteSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class WriteBench:
+class WriteBench(Result):
     """All that was measured."""
 
     settings: WriteSettings
@@ -66,10 +66,6 @@ class WriteBench:
     """Of the seconds of `WRITE`, those that went by in each of `m3runtime.writing.writer.STAGES`; they may overlap."""
     beside: bool
     """Whether encoding and embedding overlapped with the model. Committing does in any case."""
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {**plain(asdict(self)), "environment": environment()}
 
 
 def bench_write(
@@ -176,11 +172,7 @@ def _measure(
         config=config.model_dump(mode="json"),
         fingerprints={"model": adapter.model_fingerprint, "embedder": embedder.fingerprint},
         seconds={name: Spread.of(found) for name, found in seconds.items()},
-        kept={
-            name: Spread.of([theirs / ours for theirs, ours in zip(found, of_write, strict=True)])
-            for name, found in seconds.items()
-            if name != WRITE
-        },
+        kept={name: Spread.ratio(found, of_write) for name, found in seconds.items() if name != WRITE},
         shares={stage: Spread.of([one.stages[stage] / one.seconds for one in counted]) for stage in STAGES},
         beside=writer.beside,
     )

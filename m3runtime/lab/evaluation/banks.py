@@ -17,7 +17,7 @@ def write_bank(
     adapter: Adapter,
     embedder: Embedder,
     references: Sequence[Document],
-    progress: OnProgress | None = None,
+    progress: OnProgress,
 ) -> None:
     """Remember references, each whole; goes on where it was stopped.
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -13,11 +14,11 @@ from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError
 from m3runtime.lab.evaluation.choosing import MEMORIES, Case, Pair, Setting, grid
-from m3runtime.lab.evaluation.held_out import FEWEST, Statement, Statements, holds, make_statements
-from m3runtime.lab.evaluation.journal import Journal
-from m3runtime.lab.evaluation.laboratory import Choice, Laboratory
+from m3runtime.lab.evaluation.journal import Journal, silent
+from m3runtime.lab.evaluation.laboratory import Laboratory, weighted
+from m3runtime.lab.evaluation.statements import FEWEST, Statement, Statements, holds, make_statements
 from m3runtime.memory.spec import fingerprint
-from m3runtime.retrieval.retriever import Match, log_weights
+from m3runtime.retrieval.retriever import Match
 from m3runtime.runtime import Runtime
 from m3runtime.writing.writer import OnProgress
 
@@ -72,7 +73,7 @@ def calibrate(
     settings: CalibrationSettings,
     folder: Path,
     open_adapter: Callable[[], Adapter],
-    progress: OnProgress | None = None,
+    progress: OnProgress = silent,
 ) -> CalibrationResults:
     """Score the answers of statements from the configuration's own bank, of which nothing is changed.
 
@@ -146,22 +147,10 @@ class _Scorer:
             tokens = sum(self.references[match.id].tokens for match in recalled)
             yield _Task(_key(statement, recalled), statement, recalled, tokens)
 
-    def score(self, tasks: Sequence[_Task], size: int, journal: Journal, progress: OnProgress | None) -> None:
-        """Score what is not in the journal yet.
-
-        Batches are always of the same tasks, or rounding would make the results of a stopped run other ones.
-        """
+    def score(self, tasks: Sequence[_Task], size: int, journal: Journal, progress: OnProgress) -> None:
+        """Score the tasks that the journal lacks."""
         ordered = sorted(tasks, key=lambda task: (task.tokens, task.key))  # so that little is padded
-        for start in range(0, len(ordered), size):
-            if progress:
-                progress("scores", start, len(ordered))
-            batch = ordered[start : start + size]
-            missing = {task.key for task in batch} - journal.done.keys()
-            if missing:
-                scored = self._score(batch)
-                journal.add({task.key: one for task, one in zip(batch, scored, strict=True) if task.key in missing})
-        if progress:
-            progress("scores", len(ordered), len(ordered))
+        journal.fill(ordered, size, lambda task: task.key, self._score, partial(progress, "scores"))
 
     def _score(self, tasks: Sequence[_Task]) -> list[list[float]]:
         ids = dict.fromkeys(match.id for task in tasks for match in task.recalled)
@@ -169,10 +158,7 @@ class _Scorer:
         choices = {}
         for task in tasks:
             there = [match for match in task.recalled if match.id in parts]  # as in serving: a bad block is left out
-            weights = log_weights(there, self.runtime.config.recall.score_temperature)
-            choices[task.key] = [
-                Choice(match.id, match.score, weight) for match, weight in zip(there, weights, strict=True)
-            ]
+            choices[task.key] = weighted(there, self.runtime.config.recall.score_temperature)
         laboratory = Laboratory(self.runtime.config, self.adapter.spec, parts, self.references, choices)
         # The key stands for the query: one statement is in a batch several times, with other memories each time.
         prompts = [Prompt(task.statement.prompt, query=task.key) for task in tasks]

@@ -9,7 +9,7 @@ from m3runtime.adapters.base import Adapter
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import Document
 from m3runtime.lab.evaluation.passages import hold_out
-from m3runtime.lab.evaluation.statistics import Estimate, mean
+from m3runtime.lab.evaluation.statistics import Estimate, difference, mean
 from m3runtime.lab.evaluation.text_run import run_text
 from m3runtime.lab.evaluation.trials import changed
 from m3runtime.writing.writer import OnProgress
@@ -42,7 +42,7 @@ def chunk_lengths(
     *,
     passages: int,
     seed: int,
-    progress: OnProgress | None = None,
+    progress: OnProgress,
 ) -> tuple[ChunkLength, ...]:
     """Score passages of some of the documents under every length; which ones, the seed says.
 
@@ -71,8 +71,11 @@ def chunk_lengths(
             settings, adapter, corpus, folder / f"chunks-{tokens}", modes=("none", "memory"), progress=progress
         )
         alone, memory = results.passage_means("none"), results.passage_means("memory")
-        gains = [ours - theirs for ours, theirs in zip(memory, alone, strict=True)]
-        found.append(ChunkLength(tokens, mean(alone, seed), mean(memory, seed), mean(gains, seed), SCORED // tokens))
+        found.append(
+            ChunkLength(
+                tokens, mean(alone, seed), mean(memory, seed), difference(memory, alone, seed), SCORED // tokens
+            )
+        )
     return tuple(found)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from m3runtime.bank.bank import as_ids
 from m3runtime.config.schema import Config, GenerateConfig
 from m3runtime.documents.reading import Document
 from m3runtime.lab.evaluation.banks import write_bank
-from m3runtime.lab.evaluation.journal import Journal
+from m3runtime.lab.evaluation.journal import Journal, silent
 from m3runtime.lab.evaluation.judging import is_invented, is_right
 from m3runtime.lab.evaluation.modes import MODES, NEAREST, NEEDS_ANSWER, SEARCHING, Asker, Item, Mode
 from m3runtime.lab.evaluation.world import Question, make_world
@@ -90,7 +91,7 @@ class FactsRun:
             unanswerable=settings.unanswerable,
         )
 
-    def run(self, adapter: Adapter, progress: OnProgress | None = None, modes: Iterable[Mode] = MODES) -> FactsResults:
+    def run(self, adapter: Adapter, progress: OnProgress = silent, modes: Iterable[Mode] = MODES) -> FactsResults:
         """Write the bank, ask all questions in all modes, measure times; what is done already is not done again.
 
         ``progress`` is called with ``codec``, ``memories``, a mode or ``timing``, what is done of it, and all of it.
@@ -109,7 +110,7 @@ class FactsRun:
             timings = self._time(asker_of(adapter, runtime, items), modes, items, progress)
             return FactsResults(items, answers, timings, runtime.bank.manifest.fingerprints())
 
-    def _write(self, adapter: Adapter, progress: OnProgress | None) -> None:
+    def _write(self, adapter: Adapter, progress: OnProgress) -> None:
         seed, references = self.world.seed, self.world.references
         documents = [Document(f"world-{seed}:{number}", text) for number, text in enumerate(references)]
         embedder = assembly.open_embedder(self.config)
@@ -130,27 +131,21 @@ class FactsRun:
             items.append(Item(key, question, text, tuple(matches), tuple(recalled), right))
         return tuple(items)
 
-    def _ask_all(
-        self, asker: Asker, mode: Mode, items: Sequence[Item], journal: Journal, progress: OnProgress | None
-    ) -> None:
-        # Of like length in a batch, so that little is padded. A batch is asked again as a whole or not at all: in
-        # another one rounding would make other results of the same question.
+    def _ask_all(self, asker: Asker, mode: Mode, items: Sequence[Item], journal: Journal, progress: OnProgress) -> None:
         all_asked = _asked(mode, items)
         journal.add(self._known(asker, mode, all_asked, journal))
+        # Items of similar length share a batch, so that little is padded.
         asked = sorted(
             (item for item in all_asked if not self._twin(asker, mode, item)),
             key=lambda item: (asker.length(mode, item), item.key),
         )
-        for start in range(0, len(asked), self.settings.batch):
-            batch = asked[start : start + self.settings.batch]
-            if all(f"{mode}/{item.key}" in journal.done for item in batch):
-                continue
-            if progress:
-                progress(mode, start, len(asked))
-            records = ask(asker, mode, batch, self.config.generate)
-            journal.add({f"{mode}/{item.key}": record for item, record in records})
-        if progress:
-            progress(mode, len(asked), len(asked))
+        journal.fill(
+            asked,
+            self.settings.batch,
+            lambda item: f"{mode}/{item.key}",
+            lambda batch: ask(asker, mode, batch, self.config.generate),
+            partial(progress, mode),
+        )
 
     def _known(self, asker: Asker, mode: Mode, items: Sequence[Item], journal: Journal) -> dict[str, Any]:
         """What need not be asked: the same references in the same prompt were put to the model in another mode."""
@@ -169,17 +164,15 @@ class FactsRun:
         return next((twin for twin in earlier if asker.texts(twin, item) == asker.texts(mode, item)), None)
 
     def _time(
-        self, asker: Asker, modes: Sequence[Mode], items: Sequence[Item], progress: OnProgress | None
+        self, asker: Asker, modes: Sequence[Mode], items: Sequence[Item], progress: OnProgress
     ) -> tuple[Timing, ...]:
         """Questions one by one, the modes in turn so that all of them see the machine in the same moods."""
         chosen = [item for item in items if item.right is not None][: self.settings.timed]
         timings = []
         for number, item in enumerate(chosen):
-            if progress:
-                progress("timing", number, len(chosen))
+            progress("timing", number, len(chosen))
             timings += [time_one(asker, mode, item, self.config.generate) for mode in modes]
-        if progress:
-            progress("timing", len(chosen), len(chosen))
+        progress("timing", len(chosen), len(chosen))
         return tuple(timings)
 
     def _fingerprint(self, runtime: Runtime) -> str:
@@ -206,7 +199,7 @@ def asked_of(question: Question, ask: Ask) -> str:
     return question.text if ask == "questions" else question.statement
 
 
-def ask(asker: Asker, mode: Mode, items: Sequence[Item], settings: GenerateConfig) -> list[tuple[Item, dict[str, Any]]]:
+def ask(asker: Asker, mode: Mode, items: Sequence[Item], settings: GenerateConfig) -> list[dict[str, Any]]:
     """Put items to the model: what it answers, and how likely it finds the right answer."""
     continuations = [None if item.right is None else f" {item.question.answers[0]}" for item in items]
     with asker.ready(mode, items) as (prompts, streams):
@@ -218,7 +211,7 @@ def ask(asker: Asker, mode: Mode, items: Sequence[Item], settings: GenerateConfi
             record["invented"] = is_invented(answer.text)
         else:
             record |= {"right": is_right(answer.text, item.question.answers), "log_probs": list(score.log_probs)}
-        records.append((item, record))
+        records.append(record)
     return records
 
 

@@ -2,12 +2,18 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from m3runtime.errors import InputError
 from m3runtime.memory.spec import canonical_json
+
+T = TypeVar("T")
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Report progress to nobody."""
 
 
 class Journal:
@@ -33,6 +39,28 @@ class Journal:
         self._write([{"key": key, "value": value} for key, value in records.items()])
         # As a later run will read them: tuples as lists, keys as text.
         self.done.update(json.loads(json.dumps(dict(records))))
+
+    def fill(
+        self,
+        tasks: Sequence[T],
+        size: int,
+        key: Callable[[T], str],
+        compute: Callable[[Sequence[T]], Sequence[Any]],
+        progress: Callable[[int, int], None],
+    ) -> None:
+        """Compute the records of the tasks that have none, ``size`` tasks in a call of ``compute``.
+
+        Equal tasks in equal order are always batched alike, also if some are done: in another batch, rounding would
+        give other records. ``progress`` is called with the number of tasks that are done, and of all.
+        """
+        for start in range(0, len(tasks), size):
+            batch = tasks[start : start + size]
+            missing = {key(task) for task in batch} - self.done.keys()
+            if missing:
+                progress(start, len(tasks))
+                records = zip(batch, compute(batch), strict=True)
+                self.add({key(task): record for task, record in records if key(task) in missing})
+        progress(len(tasks), len(tasks))
 
     def close(self) -> None:
         """Close the file."""

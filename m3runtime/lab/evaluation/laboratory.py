@@ -8,6 +8,7 @@ import torch
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
 from m3runtime.memory.spec import MemorySpec
+from m3runtime.retrieval.retriever import Match, log_weights
 from m3runtime.stream import Part, Recalled, Stream
 
 
@@ -18,6 +19,12 @@ class Choice:
     id: int
     score: float
     log_weight: float = 0.0
+
+
+def weighted(matches: Sequence[Match], temperature: float | None) -> list[Choice]:
+    """The choice of these matches, weighted as ``recall.score_temperature`` says."""
+    weights = log_weights(matches, temperature)
+    return [Choice(match.id, match.score, weight) for match, weight in zip(matches, weights, strict=True)]
 
 
 class Laboratory:

@@ -8,11 +8,9 @@ from m3runtime.storage.files import write_atomically
 
 def draw_losses(stages: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
     """Draw each stage's losses, steps and nats, one after the other, into a picture, such as a png."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.0, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     begun = 0
     for name, losses in stages.items():

@@ -35,14 +35,12 @@ class Plot:
 def draw(plot: Plot, folder: Path) -> None:
     """Write ``NAME.png`` and ``NAME.svg``; equal plots give equal files."""
     import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Random ids of SVG elements would make equal plots differ, as would a date.
     with mpl.rc_context({"svg.hashsalt": plot.name, "svg.fonttype": "none", "font.size": 9}):
         width = max(6.0, 0.45 * len(plot.labels) * max(1, len(plot.series)))
         figure = Figure(figsize=(min(width, 14.0), 3.6), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         for number, series in enumerate(plot.series):
             heights = [estimate.value for estimate in series.values]

@@ -1,21 +1,16 @@
 """`Report`: what an evaluation found, as files: ``report.json`` for machines, ``report.md`` and pictures for people."""
 
 import json
-import os
-import platform
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from m3runtime.lab.evaluation.plots import Plot, draw
 from m3runtime.lab.evaluation.statistics import Estimate
+from m3runtime.lab.results import environment, plain
 from m3runtime.memory.spec import canonical_json
 from m3runtime.storage.files import write_atomically
-
-PACKAGES = ("m3runtime", "torch", "transformers", "sentence-transformers", "usearch", "faiss-cpu", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,44 +99,6 @@ def markdown_table(table: Table) -> list[str]:
     lines = [f"| {' | '.join(table.columns)} |", "|" + "---|" * len(table.columns)]
     lines += [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in table.rows]
     return [*lines, "", table.note] if table.note else lines
-
-
-def environment() -> dict[str, str]:
-    """Software and machine."""
-    import torch
-
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    found["machine"] = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
-    if torch.cuda.is_available():
-        found["accelerator"] = torch.cuda.get_device_name()
-    found["system"] = f"{platform.system()} {platform.machine()}"
-    return found
-
-
-def _processor() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses, mappings and tuples as what JSON has."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {str(name): plain(inner) for name, inner in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [plain(inner) for inner in value]
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
-        return str(value)  # which JSON does not have
-    return str(value) if isinstance(value, Path) else value
 
 
 def _cell(value: object) -> str:

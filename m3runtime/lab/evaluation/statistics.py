@@ -39,6 +39,14 @@ def mean(values: Sequence[float], seed: int = 0) -> Estimate:
     return Estimate(value, float(interval.low), float(interval.high), len(observed))
 
 
+def difference(values: Sequence[float], baseline: Sequence[float], seed: int = 0) -> Estimate:
+    """The mean of ``values`` less ``baseline``, in pairs: both are of the same questions, in order.
+
+    Raises `ValueError` for no values, or another number of them than of the baseline.
+    """
+    return mean([value - base for value, base in zip(values, baseline, strict=True)], seed)
+
+
 def ratio(values: Sequence[float], baseline: Sequence[float], seed: int = 0) -> Estimate:
     """Mean of ``values`` over mean of ``baseline``, resampled in pairs: both are of the same questions.
 

@@ -16,9 +16,9 @@ from typing import Any
 from m3runtime.adapters.base import Adapter
 from m3runtime.config.schema import Config, GenerateConfig
 from m3runtime.errors import CodecError, ConfigError
-from m3runtime.lab.evaluation.journal import Journal
-from m3runtime.lab.evaluation.statistics import Estimate, mean
-from m3runtime.lab.evaluation.trials import Mode, Trial, Trials, changed
+from m3runtime.lab.evaluation.journal import Journal, silent
+from m3runtime.lab.evaluation.statistics import Estimate, difference
+from m3runtime.lab.evaluation.trials import Trial, TrialMode, Trials, changed
 from m3runtime.lab.evaluation.world import make_world
 from m3runtime.memory.spec import fingerprint
 from m3runtime.writing.writer import OnProgress
@@ -139,10 +139,7 @@ def choose(trials: Sequence[Trial], seed: int) -> tuple[int, list[Estimate], lis
 def _as_good(values: Sequence[Sequence[float]], among: Sequence[int], seed: int) -> tuple[list[int], list[Estimate]]:
     """Of some rows of values those that are not told from the highest, and how far every row is behind that."""
     best = max(among, key=lambda index: sum(values[index]))
-    behind = [
-        mean([top - value for top, value in zip(values[best], row, strict=True)], seed) if row else _NEVER
-        for row in values
-    ]
+    behind = [difference(values[best], row, seed) if row else _NEVER for row in values]
     return [index for index in among if index == best or behind[index].low <= 0], behind
 
 
@@ -160,11 +157,10 @@ class SweepRun:
             settings.seed, references=settings.references, questions=settings.questions, unanswerable=0
         )
 
-    def run(self, adapter: Adapter, progress: OnProgress | None = None) -> SweepResults:
+    def run(self, adapter: Adapter, progress: OnProgress = silent) -> SweepResults:
         """Go through the axes. ``progress`` is called with an axis (or a part of a trial), what is done, and all."""
         trials = Trials(self.config, adapter, self.world, batch=self.settings.batch)
-        if progress:
-            trials.progress = progress
+        trials.progress = progress
         # Codecs come last: until then memories are read as they are.
         kept: dict[str, Any] = {"codec": {"kind": "raw"}}
         walked = []
@@ -190,24 +186,22 @@ class SweepRun:
             raise ConfigError(f"--axis {min(unknown)} is not known; there are {names}")
         return [axis for axis in found if not self.only or axis.name in self.only]
 
-    def _walk(self, trials: Trials, journal: Journal, axis: Axis, kept: Changes, progress: OnProgress | None) -> Walked:
+    def _walk(self, trials: Trials, journal: Journal, axis: Axis, kept: Changes, progress: OnProgress) -> Walked:
         found, refusals = [], []
         for number, option in enumerate(axis.options):
-            if progress:
-                progress(f"Trying {axis.name}", number, len(axis.options))
+            progress(f"Trying {axis.name}", number, len(axis.options))
             try:
                 found.append(self._trial(trials, journal, "memory", {**kept, **option}))
                 refusals.append("")
             except (ConfigError, CodecError) as error:  # this model cannot have it
                 found.append(Trial((), (), 0.0, 0.0))
                 refusals.append(str(error))
-        if progress:
-            progress(f"Trying {axis.name}", len(axis.options), len(axis.options))
+        progress(f"Trying {axis.name}", len(axis.options), len(axis.options))
         kept_one, less_exact, less_likely = choose(found, self.settings.seed)
         tried = tuple(map(Tried, axis.options, found, less_exact, less_likely, refusals))
         return Walked(axis, tried, kept_one)
 
-    def _trial(self, trials: Trials, journal: Journal, mode: Mode, changes: Changes) -> Trial:
+    def _trial(self, trials: Trials, journal: Journal, mode: TrialMode, changes: Changes) -> Trial:
         config = changed(self.config, changes)
         depends = {
             "memory": config.memory.model_dump(mode="json", exclude={"batch_size"}),

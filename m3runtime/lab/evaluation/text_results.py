@@ -6,8 +6,8 @@ from itertools import chain
 from statistics import fmean
 from typing import Literal
 
-Mode = Literal["none", "text", "memory"]
-MODES: tuple[Mode, ...] = ("none", "text", "memory")
+TextMode = Literal["none", "text", "memory"]
+MODES: tuple[TextMode, ...] = ("none", "text", "memory")
 
 LogProbs = tuple[tuple[float, ...], ...]
 """Natural logarithms of the probabilities of a passage's scored tokens: ``[chunk][token]``."""
@@ -30,7 +30,7 @@ class TextResults:
     dropped: int
     """References that were left out of it because a passage has too much of them."""
     chunk_tokens: int
-    log_probs: Mapping[Mode, tuple[LogProbs, ...]] = field(repr=False)
+    log_probs: Mapping[TextMode, tuple[LogProbs, ...]] = field(repr=False)
     """Of each mode, one for each passage; the same tokens in every mode."""
     recalled: tuple[tuple[Recall, ...], ...] = field(repr=False)
     """What ``memory`` read as memories and ``text`` as text: ``[passage][chunk]``."""
@@ -47,15 +47,15 @@ class TextResults:
         """Scored chunks of each passage."""
         return len(self.recalled[0])
 
-    def mean(self, mode: Mode) -> float:
+    def mean(self, mode: TextMode) -> float:
         """Mean log-probability of a token, in nats; ``exp(-mean)`` is the perplexity."""
         return fmean(self.passage_means(mode))
 
-    def passage_means(self, mode: Mode) -> tuple[float, ...]:
+    def passage_means(self, mode: TextMode) -> tuple[float, ...]:
         """The same of each passage: what a bootstrap draws from, as tokens of a passage depend on each other."""
         return tuple(fmean(chain(*passage)) for passage in self.log_probs[mode])
 
-    def chunk_means(self, mode: Mode) -> tuple[float, ...]:
+    def chunk_means(self, mode: TextMode) -> tuple[float, ...]:
         """The same of the first chunk after the prompts, the second, and so on."""
         return tuple(fmean(chain(*chunks)) for chunks in zip(*self.log_probs[mode], strict=True))
 

@@ -1,8 +1,9 @@
 """How likely a model finds held-out passages of real texts: alone, with references as text, and with memories."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,15 @@ from m3runtime.adapters.base import Adapter
 from m3runtime.config.schema import Config
 from m3runtime.errors import InputError
 from m3runtime.lab.evaluation.banks import write_bank
-from m3runtime.lab.evaluation.journal import Journal
+from m3runtime.lab.evaluation.journal import Journal, silent
 from m3runtime.lab.evaluation.passages import Corpus
-from m3runtime.lab.evaluation.text_results import MODES, Mode, Recall, TextResults
+from m3runtime.lab.evaluation.text_results import MODES, Recall, TextMode, TextResults
 from m3runtime.memory.spec import fingerprint
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.runtime import Runtime
 from m3runtime.writing.writer import OnProgress
 
-_ORDER: tuple[Mode, ...] = ("none", "memory", "text")  # text reads what memory recalled
+_ORDER: tuple[TextMode, ...] = ("none", "memory", "text")  # text reads what memory recalled
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,8 @@ def run_text(
     folder: Path,
     *,
     batch_size: int = 8,
-    modes: Sequence[Mode] = MODES,
-    progress: OnProgress | None = None,
+    modes: Sequence[TextMode] = MODES,
+    progress: OnProgress = silent,
 ) -> TextResults:
     """Write the references into ``folder/bank``, and score the passages in every mode (``memory`` must be one).
 
@@ -89,7 +90,7 @@ class _Run:
         corpus: Corpus,
         journal: Journal,
         batch_size: int,
-        progress: OnProgress | None,
+        progress: OnProgress,
     ) -> None:
         self.adapter = adapter
         self.runtime = runtime
@@ -98,24 +99,17 @@ class _Run:
         self.batch_size = batch_size
         self.progress = progress
 
-    def score(self, mode: Mode) -> None:
-        """Score what is not in the journal yet.
+    def score(self, mode: TextMode) -> None:
+        """Score what the journal lacks."""
 
-        Batches are always of the same tasks, or rounding would make the results of an interrupted run other ones.
-        """
+        def score(batch: Sequence[_Task]) -> list[list[dict[str, Any]]]:
+            scores = self._score(batch, memories=mode == "memory")
+            return [self._record(task, score) for task, score in zip(batch, scores, strict=True)]
+
         tasks = sorted(self._tasks(mode), key=lambda task: task.tokens)  # so that little is padded
-        chunks = {task.key: len(task.chunks) for task in tasks}
-        for start in range(0, len(tasks), self.batch_size):
-            self._report(mode, chunks)
-            batch = tasks[start : start + self.batch_size]
-            missing = {task.key for task in batch} - self.journal.done.keys()
-            if missing:
-                scores = self._score(batch, memories=mode == "memory")
-                records = {task.key: self._record(task, score) for task, score in zip(batch, scores, strict=True)}
-                self.journal.add({key: record for key, record in records.items() if key in missing})
-        self._report(mode, chunks)
+        self.journal.fill(tasks, self.batch_size, lambda task: task.key, score, partial(self.progress, mode))
 
-    def results(self, modes: Sequence[Mode]) -> TextResults:
+    def results(self, modes: Sequence[TextMode]) -> TextResults:
         """What the journal holds, all of which is there."""
         passages = range(len(self.corpus.passages))
         return TextResults(
@@ -135,7 +129,7 @@ class _Run:
 
     # -- tasks --------------------------------------------------------------------------------------------------
 
-    def _tasks(self, mode: Mode) -> Iterator[_Task]:
+    def _tasks(self, mode: TextMode) -> Iterator[_Task]:
         """Whole continuations, or their chunks one by one where each has a prompt of its own."""
         if mode == "text":
             yield from self._text_tasks()
@@ -177,18 +171,13 @@ class _Run:
             for part, recalled in zip(parts, score.chunks, strict=True)
         ]
 
-    def _records(self, mode: Mode, number: int) -> list[dict[str, Any]]:
+    def _records(self, mode: TextMode, number: int) -> list[dict[str, Any]]:
         """The records of a passage's chunks in order."""
         done = self.journal.done
         if mode != "text":
             return list(done[f"{mode}/{number}"])
         places = range(1, len(self.corpus.passages[number].chunks))
         return [record for place in places for record in done[f"text/{number}/{place}"]]
-
-    def _report(self, mode: Mode, chunks: Mapping[str, int]) -> None:
-        if self.progress:
-            done = sum(count for key, count in chunks.items() if key in self.journal.done)
-            self.progress(mode, done, sum(chunks.values()))
 
 
 def _depends_on(config: Config, adapter: Adapter, embedder: Embedder, corpus: Corpus) -> str:

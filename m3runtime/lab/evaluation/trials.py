@@ -19,20 +19,21 @@ from m3runtime.adapters.base import Adapter
 from m3runtime.codecs import Codec
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
+from m3runtime.lab.evaluation.journal import silent
 from m3runtime.lab.evaluation.judging import is_right
-from m3runtime.lab.evaluation.laboratory import Choice, Laboratory
+from m3runtime.lab.evaluation.laboratory import Laboratory, weighted
 from m3runtime.lab.evaluation.modes import NEAREST
 from m3runtime.lab.evaluation.world import World
 from m3runtime.memory.block import HEADER_BYTES
 from m3runtime.memory.spec import canonical_json
 from m3runtime.memory.tensors import Memories
-from m3runtime.retrieval.retriever import Match, log_weights, passing
+from m3runtime.retrieval.retriever import Match, passing
 from m3runtime.stream import Part
 from m3runtime.writing.codec_files import configured
 from m3runtime.writing.fitting import fit_codec, sample_size
 from m3runtime.writing.writer import OnProgress
 
-Mode = Literal["none", "text", "memory"]
+TrialMode = Literal["none", "text", "memory"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class Trials:
         self.config = config
         self.world = world
         self.batch = batch
-        self.progress: OnProgress = lambda *_: None
+        self.progress: OnProgress = silent
         self._adapter = adapter
         self._adapters: dict[str, Adapter] = {}
         self._encoded: tuple[str, dict[int, Part]] = ("", {})
@@ -79,7 +80,7 @@ class Trials:
         }
         self._nearest = self._search()
 
-    def run(self, mode: Mode, changes: Mapping[str, Any]) -> Trial:
+    def run(self, mode: TrialMode, changes: Mapping[str, Any]) -> Trial:
         """All questions, in one mode, under the configuration with ``changes``."""
         config = changed(self.config, changes)
         adapter = self._adapter_of(config)
@@ -92,10 +93,7 @@ class Trials:
         if mode == "memory":
             parts, size = self._parts(config, adapter)
             choices = {
-                question.text: [
-                    Choice(match.id, match.score, weight)
-                    for match, weight in zip(found, log_weights(found, rules.score_temperature), strict=True)
-                ]
+                question.text: weighted(found, rules.score_temperature)
                 for question, found in zip(self.world.questions, matches, strict=True)
             }
             laboratory = Laboratory(config, adapter.spec, parts, self._references, choices)
