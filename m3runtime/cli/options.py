@@ -1,4 +1,4 @@
-"""Options that every command has, and how they are read."""
+"""Options of all commands, the configuration that they select, and output."""
 
 import json
 from pathlib import Path
@@ -18,11 +18,11 @@ ConfigFile = Annotated[
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value: --set recall.memories=3.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def load(file: Path | None, settings: list[str] | None) -> "LoadedConfig":
-    """The configuration in force. Raises `ConfigError`, or `InputError` for a ``--set`` without a value."""
+    """The configuration with the origin of each value. Raises `ConfigError`, or `InputError` for a bad ``--set``."""
     from m3runtime.config.loading import load_config
 
     overrides = {}
@@ -35,17 +35,17 @@ def load(file: Path | None, settings: list[str] | None) -> "LoadedConfig":
 
 
 def configuration(file: Path | None, settings: list[str] | None) -> "Config":
-    """As `load`, without where values came from."""
+    """The configuration in force; see `load`."""
     return load(file, settings).config
 
 
 def print_json(value: Any) -> None:
-    """One line of JSON on standard output."""
+    """Print one line of JSON on standard output."""
     typer.echo(json.dumps(value, ensure_ascii=False))
 
 
 def show_size(size: float) -> str:
-    """Bytes for people."""
+    """A size in bytes, for people."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

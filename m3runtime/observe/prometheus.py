@@ -50,14 +50,14 @@ _TIER = {
 
 
 class Collector(_Collector):
-    """Turns snapshots of `Metrics` into metric families. It is in no registry by itself."""
+    """Converts snapshots of `Metrics` to metric families. It does not register itself."""
 
     def __init__(self, snapshot: Callable[[], Metrics]) -> None:
         """``snapshot`` is called at every scrape, from the threads of the endpoint."""
         self._snapshot = snapshot
 
     def describe(self) -> list[Metric]:
-        """Nothing: registering it takes no snapshot."""
+        """No families, so that registering takes no snapshot."""
         return []
 
     def collect(self) -> Iterator[Metric]:
@@ -82,7 +82,7 @@ class Collector(_Collector):
 
 
 class Endpoint:
-    """Serves metrics over HTTP until it is closed. Raises `ConfigError` if it cannot listen there."""
+    """Serves metrics over HTTP until it is closed. Raises `ConfigError` if it cannot listen on the address."""
 
     def __init__(self, snapshot: Callable[[], Metrics], address: str, port: int) -> None:
         registry = CollectorRegistry()
@@ -95,7 +95,7 @@ class Endpoint:
         self.port = int(self._server.server_port)
 
     def close(self) -> None:
-        """Listen no longer; no thread is left. Closing twice is fine."""
+        """Stop to listen, and end all threads. Closing twice is fine."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -108,7 +108,7 @@ class Endpoint:
 
 
 def serve(snapshot: Callable[[], Metrics], address: str, port: int) -> Endpoint | None:
-    """An `Endpoint`; None, with a warning in the log, where another process listens, which may be one of ours."""
+    """An `Endpoint`, or None with a warning in the log if another process listens on the port."""
     try:
         return Endpoint(snapshot, address, port)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""The bank that speed is measured on: the configured one, or a temporary one of full references."""
+"""`bank_for`: the bank of a bench, either the configured one or a temporary one of full references."""
 
 import random
 import tempfile
@@ -15,17 +15,17 @@ from m3runtime.errors import InputError
 from m3runtime.writing.writer import OnProgress, Writer
 
 _NEARLY = 0.9
-"""Of the most tokens, how many a reference must have to count as full: cut out of its text it may have fewer."""
+"""Least share of the most tokens that a full reference has; cut out of its text it may have fewer than all."""
 
 
 @contextmanager
 def bank_for(
     config: Config, adapter: Adapter | None, corpus: Sequence[Path], references: int, progress: OnProgress
 ) -> Iterator[Config]:
-    """A configuration whose bank is there: this one's, or with a ``corpus`` one that is removed afterwards.
+    """A configuration whose bank exists: this one, or with a ``corpus`` one of a temporary bank.
 
-    That has ``references`` pieces of the corpus at most, each as long as a reference may be. Raises `InputError` if
-    there is no bank and no corpus, or the corpus is too short.
+    The temporary bank has ``references`` pieces of the corpus at most, each as long as a reference may be; it is
+    removed at the end of the block. Raises `InputError` if there is no bank and no corpus, or the corpus is too short.
     """
     if not corpus:
         if not Bank.exists(config.bank, assembly.open_home(config, read_only=True)):
@@ -45,7 +45,7 @@ def bank_for(
 
 
 def full_pieces(adapter: Adapter, documents: Sequence[Document], most: int, seed: int = 0) -> list[Document]:
-    """Pieces of documents, drawn from all, of as many tokens as a reference may have (or a tenth fewer)."""
+    """At most ``most`` random pieces of documents, each of as many tokens as a reference may have, or a tenth fewer."""
     size = adapter.spec.reference_tokens
     found: dict[str, Document] = {}
     for document in documents:

@@ -30,7 +30,7 @@ WHOLE, OURS = "recall", "recall without embedding"
 
 @dataclass(frozen=True, slots=True)
 class RecallSettings:
-    """What is measured, and how often."""
+    """The settings of `bench_recall`."""
 
     sizes: tuple[int, ...] = SIZES
     """Memories of each synthetic bank."""

@@ -24,7 +24,7 @@ _CANDIDATES = 64
 
 @dataclass(frozen=True, slots=True)
 class RecallBankSettings:
-    """What is measured, and how often."""
+    """The settings of `bench_bank`."""
 
     rounds: int = 30
     """Fewer if the bank has not as many queries whose memories are all different."""

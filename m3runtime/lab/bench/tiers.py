@@ -1,4 +1,4 @@
-"""``m3 bench tiers``: each tier, and the whole way up, beside plain reads, writes and copies of the same bytes."""
+"""``m3 bench tiers``: each tier, and the whole path up, against plain reads, writes and copies of the same bytes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,52 +18,52 @@ BATCHES = (1, 5, 32)
 
 @dataclass(frozen=True, slots=True)
 class TierSettings:
-    """What is measured, and how often."""
+    """The settings of ``m3 bench tiers``."""
 
     batches: tuple[int, ...] = BATCHES
-    """Blocks at once."""
+    """Numbers of blocks in one call."""
     rounds: int = 15
     references: int = 64
-    """Of the temporary bank of a corpus, at most."""
+    """Most references in the temporary bank of a corpus."""
     threads: int = 2
 
 
 @dataclass(frozen=True, slots=True)
 class TierTimes:
-    """One contender with one number of blocks."""
+    """The times of one contender with one number of blocks."""
 
     name: str
     blocks: int
     bytes: float
-    """Of the blocks, on average over rounds."""
+    """Bytes of the blocks, mean over rounds."""
     seconds: Spread
     baseline: str
-    """What it is compared with; of a baseline, itself."""
+    """Name of the contender to compare with; a baseline names itself."""
     speed: Spread
-    """The baseline's seconds over its own, in the same round."""
+    """The seconds of the baseline over its own, in the same round."""
 
 
 @dataclass(frozen=True, slots=True)
 class TierBench(Result):
-    """All that was measured."""
+    """The results of ``m3 bench tiers``."""
 
     settings: TierSettings
     device: str
     tiers: Sequence[str]
-    """As configured, fastest first."""
+    """Names of the tiers, fastest first."""
     bank: str
     slot_bytes: int
     config: Mapping[str, Any]
     fingerprints: Mapping[str, str]
     has_cold: bool
-    """Whether the page cache could be emptied for the rows that are called cold; else there are none."""
+    """True if the page cache could be emptied; otherwise there are no cold rows."""
     rows: Sequence[TierTimes]
 
 
 def bench_tiers(config: Config, corpus: Sequence[Path], settings: TierSettings, progress: OnProgress) -> TierBench:
-    """Measure on the configured bank, or on a temporary one of the corpus; each round takes other blocks.
+    """Measure on the configured bank, or on a temporary one of the corpus; each round reads other blocks.
 
-    Raises `InputError` if there is neither bank nor corpus. Beside the bank there is a temporary folder meanwhile.
+    A temporary folder is made next to the bank. Raises `InputError` if there is neither bank nor corpus.
     """
     with (
         threads(settings.threads),

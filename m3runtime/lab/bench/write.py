@@ -1,4 +1,4 @@
-"""``m3 bench write``: how much of a model's own speed is left while memories are written."""
+"""``m3 bench write``: the speed of writing memories against the speed of the model alone."""
 
 import shutil
 import tempfile
@@ -27,58 +27,58 @@ from m3runtime.writing.fitting import fit_codec
 from m3runtime.writing.writer import STAGES, OnProgress, Writer, WriteReport
 
 PLAIN = "the model alone"
-"""As its own library runs it."""
+"""The model as its own library runs it."""
 ENCODE = "memories alone"
-"""As the adapter computes them, up to the last keys and values that are kept."""
+"""Memories as the adapter computes them, up to the last keys and values that are kept."""
 WRITE = "the whole write"
 
 
 @dataclass(frozen=True, slots=True)
 class WriteSettings:
-    """What is measured, and how often."""
+    """The settings of ``m3 bench write``."""
 
     references: int = 64
     rounds: int = 5
     threads: int = 2
-    """That is computed on, on a CPU."""
+    """CPU threads."""
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class WriteBench(Result):
-    """All that was measured."""
+    """The results of ``m3 bench write``."""
 
     settings: WriteSettings
     model: str
     device: str
     dtype: str
     batch: int
-    """References that the model reads at once."""
+    """References in one batch of the model."""
     tokens: int
-    """Of all references."""
+    """Tokens of all references."""
     config: Mapping[str, Any]
     fingerprints: Mapping[str, str]
     seconds: Mapping[str, Spread]
-    """That each contender takes for all references: `PLAIN`, if the adapter has a baseline, `ENCODE` and `WRITE`."""
+    """Seconds for all references, by contender: `PLAIN` if the adapter has a baseline, `ENCODE` and `WRITE`."""
     kept: Mapping[str, Spread]
-    """The throughput of `WRITE` over that of each other in the same round."""
+    """The throughput of `WRITE` over the throughput of each other contender in the same round."""
     shares: Mapping[str, Spread]
-    """Of the seconds of `WRITE`, those that went by in each of `m3runtime.writing.writer.STAGES`; they may overlap."""
+    """The share of `WRITE` that each of `m3runtime.writing.writer.STAGES` takes; stages may overlap."""
     beside: bool
-    """Whether encoding and embedding overlapped with the model. Committing does in any case."""
+    """True if encoding and embedding overlapped with the model. Commits always do."""
 
 
 def bench_write(
     config: Config, adapter: Adapter, corpus: Sequence[Path], settings: WriteSettings, progress: OnProgress
 ) -> WriteBench:
-    """Let the model read the same references by itself and for a new bank, in turns.
+    """Let the model read the same references alone and for a new bank, in turns.
 
-    The references are pieces of the corpus as long as a reference may be, or else the first ones of the bank. The codec
-    is that of ``codec.file``, or the bank's, or is trained on these references beforehand. Raises `InputError` if there
-    is neither bank nor corpus, or the corpus is too short.
+    The references are pieces of the corpus as long as a reference may be, or else the first references of the bank. The
+    codec is that of ``codec.file``, or that of the bank, or is trained on these references first. Raises `InputError`
+    if there is neither bank nor corpus, or the corpus is too short.
     """
     embedder = assembly.open_embedder(config)
-    # Beside the bank, so that what is committed is committed to the same drive.
+    # Next to the bank, so that commits go to the same drive.
     beside = config.bank.parent if config.bank.parent.is_dir() else None
     with (
         threads(settings.threads),
@@ -93,7 +93,7 @@ def bench_write(
 
 
 def _documents(config: Config, adapter: Adapter, corpus: Sequence[Path], settings: WriteSettings) -> list[Document]:
-    """The references, each a document."""
+    """The references, each as a document."""
     if corpus:
         return full_pieces(adapter, list(read_documents(corpus)), settings.references, settings.seed)
     bank = assembly.open_bank(config, read_only=True)
@@ -107,7 +107,7 @@ def _documents(config: Config, adapter: Adapter, corpus: Sequence[Path], setting
 def _with_codec(
     config: Config, adapter: Adapter, documents: Sequence[Document], folder: Path, progress: OnProgress
 ) -> Config:
-    """The configuration of a new bank in ``folder`` whose codec is trained."""
+    """The configuration of a new bank in ``folder``, with a trained codec."""
     own = config.model_copy(update={"bank": folder / "bank"})
     if config.codec.file is not None:
         return own
@@ -179,11 +179,11 @@ def _measure(
 
 
 def _plain(model: Comparable, read: Sequence[Sequence[str]], tokens: int) -> Callable[[], object]:
-    """What reads the same batches and makes one token of each, for that takes no other pass.
+    """A function that lets the baseline read the same batches; it generates one token, which takes no further pass.
 
-    By the first variant of the baseline, its library's default.
+    It uses the first variant of the baseline, the default of its library.
     """
     baseline = model.baseline()
-    room = tokens + 2  # with what begins a sequence, and the token
+    room = tokens + 2  # with BOS and the new token
     prompts = [[Prompt(text) for text in texts] for texts in read]
     return lambda: [baseline.generate(some, 1, baseline.variants[0], room) for some in prompts]

@@ -1,4 +1,4 @@
-"""What ``m3 eval facts`` found, as a report."""
+"""`facts_report`: the results of ``m3 eval facts`` as a report."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,7 +21,7 @@ PAIRS: tuple[tuple[Mode, Mode], ...] = (
     ("memory", "none"),
     ("memory-oracle", "text-oracle"),
 )
-"""What is set against what."""
+"""Pairs of modes that the report compares."""
 BASELINES: dict[Mode, str] = {
     "text": "the same references as text",
     "text-5": "the 5 nearest as text",
@@ -30,7 +30,7 @@ BASELINES: dict[Mode, str] = {
 
 
 def facts_report(results: FactsResults, settings: FactsSettings, config: Config, command: str) -> Report:
-    """Tables, pictures and findings in words."""
+    """The report: tables, pictures, and a summary in words."""
     figures = {mode: _Figures(results, mode, settings.seed) for mode in results.answers}
     return Report(
         title=f"Facts: {settings.questions} {settings.ask} over {settings.references} references",
@@ -50,7 +50,7 @@ def facts_report(results: FactsResults, settings: FactsSettings, config: Config,
 
 
 class _Figures:
-    """One mode's results, question by question."""
+    """The results of one mode, question by question."""
 
     def __init__(self, results: FactsResults, mode: Mode, seed: int) -> None:
         answers = results.answers[mode]
@@ -69,7 +69,7 @@ class _Figures:
         return mean(self.log_probs, self.seed)
 
     def above(self, other: "_Figures") -> Estimate:
-        """How much higher the right answer's log-likelihood is, question by question."""
+        """The log-likelihood of the right answer less that of another mode, in pairs of questions."""
         return difference(self.log_probs, other.log_probs, self.seed)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a report, by matplotlib."""
+"""`Plot` and `draw`: the pictures of a report, drawn by matplotlib."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from m3runtime.storage.files import write_atomically
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line or one set of bars: a figure for each place."""
+    """One line, or one set of bars."""
 
     name: str
     values: tuple[Estimate, ...]
     x: tuple[float, ...] = ()
-    """Where the values stand, if the plot has numbers there; else they stand at the plot's labels."""
+    """Positions of the values on the x axis; empty if the plot has labels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """Bars over ``labels``, or lines over numbers where there are none."""
+    """Bars over ``labels``, or lines over numbers if there are no labels."""
 
     name: str
-    """Of its files, without suffix."""
+    """Name of the files, without suffix."""
     title: str
     y: str
     series: tuple[Series, ...]

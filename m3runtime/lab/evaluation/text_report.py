@@ -1,4 +1,4 @@
-"""What ``m3 eval text`` found, as a report."""
+"""`text_report`: the results of ``m3 eval text`` as a report."""
 
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -21,15 +21,15 @@ _NAMES: dict[TextMode, str] = {
 
 @dataclass(frozen=True, slots=True)
 class TextSettings:
-    """What is scored."""
+    """The settings of ``m3 eval text``."""
 
     corpus: tuple[str, ...]
     seed: int = 0
     passages: int = 40
     chunks: int = 3
-    """Scored chunks of a passage."""
+    """Scored chunks of each passage."""
     share: float = 2 / 3
-    """References of which a passage has more than this are dropped."""
+    """References that share more than this with a passage are dropped."""
 
 
 def text_report(
@@ -39,7 +39,7 @@ def text_report(
     config: Config,
     command: str,
 ) -> Report:
-    """Tables, a picture, and findings in words."""
+    """The report: tables, a picture, and a summary in words."""
     seed = settings.seed
     return Report(
         title=f"Text: {results.passages} held-out passages of {', '.join(settings.corpus)}",

@@ -1,4 +1,4 @@
-"""How likely a model finds held-out passages of real texts: alone, with references as text, and with memories."""
+"""`run_text`: the likelihood of held-out passages, alone, with references as text, and with memories."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -26,14 +26,14 @@ _ORDER: tuple[TextMode, ...] = ("none", "memory", "text")  # text reads what mem
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """One call's row: some chunks of a passage in one mode."""
+    """Chunks of one passage that are scored together, in one mode."""
 
     key: str
     prompt: Prompt
     chunks: tuple[str, ...]
-    """What is scored after the prompt."""
+    """The chunks to score after the prompt."""
     tokens: int
-    """Of the prompt."""
+    """Number of tokens in the prompt."""
 
 
 def run_text(
@@ -46,17 +46,18 @@ def run_text(
     modes: Sequence[TextMode] = MODES,
     progress: OnProgress = silent,
 ) -> TextResults:
-    """Write the references into ``folder/bank``, and score the passages in every mode (``memory`` must be one).
+    """Write the references into ``folder/bank``, and score the passages in every mode; ``memory`` must be one.
 
-    ``none`` is the model as it is. ``memory`` recalls once per chunk as in decoding, but waits for what is late.
-    ``text`` puts the references of what ``memory`` recalled for a chunk before the passage, and reads all of it anew
-    for every chunk.
+    ``none`` is the model alone. ``memory`` recalls once per chunk as in decoding, but waits for late memories.
+    ``text`` puts the references that ``memory`` recalled for a chunk before the passage, and reads all of it again for
+    every chunk.
 
-    Every score is in ``folder/text.jsonl`` as soon as it is known: interrupted and called again, the run goes on, to
-    equal results.
+    Each score is saved in ``folder/text.jsonl`` when it is computed. An interrupted run that is called again resumes,
+    with equal results.
 
-    ``corpus`` is cut into chunks of ``config.recall.chunk_tokens`` tokens. Raises `InputError` if it is not, if the
-    folder is another run's or its bank holds anything else, or if a passage has other tokens alone than in its place.
+    Raises `InputError` if the chunks of ``corpus`` do not have ``config.recall.chunk_tokens`` tokens, if the folder
+    belongs to another run or its bank holds other texts, or if a passage is tokenized differently alone than in its
+    context.
     """
     if corpus.chunk_tokens != config.recall.chunk_tokens:
         raise InputError(
@@ -81,7 +82,7 @@ def run_text(
 
 
 class _Run:
-    """Scores passages and keeps the scores in a journal."""
+    """Scores passages, and saves the scores in a journal."""
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class _Run:
         self.progress = progress
 
     def score(self, mode: TextMode) -> None:
-        """Score what the journal lacks."""
+        """Score the passages that the journal lacks in a mode."""
 
         def score(batch: Sequence[_Task]) -> list[list[dict[str, Any]]]:
             scores = self._score(batch, memories=mode == "memory")
@@ -110,7 +111,7 @@ class _Run:
         self.journal.fill(tasks, self.batch_size, lambda task: task.key, score, partial(self.progress, mode))
 
     def results(self, modes: Sequence[TextMode]) -> TextResults:
-        """What the journal holds, all of which is there."""
+        """The results, from a journal that is complete."""
         passages = range(len(self.corpus.passages))
         return TextResults(
             references=len(self.corpus.references),
@@ -130,7 +131,7 @@ class _Run:
     # -- tasks --------------------------------------------------------------------------------------------------
 
     def _tasks(self, mode: TextMode) -> Iterator[_Task]:
-        """Whole continuations, or their chunks one by one where each has a prompt of its own."""
+        """Tasks of whole continuations, or of single chunks in ``text``, where each chunk has its own prompt."""
         if mode == "text":
             yield from self._text_tasks()
             return
@@ -156,7 +157,7 @@ class _Run:
     # -- records ------------------------------------------------------------------------------------------------
 
     def _record(self, task: _Task, score: Score) -> list[dict[str, Any]]:
-        """What is kept of a score: one object for each chunk. Raises `InputError` if it is of other tokens."""
+        """The record of a score, one object per chunk. Raises `InputError` for an unexpected number of tokens."""
         size = self.corpus.chunk_tokens
         if len(score.log_probs) != size * len(task.chunks):
             raise InputError(
@@ -172,7 +173,7 @@ class _Run:
         ]
 
     def _records(self, mode: TextMode, number: int) -> list[dict[str, Any]]:
-        """The records of a passage's chunks in order."""
+        """The records of the chunks of a passage, in order."""
         done = self.journal.done
         if mode != "text":
             return list(done[f"{mode}/{number}"])
@@ -181,7 +182,7 @@ class _Run:
 
 
 def _depends_on(config: Config, adapter: Adapter, embedder: Embedder, corpus: Corpus) -> str:
-    """A fingerprint of all that scores depend on."""
+    """A fingerprint of everything that the scores depend on."""
     return fingerprint(
         {
             "model": [adapter.model_fingerprint, adapter.tokenizer_fingerprint, str(adapter.dtype)],

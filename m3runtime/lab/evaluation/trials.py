@@ -1,7 +1,7 @@
-"""`Trials`: how well a world's questions are answered under one setting after the other.
+"""`Trials`: the answers to a world's questions under one setting after the other.
 
-References are encoded once for all settings that read the same memories; codecs are applied to what lies in RAM. No
-bank is written: what is measured is what attention reads, not what a drive holds.
+References are encoded once for all settings that read the same memories, and codecs are applied in RAM. No bank is
+written: the quality of memories is measured, not their storage.
 """
 
 import random
@@ -38,19 +38,19 @@ TrialMode = Literal["none", "text", "memory"]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What one setting gave, question by question."""
+    """The result of one setting, question by question."""
 
     right: tuple[float, ...]
     log_probs: tuple[float, ...]
-    """Of the right answer, mean over its tokens."""
+    """Log-likelihood of the right answer, mean over its tokens."""
     bytes: float
-    """Of a memory at rest, header included, mean over references; 0 where none is read."""
+    """Mean size of a block; 0 if no memory is read."""
     recalled: float
-    """Memories, or references, that a question is given."""
+    """Mean number of memories, or of references as text, for a question."""
 
 
 def changed(config: Config, changes: Mapping[str, Any]) -> Config:
-    """The configuration with other values, by dotted key; a whole section such as ``codec`` too."""
+    """The configuration with changed values, by dotted key or by section, such as ``codec``."""
     values = config.model_dump(mode="json")
     for key, value in changes.items():
         section, _, name = key.partition(".")
@@ -65,7 +65,7 @@ class Trials:
     """Runs trials over one world with one model. One thread."""
 
     def __init__(self, config: Config, adapter: Adapter, world: World, *, batch: int = 16) -> None:
-        """``adapter`` needs `Adapter.with_memory`; what it remembers of references is not used."""
+        """``adapter`` needs `Adapter.with_memory`; its own memory settings are not used."""
         self.config = config
         self.world = world
         self.batch = batch
@@ -81,7 +81,7 @@ class Trials:
         self._nearest = self._search()
 
     def run(self, mode: TrialMode, changes: Mapping[str, Any]) -> Trial:
-        """All questions, in one mode, under the configuration with ``changes``."""
+        """Ask all questions in one mode, under the configuration with ``changes``."""
         config = changed(self.config, changes)
         adapter = self._adapter_of(config)
         rules = config.recall
@@ -129,7 +129,7 @@ class Trials:
     # -- retrieval ----------------------------------------------------------------------------------------------
 
     def _search(self) -> list[list[Match]]:
-        """The nearest references of each question, exactly."""
+        """The nearest references of each question, by exact search."""
         embedder = assembly.open_embedder(self.config)
         try:
             references = embedder.embed_references(list(self.world.references))
@@ -152,11 +152,11 @@ class Trials:
         return self._adapters[key]
 
     def _parts(self, config: Config, adapter: Adapter) -> tuple[dict[int, Part], float]:
-        """The memories as the codec leaves them, and the bytes that one takes."""
+        """The memories after encoding and decoding by the codec, and the mean size of a block in bytes."""
         shape = config.memory.model_dump(mode="json", include={"layers", "tokens_per_head", "sink", "place"})
         encoded = canonical_json(shape)
         if self._encoded[0] != encoded:
-            self._coded = ("", {}, 0.0)  # two sets of memories at a time are enough for any RAM
+            self._coded = ("", {}, 0.0)  # so that RAM holds two sets of memories at most
             self._encoded = (encoded, self._encode(adapter))
         coded = canonical_json([shape, config.codec.model_dump(mode="json")])
         if self._coded[0] != coded:
@@ -176,7 +176,7 @@ class Trials:
         return parts
 
     def _recode(self, codec: Codec, adapter: Adapter) -> tuple[dict[int, Part], float]:
-        """Every memory encoded and decoded."""
+        """Every memory after encoding and decoding, and the mean size of a block in bytes."""
         parts = self._encoded[1]
         wanted = min(sample_size(adapter.spec), len(parts))
         drawn = sorted(random.Random(0).sample(sorted(parts), wanted))
