@@ -34,7 +34,7 @@ from m3runtime.lab.evaluation.report import Report, Table
 from m3runtime.lab.evaluation.statistics import Estimate, mean
 from m3runtime.lab.evaluation.world import make_world
 from m3runtime.memory.block import HEADER_BYTES
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.retrieval.retriever import Match, log_weights, passing
 from m3runtime.stream import Part, Recalled, Stream
@@ -318,9 +318,9 @@ def report(found: Mapping[str, Sequence[Result]], config: Config, adapter: Trans
 
 def _encoded(
     adapter: TransformersAdapter, references: Sequence[str], progress: Callable[[int, int], None]
-) -> dict[int, Memories]:
+) -> dict[int, MemoryTensors]:
     """The memory of each reference, in float32 and by itself."""
-    found: dict[int, Memories] = {}
+    found: dict[int, MemoryTensors] = {}
     order = sorted(range(len(references)), key=lambda n: (len(references[n]), n))
     for start in range(0, len(order), BATCH):
         progress(start, len(order))
@@ -328,5 +328,5 @@ def _encoded(
         batch = adapter.encode([references[n] for n in rows])
         for row, (n, count) in enumerate(zip(rows, batch.tokens.tolist(), strict=True)):
             pair = (x[row : row + 1, :, :, :count].clone() for x in (batch.keys, batch.values))
-            found[n] = Memories(*pair, batch.tokens[row : row + 1])
+            found[n] = MemoryTensors(*pair, batch.tokens[row : row + 1])
     return dict(sorted(found.items()))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from m3model.adapter import TransformersAdapter
 from m3runtime.codecs import Codec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.plugins.loading import construct, load
 
 
@@ -33,11 +33,11 @@ class Around:
     def __init__(self, adapter: TransformersAdapter) -> None:
         self.adapter = adapter
 
-    def before(self, memories: Memories) -> Memories:
+    def before(self, memories: MemoryTensors) -> MemoryTensors:
         """What is encoded."""
         return memories
 
-    def after(self, decoded: Memories, memories: Memories) -> Memories:  # noqa: ARG002 - others need the original
+    def after(self, decoded: MemoryTensors, memories: MemoryTensors) -> MemoryTensors:  # noqa: ARG002 - others need the original
         """What attention reads."""
         return decoded
 
@@ -53,11 +53,11 @@ class Around:
 class BeforeRope(Around):
     """Keys as they are before the rotation by their positions, and rotated again after decoding."""
 
-    def before(self, memories: Memories) -> Memories:
-        return Memories(self._rotated(memories.keys, -1), memories.values, memories.tokens)
+    def before(self, memories: MemoryTensors) -> MemoryTensors:
+        return MemoryTensors(self._rotated(memories.keys, -1), memories.values, memories.tokens)
 
-    def after(self, decoded: Memories, memories: Memories) -> Memories:
-        return Memories(self._rotated(decoded.keys, 1), decoded.values, memories.tokens)
+    def after(self, decoded: MemoryTensors, memories: MemoryTensors) -> MemoryTensors:
+        return MemoryTensors(self._rotated(decoded.keys, 1), decoded.values, memories.tokens)
 
     def importance(self, importance: Tensor) -> Tensor | None:
         # The gradients' own rotation is not known any more. Of positions spread evenly, the mean is the block-wise
@@ -91,13 +91,13 @@ class BeforeRope(Around):
 class NormsApart(Around):
     """Keys of length one; each key's length is kept in two bytes."""
 
-    def before(self, memories: Memories) -> Memories:
+    def before(self, memories: MemoryTensors) -> MemoryTensors:
         norms = memories.keys.norm(dim=4, keepdim=True).clamp_min(1e-6)
-        return Memories(memories.keys / norms, memories.values, memories.tokens)
+        return MemoryTensors(memories.keys / norms, memories.values, memories.tokens)
 
-    def after(self, decoded: Memories, memories: Memories) -> Memories:
+    def after(self, decoded: MemoryTensors, memories: MemoryTensors) -> MemoryTensors:
         norms = memories.keys.norm(dim=4, keepdim=True).to(torch.float16).float()
-        return Memories(decoded.keys * norms[:, :, :, : decoded.keys.shape[3]], decoded.values, memories.tokens)
+        return MemoryTensors(decoded.keys * norms[:, :, :, : decoded.keys.shape[3]], decoded.values, memories.tokens)
 
     def importance(self, importance: Tensor) -> Tensor | None:
         return importance  # of unit keys it differs by about one factor for each head, which is not known
@@ -111,7 +111,7 @@ class FirstWhole(Around):
 
     kept = 4
 
-    def after(self, decoded: Memories, memories: Memories) -> Memories:
+    def after(self, decoded: MemoryTensors, memories: MemoryTensors) -> MemoryTensors:
         for back, true in ((decoded.keys, memories.keys), (decoded.values, memories.values)):
             back[:, :, :, : self.kept] = true[:, :, :, : self.kept].to(torch.bfloat16)
         return decoded
@@ -145,7 +145,7 @@ def variants(*, everywhere: bool) -> Sequence[Variant]:
 
 
 def trained(
-    variant: Variant, around: Around, sample: Memories, importance: Tensor, progress: Callable[[float], None]
+    variant: Variant, around: Around, sample: MemoryTensors, importance: Tensor, progress: Callable[[float], None]
 ) -> Codec:
     """The variant's codec, trained on a sample if it learns."""
     options = dict(variant.codec)
@@ -155,7 +155,7 @@ def trained(
     return codec
 
 
-def coded(codec: Codec, around: Around, memories: Memories) -> Memories:
+def coded(codec: Codec, around: Around, memories: MemoryTensors) -> MemoryTensors:
     """What attention reads of these memories."""
     decoded = codec.decode(codec.encode(around.before(memories)), memories.tokens, torch.float32)
     return around.after(decoded, memories)

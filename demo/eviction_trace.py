@@ -25,7 +25,7 @@ from m3runtime.documents.reading import Document
 from m3runtime.documents.references import references_of
 from m3runtime.documents.splitting import Splitter
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.runtime import Runtime
 from m3runtime.storage.home import Batch
@@ -141,7 +141,7 @@ def write_bank(embedder: Embedder, splitter: Splitter) -> tuple[int, int]:
     )
     bank = Bank.create(config.bank, assembly.open_home(config), manifest, codec)
     zeros = torch.zeros(len(references), 1, 1, 1, SPEC.head_dim)
-    memories = Memories(zeros, zeros, torch.ones(len(references), dtype=torch.int64))
+    memories = MemoryTensors(zeros, zeros, torch.ones(len(references), dtype=torch.int64))
     ids = as_ids(range(1, len(references) + 1))
     vectors = embedder.embed_references([one.text for one in references])
     bank.home.commit(Batch(ids, bank.blocks(ids, memories), references, vectors))

@@ -11,19 +11,19 @@ if TYPE_CHECKING:
     from m3runtime.config.schema import Config
     from m3runtime.errors import M3Error
     from m3runtime.memory.spec import MemorySpec
-    from m3runtime.memory.tensors import Memories
+    from m3runtime.memory.tensors import MemoryTensors
     from m3runtime.runtime import Runtime
     from m3runtime.stream import Recalled, Stream
 
-__all__ = ["Config", "M3Error", "Memories", "MemorySpec", "Recalled", "Runtime", "Stream", "__version__"]
+__all__ = ["Config", "M3Error", "MemorySpec", "MemoryTensors", "Recalled", "Runtime", "Stream", "__version__"]
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Config": "m3runtime.config.schema",
     "M3Error": "m3runtime.errors",
-    "Memories": "m3runtime.memory.tensors",
     "MemorySpec": "m3runtime.memory.spec",
+    "MemoryTensors": "m3runtime.memory.tensors",
     "Recalled": "m3runtime.stream",
     "Runtime": "m3runtime.runtime",
     "Stream": "m3runtime.stream",

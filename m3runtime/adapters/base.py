@@ -11,7 +11,7 @@ from m3runtime.adapters.answers import Answer, Form, OnText, Prompt, Score
 from m3runtime.bank.bank import Manifest
 from m3runtime.errors import ConfigError
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ class Adapter(ABC):
         raise self._cannot_talk()
 
     @abstractmethod
-    def encode(self, references: Sequence[str]) -> Memories:
+    def encode(self, references: Sequence[str]) -> MemoryTensors:
         """The memories of one batch of references, on the model's device.
 
         Raises `InputError` for a reference that is blank or has more than ``spec.reference_tokens`` tokens.

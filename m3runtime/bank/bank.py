@@ -34,7 +34,7 @@ from m3runtime.errors import (
 from m3runtime.memory import block
 from m3runtime.memory.block import BlockStamp, Ids
 from m3runtime.memory.spec import MemorySpec, canonical_json, fingerprint
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.plugins.loading import available, construct, load
 from m3runtime.storage.files import sync_folder
 from m3runtime.storage.home import Home
@@ -237,7 +237,7 @@ class Bank:
             pass
         raise BankError(f"{folder} is not the home of a bank; set `bank` to another folder")
 
-    def blocks(self, ids: Ids, memories: Memories) -> Tensor:
+    def blocks(self, ids: Ids, memories: MemoryTensors) -> Tensor:
         """Encode and seal: ``uint8[n, slot_bytes]`` on the CPU."""
         payloads = self.codec.encode(memories)
         out = torch.zeros(len(ids), self.home.slot_bytes, dtype=torch.uint8)
@@ -248,7 +248,7 @@ class Bank:
             block.seal(rows[row], id=id, tokens=tokens, payload_bytes=size, stamp=self.stamp)
         return out
 
-    def decode(self, blocks: Tensor, dtype: torch.dtype) -> Memories:
+    def decode(self, blocks: Tensor, dtype: torch.dtype) -> MemoryTensors:
         """The memories of checked blocks, ``uint8[n, slot_bytes]``, in one call on the device they lie on."""
         heads = block.headers(blocks[:, : block.HEADER_BYTES].cpu().numpy())
         tokens = torch.from_numpy(heads["tokens"].astype(np.int64))

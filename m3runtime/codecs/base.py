@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 
 Progress = Callable[[float], None]
 """Called with the share of the work done, in [0, 1]."""
@@ -57,7 +57,7 @@ class Codec(ABC):
         return False
 
     def fit(  # noqa: B027 - most learn nothing
-        self, sample: Memories, importance: Tensor | None = None, progress: Progress | None = None
+        self, sample: MemoryTensors, importance: Tensor | None = None, progress: Progress | None = None
     ) -> None:
         """Train on a sample of memories; a codec that learns nothing does nothing. Raises `CodecError` if too few.
 
@@ -71,21 +71,21 @@ class Codec(ABC):
         """Bytes of the payload of a memory of that many tokens. Never falls as ``tokens`` grows."""
 
     @abstractmethod
-    def encode(self, memories: Memories) -> Tensor:
+    def encode(self, memories: MemoryTensors) -> Tensor:
         """``uint8[n, payload_bytes(spec.tokens)]`` on the CPU; bytes beyond a memory's own payload are zero.
 
         Raises `CodecError` if untrained, or if the memories do not fit the spec or are not finite.
         """
 
     @abstractmethod
-    def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> Memories:
+    def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> MemoryTensors:
         """Decode ``uint8[n, at least payload_bytes(max(tokens))]`` on the device that ``payloads`` lies on.
 
         ``tokens`` is ``int64[n]`` on the CPU. The result has ``max(tokens)`` tokens, and zeros beyond each memory's
         own. Finite for any bytes, or `BlockError`.
         """
 
-    def distortion(self, memories: Memories) -> Distortion:
+    def distortion(self, memories: MemoryTensors) -> Distortion:
         """Measure `Distortion` on memories, which should not be those that the codec was trained on."""
         decoded = self.decode(self.encode(memories), memories.tokens, torch.float32)
         width = decoded.keys.shape[3]

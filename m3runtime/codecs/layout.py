@@ -13,7 +13,7 @@ from torch import Tensor
 
 from m3runtime.errors import BlockError, CodecError
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 
 
 def split(payloads: Tensor, width: int, fixed: int, key_bytes: int, value_bytes: int) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ def split(payloads: Tensor, width: int, fixed: int, key_bytes: int, value_bytes:
     return codes[:, :, :key_bytes], codes[:, :, key_bytes:]
 
 
-def vectors(memories: Memories, i: int, spec: MemorySpec) -> tuple[Tensor, Tensor]:
+def vectors(memories: MemoryTensors, i: int, spec: MemorySpec) -> tuple[Tensor, Tensor]:
     """Keys and values of memory ``i``, its own tokens only: ``float32[layers * kv_heads, tokens, head_dim]``.
 
     They are fresh and contiguous: what is computed from them cannot depend on the rest of the batch. Raises
@@ -74,7 +74,9 @@ def blank(x: Tensor, tokens: Tensor) -> Tensor:
     return x
 
 
-def finish(keys: Tensor, values: Tensor, tokens: Tensor, spec: MemorySpec, dtype: torch.dtype, peak: float) -> Memories:
+def finish(
+    keys: Tensor, values: Tensor, tokens: Tensor, spec: MemorySpec, dtype: torch.dtype, peak: float
+) -> MemoryTensors:
     """Memories of ``dtype`` out of contiguous ``[n, layers * kv_heads, tokens, head_dim]``.
 
     What is given is overwritten. ``peak`` bounds every value. Where ``dtype`` cannot hold it, values are clamped: no
@@ -87,4 +89,4 @@ def finish(keys: Tensor, values: Tensor, tokens: Tensor, spec: MemorySpec, dtype
             x = x.to(torch.float32).clamp_(-most, most)
         return torch.unflatten(blank(x, tokens).to(dtype), 1, (len(spec.layers), spec.kv_heads))
 
-    return Memories(shaped(keys), shaped(values), tokens)
+    return MemoryTensors(shaped(keys), shaped(values), tokens)

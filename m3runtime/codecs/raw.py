@@ -11,7 +11,7 @@ from m3runtime.codecs import files, layout
 from m3runtime.codecs.base import Codec
 from m3runtime.errors import BlockError, CodecError
 from m3runtime.memory.spec import DTYPES, MemorySpec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 
 
 class RawCodec(Codec):
@@ -45,7 +45,7 @@ class RawCodec(Codec):
         """See `Codec.payload_bytes`."""
         return tokens * 2 * self._token_bytes
 
-    def encode(self, memories: Memories) -> Tensor:
+    def encode(self, memories: MemoryTensors) -> Tensor:
         """See `Codec.encode`. Raises `CodecError` also for a value too large for ``dtype``."""
         memories.check(self.spec)
         rows = torch.zeros(len(memories), self.payload_bytes(self.spec.tokens), dtype=torch.uint8)
@@ -57,7 +57,7 @@ class RawCodec(Codec):
             row[: len(payload)] = payload
         return rows
 
-    def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> Memories:
+    def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> MemoryTensors:
         """See `Codec.decode`. Raises `BlockError` if a memory holds a value that is not finite."""
         width = layout.width_of(payloads, tokens, self.spec)
         layout.check_length(payloads, self.payload_bytes(width))

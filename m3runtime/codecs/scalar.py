@@ -12,7 +12,7 @@ from m3runtime.codecs import files, layout
 from m3runtime.codecs.base import Codec
 from m3runtime.errors import BlockError, CodecError
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 
 _HALF_BYTES = 2
 _PEAK = 256 * float(np.finfo(np.float16).max)
@@ -57,7 +57,7 @@ class ScalarCodec(Codec):
         """See `Codec.payload_bytes`."""
         return 2 * self._range_bytes + tokens * (self._key_bytes + self._value_bytes)
 
-    def encode(self, memories: Memories) -> Tensor:
+    def encode(self, memories: MemoryTensors) -> Tensor:
         """See `Codec.encode`. Raises `CodecError` also for a value too large for a float16."""
         memories.check(self.spec)
         rows = torch.zeros(len(memories), self.payload_bytes(self.spec.tokens), dtype=torch.uint8)
@@ -73,7 +73,7 @@ class ScalarCodec(Codec):
             row[: len(payload)] = payload
         return rows
 
-    def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> Memories:
+    def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> MemoryTensors:
         """See `Codec.decode`. Raises `BlockError` if a range is not finite."""
         width = layout.width_of(payloads, tokens, self.spec)
         layout.check_length(payloads, self.payload_bytes(width))

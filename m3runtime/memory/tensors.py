@@ -1,4 +1,4 @@
-"""`Memories`: a batch of explicit memories as tensors, between an adapter and a codec."""
+"""`MemoryTensors`: a batch of explicit memories as tensors, between an adapter and a codec."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from m3runtime.memory.spec import MemorySpec
 
 
 @dataclass(frozen=True, slots=True)
-class Memories:
+class MemoryTensors:
     """Keys and values of ``n`` memories.
 
     ``keys`` and ``values`` are ``[n, layers, kv_heads, tokens, head_dim]``, floating point, keys after RoPE at their

@@ -12,7 +12,7 @@ from m3runtime.bank.bank import Bank, as_ids
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import BlockError
 from m3runtime.memory.block import Ids
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.storage.hierarchy import Hierarchy
 from m3runtime.stream import Part
 
@@ -91,7 +91,7 @@ class Fetcher:
             return {id: _own(memories, row) for row, id in enumerate(ids.tolist())}
 
 
-def _own(memories: Memories, row: int) -> Part:
+def _own(memories: MemoryTensors, row: int) -> Part:
     """One memory's keys and values, that hold no storage but their own."""
     tokens = int(memories.tokens[row])
     keys, values = (x[row, :, :, :tokens] for x in (memories.keys, memories.values))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from m3runtime.codecs.base import Codec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.testing.codec_laws import OTHER_SPECS, OUT, SPEC, identical, make_memories, noise, rows
 from m3runtime.testing.codec_refusals import RefusalLaws
 
@@ -67,12 +67,12 @@ class CodecContract(RefusalLaws):
     def test_encoding_does_not_depend_on_strides(self, codec: Codec) -> None:
         memories = make_memories([12, 4])
         keys, values = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (memories.keys, memories.values))
-        assert torch.equal(codec.encode(Memories(keys, values, memories.tokens)), codec.encode(memories))
+        assert torch.equal(codec.encode(MemoryTensors(keys, values, memories.tokens)), codec.encode(memories))
 
     def test_hundreds_in_a_batch_and_some_twice(self, codec: Codec) -> None:
         some = make_memories([12, 3, 8, 1])
         which = torch.arange(300) % 4
-        many = Memories(some.keys[which], some.values[which], some.tokens[which])
+        many = MemoryTensors(some.keys[which], some.values[which], some.tokens[which])
         payloads, few = codec.encode(many), codec.encode(some)
         assert torch.equal(payloads, few[which])
         decoded, alone = (
@@ -155,8 +155,8 @@ class CodecContract(RefusalLaws):
     @pytest.mark.parametrize("dtype", OUT)
     def test_memories_of_any_dtype_are_encoded(self, codec: Codec, dtype: torch.dtype) -> None:
         memories = make_memories([9, 3])
-        small = Memories(memories.keys.to(dtype), memories.values.to(dtype), memories.tokens)
-        wide = Memories(small.keys.float(), small.values.float(), memories.tokens)
+        small = MemoryTensors(memories.keys.to(dtype), memories.values.to(dtype), memories.tokens)
+        wide = MemoryTensors(small.keys.float(), small.values.float(), memories.tokens)
         assert torch.equal(codec.encode(small), codec.encode(wide))
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -172,7 +172,7 @@ class CodecContract(RefusalLaws):
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
     def test_the_accelerator_encodes_as_well(self, codec: Codec) -> None:
         memories = make_memories([12, 5, 9], seed=2)
-        there = codec.encode(Memories(memories.keys.cuda(), memories.values.cuda(), memories.tokens))
+        there = codec.encode(MemoryTensors(memories.keys.cuda(), memories.values.cuda(), memories.tokens))
         assert there.device.type == "cpu"
         different = (there != codec.encode(memories)).float().mean()
         assert float(different) < 0.01  # between centroids as near as rounding, either may be chosen

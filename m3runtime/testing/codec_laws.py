@@ -9,7 +9,7 @@ from torch import Tensor
 
 from m3runtime.codecs.base import Codec, Distortion
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 
 SPEC = MemorySpec(layers=(0, 2, 3), kv_heads=2, tokens=12, head_dim=16, reference_tokens=12, dtype="float32")
 OTHER_SPECS = (
@@ -20,7 +20,7 @@ OTHER_SPECS = (
 OUT = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def make_memories(tokens: list[int], seed: int = 0, spec: MemorySpec = SPEC) -> Memories:
+def make_memories(tokens: list[int], seed: int = 0, spec: MemorySpec = SPEC) -> MemoryTensors:
     """Random memories of so many tokens each, with an offset for each channel as keys have it.
 
     What lies beyond a memory's tokens is NaN, so that whoever reads it is found out.
@@ -32,15 +32,15 @@ def make_memories(tokens: list[int], seed: int = 0, spec: MemorySpec = SPEC) -> 
     for i, own in enumerate(tokens):
         keys[i, :, :, own:] = values[i, :, :, own:] = torch.nan
     dtype: torch.dtype = getattr(torch, spec.dtype)
-    return Memories(keys.to(dtype), values.to(dtype), torch.tensor(tokens, dtype=torch.int64))
+    return MemoryTensors(keys.to(dtype), values.to(dtype), torch.tensor(tokens, dtype=torch.int64))
 
 
-def rows(memories: Memories, which: slice) -> Memories:
+def rows(memories: MemoryTensors, which: slice) -> MemoryTensors:
     """Some of these memories."""
-    return Memories(memories.keys[which], memories.values[which], memories.tokens[which])
+    return MemoryTensors(memories.keys[which], memories.values[which], memories.tokens[which])
 
 
-def identical(a: Memories, b: Memories) -> bool:
+def identical(a: MemoryTensors, b: MemoryTensors) -> bool:
     """Whether two batches are equal bit by bit."""
     same = torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
     return same and torch.equal(a.tokens, b.tokens) and a.keys.dtype == b.keys.dtype

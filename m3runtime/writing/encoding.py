@@ -9,7 +9,7 @@ from m3runtime.adapters.base import Adapter
 from m3runtime.bank.bank import Bank, as_ids
 from m3runtime.documents.reference import Reference
 from m3runtime.memory.block import Ids
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.storage.home import Batch
 
@@ -31,7 +31,7 @@ class Group:
         """What the model reads for these rows."""
         return [self.references[row].text for row in rows]
 
-    def put(self, rows: Sequence[int], memories: Memories) -> None:
+    def put(self, rows: Sequence[int], memories: MemoryTensors) -> None:
         """Encode and seal the memories of these rows."""
         if self._blocks is None:
             self._blocks = torch.zeros(len(self.ids), self._bank.home.slot_bytes, dtype=torch.uint8)

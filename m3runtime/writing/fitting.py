@@ -8,7 +8,7 @@ from m3runtime.adapters.abilities import Weighing
 from m3runtime.adapters.base import Adapter
 from m3runtime.codecs import Codec
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 
 SAMPLE = 96
 """References whose memories a codec is trained on; as many times more as memories have fewer tokens."""
@@ -41,7 +41,7 @@ def fit_codec(
         if progress:
             progress(round(done), steps)
 
-    memories: list[Memories] = []
+    memories: list[MemoryTensors] = []
     for start in range(0, len(texts), batch_size):
         report(start)
         memories.append(adapter.encode(texts[start : start + batch_size]))
@@ -57,14 +57,14 @@ def fit_codec(
     codec.fit(join(memories), importance, lambda share: report(before + len(texts) * share))
 
 
-def join(parts: Sequence[Memories]) -> Memories:
+def join(parts: Sequence[MemoryTensors]) -> MemoryTensors:
     """Batches of memories as one, padded with zeros to the longest, on the CPU."""
     width = max(part.keys.shape[3] for part in parts)
 
     def padded(tensor: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.pad(tensor.cpu(), (0, 0, 0, width - tensor.shape[3]))
 
-    return Memories(
+    return MemoryTensors(
         keys=torch.cat([padded(part.keys) for part in parts]),
         values=torch.cat([padded(part.values) for part in parts]),
         tokens=torch.cat([part.tokens for part in parts]),

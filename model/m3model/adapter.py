@@ -31,7 +31,7 @@ from m3runtime.adapters.base import Adapter
 from m3runtime.config.schema import GenerateConfig, MemoryConfig, ModelConfig
 from m3runtime.errors import ConfigError, InputError
 from m3runtime.memory.shape import ModelShape, memory_spec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.stream import Stream
 
 
@@ -113,7 +113,7 @@ class TransformersAdapter(Adapter):
         return cut(self.tokenizer, text, tokens)
 
     @torch.inference_mode()
-    def encode(self, references: Sequence[str]) -> Memories:
+    def encode(self, references: Sequence[str]) -> MemoryTensors:
         """See `Adapter.encode`: `encode_all`, and of that what ``memory.tokens_per_head`` says."""
         if self.spec.dense:
             return self.encode_all(references)
@@ -121,7 +121,7 @@ class TransformersAdapter(Adapter):
         return select(memories, scores, self.spec.tokens)
 
     @torch.inference_mode()
-    def encode_all(self, references: Sequence[str]) -> Memories:
+    def encode_all(self, references: Sequence[str]) -> MemoryTensors:
         """Memories of all tokens: causal, after the sink, at positions from the sink's end on (section 3.3)."""
         if not references:
             raise InputError("there is no reference to encode")
@@ -140,13 +140,13 @@ class TransformersAdapter(Adapter):
         with stopping_after(session.cache, self.spec.layers[-1]):
             session.forward(torch.tensor([row + [0] * (width - len(row)) for row in ids]), counts, logits=False)
         parts = [session.cache.context(layer) for layer in self.spec.layers]
-        return Memories(
+        return MemoryTensors(
             keys=torch.stack([keys for keys, _ in parts], dim=1),
             values=torch.stack([values for _, values in parts], dim=1),
             tokens=torch.tensor(counts),
         )
 
-    def encode_scored(self, references: Sequence[str]) -> tuple[Memories, torch.Tensor]:
+    def encode_scored(self, references: Sequence[str]) -> tuple[MemoryTensors, torch.Tensor]:
         """Memories of all tokens, and the scores by which `select` chooses among them.
 
         The scores are ``float32[n, layers, kv_heads, T]`` on the model's device, zero beyond a memory's tokens: several

@@ -23,7 +23,7 @@ from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError
 from m3runtime.memory.block import Found, Ids
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.retrieval.retriever import Retriever
 from m3runtime.runtime import Runtime
@@ -124,7 +124,7 @@ class CountingCodec(RawCodec):
         super().__init__(spec)
         self.decoded: list[int] = []
 
-    def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> Memories:
+    def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> MemoryTensors:
         self.decoded.append(len(payloads))
         return super().decode(payloads, tokens, dtype)
 
@@ -156,7 +156,7 @@ class TextAdapter(Adapter):
     def count_tokens(self, text: str) -> int:
         return int(memories().tokens[TEXTS.index(text)])
 
-    def encode(self, references: Sequence[str]) -> Memories:
+    def encode(self, references: Sequence[str]) -> MemoryTensors:
         assert self._inside.acquire(blocking=False), "one call at a time"
         try:
             self.calls.append(tuple(references))
@@ -167,7 +167,7 @@ class TextAdapter(Adapter):
             if self.refused.intersection(references):
                 raise InputError("this text cannot be read")
             every, rows = memories(), [TEXTS.index(text) for text in references]
-            return Memories(every.keys[rows], every.values[rows], every.tokens[rows])
+            return MemoryTensors(every.keys[rows], every.values[rows], every.tokens[rows])
         finally:
             self._inside.release()
 
@@ -229,12 +229,12 @@ def open_runtime(
     return Runtime(config, bank, hierarchy, retriever, torch.device(device), encoder=encoder)
 
 
-def memories() -> Memories:
+def memories() -> MemoryTensors:
     """Those of `TEXTS`, of one to six tokens."""
     random = torch.Generator().manual_seed(7)
     shape = (len(TEXTS), len(SPEC.layers), SPEC.kv_heads, SPEC.tokens, SPEC.head_dim)
     tokens = torch.tensor([1 + number % SPEC.tokens for number in range(len(TEXTS))])
-    return Memories(torch.randn(shape, generator=random), torch.randn(shape, generator=random), tokens)
+    return MemoryTensors(torch.randn(shape, generator=random), torch.randn(shape, generator=random), tokens)
 
 
 def references() -> list[Reference]:

@@ -16,7 +16,7 @@ from m3runtime.codecs.raw import RawCodec
 from m3runtime.codecs.scalar import ScalarCodec
 from m3runtime.errors import CodecError
 from m3runtime.memory.spec import DTYPES, MemorySpec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.testing.codec import SPEC, CodecContract, identical, make_memories
 
 
@@ -115,7 +115,7 @@ def test_raw_refuses_what_its_dtype_cannot_hold() -> None:
 @pytest.mark.parametrize("out", [torch.float16, torch.bfloat16])
 def test_raw_clamps_what_the_result_cannot_hold(out: torch.dtype) -> None:
     most = torch.finfo(torch.float32).max
-    memories = Memories(torch.full((1, 3, 2, 1, 16), most), torch.full((1, 3, 2, 1, 16), -most), torch.tensor([1]))
+    memories = MemoryTensors(torch.full((1, 3, 2, 1, 16), most), torch.full((1, 3, 2, 1, 16), -most), torch.tensor([1]))
     codec = RawCodec(SPEC)
     decoded = codec.decode(codec.encode(memories), memories.tokens, out)
     assert torch.equal(decoded.keys, torch.full_like(decoded.keys, torch.finfo(out).max))
@@ -134,7 +134,7 @@ def test_scalar_errs_by_half_a_step_at_most(bits: int) -> None:
 
 def test_scalar_keeps_a_channel_that_does_not_vary() -> None:
     constant = torch.tensor([0.0, 1.0, -2.5, 1e-7, 65504.0, -65504.0, 0.1, -0.1]).repeat(2)
-    memories = Memories(constant.expand(1, 3, 2, 4, 16), -constant.expand(1, 3, 2, 4, 16), torch.tensor([4]))
+    memories = MemoryTensors(constant.expand(1, 3, 2, 4, 16), -constant.expand(1, 3, 2, 4, 16), torch.tensor([4]))
     codec = ScalarCodec(SPEC, 4)
     decoded = codec.decode(codec.encode(memories), memories.tokens, torch.float32)
     torch.testing.assert_close(decoded.keys, memories.keys, rtol=1e-3, atol=1e-7)
@@ -189,7 +189,7 @@ def test_product_reports_progress_and_what_it_measured(tmp_path: Path) -> None:
     codec.fit(sample, progress=seen.append)
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
-    rest = Memories(sample.keys[28:], sample.values[28:], sample.tokens[28:])
+    rest = MemoryTensors(sample.keys[28:], sample.values[28:], sample.tokens[28:])
     assert codec.measured == codec.distortion(rest)
     codec.save(tmp_path / "codec")
     assert ProductCodec.load(tmp_path / "codec", SPEC).measured == codec.measured

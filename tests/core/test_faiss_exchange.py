@@ -13,7 +13,7 @@ import torch
 from m3runtime.codecs.product.codec import ProductCodec
 from m3runtime.errors import CodecError, InputError, PluginError
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.testing.codec import SPEC, make_memories
 
 faiss = pytest.importorskip("faiss")
@@ -61,10 +61,10 @@ def trained(factory: str, dim: int = 16, count: int = 2000, iterations: int = 3,
     return index
 
 
-def memories_of(x: Any, spec: MemorySpec) -> Memories:
+def memories_of(x: Any, spec: MemorySpec) -> MemoryTensors:
     """One memory, whose keys and values are these vectors and these times 2."""
     keys = torch.from_numpy(x).view(1, len(spec.layers), spec.kv_heads, spec.tokens, spec.head_dim)
-    return Memories(keys, 2 * keys, torch.tensor([spec.tokens]))
+    return MemoryTensors(keys, 2 * keys, torch.tensor([spec.tokens]))
 
 
 def split(codec: ProductCodec, payloads: Any, key_size: int) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from m3runtime.errors import ConfigError
 from m3runtime.memory.block import HEADER_BYTES
 from m3runtime.memory.shape import MODELS, ModelShape, described, memory_layers, memory_spec
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.planning.bank import Need, plan, sized
 from m3runtime.planning.cost import cost
 from m3runtime.planning.drive import PAGE, Drive, reads
@@ -151,7 +151,7 @@ def test_a_plan_counts_what_a_codec_makes(of: tuple[ModelShape, MemorySpec], ref
     found = plan(settings, shape, Need(references, 7, dim), "some")
     assert found.spec == replace(spec, dtype="bfloat16")
     zeros = torch.zeros(1, len(spec.layers), spec.kv_heads, spec.tokens, spec.head_dim, dtype=torch.bfloat16)
-    written = RawCodec(found.spec).encode(Memories(zeros, zeros, torch.tensor([spec.tokens])))
+    written = RawCodec(found.spec).encode(MemoryTensors(zeros, zeros, torch.tensor([spec.tokens])))
     assert found.memory.payload == found.memory.kept == written.shape[1]
     assert found.memory.block == found.memory.payload + HEADER_BYTES
     assert found.memory.kept <= found.memory.cache <= found.memory.raw

@@ -18,7 +18,7 @@ from m3runtime.codecs.product.transform import TransformDesign
 from m3runtime.codecs.product.transform_training import lloyd
 from m3runtime.errors import CodecError
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.testing.codec import SPEC, CodecContract, identical, make_memories, noise
 
 
@@ -107,7 +107,7 @@ def test_a_few_values_are_levels_of_their_own(values: list[float]) -> None:
 # -- what it brings -----------------------------------------------------------------------------------------------
 
 
-def weighed(codec: ProductCodec, memories: Memories, importance: Tensor) -> float:
+def weighed(codec: ProductCodec, memories: MemoryTensors, importance: Tensor) -> float:
     """What the errors of decoded memories cost."""
     back = codec.decode(codec.encode(memories), memories.tokens, torch.float32)
     cost = 0.0
@@ -137,7 +137,7 @@ def test_importance_lowers_what_errors_cost(together: str) -> None:
 def test_heads_share_what_they_have_in_common() -> None:
     """Heads and values that repeat each other take no bytes twice."""
 
-    def repeated(count: int, seed: int) -> Memories:
+    def repeated(count: int, seed: int) -> MemoryTensors:
         memories = make_memories([12] * count, seed=seed)
         memories.keys[:, :, 1] = memories.keys[:, :, 0] * 0.5
         memories.values[:, :, :] = memories.keys[:, :, :1] + 0.05 * memories.values

@@ -12,7 +12,7 @@ from m3runtime.lab.bench.codec import BenchSettings, bench_codec, fewer_layers, 
 from m3runtime.lab.bench.codec_error import FAISS, OURS, Error
 from m3runtime.lab.bench.codec_speed import filled, same_codes
 from m3runtime.lab.bench.timing import alternate
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.testing.codec import SPEC, make_memories
 from tests.end_to_end.commands import Place
 
@@ -136,6 +136,6 @@ def test_memories_of_few_layers_are_those_layers() -> None:
     spec, which = fewer_layers(SPEC, 2)
     assert spec.layers == tuple(SPEC.layers[i] for i in which.tolist())
     memories = make_memories([12, 3])
-    few: Memories = rows(memories, slice(1, 2), which)
+    few: MemoryTensors = rows(memories, slice(1, 2), which)
     few.check(spec)
     assert torch.equal(few.keys[0, 0, :, :3], memories.keys[1, which[0], :, :3])

@@ -33,8 +33,8 @@ def test_the_public_names() -> None:
     assert sorted(m3runtime.__all__) == [
         "Config",
         "M3Error",
-        "Memories",
         "MemorySpec",
+        "MemoryTensors",
         "Recalled",
         "Runtime",
         "Stream",

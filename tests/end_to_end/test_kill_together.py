@@ -37,7 +37,7 @@ import tests.end_to_end.embedders
 from m3runtime import assembly
 from m3runtime.memory import block
 from m3runtime.config.schema import Config
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.runtime import Runtime
 from m3runtime.documents.reference import Reference
 from m3runtime.storage.home import Batch
@@ -51,7 +51,7 @@ def memories(spec, ids):
     """What only these ids have."""
     shape = (len(spec.layers), spec.kv_heads, spec.tokens, spec.head_dim)
     rows = torch.stack([torch.full(shape, float(int(id) % 65_521)) for id in ids])
-    return Memories(rows, -rows, torch.full((len(ids),), spec.tokens))
+    return MemoryTensors(rows, -rows, torch.full((len(ids),), spec.tokens))
 
 
 def reference(id):

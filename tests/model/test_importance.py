@@ -8,7 +8,7 @@ from m3model.adapter import TransformersAdapter
 from m3model.engine.reading import padded
 from m3runtime.adapters.abilities import Weighing
 from m3runtime.errors import InputError
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from tests.model.families import REFERENCE_TOKENS, make_adapter, random_text
 
 STEP = 0.02
@@ -18,7 +18,7 @@ def texts(adapter: TransformersAdapter, count: int) -> list[str]:
     return [random_text(adapter.tokenizer, 6 + 3 * (seed % 5), seed) for seed in range(count)]
 
 
-def predicted(adapter: TransformersAdapter, references: list[str], memories: Memories) -> list[Tensor]:
+def predicted(adapter: TransformersAdapter, references: list[str], memories: MemoryTensors) -> list[Tensor]:
     """Log-probabilities after each token of the references, each read again beside its memory."""
     ids = [adapter.ids(f"\n{text}") for text in references]
     session = adapter.session(len(ids), context=64)
@@ -28,7 +28,7 @@ def predicted(adapter: TransformersAdapter, references: list[str], memories: Mem
     return [row[: len(tokens)].double().log_softmax(-1) for row, tokens in zip(logits, ids, strict=True)]
 
 
-def flat(memories: Memories) -> Tensor:
+def flat(memories: MemoryTensors) -> Tensor:
     """``[n, layers, tokens, 2 * kv_heads * head_dim]``."""
     return torch.cat([memories.keys, memories.values], 2).transpose(2, 3).flatten(3)
 
@@ -47,10 +47,10 @@ def test_it_predicts_how_far_predictions_move(family: str) -> None:
     for _ in range(12):
         keys, values = (torch.randn(memories.keys.shape, generator=random) * STEP * exists for _ in range(2))
         after = predicted(
-            adapter, references, Memories(memories.keys + keys, memories.values + values, memories.tokens)
+            adapter, references, MemoryTensors(memories.keys + keys, memories.values + values, memories.tokens)
         )
         moved += sum(float((p.exp() * (p - q)).sum()) for p, q in zip(before, after, strict=True))
-        error = flat(Memories(keys, values, memories.tokens))
+        error = flat(MemoryTensors(keys, values, memories.tokens))
         expected += float(torch.einsum("nlti,lij,nltj->", error, fisher, error)) / 2
     assert moved > 0
     assert expected == pytest.approx(moved, rel=0.35)

@@ -18,7 +18,7 @@ from m3model.transformers import MemoryModel, TransformersAdapter
 from m3runtime.codecs.product.codec import ProductCodec
 from m3runtime.config.schema import GenerateConfig
 from m3runtime.errors import BankMismatchError, ConfigError, InputError
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from tests.model.banks import make_runtime
 from tests.model.families import (
     FAMILIES,
@@ -262,7 +262,7 @@ def test_the_highest_are_kept_the_earlier_of_equals_in_order(data: st.DataObject
     kept = most_attended(scores, torch.tensor(lengths), count)
     assert kept.shape == (len(lengths), 2, 1, min(count, width))
     keys = torch.randn(len(lengths), 2, 1, width, 3)
-    memories = Memories(keys, keys + 1, torch.tensor(lengths))
+    memories = MemoryTensors(keys, keys + 1, torch.tensor(lengths))
     chosen = select(memories, scores, count)
     for row, length in enumerate(lengths):
         ranked = sorted(range(length), key=lambda j: (-rows[row][j], j))

@@ -15,7 +15,7 @@ from m3runtime.codecs.product.stages import StagesDesign
 from m3runtime.codecs.product.transform import TransformDesign
 from m3runtime.errors import CodecError
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 
 _HELD_OUT = 8
 """One of so many memories of the sample is kept from training, to measure the distortion on."""
@@ -102,7 +102,7 @@ class ProductCodec(Codec):
         of = self.design if self._state is None else self._state.quantiser
         return of.fixed_bytes + tokens * of.token_bytes
 
-    def fit(self, sample: Memories, importance: Tensor | None = None, progress: Progress | None = None) -> None:
+    def fit(self, sample: MemoryTensors, importance: Tensor | None = None, progress: Progress | None = None) -> None:
         """Train on all but the last eighth of a sample (at least one memory), and measure on the rest.
 
         Deterministic. About 50 references of 100 tokens are enough. Runs on the CPU on ``torch.get_num_threads()``
@@ -123,10 +123,10 @@ class ProductCodec(Codec):
             rest = slice(len(sample) - held_out, None)
             judge = type(self)(self.spec, **self.options)
             judge._state = state
-            measured = judge.distortion(Memories(sample.keys[rest], sample.values[rest], sample.tokens[rest]))
+            measured = judge.distortion(MemoryTensors(sample.keys[rest], sample.values[rest], sample.tokens[rest]))
         self._state = _State(state.quantiser, state.fingerprint, measured)
 
-    def encode(self, memories: Memories) -> Tensor:
+    def encode(self, memories: MemoryTensors) -> Tensor:
         """See `Codec.encode`."""
         quantiser = self._on(memories.keys.device)
         memories.check(self.spec)
@@ -137,7 +137,7 @@ class ProductCodec(Codec):
             quantiser.encode(vectors, row[: self.payload_bytes(vectors[0].shape[1])])
         return rows
 
-    def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> Memories:
+    def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> MemoryTensors:
         """See `Codec.decode`. No bytes are refused, and nothing waits for the device."""
         quantiser = self._on(payloads.device)
         width = layout.width_of(payloads, tokens, self.spec)

@@ -22,7 +22,7 @@ from m3runtime.lab.bench.timing import threads
 from m3runtime.lab.results import environment, plain
 from m3runtime.memory.block import HEADER_BYTES
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.writing.codec_files import configured
 from m3runtime.writing.fitting import OnReference, fit_codec, join
 from m3runtime.writing.writer import OnProgress
@@ -38,7 +38,7 @@ class BenchSettings:
 
     references: int = 128
     decoded: int = 5
-    """Memories decoded in one call, as for a chunk."""
+    """MemoryTensors decoded in one call, as for a chunk."""
     layers: int = 2
     """Memory layers, evenly spread, to measure squared errors on; 0 for no errors."""
     rounds: int = 15
@@ -152,7 +152,7 @@ def bench_codec(
     return CodecBench(settings, str(adapter.device), config.model_dump(mode="json"), prints, found, speed, at_rest)
 
 
-def quarter(spec: MemorySpec, sample: Memories, scope: str) -> ProductCodec:
+def quarter(spec: MemorySpec, sample: MemoryTensors, scope: str) -> ProductCodec:
     """A trained codec of a quarter of a byte per channel, whose codes faiss can decode too."""
     size = spec.head_dim // 4
     codec = ProductCodec(spec, key_bytes=size, value_bytes=size, scope=scope, rotation="none", offset=False)
@@ -160,7 +160,7 @@ def quarter(spec: MemorySpec, sample: Memories, scope: str) -> ProductCodec:
     return codec
 
 
-def _at_rest(name: str, codec: Codec, memories: Memories) -> AtRest:
+def _at_rest(name: str, codec: Codec, memories: MemoryTensors) -> AtRest:
     compress = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress
     plainly = packed = 0
     for payload, tokens in zip(codec.encode(memories), memories.tokens.tolist(), strict=True):
@@ -170,14 +170,14 @@ def _at_rest(name: str, codec: Codec, memories: Memories) -> AtRest:
     return AtRest(name, plainly / len(memories), packed / len(memories))
 
 
-def _encode(adapter: Adapter, texts: Sequence[str], batch: int, progress: OnReference) -> Memories:
+def _encode(adapter: Adapter, texts: Sequence[str], batch: int, progress: OnReference) -> MemoryTensors:
     parts = []
     for start in range(0, len(texts), batch):
         progress(start, len(texts))
         parts.append(adapter.encode(texts[start : start + batch]))
     progress(len(texts), len(texts))
     joined = join(parts)
-    return Memories(joined.keys.float(), joined.values.float(), joined.tokens)
+    return MemoryTensors(joined.keys.float(), joined.values.float(), joined.tokens)
 
 
 def fewer_layers(spec: MemorySpec, count: int) -> tuple[MemorySpec, Tensor]:
@@ -188,9 +188,9 @@ def fewer_layers(spec: MemorySpec, count: int) -> tuple[MemorySpec, Tensor]:
     return replace(spec, layers=tuple(spec.layers[i] for i in chosen)), torch.tensor(chosen)
 
 
-def rows(memories: Memories, which: slice, layers: Tensor | None = None) -> Memories:
+def rows(memories: MemoryTensors, which: slice, layers: Tensor | None = None) -> MemoryTensors:
     """A slice of memories, with some of their layers."""
     keys, values = memories.keys[which], memories.values[which]
     if layers is not None:
         keys, values = keys[:, layers], values[:, layers]
-    return Memories(keys, values, memories.tokens[which])
+    return MemoryTensors(keys, values, memories.tokens[which])

@@ -12,7 +12,7 @@ import torch
 from m3runtime.codecs.product.codec import ProductCodec
 from m3runtime.codecs.product.training import by_blas
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 
 Vectors = npt.NDArray[np.float32]
 
@@ -66,7 +66,7 @@ class Error:
 
 
 def errors(
-    sample: Memories, held_out: Memories, spec: MemorySpec, threads: int, progress: Callable[[int, int], None]
+    sample: MemoryTensors, held_out: MemoryTensors, spec: MemorySpec, threads: int, progress: Callable[[int, int], None]
 ) -> dict[int, list[Error]]:
     """Errors at an eighth, a quarter and a half of a byte per channel, of faiss' quantisers and of ours.
 
@@ -97,7 +97,7 @@ def errors(
 
 
 def _of_faiss(
-    name: str, make: Callable[[int, int], Any], size: int, sample: Memories, held_out: Memories, threads: int
+    name: str, make: Callable[[int, int], Any], size: int, sample: MemoryTensors, held_out: MemoryTensors, threads: int
 ) -> Error:
     faiss.omp_set_num_threads(threads)
     by_head = []
@@ -125,7 +125,7 @@ def _quiet(index: Any, dim: int, parts: int) -> Any:
     return inner
 
 
-def _heads(memories: Memories) -> Sequence[Vectors]:
+def _heads(memories: MemoryTensors) -> Sequence[Vectors]:
     """The vectors of all memories, one array per layer and head; keys first, then values."""
     found: list[Vectors] = []
     for x in (memories.keys, memories.values):

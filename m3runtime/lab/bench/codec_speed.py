@@ -14,7 +14,7 @@ from m3runtime.codecs.product.faiss_exchange import index_of, to_faiss
 from m3runtime.codecs.product.stages import StagesQuantiser
 from m3runtime.lab.bench.timing import alternate
 from m3runtime.lab.results import Spread
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 
 COPY = "copy of the result"
 BUFFER = 256 << 20
@@ -39,7 +39,7 @@ class Speed:
 def decode_speed(
     quarter: Mapping[str, ProductCodec],
     others: Mapping[str, Codec],
-    memories: Memories,
+    memories: MemoryTensors,
     device: torch.device,
     rounds: int,
     threads: int,
@@ -74,13 +74,13 @@ def decode_speed(
     return Speed(len(memories), int(tokens.sum()), written, times)
 
 
-def filled(memories: Memories, tokens: int) -> Memories:
+def filled(memories: MemoryTensors, tokens: int) -> MemoryTensors:
     """Memories of ``tokens`` tokens each, their own repeated, so that all contenders decode equally much."""
     again = [torch.arange(tokens) % own for own in memories.tokens.tolist()]
     keys, values = (
         torch.stack([x[i, :, :, which] for i, which in enumerate(again)]) for x in (memories.keys, memories.values)
     )
-    return Memories(keys, values, torch.full_like(memories.tokens, tokens))
+    return MemoryTensors(keys, values, torch.full_like(memories.tokens, tokens))
 
 
 def _by_faiss(codec: ProductCodec, payloads: Tensor, threads: int) -> Callable[[], object]:

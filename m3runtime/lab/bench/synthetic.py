@@ -15,7 +15,7 @@ from m3runtime.codecs.raw import RawCodec
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.storage.home import Batch
 from m3runtime.writing.writer import OnProgress
@@ -102,7 +102,7 @@ def _batch(bank: Bank, start: int, vectors: Embeddings) -> Batch:
     shape = (len(ids), len(SPEC.layers), SPEC.kv_heads, SPEC.tokens, SPEC.head_dim)
     drawing = torch.Generator().manual_seed(start)
     keys, values = (torch.randn(shape, generator=drawing) for _ in range(2))
-    memories = Memories(keys, values, torch.full((len(ids),), SPEC.tokens))
+    memories = MemoryTensors(keys, values, torch.full((len(ids),), SPEC.tokens))
     references = [Reference(f"Memory {id} that nobody wrote.", f"made/{id // 1000}", 0, 29, 4) for id in ids.tolist()]
     return Batch(ids, bank.blocks(ids, memories), references, vectors)
 

@@ -26,7 +26,7 @@ from m3runtime.lab.evaluation.modes import NEAREST
 from m3runtime.lab.evaluation.world import World
 from m3runtime.memory.block import HEADER_BYTES
 from m3runtime.memory.spec import canonical_json
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.retrieval.retriever import Match, passing
 from m3runtime.stream import Part
 from m3runtime.writing.codec_files import configured
@@ -193,6 +193,6 @@ class Trials:
         return found, size / len(parts)
 
 
-def _alone(part: Part) -> Memories:
+def _alone(part: Part) -> MemoryTensors:
     keys, values = part
-    return Memories(keys[None], values[None], torch.tensor([keys.shape[2]]))
+    return MemoryTensors(keys[None], values[None], torch.tensor([keys.shape[2]]))

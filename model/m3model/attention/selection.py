@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from m3model.attention.versions import CACHE_NAMES
 from m3runtime.errors import ConfigError
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 
 
 def attention_scores(
@@ -56,7 +56,7 @@ def most_attended(scores: Tensor, tokens: Tensor, count: int) -> Tensor:
     return kept.sort(dim=3).values
 
 
-def select(memories: Memories, scores: Tensor, count: int) -> Memories:
+def select(memories: MemoryTensors, scores: Tensor, count: int) -> MemoryTensors:
     """Of memories of all tokens, those of the ``count`` best scored tokens of each layer and KV head, in order.
 
     ``scores`` is ``[n, layers, kv_heads, T]`` on the memories' device, as of `encode_scored`. Keys keep the positions
@@ -66,7 +66,7 @@ def select(memories: Memories, scores: Tensor, count: int) -> Memories:
         return memories
     kept = most_attended(scores, memories.tokens, count)[..., None]
     index = kept.expand(-1, -1, -1, -1, memories.keys.shape[4])
-    return Memories(
+    return MemoryTensors(
         keys=memories.keys.gather(3, index),
         values=memories.values.gather(3, index),
         tokens=memories.tokens.clamp_max(count),

@@ -14,7 +14,7 @@ from torch import Tensor
 from m3model.engine.reading import padded
 from m3model.engine.session import Session
 from m3runtime.errors import InputError
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 
 _BATCH = 8
 _SEED = 0
@@ -22,7 +22,7 @@ _SEED = 0
 
 def importance(
     references: Sequence[str],
-    encode: Callable[[Sequence[str]], Memories],
+    encode: Callable[[Sequence[str]], MemoryTensors],
     ids: Callable[[str], list[int]],
     session: Callable[..., Session],
 ) -> Tensor:
@@ -49,7 +49,7 @@ def importance(
 
 def _gradients(
     texts: Sequence[str],
-    encode: Callable[[Sequence[str]], Memories],
+    encode: Callable[[Sequence[str]], MemoryTensors],
     ids: Callable[[str], list[int]],
     new_session: Callable[..., Session],
     draw: torch.Generator,

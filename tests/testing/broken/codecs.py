@@ -10,32 +10,32 @@ from m3runtime.codecs.base import Codec, Distortion
 from m3runtime.codecs.raw import RawCodec
 from m3runtime.errors import BlockError, CodecError
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.memory.tensors import Memories
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.testing.codec import CodecContract
 from tests.testing.broken.suites import make_suites
 
 
 class Dithers(RawCodec):
-    def encode(self, memories: Memories) -> Tensor:
+    def encode(self, memories: MemoryTensors) -> Tensor:
         noise = 1e-6 * torch.randn(memories.keys.shape)
-        return super().encode(Memories(memories.keys + noise, memories.values, memories.tokens))
+        return super().encode(MemoryTensors(memories.keys + noise, memories.values, memories.tokens))
 
 
 class ScalesByTheBatch(RawCodec):
-    def encode(self, memories: Memories) -> Tensor:
+    def encode(self, memories: MemoryTensors) -> Tensor:
         scale = 1 + 1e-3 * len(memories)
-        return super().encode(Memories(memories.keys * scale / 1.001, memories.values, memories.tokens))
+        return super().encode(MemoryTensors(memories.keys * scale / 1.001, memories.values, memories.tokens))
 
 
 class DecodesWhatIsNotFinite(RawCodec):
-    def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> Memories:
+    def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> MemoryTensors:
         try:
             return super().decode(payloads, tokens, dtype)
         except BlockError as error:
             if "not finite" not in str(error):
                 raise
             zeros = super().decode(torch.zeros_like(payloads), tokens, dtype)
-            return Memories(zeros.keys + torch.nan, zeros.values, tokens)
+            return MemoryTensors(zeros.keys + torch.nan, zeros.values, tokens)
 
 
 class TakesADamagedFile(RawCodec):
@@ -50,12 +50,12 @@ class TakesADamagedFile(RawCodec):
 
 
 class EncodesWhatIsNotFinite(RawCodec):
-    def encode(self, memories: Memories) -> Tensor:
-        return super().encode(Memories(memories.keys.nan_to_num(), memories.values.nan_to_num(), memories.tokens))
+    def encode(self, memories: MemoryTensors) -> Tensor:
+        return super().encode(MemoryTensors(memories.keys.nan_to_num(), memories.values.nan_to_num(), memories.tokens))
 
 
 class LeavesNoiseInThePayload(RawCodec):
-    def encode(self, memories: Memories) -> Tensor:
+    def encode(self, memories: MemoryTensors) -> Tensor:
         payloads = super().encode(memories)
         for payload, tokens in zip(payloads, memories.tokens.tolist(), strict=True):
             payload[self.payload_bytes(tokens) :] = 0x5A
@@ -65,9 +65,9 @@ class LeavesNoiseInThePayload(RawCodec):
 class ReadsBeyondTheTokens(RawCodec):
     """Decodes a slot to its end: what follows a short memory's payload becomes tokens."""
 
-    def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> Memories:
+    def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> MemoryTensors:
         decoded = super().decode(payloads, tokens.max().expand(len(tokens)) if len(tokens) else tokens, dtype)
-        return Memories(decoded.keys, decoded.values, tokens)
+        return MemoryTensors(decoded.keys, decoded.values, tokens)
 
 
 class Codecs(CodecContract):
