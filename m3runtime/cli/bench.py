@@ -11,8 +11,6 @@ from m3runtime.cli.progress import stages
 from m3runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from m3runtime.adapters.base import Adapter
-    from m3runtime.config.schema import Config
     from m3runtime.lab.bench.codec import CodecBench
     from m3runtime.lab.bench.eviction import EvictionBench
 
@@ -61,12 +59,13 @@ def codec(
     plugins.require("m3 bench codec", "train")
     import torch
 
+    from m3runtime.lab.bench.banks import reference_texts
     from m3runtime.lab.bench.codec import BenchSettings, bench_codec
 
     asked = BenchSettings(references, decoded, layers, rounds, threads or torch.get_num_threads())
     adapter = assembly.open_adapter(settings)
     with stages(_STAGES, shown=not json) as progress:
-        found = bench_codec(settings, adapter, _texts(settings, adapter, corpus), asked, progress)
+        found = bench_codec(settings, adapter, reference_texts(settings, adapter, corpus or []), asked, progress)
     if json:
         print_json(found.to_json())
     else:
@@ -106,26 +105,6 @@ def eviction(
         print_json(found.to_json())
     else:
         _show_eviction(found)
-
-
-def _texts(config: "Config", adapter: "Adapter", corpus: list[Path] | None) -> list[str]:
-    """The references of a corpus, or those of the bank."""
-    from m3runtime import assembly
-    from m3runtime.bank.bank import Bank
-    from m3runtime.documents.reading import read_documents
-    from m3runtime.documents.references import references_of
-    from m3runtime.documents.splitting import Splitter
-
-    if corpus:
-        splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
-        return [one.text for one in references_of(read_documents(corpus), splitter, whole=False)]
-    if not Bank.exists(config.bank, assembly.open_home(config, read_only=True)):
-        raise InputError(f"there is no bank at {config.bank}; give texts with --corpus")
-    bank = assembly.open_bank(config, read_only=True)
-    try:
-        return [one.text for one in bank.home.references(bank.home.ids()) if one is not None]
-    finally:
-        bank.close()
 
 
 def _show(found: "CodecBench") -> None:

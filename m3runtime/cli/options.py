@@ -18,6 +18,7 @@ ConfigFile = Annotated[
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value: --set recall.memories=3.")
 ]
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -45,9 +46,14 @@ def print_json(value: Any) -> None:
 
 
 def show_size(size: float) -> str:
-    """A size in bytes, for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
+    """A size in bytes with three significant digits. Units are powers of 1024, which the paper calls PB and TB."""
+    power = 0
+    while float(f"{size:.3g}") >= 1000 and power < len(_UNITS) - 1:
+        size, power = size / 1024, power + 1
+    return f"{short(size)} {_UNITS[power]}"
+
+
+def short(number: float) -> str:
+    """A number with three significant digits."""
+    rounded = float(f"{number:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:g}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from m3runtime.cli.codec import in_short
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json, short, show_size
 from m3runtime.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 _BYTES_OF_A_TOKEN = 4
 """Approximate bytes of a token of English text."""
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
 def plan(
@@ -156,7 +155,7 @@ def _memories(found: "Plan") -> list[str]:
         "",
         f"{'':<48}{'one memory':>22}{'times fewer':>13}{f'{found.references:,} of them':>24}",
         *(
-            f"{name:<48}{f'{size:,} B':>22}{_three(memory.raw / size):>13}{_bytes(size * found.references):>24}"
+            f"{name:<48}{f'{size:,} B':>22}{short(memory.raw / size):>13}{show_size(size * found.references):>24}"
             for name, size in rows.items()
         ),
     ]
@@ -166,13 +165,14 @@ def _bank(found: "Plan", text_bytes: int, dim: int) -> list[str]:
     """Lines about the size of the bank and the tiers."""
     bank = found.bank
     tiers = [
-        f"{room.tier} of {_bytes(room.capacity)}: {room.memories:,} memories, {_three(100 * room.share)} % of the bank"
+        f"{room.tier} of {show_size(room.capacity)}: {room.memories:,} memories, "
+        f"{short(100 * room.share)} % of the bank"
         for room in found.tiers
     ]
     return [
         "",
-        f"bank: {_bytes(bank.total)}: blocks {_bytes(bank.blocks)}, texts {_bytes(bank.texts)} ({text_bytes} bytes "
-        f"each), embeddings {_bytes(bank.embeddings)} ({dim} numbers each)",
+        f"bank: {show_size(bank.total)}: blocks {show_size(bank.blocks)}, texts {show_size(bank.texts)} "
+        f"({text_bytes} bytes each), embeddings {show_size(bank.embeddings)} ({dim} dimensions each)",
         "not counted: the index, and the internal structures of the home",
         *tiers,
     ]
@@ -181,14 +181,14 @@ def _bank(found: "Plan", text_bytes: int, dim: int) -> list[str]:
 def _costs(found: "Plan") -> list[str]:
     """Lines about FLOP, and about the number of uses at which each way is cheapest."""
     cost, tera = found.cost, 1e12
-    over = "never" if cost.over_text is None else _three(cost.over_text)
+    over = "never" if cost.over_text is None else short(cost.over_text)
     return [
         "",
-        f"memory: {_three(cost.write / tera)} TFLOP to write, {_three(cost.read / tera)} to read in a chunk "
-        f"({found.memories} add {_three(100 * cost.read_share)} % to a chunk's work)",
-        f"text: {_three(cost.text / tera)} TFLOP to read; parameters: {_three(cost.train / tera)} to train on once",
-        f"the whole bank: {_three(cost.write * found.references / tera)} TFLOP to write",
-        f"memory is cheaper than text from {over} uses on, and than parameters up to {_three(cost.under_parameters)}",
+        f"memory: {short(cost.write / tera)} TFLOP to write, {short(cost.read / tera)} to read in a chunk "
+        f"({found.memories} add {short(100 * cost.read_share)} % to a chunk's work)",
+        f"text: {short(cost.text / tera)} TFLOP to read; parameters: {short(cost.train / tera)} to train on once",
+        f"the whole bank: {short(cost.write * found.references / tera)} TFLOP to write",
+        f"memory is cheaper than text from {over} uses on, and than parameters up to {short(cost.under_parameters)}",
     ]
 
 
@@ -196,24 +196,10 @@ def _reads(found: "Plan") -> list[str]:
     reads = found.reads
     if reads is None:
         return []
-    streams = "" if reads.streams is None else f"; streams: {_three(reads.streams)}"
+    streams = "" if reads.streams is None else f"; streams: {short(reads.streams)}"
     return [
         "",
-        f"drive, nothing cached: {_three(reads.reads_per_s)} blocks of {_bytes(reads.read_bytes)} a second, by its "
-        f"{reads.limit}; {_three(reads.recalls_per_s)} recalls of {found.memories}; "
-        f"{_three(reads.tokens_per_s)} tokens a second{streams}",
+        f"drive, nothing cached: {short(reads.reads_per_s)} blocks of {show_size(reads.read_bytes)} a second, by its "
+        f"{reads.limit}; {short(reads.recalls_per_s)} recalls of {found.memories}; "
+        f"{short(reads.tokens_per_s)} tokens a second{streams}",
     ]
-
-
-def _three(number: float) -> str:
-    """A number with three significant digits."""
-    rounded = float(f"{number:.3g}")
-    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:g}"
-
-
-def _bytes(size: float) -> str:
-    """A size with three significant digits. Units are powers of 1024, which the paper calls PB and TB."""
-    power = 0
-    while float(f"{size:.3g}") >= 1000 and power < len(_UNITS) - 1:
-        size, power = size / 1024, power + 1
-    return f"{_three(size)} {_UNITS[power]}"

@@ -3,7 +3,7 @@
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from m3runtime import assembly
@@ -11,6 +11,9 @@ from m3runtime.adapters.base import Adapter
 from m3runtime.bank.bank import Bank
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import Document, one_word, read_documents
+from m3runtime.documents.reference import Reference
+from m3runtime.documents.references import references_of
+from m3runtime.documents.splitting import Splitter
 from m3runtime.errors import InputError
 from m3runtime.writing.writer import OnProgress, Writer
 
@@ -28,8 +31,7 @@ def bank_for(
     removed at the end of the block. Raises `InputError` if there is no bank and no corpus, or the corpus is too short.
     """
     if not corpus:
-        if not Bank.exists(config.bank, assembly.open_home(config, read_only=True)):
-            raise InputError(f"there is no bank at {config.bank}; give texts with --corpus")
+        _check(config)
         yield config
         return
     adapter = adapter or assembly.open_adapter(config)
@@ -42,6 +44,26 @@ def bank_for(
         finally:
             embedder.close()
         yield own
+
+
+def _check(config: Config) -> None:
+    if not Bank.exists(config.bank, assembly.open_home(config, read_only=True)):
+        raise InputError(f"there is no bank at {config.bank}; give texts with --corpus")
+
+
+def bank_references(config: Config, most: int | None = None) -> list[Reference]:
+    """The first ``most`` references of the configured bank, or all. Raises `InputError` if there is no bank."""
+    _check(config)
+    with closing(assembly.open_bank(config, read_only=True)) as bank:
+        return [one for one in bank.home.references(bank.home.ids()[:most]) if one is not None]
+
+
+def reference_texts(config: Config, adapter: Adapter, corpus: Sequence[Path]) -> list[str]:
+    """The texts of the references of a corpus, or without one of the configured bank. Raises `InputError`."""
+    if not corpus:
+        return [one.text for one in bank_references(config)]
+    splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
+    return [one.text for one in references_of(read_documents(corpus), splitter, whole=False)]
 
 
 def full_pieces(adapter: Adapter, documents: Sequence[Document], most: int, seed: int = 0) -> list[Document]:

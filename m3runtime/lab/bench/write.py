@@ -17,7 +17,7 @@ from m3runtime.config.schema import Config
 from m3runtime.documents.reading import Document, read_documents
 from m3runtime.documents.references import references_of
 from m3runtime.documents.splitting import Splitter
-from m3runtime.lab.bench.banks import full_pieces
+from m3runtime.lab.bench.banks import bank_references, full_pieces
 from m3runtime.lab.bench.timing import threads, turns, wait
 from m3runtime.lab.results import Result, Spread
 from m3runtime.retrieval.embedder import Embedder
@@ -96,12 +96,7 @@ def _documents(config: Config, adapter: Adapter, corpus: Sequence[Path], setting
     """The references, each as a document."""
     if corpus:
         return full_pieces(adapter, list(read_documents(corpus)), settings.references, settings.seed)
-    bank = assembly.open_bank(config, read_only=True)
-    try:
-        found = bank.home.references(bank.home.ids()[: settings.references])
-        return [Document(one.source, one.text) for one in found if one is not None]
-    finally:
-        bank.close()
+    return [Document(one.source, one.text) for one in bank_references(config, settings.references)]
 
 
 def _with_codec(
