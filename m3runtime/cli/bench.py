@@ -141,7 +141,7 @@ def _show_eviction(found: "EvictionBench") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("room", "blocks", "policy", "hit rate", "brought up", "bytes", title="One tier before slower ones")
+    table = Table("capacity", "blocks", "policy", "hit rate", "lifted", "bytes", title="One tier before slower ones")
     for row, following in zip(found.rows, [*found.rows[1:], None], strict=True):
         table.add_row(
             show_size(row.slots * found.slot_bytes),

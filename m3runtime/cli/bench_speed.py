@@ -148,8 +148,8 @@ def _show_batch(console: "Console", batch: "BatchBench") -> None:
             f"{each.late} late in {each.chunks} chunks"
         )
     console.print(
-        f"{ends.kept:.0%} of a chunk's memories were there already, {ends.foreseen:.0%} of the others were foreseen; "
-        f"{ends.hit_rate:.0%} of {ends.guesses} guesses were right"
+        f"the chunk before had {ends.kept:.0%} of a chunk's memories; {ends.foreseen:.0%} of the others were "
+        f"prefetched; {ends.hit_rate:.0%} of {ends.guesses} prefetched memories were used"
     )
     for name, is_same in batch.same_tokens.items():
         console.print(f"{name}: {'the same tokens' if is_same else 'OTHER TOKENS'}")
@@ -165,7 +165,7 @@ def _show_tiers(found: "TierBench") -> None:
     for blocks in dict.fromkeys(row.blocks for row in found.rows):
         rows = [row for row in found.rows if row.blocks == blocks]
         title = f"{blocks} blocks, {show_size(rows[0].bytes)}" if blocks > 1 else f"1 block, {show_size(rows[0].bytes)}"
-        table = Table("", "median (quartiles)", "a second", "speed beside", "", title=title)
+        table = Table("", "median (quartiles)", "per second", "relative speed", "baseline", title=title)
         for row in rows:
             speed = ("", "") if row.baseline == row.name else (row.speed.show(2), row.baseline)
             table.add_row(row.name, str(row.seconds), show_size(row.bytes / row.seconds.median), *speed)

@@ -65,7 +65,7 @@ def _show(found: "WriteBench") -> None:
     console = Console()
     console.print(times)
     console.print(shares)
-    how = "beside the model" if found.beside else "in turn with the model"
+    how = "in parallel with the model" if found.overlapping else "in turn with the model"
     console.print(
         f"encoding and embedding {how}; {found.model}, {found.dtype} on {found.device}, "
         f"{found.settings.threads} threads; batch {found.batch}"

@@ -58,7 +58,7 @@ class LookaheadCounts:
     wasted_bytes: int = 0
     """Bytes of memories that were decoded and not chosen."""
     failed: int = 0
-    """Work beside decoding that ended in an `M3Error`."""
+    """Background work that ended in an `M3Error`."""
     last_error: str = ""
     in_flight_bytes: int = 0
     """Bytes of guesses that are decoded or under way now."""
@@ -101,7 +101,7 @@ class Event:
     """A timed piece of work. ``start`` and ``end`` are values of `time.perf_counter`."""
 
     name: str
-    """A stage; those beside decoding begin with ``ahead.``."""
+    """The name of a stage; names of background work begin with ``ahead.``."""
     start: float
     end: float
     thread: str
@@ -130,7 +130,7 @@ class Timeline:
 
 @dataclass(slots=True)
 class Stages:
-    """Times one recall, or one piece of work beside decoding, stage by stage. For one thread."""
+    """Times one recall, or one piece of background work, stage by stage. For one thread."""
 
     timers: Mapping[str, Timer]
     timeline: Timeline
@@ -169,11 +169,11 @@ class Meter:
         return Stages(self._recall, self.timeline, streams=streams)
 
     def lookahead(self, streams: tuple[int, ...] = ()) -> Stages:
-        """Stages of work beside decoding."""
+        """The stages of background work."""
         return Stages(self._lookahead, self.timeline, "ahead.", streams)
 
     def latencies(self) -> tuple[dict[str, Latency], dict[str, Latency]]:
-        """Of recall and of what is done beside decoding, by stage."""
+        """Latencies of recall and of background work, by stage."""
         recall, lookahead = (
             {name: timer.latency() for name, timer in timers.items()} for timers in (self._recall, self._lookahead)
         )

@@ -35,7 +35,7 @@ _LOOKAHEAD = {
     "hits": "Guesses that were chosen.",
     "beyond": "Guesses that were only lifted.",
     "wasted_bytes": "Bytes of memories that were decoded and not chosen.",
-    "failed": "Work beside decoding that failed.",
+    "failed": "Background work that failed.",
 }
 _TIER = {
     "hits": "Blocks that were read from the tier.",
@@ -77,7 +77,7 @@ class Collector(_Collector):
             "m3_lookahead_in_flight_bytes", "Bytes of guesses now.", value=metrics.lookahead.in_flight_bytes
         )
         yield _histogram("m3_recall_stage_seconds", "Stages of recalls.", "stage", metrics.recall_stages)
-        yield _histogram("m3_lookahead_stage_seconds", "Work beside decoding.", "stage", metrics.lookahead_stages)
+        yield _histogram("m3_lookahead_stage_seconds", "Background work, by stage.", "stage", metrics.lookahead_stages)
         yield from _tiers(metrics)
 
 

@@ -64,7 +64,7 @@ class WriteBench(Result):
     """The throughput of `WRITE` over the throughput of each other contender in the same round."""
     shares: Mapping[str, Spread]
     """The share of `WRITE` that each of `m3runtime.writing.writer.STAGES` takes; stages may overlap."""
-    beside: bool
+    overlapping: bool
     """True if encoding and embedding overlapped with the model. Commits always do."""
 
 
@@ -79,10 +79,10 @@ def bench_write(
     """
     embedder = assembly.open_embedder(config)
     # Next to the bank, so that commits go to the same drive.
-    beside = config.bank.parent if config.bank.parent.is_dir() else None
+    drive = config.bank.parent if config.bank.parent.is_dir() else None
     with (
         threads(settings.threads),
-        tempfile.TemporaryDirectory(dir=beside, prefix=".m3-bench-") as folder,
+        tempfile.TemporaryDirectory(dir=drive, prefix=".m3-bench-") as folder,
     ):
         documents = _documents(config, adapter, corpus, settings)
         own = _with_codec(config, adapter, documents, Path(folder), progress)
@@ -169,7 +169,7 @@ def _measure(
         seconds={name: Spread.of(found) for name, found in seconds.items()},
         kept={name: Spread.ratio(found, of_write) for name, found in seconds.items() if name != WRITE},
         shares={stage: Spread.of([one.stages[stage] / one.seconds for one in counted]) for stage in STAGES},
-        beside=writer.beside,
+        overlapping=writer.beside,
     )
 
 
