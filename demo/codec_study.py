@@ -35,9 +35,11 @@ from m3runtime.lab.evaluation.statistics import Estimate, mean
 from m3runtime.lab.evaluation.world import make_world
 from m3runtime.memory.block import HEADER_BYTES
 from m3runtime.memory.tensors import MemoryTensors
+from m3runtime.recall.recalled import Recalled
+from m3runtime.recall.store import Part
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.retrieval.retriever import Match, log_weights, passing
-from m3runtime.stream import Part, Recalled, Stream
+from m3runtime.stream import Stream
 from m3runtime.writing.fitting import SAMPLE, WEIGHED, join
 
 BATCH = 16

@@ -18,12 +18,14 @@ from transformers import AutoTokenizer
 
 import models
 from m3runtime import assembly, cli
-from m3runtime.bank.bank import Bank, Manifest, as_ids
+from m3runtime.bank.bank import Bank
+from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs.raw import RawCodec
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import Document
 from m3runtime.documents.references import references_of
 from m3runtime.documents.splitting import Splitter
+from m3runtime.memory.block import as_ids
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.retrieval.embedder import Embedder, Embeddings

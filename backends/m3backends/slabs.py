@@ -2,6 +2,7 @@
 
 import torch
 
+from m3runtime.config.units import Size
 from m3runtime.storage.slab import SlabTier
 
 
@@ -11,7 +12,7 @@ class GpuTier(SlabTier):
     ``capacity`` is in bytes. Raises `ConfigError` if the device does not have so much.
     """
 
-    def __init__(self, *, slot_bytes: int, capacity: int, eviction: str = "lru", device: torch.device) -> None:
+    def __init__(self, *, slot_bytes: int, capacity: Size, eviction: str = "lru", device: torch.device) -> None:
         super().__init__(name="gpu", slot_bytes=slot_bytes, capacity=capacity, eviction=eviction, device=device)
 
 
@@ -26,7 +27,7 @@ class PinnedTier(SlabTier):
         self,
         *,
         slot_bytes: int,
-        capacity: int,
+        capacity: Size,
         eviction: str = "lru",
         device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
     ) -> None:
@@ -36,5 +37,5 @@ class PinnedTier(SlabTier):
             capacity=capacity,
             eviction=eviction,
             device=torch.device("cpu"),
-            page_locked=device.type == "cuda",
+            locked_for=device if device.type == "cuda" else None,
         )

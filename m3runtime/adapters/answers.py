@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from m3runtime.stream import Recalled
+    from m3runtime.recall.recalled import Recalled
 
 Form = Literal["question", "reference", "chat", "plain"]
 """How a question is put to a model: see ``generate.prompt``."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m3runtime.adapters.answers import Answer, Form, OnText, Prompt, Score
-from m3runtime.bank.bank import Manifest
+from m3runtime.bank.manifest import Manifest
 from m3runtime.errors import ConfigError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors

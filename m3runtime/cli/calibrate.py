@@ -86,8 +86,9 @@ def calibrate(
 
 def _load_without_recall(file: Path, settings: list[str] | None) -> "Config":
     """A file with all that goes before it, but for recall: what the file says of that is what counts."""
-    from m3runtime.config.loading import PREFIX, load_config
+    from m3runtime.config.loading import PREFIX
+    from m3runtime.config.schema import Config
 
     environ = {name: value for name, value in os.environ.items() if not name.startswith(f"{PREFIX}RECALL")}
     overrides = dict(setting.split("=", 1) for setting in settings or () if not setting.startswith("recall"))
-    return load_config(file, environ, overrides).config
+    return Config.load(file, environ, overrides)

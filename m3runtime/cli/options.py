@@ -9,7 +9,7 @@ import typer
 from m3runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from m3runtime.config.loading import LoadedConfig
+    from m3runtime.config.loading import Loaded
     from m3runtime.config.schema import Config
 
 ConfigFile = Annotated[
@@ -22,9 +22,10 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def load(file: Path | None, settings: list[str] | None) -> "LoadedConfig":
+def load(file: Path | None, settings: list[str] | None) -> "Loaded[Config]":
     """The configuration with the origin of each value. Raises `ConfigError`, or `InputError` for a bad ``--set``."""
     from m3runtime.config.loading import load_config
+    from m3runtime.config.schema import Config
 
     overrides = {}
     for setting in settings or ():
@@ -32,7 +33,7 @@ def load(file: Path | None, settings: list[str] | None) -> "LoadedConfig":
         if not equals:
             raise InputError(f"--set {setting}: write it as KEY=VALUE")
         overrides[key] = value
-    return load_config(file, overrides=overrides)
+    return load_config(Config, file, overrides=overrides)
 
 
 def configuration(file: Path | None, settings: list[str] | None) -> "Config":

@@ -134,8 +134,12 @@ def shown(where: str, now: Sample, before: Sample | None) -> "Group":
         f"waited {values['recall_waited_seconds']:.2f} s",
         f"hints {values['lookahead_hints']:.0f}, {values['lookahead_cancelled']:.0f} overtaken   "
         f"guesses {guesses:.0f}, {_share(values['lookahead_hits'], guesses)} right, "
-        f"{values['lookahead_beyond']:.0f} only lifted   wasted {show_size(values['lookahead_wasted_bytes'])}   "
-        f"in flight {show_size(values['lookahead_in_flight_bytes'])}   failed {values['lookahead_failed']:.0f}",
+        f"{values['lookahead_beyond']:.0f} only lifted   failed {values['lookahead_failed']:.0f}",
+        f"store {show_size(values['store_bytes'])} of {show_size(values['store_capacity'])}, "
+        f"{values['store_parts']:.0f} parts, {values['store_leased']:.0f} leased, "
+        f"{values['store_guessed']:.0f} guessed   "
+        f"decoded {values['store_decoded']:.0f}   evicted {values['store_evicted']:.0f}   "
+        f"wasted {show_size(values['store_wasted_bytes'])}",
     ]
     return Group(Text("\n".join(lines)), _tiers(now, before), _stages(now, before))
 

@@ -25,7 +25,7 @@ class RecallCounts:
     memories: int = 0
     """Memories given to chunks."""
     kept: int = 0
-    """Of those, memories that a stream held already: neither read nor decoded."""
+    """Of those, memories that the store held decoded already: neither read nor decoded."""
     late: int = 0
     """Memories that were chosen and had not arrived by the deadline, once for each chunk that went on without."""
     search_s: float = 0.0
@@ -44,29 +44,49 @@ class RecallCounts:
 
 @dataclass(frozen=True, slots=True)
 class LookaheadCounts:
-    """What came of hints so far; each count only grows, but ``in_flight``."""
+    """What hints led to so far. Each count only grows."""
 
     hints: int = 0
     cancelled: int = 0
     """Hints that a newer one or the recall overtook before their memories were asked for."""
     guesses: int = 0
-    """Memories that hints asked for, and that their stream did not hold."""
+    """Memories that hints asked for and that their stream did not lease."""
     hits: int = 0
     """Guesses that the next recall of their stream chose."""
     beyond: int = 0
-    """Guesses that ``recall.in_flight`` had no room for: only lifted."""
-    wasted_bytes: int = 0
-    """Bytes of memories that were decoded and not chosen."""
+    """Guesses without room in the store: only lifted."""
     failed: int = 0
-    """Background work that ended in an `M3Error`."""
+    """Background work that failed."""
     last_error: str = ""
-    in_flight_bytes: int = 0
-    """Bytes of guesses that are decoded or under way now."""
 
     @property
     def hit_rate(self) -> float:
         """Share of the guesses that were chosen; 0 if there were none."""
         return self.hits / self.guesses if self.guesses else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StoreCounts:
+    """The decoded memories of a device (`m3runtime.recall.store.MemoryStore`)."""
+
+    capacity: int
+    """Most bytes of parts."""
+    bytes: int = 0
+    """Bytes of parts now, those that are loading included."""
+    parts: int = 0
+    """Parts that are ready now."""
+    leased: int = 0
+    """Parts that recalls lease now."""
+    guessed: int = 0
+    """Parts that prefetches lease now."""
+    decoded: int = 0
+    """Memories decoded so far."""
+    hits: int = 0
+    """Leases of parts that were ready, so far."""
+    evicted: int = 0
+    """Parts that made room for others, so far."""
+    wasted_bytes: int = 0
+    """Bytes of parts that were decoded and removed before any recall leased them, so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +108,7 @@ class Metrics:
 
     recall: RecallCounts
     lookahead: LookaheadCounts
+    store: StoreCounts
     recall_stages: Mapping[str, Latency]
     """By stage, see `RECALL_STAGES`: of each call of `Runtime.recall`, which streams that recall together share."""
     lookahead_stages: Mapping[str, Latency]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from m3runtime import assembly
 from m3runtime.adapters.abilities import Sizing
 from m3runtime.bank.bank import slot_bytes
+from m3runtime.config.units import parse_size
 from m3runtime.errors import ConfigError
 from m3runtime.memory.shape import ModelShape, memory_spec
 from m3runtime.memory.spec import MemorySpec
@@ -167,14 +168,15 @@ def plan(config: "Config", shape: ModelShape, need: Need, name: str) -> Plan:
 def _rooms(config: "Config", need: Need, block: int) -> tuple[Room, ...]:
     """The caching tiers that state a capacity, configured or default, and those of `Need.capacities`."""
     caching = (config.tiers or default_tiers(assembly.device(config)))[:-1]
-    named = [(tier.kind, tier.options.get("capacity")) for tier in caching]
+    named = []
+    for place, tier in enumerate(caching):
+        if tier.options.get("capacity") is not None:
+            try:
+                named.append((tier.kind, parse_size(tier.options["capacity"])))
+            except ValueError as error:
+                raise ConfigError(f"tiers.{place}.capacity {error}") from None
     named += [("--capacity", capacity) for capacity in need.capacities]
-    found = []
-    for tier, capacity in named:
-        if isinstance(capacity, int):
-            slots = capacity // block
-            found.append(Room(tier, capacity, slots, min(1.0, slots / need.references)))
-    return tuple(found)
+    return tuple(Room(tier, size, size // block, min(1.0, size // block / need.references)) for tier, size in named)
 
 
 def _computed_in(config: "Config", shape: ModelShape) -> str:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from m3runtime.adapters.base import Adapter
-from m3runtime.bank.bank import Bank, as_ids
+from m3runtime.bank.bank import Bank
 from m3runtime.documents.reference import Reference
-from m3runtime.memory.block import Ids
+from m3runtime.memory.block import Ids, as_ids
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.storage.home import Batch

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
-from m3runtime.bank.bank import Bank, Manifest, as_ids
+from m3runtime.bank.bank import Bank
+from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs import Codec
 from m3runtime.config.schema import Config
 from m3runtime.device.side_stream import SideStream
@@ -18,7 +19,7 @@ from m3runtime.documents.reading import Document
 from m3runtime.documents.reference import Reference
 from m3runtime.documents.references import references_of
 from m3runtime.documents.splitting import Splitter
-from m3runtime.memory.block import HEADER_BYTES, Ids
+from m3runtime.memory.block import HEADER_BYTES, Ids, as_ids
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.writing import codec_files
 from m3runtime.writing.encoding import GROUP, Group, batches
@@ -109,9 +110,7 @@ class Writer:
 
             self._commit(bank, cold, new, computed, clock, read=not catalogue)
             with clock.stage("index"):
-                index, changed = assembly.open_index(self.config, bank, every=True)
-                if changed:
-                    assembly.save_index(index, bank)
+                assembly.bank_index(self.config, bank).update()
         finally:
             bank.close()
         seconds = time.perf_counter() - began

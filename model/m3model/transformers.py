@@ -10,7 +10,7 @@ from m3model.adapter import TransformersAdapter
 from m3runtime.adapters.answers import Answer, OnText, Prompt
 from m3runtime.config.schema import GenerateConfig, MemoryConfig, ModelConfig
 from m3runtime.errors import ConfigError, InputError
-from m3runtime.plugins.loading import not_known, reason
+from m3runtime.plugins.messages import not_known, reason
 from m3runtime.runtime import Runtime
 
 __all__ = ["MemoryModel", "TransformersAdapter"]

@@ -35,7 +35,7 @@ def test_a_made_up_bank_is_whole(place: Place, tmp_path: Path) -> None:
     bank, built = build(config, embedder, centres(embedder), tmp_path / "made", 130, lambda *_: None)
     try:
         assert built.memories == len(bank.home) == 130
-        index = assembly.load_index(config, bank)
+        index = assembly.bank_index(config, bank).load()
         for ids, vectors in bank.home.embeddings():
             found, scores = index.search(vectors, 1)
             assert (found[:, 0] == ids).all()

@@ -1,4 +1,4 @@
-"""What importing the package and asking for help cost."""
+"""Importing the package and asking for help are light, and the public names are pinned."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ HEAVY = ("torch", "transformers", "faiss", "lmdb", "usearch", "numpy", "pydantic
 
 
 def modules_after(code: str) -> set[str]:
-    """The top-level modules that a new process has imported after it ran this code."""
+    """The top-level modules in `sys.modules` of a new process after it ran this code."""
     script = f"import sys, json\n{code}\nsys.stderr.write(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True)
     return {name.partition(".")[0] for name in json.loads(done.stderr)}

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from m3backends.lmdb.home import LmdbHome
 from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
-from m3runtime.bank.bank import Bank, as_ids
+from m3runtime.bank.bank import Bank
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import Document
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError
+from m3runtime.memory.block import as_ids
 from m3runtime.writing.encoding import GROUP
 from m3runtime.writing.writer import Writer, WriteReport
 from tests.end_to_end.commands import Contents, Place, contents

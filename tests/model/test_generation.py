@@ -546,8 +546,6 @@ def test_memory_model(open_runtime: Open) -> None:
     asked = model.generate("Which lamp?", prompt="chat")
     assert asked.tokens == chatted.tokens
     assert [chunk.ids for chunk in chatted.chunks] == [chunk.ids for chunk in asked.chunks]
-    # Streams were closed: nothing stays in use.
-    assert not runtime.hierarchy._pins
 
 
 @pytest.mark.parametrize(

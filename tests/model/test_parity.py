@@ -17,7 +17,7 @@ from m3model.engine.session import Session
 from m3model.transformers import TransformersAdapter
 from m3runtime.config.schema import MemoryConfig
 from m3runtime.errors import ConfigError, InputError
-from m3runtime.stream import Part
+from m3runtime.recall.store import Part
 from tests.model.families import (
     FAMILIES,
     REFERENCE_TOKENS,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from m3runtime.codecs.product.codec import ProductCodec
-from m3runtime.codecs.product.training import by_blas
+from m3runtime.codecs.product.kmeans import by_blas
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
 

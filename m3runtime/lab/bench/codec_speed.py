@@ -11,7 +11,7 @@ from torch import Tensor
 from m3runtime.codecs import Codec
 from m3runtime.codecs.product.codec import ProductCodec
 from m3runtime.codecs.product.faiss_exchange import index_of, to_faiss
-from m3runtime.codecs.product.stages import StagesQuantiser
+from m3runtime.codecs.product.stages_quantiser import StagesQuantiser
 from m3runtime.lab.bench.timing import alternate
 from m3runtime.lab.results import Spread
 from m3runtime.memory.tensors import MemoryTensors
@@ -108,7 +108,7 @@ def same_codes(codec: ProductCodec, payloads: Tensor) -> list[tuple[Any, Any]]:
     work: list[tuple[Any, Any]] = []
     for kind, name in enumerate(("keys", "values")):
         own = codes[:, :, kind]
-        if quantiser.design.scope == "model":
+        if quantiser.exchangeable:
             work.append((to_faiss(codec, name), own.flatten(0, 2).contiguous().numpy()))
             continue
         tables = quantiser.keys if kind == 0 else quantiser.values

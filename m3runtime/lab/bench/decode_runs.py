@@ -14,10 +14,10 @@ from m3runtime.adapters.comparison import Comparable
 from m3runtime.config.schema import Config, GenerateConfig
 from m3runtime.lab.bench.timing import wait
 from m3runtime.observe.metrics import Event
+from m3runtime.recall.recalled import Recalled
 from m3runtime.retrieval.retriever import Retriever
 from m3runtime.runtime import Runtime
 from m3runtime.storage.hierarchy import Hierarchy
-from m3runtime.stream import Recalled
 
 PLAIN = "generate, no memory"
 TEXT = "generate, references as text"
@@ -86,7 +86,7 @@ class Contenders:
             self.bank.manifest.check_embedder(
                 embedder=self._embedder.fingerprint, name=config.embedder.path, where=self.bank.path
             )
-            self._index, _ = assembly.open_index(config, self.bank)
+            self._index, _ = assembly.bank_index(config, self.bank).open(cold=config.recall.cold_start)
             tiers = assembly.open_tiers(config, self.bank.home.slot_bytes, adapter.device)
             self._tiers = Hierarchy(tiers, self.bank.home, self.bank.stamp, adapter.device)
             opening.callback(self._tiers.close)
@@ -167,8 +167,10 @@ class Contenders:
     # -- runs ---------------------------------------------------------------------------------------------------
 
     def cool(self) -> None:
-        """Empty the caching tiers."""
+        """Empty the caching tiers and the stores of decoded memories."""
         ids = self.bank.home.ids()
+        for runtime in (*self._runtimes.values(), *self._waiting.values(), self._drawn):
+            runtime.store.forget(ids.tolist())
         for tier in self._tiers.tiers[:-1]:
             tier.discard(ids)
 

@@ -14,11 +14,11 @@ from m3runtime.config.schema import Config
 from m3runtime.lab.bench.synthetic import Built, build, centres, queries
 from m3runtime.lab.bench.timing import threads, turns, wait
 from m3runtime.lab.results import Result, Spread
+from m3runtime.recall.recalled import Recalled
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.retrieval.retriever import Retriever
 from m3runtime.runtime import Runtime
 from m3runtime.storage.hierarchy import Hierarchy
-from m3runtime.stream import Recalled
 from m3runtime.writing.writer import OnProgress
 
 SIZES = (1_000, 10_000, 100_000)
@@ -78,7 +78,7 @@ class RecallBench(Result):
 def bench_recall(config: Config, settings: RecallSettings, progress: OnProgress) -> RecallBench:
     """Measure recalls over synthetic banks in a temporary folder.
 
-    No caching tier is used: blocks are read from the home and decoded.
+    No caching tier is used, and no memory stays decoded: each recall reads its blocks from the home.
     """
     config = measured(config, settings.memories)
     sizes = sorted(set(settings.sizes))
@@ -100,7 +100,8 @@ def bench_recall(config: Config, settings: RecallSettings, progress: OnProgress)
         every = settings.rounds + 1
         names = {f"{size:,}": size for size in sizes}
         for number, name in turns(list(names), settings.rounds, lambda done: progress("recall", done, every)):
-            _, stages = timed_recall(runtimes[names[name]], texts[number])
+            recalled, stages = timed_recall(runtimes[names[name]], texts[number])
+            runtimes[names[name]].store.forget(recalled.ids)  # so that no later recall finds them decoded
             if number:
                 found[names[name]].append(stages)
         progress("recall", every, every)
@@ -141,7 +142,7 @@ def timed_recall(runtime: Runtime, text: str) -> tuple[Recalled, dict[str, float
 
 def _open(opened: ExitStack, config: Config, bank: Bank, embedder: Embedder) -> Runtime:
     device = assembly.device(config)
-    index, _ = assembly.open_index(config, bank)
+    index, _ = assembly.bank_index(config, bank).open(cold=config.recall.cold_start)
     retriever = Retriever(embedder, index, memories=config.recall.memories)
     runtime = Runtime(config, bank, Hierarchy([], bank.home, bank.stamp, device), retriever, device)
     opened.callback(runtime.close)

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 
 from m3runtime import assembly
-from m3runtime.bank.bank import Bank, Manifest, as_ids
+from m3runtime.bank.bank import Bank
+from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs.raw import RawCodec
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
+from m3runtime.memory.block import as_ids
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.retrieval.embedder import Embedder, Embeddings
@@ -76,8 +78,7 @@ def build(
             bank.home.commit(_batch(bank, start, around(about, count, seed=start)))
             progress(stage, start + count, size)
         made = time.perf_counter()
-        index, _ = assembly.open_index(config, bank)
-        assembly.save_index(index, bank)
+        assembly.bank_index(config, bank).update()
     except BaseException:
         bank.close()
         raise

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from m3runtime import assembly
-from m3runtime.bank.bank import as_ids
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError
 from m3runtime.memory import block
-from m3runtime.memory.block import Ids
+from m3runtime.memory.block import Ids, as_ids
 from m3runtime.storage.hierarchy import Hierarchy
 from m3runtime.storage.home import Batch, Home
 from m3runtime.storage.tier import CachingTier

@@ -9,7 +9,6 @@ from statistics import fmean
 
 from m3runtime.adapters.answers import Prompt
 from m3runtime.adapters.base import Adapter
-from m3runtime.bank.bank import as_ids
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError
@@ -17,6 +16,7 @@ from m3runtime.lab.evaluation.choosing import MEMORIES, Case, Pair, Setting, gri
 from m3runtime.lab.evaluation.journal import Journal, silent
 from m3runtime.lab.evaluation.laboratory import Laboratory, weighted
 from m3runtime.lab.evaluation.statements import FEWEST, Statement, Statements, holds, make_statements
+from m3runtime.memory.block import as_ids
 from m3runtime.memory.spec import fingerprint
 from m3runtime.retrieval.retriever import Match
 from m3runtime.runtime import Runtime

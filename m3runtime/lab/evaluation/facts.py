@@ -10,7 +10,6 @@ from typing import Any, Literal
 from m3runtime import assembly
 from m3runtime.adapters.answers import Form
 from m3runtime.adapters.base import Adapter
-from m3runtime.bank.bank import as_ids
 from m3runtime.config.schema import Config, GenerateConfig
 from m3runtime.documents.reading import Document
 from m3runtime.lab.evaluation.banks import write_bank
@@ -18,6 +17,7 @@ from m3runtime.lab.evaluation.journal import Journal, silent
 from m3runtime.lab.evaluation.judging import is_invented, is_right
 from m3runtime.lab.evaluation.modes import MODES, NEAREST, NEEDS_ANSWER, SEARCHING, Asker, Item, Mode
 from m3runtime.lab.evaluation.world import Question, make_world
+from m3runtime.memory.block import as_ids
 from m3runtime.memory.spec import fingerprint
 from m3runtime.observe.tiers import TierStats
 from m3runtime.retrieval.retriever import passing

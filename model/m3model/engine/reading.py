@@ -10,7 +10,8 @@ from torch import Tensor
 from m3model.engine.session import Session
 from m3runtime.adapters.answers import Prompt
 from m3runtime.errors import InputError
-from m3runtime.stream import Recalled, Recaller, Stream
+from m3runtime.recall.recalled import Recalled
+from m3runtime.stream import Recaller, Stream
 
 PREFILL = 512
 """Tokens of a prompt that are read at once where no memories are recalled."""
