@@ -1,4 +1,4 @@
-"""The two real models of the demo and the tests, taken out of packages: no model hub is asked."""
+"""The two real models of the demo and the tests, taken from Python packages without a model hub."""
 
 import tempfile
 from importlib.util import find_spec

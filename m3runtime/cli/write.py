@@ -1,4 +1,4 @@
-"""``m3 write``."""
+"""``m3 write``: write texts into a bank."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -21,10 +21,10 @@ def write(
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Write texts into the bank, which is made if it is not there.
+    """Write texts into the bank, and create the bank if it does not exist.
 
-    Can be interrupted at any moment and run again: it goes on, and doubles nothing. What was only catalogued is encoded
-    when it is written without --catalogue.
+    It can be interrupted at any moment and run again: it resumes, and stores nothing twice. References that were only
+    catalogued are encoded when they are written without --catalogue.
     """
     settings = configuration(config, set)
     from m3runtime.documents.reading import find_files, read_documents

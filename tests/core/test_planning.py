@@ -1,3 +1,5 @@
+"""Sizes and costs that `m3runtime.planning` computes."""
+
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from m3runtime.memory.block import HEADER_BYTES
 from m3runtime.memory.shape import MODELS, ModelShape, described, memory_layers, memory_spec
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
-from m3runtime.planning.bank import PAGE, Drive, Need, plan, reads, sized
+from m3runtime.planning.bank import Need, plan, sized
 from m3runtime.planning.cost import cost
+from m3runtime.planning.drive import PAGE, Drive, reads
 from tests.core.recalling import TextAdapter
 
 PAPER = MODELS["memory3-2.4b"]
