@@ -90,7 +90,9 @@ class ChunkReader(Generic[AnyRow]):
             return
         recalled = self.recaller.recall([self.streams[i] for i in asking], [texts[i] or "" for i in asking], wait=wait)
         for index, one in zip(asking, recalled, strict=True):
-            self.rows[index].chunks.append(one)
+            row = self.rows[index]
+            row.chunks[-1:] = [last.without_parts() for last in row.chunks[-1:]]  # or a long answer keeps them all
+            row.chunks.append(one)
         self.attend()
 
     def attend(self) -> None:
