@@ -60,17 +60,29 @@ class CodecFile:
         except (TypeError, CodecError, RecursionError) as error:
             raise CodecError(f"{self.path}: options do not fit: {_short(error)}") from error
 
-    def expect(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise `CodecError` unless the tensors are exactly these, float32 and finite."""
-        if self.tensors.keys() != shapes.keys():
-            raise CodecError(f"{self.path}: holds tensors {_short(sorted(self.tensors))}, not {sorted(shapes)}")
-        for name, shape in shapes.items():
-            tensor = self.tensors[name]
-            if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
-                found = f"{tensor.dtype} {tuple(tensor.shape)}"
-                raise CodecError(f"{self.path}: tensor {name!r} is {found}, not torch.float32 {shape}")
-            if not torch.isfinite(tensor).all():
-                raise CodecError(f"{self.path}: tensor {name!r} is not finite")
+
+def load_untrained(codec: type[C], path: Path, spec: MemorySpec) -> C:
+    """Read the file of a codec that learns nothing. Raises `CodecError` as `read` does, and if it holds tensors."""
+    file = read(path, codec.kind, spec)
+    made = file.make(codec, spec)
+    try:
+        check_tensors(file.tensors, {})
+    except CodecError as error:
+        raise CodecError(f"{path}: {error}") from error
+    return made
+
+
+def check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `CodecError` unless these tensors are all that is wanted, of these shapes, float32 and finite."""
+    if tensors.keys() != wanted.keys():
+        raise CodecError(f"it holds tensors {_short(sorted(tensors))}, not {sorted(wanted)}")
+    for name, shape in wanted.items():
+        tensor = tensors[name]
+        if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise CodecError(f"tensor {name!r} is {found}, not torch.float32 {shape}")
+        if not torch.isfinite(tensor).all():
+            raise CodecError(f"tensor {name!r} is not finite")
 
 
 def codec_fingerprint(codec: Codec, tensors: Mapping[str, Tensor] | None = None) -> str:

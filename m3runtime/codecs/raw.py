@@ -81,6 +81,4 @@ class RawCodec(Codec):
     @classmethod
     def load(cls, path: Path, spec: MemorySpec) -> "RawCodec":
         """See `Codec.load`."""
-        file = files.read(path, cls.kind, spec)
-        file.expect({})
-        return file.make(cls, spec)
+        return files.load_untrained(cls, path, spec)

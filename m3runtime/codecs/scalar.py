@@ -98,9 +98,7 @@ class ScalarCodec(Codec):
     @classmethod
     def load(cls, path: Path, spec: MemorySpec) -> "ScalarCodec":
         """See `Codec.load`."""
-        file = files.read(path, cls.kind, spec)
-        file.expect({})
-        return file.make(cls, spec)
+        return files.load_untrained(cls, path, spec)
 
 
 def _packed_bytes(channels: int, bits: int) -> int:

@@ -174,10 +174,8 @@ def test_numba_and_torch_look_up_the_same_bits(
     codes = slab[..., 2:-1]
     added = torch.randn(n, 4, dim, generator=random) if add else None
     one, other = torch.full((2, n, 4, 3, dim), torch.nan)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(look_up, "compiled", lambda: False)
-        look_up.look_up(codes, some, tables, one, added)
-    look_up.look_up(codes, some, tables, other, added)
+    look_up.by_torch(codes, some, tables, one, added)
+    look_up.by_numba(codes, some, tables, other, added)
     assert torch.isfinite(one).all()
     assert torch.equal(one, other)
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from m3runtime.codecs.base import Progress
-from m3runtime.codecs.product.quantiser import Design, Vectors, check_tensors
+from m3runtime.codecs.files import check_tensors
+from m3runtime.codecs.product.quantiser import Design, Vectors
 from m3runtime.codecs.product.stages import BITS, Stage, parse, text_of
 from m3runtime.codecs.product.stages_quantiser import StagesQuantiser, Tables, offset_codes, offset_of
 from m3runtime.codecs.product.stages_training import train_stages

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from m3runtime.codecs.base import Progress
-from m3runtime.codecs.product.quantiser import Design, Vectors, check_tensors
+from m3runtime.codecs.files import check_tensors
+from m3runtime.codecs.product.quantiser import Design, Vectors
 from m3runtime.codecs.product.transform import CENTROIDS, WIDTHS, Transform, Units, kept_by
 from m3runtime.codecs.product.transform_quantiser import TransformQuantiser
 from m3runtime.codecs.product.transform_training import train_transform
