@@ -41,12 +41,12 @@ _MOST_HEAD = 4 << 20
 _MOST = 8 << 30
 """Bytes of a file at most, whatever its spec."""
 _MOST_STAGES = 4
-"""Of a quantiser, for `_most_bytes`."""
+"""Stages of the largest quantiser, for `_most_bytes`."""
 
 
 @dataclass(frozen=True, slots=True)
 class CodecFile:
-    """What a codec's file holds, after every check: see `read`."""
+    """The content of a codec's file, after every check: see `read`."""
 
     path: Path
     options: Mapping[str, Any]
@@ -143,7 +143,7 @@ def read(path: Path, kind: str, spec: MemorySpec) -> CodecFile:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write all of a file or nothing, over what was there. Raises `CodecError` if the drive does not take it."""
+    """Write all of a file or nothing, in place of an older one. Raises `CodecError` if the drive does not take it."""
     try:
         write_atomically(path, data)
     except OSError as error:
@@ -151,7 +151,7 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def _checked(path: Path) -> tuple[CodecFile, str, MemorySpec]:
-    """What a file holds after every check, and the kind and spec that it states."""
+    """The content of a file after every check, and the kind and spec that it states."""
     data, end, head = _read(path)
     version, digest, record = head["format"], _escaped(head["digest"]), head["codec"]
     if version != FORMAT:
@@ -201,7 +201,7 @@ def _read(path: Path) -> tuple[bytes, int, dict[str, Any]]:
 
 
 def _head(text: bytes, path: Path) -> tuple[int, dict[str, Any]]:
-    """Of the header's JSON, how many bytes of tensors follow, and our part."""
+    """The bytes of tensors that a header announces, and our part of its JSON."""
     try:
         entries = json.loads(text, object_pairs_hook=_unique)
         head = json.loads(entries.pop("__metadata__")[_KEY], object_pairs_hook=_unique)

@@ -27,7 +27,7 @@ class Quantiser(ABC):
 
     @abstractmethod
     def tensors(self) -> Mapping[str, Tensor]:
-        """What was learned, by name, on the CPU: what the codec's file holds."""
+        """The learned tensors by name, as the codec's file holds them."""
 
     @abstractmethod
     def to(self, device: torch.device) -> Self:

@@ -53,15 +53,15 @@ class TransformQuantiser(Quantiser):
         return float((self.transform.mean.abs() + added).max())
 
     def tensors(self) -> dict[str, Tensor]:
-        """See `Quantiser.tensors`."""
+        """The learned tensors by name: see `Quantiser.tensors`."""
         return self.transform.tensors()
 
     def to(self, device: torch.device) -> "TransformQuantiser":
-        """See `Quantiser.to`."""
+        """A copy on another device: see `Quantiser.to`."""
         return TransformQuantiser(self.transform.to(device))
 
     def encode(self, vectors: Vectors, payload: Tensor) -> None:
-        """See `Quantiser.encode`. Runs on ``torch.get_num_threads()`` threads on a CPU."""
+        """Write the codes of one memory, on ``torch.get_num_threads()`` threads on a CPU: see `Quantiser.encode`."""
         x = self.transform.units.joined(*vectors)
         x -= self.transform.mean[:, None]
         coordinates = torch.bmm(x, self._padded_forward)  # [units, tokens, kept]
@@ -73,7 +73,7 @@ class TransformQuantiser(Quantiser):
         payload.view(numbers.shape).copy_(numbers)
 
     def decode(self, payloads: Tensor, width: int) -> Vectors:
-        """See `Quantiser.decode`."""
+        """Vectors of payloads, on their device: see `Quantiser.decode`."""
         units = self.transform.units
         shape = (len(payloads), units.heads, width, units.spec.head_dim)
         keys, values = (torch.empty(shape, device=payloads.device) for _ in range(2))

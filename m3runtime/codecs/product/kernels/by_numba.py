@@ -20,7 +20,7 @@ _BLOCK = 128
 
 
 def _compiled(function: Kernel, signature: Any) -> Kernel:
-    """Compiled now, and kept in a file where there may be one."""
+    """Compile a kernel now, and keep it in a file if a folder can be written to."""
     with contextlib.suppress(RuntimeError):  # no folder can be written to
         kept: Kernel = numba.njit(signature, nogil=True, cache=True)(function)
         return kept
