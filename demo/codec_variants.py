@@ -10,7 +10,8 @@ from torch import Tensor
 from m3model.adapter import TransformersAdapter
 from m3runtime.codecs import Codec
 from m3runtime.memory.tensors import MemoryTensors
-from m3runtime.plugins.loading import construct, load
+from m3runtime.plugins.construction import construct
+from m3runtime.plugins.loading import load
 
 
 @dataclass(frozen=True)

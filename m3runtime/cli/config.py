@@ -1,4 +1,4 @@
-"""``m3 config``."""
+"""``m3 config``: print the configuration in force."""
 
 from json import dumps
 
@@ -8,14 +8,15 @@ from m3runtime.cli.options import ConfigFile, Json, Set, load, print_json
 
 
 def config(config: ConfigFile = None, set: Set = None, json: Json = False) -> None:
-    """Print the configuration in force, and where each value came from."""
-    from m3runtime.config.schema import default_tiers
+    """Print the configuration in force, and the origin of each value."""
+    from m3runtime import assembly
+    from m3runtime.storage.defaults import default_tiers
 
     loaded = load(config, set)
     values, origins = loaded.config.model_dump(mode="json"), dict(loaded.origins)
     if not loaded.config.tiers:
         del origins["tiers"]
-        values["tiers"] = [tier.model_dump(mode="json") for tier in default_tiers()]
+        values["tiers"] = [tier.model_dump(mode="json") for tier in default_tiers(assembly.device(loaded.config))]
         origins |= {f"tiers.{i}.{key}": "default" for i, tier in enumerate(values["tiers"]) for key in tier}
     if json:
         print_json({"config": values, "origins": origins})

@@ -1,62 +1,54 @@
-"""Presets: defaults that belong together, by one word in the configuration. What is said goes before them."""
+"""Presets: defaults that belong together, named by one word in the configuration. Given values take precedence."""
 
 from collections.abc import Mapping
 from typing import Any
 
-Key = tuple[str, str]
-
 ORIGIN = "memory.preset"
-"""Where a value comes from that a preset gave."""
+"""The origin of a value that a preset gave."""
 
-PRESETS: Mapping[str, Mapping[Key, Any]] = {
+PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     # The paper's own settings: sections 3.1 to 3.3 and 4.4, and appendix A for the quantiser.
     "memory3": {
-        ("memory", "layers"): "first-half",
-        ("memory", "tokens_per_head"): 8,
-        ("memory", "reference_tokens"): 128,
-        ("memory", "sink"): "Reference:",
-        ("memory", "place"): "start",
-        ("memory", "sinks"): "once",
-        ("memory", "positions"): "parallel",
-        ("memory", "attention_temperature"): 1.0,
-        ("codec", "kind"): "product",
-        ("codec", "preset"): "memory3",
-        ("embedder", "kind"): "flag-embedding",
-        ("embedder", "path"): "BAAI/bge-m3",
-        ("recall", "chunk_tokens"): 64,
-        ("recall", "memories"): 5,
-        ("recall", "min_score"): -1.0,  # every chunk has its five, however near
-        ("recall", "margin"): None,
-        ("recall", "score_temperature"): None,
+        "memory": {
+            "layers": "first-half",
+            "tokens_per_head": 8,
+            "reference_tokens": 128,
+            "sink": "Reference:",
+            "place": "start",
+            "sinks": "once",
+            "positions": "parallel",
+            "attention_temperature": 1.0,
+        },
+        "codec": {"kind": "product", "preset": "memory3"},
+        "embedder": {"kind": "flag-embedding", "path": "BAAI/bge-m3"},
+        "recall": {
+            "chunk_tokens": 64,
+            "memories": 5,
+            "min_score": -1.0,  # every chunk has its five, however near
+            "margin": None,
+            "score_temperature": None,
+        },
     }
 }
-"""By name, the value of each key."""
+"""The values of each preset, by section and key."""
 
 
-def unsaid(tree: Mapping[str, Any]) -> dict[Key, Any]:
-    """What the preset of a configuration's tree says, and the tree itself does not.
+def fill(preset: object, section: str, given: object) -> object:
+    """A section's values: the given ones, and the preset's for other keys. Nothing needs to be valid yet.
 
-    The codec's options are left to a section that says anything of them: options of one kind, or beside others, fit
-    no other. Trees need not be valid.
+    A codec section that gives anything but ``kind: product`` keeps its own options, since the preset's options fit no
+    others.
     """
-    memory = tree.get("memory")
-    name = memory.get("preset") if isinstance(memory, Mapping) else getattr(memory, "preset", None)
-    found = dict(PRESETS.get(name, {})) if isinstance(name, str) else {}
-    given = {section: tree.get(section) for section, _ in found}
-    codec = given.get("codec")
-    if isinstance(codec, Mapping) and (set(codec) - {"kind"} or codec.get("kind", "product") != "product"):
-        found.pop(("codec", "preset"), None)
-
-    def speaks(section: str, key: str) -> bool:
-        value = given[section]
-        return value is not None and (not isinstance(value, Mapping) or key in value)
-
-    return {key: value for key, value in found.items() if not speaks(*key)}
+    ours = PRESETS.get(preset, {}).get(section, {}) if isinstance(preset, str) else {}
+    if not ours or not isinstance(given, Mapping | None):
+        return given
+    given = given or {}
+    if section == "codec" and {"kind": "product", **given} != {"kind": "product"}:
+        ours = {"kind": ours["kind"]}
+    return {**ours, **given}
 
 
-def filled(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree with what its preset gives."""
-    new = dict(tree)
-    for (section, key), value in unsaid(tree).items():
-        new[section] = {**(new.get(section) or {}), key: value}
-    return new
+def keys(values: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """The keys that the preset of a configuration has values for."""
+    sections = PRESETS.get(values.get("memory", {}).get("preset"), {})
+    return {(section, key) for section, ours in sections.items() for key in ours}

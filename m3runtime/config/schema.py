@@ -1,29 +1,18 @@
 """The configuration: one YAML file, every key of it described here. `m3runtime.config.loading` reads it."""
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    Field,
-    SerializerFunctionWrapHandler,
-    Strict,
-    ValidationError,
-    WrapValidator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, ValidationError, WrapValidator, model_validator
 
 from m3runtime.config import presets
-from m3runtime.config.section import Count, File, Name, PluginSection, Section, Whole
+from m3runtime.config.loading import load_config
+from m3runtime.config.section import Count, File, FileOrHubName, Name, PluginSection, Section, Whole
 from m3runtime.config.train import TrainConfig
-from m3runtime.config.units import Seconds, Size, format_size, parse_size
+from m3runtime.config.units import Seconds, Size
 
-_SIZES = ("capacity", "max_size")
-_MIB = 1024**2
-_GIB = 1024**3
 _RANGE = re.compile(r"([0-9]{1,4})-([0-9]{1,4})", re.ASCII)
 
 
@@ -57,7 +46,7 @@ class ModelConfig(Section):
 
     adapter: Name = "transformers"
     """What joins the model to the runtime: a plug-in's name or an import path ``package.module:Name``."""
-    path: Name
+    path: FileOrHubName
     """A local folder, a GGUF file or a hub name. From ``./`` or ``../`` on it is relative to the file that says so."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """What to compute in; ``auto`` is float32 on a CPU, and what the weights are stored in on an accelerator."""
@@ -92,7 +81,7 @@ class MemoryConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_by_preset(cls, values: object) -> object:
-        return presets.filled({"memory": values})["memory"] if isinstance(values, dict) else values
+        return presets.fill(values.get("preset"), "memory", values) if isinstance(values, dict) else values
 
 
 class CodecConfig(PluginSection):
@@ -109,7 +98,7 @@ class EmbedderConfig(PluginSection):
 
     kind: Name = "sentence-transformers"
     """A plug-in's name or an import path; further keys are its options."""
-    path: Name
+    path: FileOrHubName
     """A local folder or a hub name. From ``./`` or ``../`` on it is relative to the file that says so."""
 
 
@@ -123,33 +112,18 @@ class IndexConfig(PluginSection):
 
 
 class TierConfig(PluginSection):
-    """One tier of the hierarchy. ``capacity`` and ``max_size`` are sizes such as ``2GiB``."""
+    """One tier of the hierarchy, with options such as ``capacity: 2GiB``."""
 
     kind: Name
     """A plug-in's name or an import path; further keys are its options."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _read_sizes(cls, values: object) -> object:
-        if not isinstance(values, dict):
-            return values
-        sizes = {}
-        for key in _SIZES:
-            if values.get(key) is not None:
-                try:
-                    sizes[key] = parse_size(values[key])
-                except ValueError as error:
-                    raise ValueError(f"{key} {error}") from None
-        return {**values, **sizes}
-
-    @model_serializer(mode="wrap")
-    def _write_sizes(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = write(self)
-        return {**values, **{key: format_size(values[key]) for key in _SIZES if values.get(key) is not None}}
-
 
 class RecallConfig(Section):
     """Which memories a chunk gets, and how long it waits for them."""
+
+    replaced: ClassVar[Mapping[str, str]] = {
+        "in_flight": "recall.decoded bounds prefetched and leased memories together"
+    }
 
     chunk_tokens: Count = 64
     """Tokens between two recalls."""
@@ -163,13 +137,14 @@ class RecallConfig(Section):
     """Attention weighs memories by ``exp((score - best) / this)``; null: all alike, as a Memory³ model is trained."""
     lookahead_tokens: Annotated[Whole, Field(ge=0)] = 16
     """Tokens before a chunk's end at which its memories are guessed, and brought beside decoding; 0: never."""
-    in_flight: Size = 256 * _MIB
-    """Most bytes of guessed memories, decoded or on their way, of all streams; what does not fit is only lifted."""
+    decoded: Size | None = None
+    """Most bytes of decoded memories on the device, prefetched and leased together; null: fits the machine."""
     deadline: Seconds = 0.05
-    """How long a recall waits for blocks that are still below."""
+    """How long a recall waits, after its search, for memories that are still being read or decoded in the background.
+    Embedding, the search, and decoding what the fastest tier holds are not bounded by it."""
     when_late: Literal["wait", "skip", "next_chunk"] = "skip"
     """For memories that miss the deadline: wait for them, go on without, or give them to the next chunk."""
-    cold_start: Annotated[bool, Strict()] = False
+    cold_start: bool = False
     """Whether references that are only in the catalogue are encoded at their first recall, and stored; else they are
     not recalled."""
     trace: File | None = None
@@ -242,7 +217,7 @@ class Config(Section):
     index: IndexConfig = IndexConfig()
     """What finds the nearest vectors."""
     tiers: tuple[TierConfig, ...] = ()
-    """The tiers, fastest first, the home last. Empty: those of `default_tiers`, which fit the machine."""
+    """The tiers, fastest first, the home last. Empty: those that fit the device and the machine."""
     recall: RecallConfig = RecallConfig()
     """Which memories a chunk gets, and how long it waits for them."""
     threads: ThreadsConfig = ThreadsConfig()
@@ -257,7 +232,12 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_by_preset(cls, values: object) -> object:
-        return presets.filled(values) if isinstance(values, dict) else values
+        if not isinstance(values, dict):
+            return values
+        memory = values.get("memory")  # which fills itself
+        preset = memory.get("preset") if isinstance(memory, dict) else getattr(memory, "preset", None)
+        filled = {name: presets.fill(preset, name, values.get(name)) for name in ("codec", "embedder", "recall")}
+        return {**values, **{name: section for name, section in filled.items() if section is not None}}
 
     def without_cold_start(self) -> "Config":
         """The same, by which nothing is encoded at recall: for what only reads a bank."""
@@ -269,36 +249,9 @@ class Config(Section):
         path: Path | str | None = None,
         environ: Mapping[str, str] | None = None,
         overrides: Mapping[str, str] | None = None,
-    ) -> "Config":
-        """The configuration in force; see `m3runtime.config.loading.load_config`. Raises `ConfigError`."""
-        from m3runtime.config.loading import load_config  # which needs the models above
+    ) -> Self:
+        """The configuration in force: file, environment and overrides, as `m3runtime.config.loading.load_config` says.
 
-        return load_config(path, environ, overrides).config
-
-
-def default_tiers() -> tuple[TierConfig, ...]:
-    """Tiers that fit this machine: the GPU if there is CUDA, an eighth of RAM up to 8 GiB, and LMDB as the home."""
-    import torch  # only here: reading a configuration stays light
-
-    tiers = [_tier("pinned", min(8 * _GIB, _memory() // 8)), TierConfig(kind="lmdb")]
-    if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        tiers.insert(0, _tier("gpu", min(2 * _GIB, total // 8)))
-    return tuple(tiers)
-
-
-def _tier(kind: str, capacity: int) -> TierConfig:
-    whole = max(1, capacity // _MIB) * _MIB  # so that `m3 config` prints it readably
-    return TierConfig.model_validate({"kind": kind, "capacity": whole})
-
-
-def _memory() -> int:
-    """Bytes of RAM that this process may use, a container's limit included."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows does not tell
-        memory = 8 * _GIB
-    try:
-        return min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no cgroup, or `max`: no limit
-        return memory
+        Raises `ConfigError`: one line that names the origin, the key and the values that are allowed.
+        """
+        return load_config(cls, path, environ, overrides).config

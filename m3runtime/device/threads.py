@@ -1,4 +1,4 @@
-"""How many cores a thread computes on."""
+"""Threads that compute: on which device, and on how many cores."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -21,3 +21,13 @@ def compute_on(threads: int) -> None:
         torch.get_num_threads()  # from now on the number that is set last does not reach this thread
         with ThreadPoolExecutor(1) as another:
             another.submit(torch.set_num_threads, before).result()
+
+
+def prepare(device: torch.device, cores: int) -> None:
+    """Let the calling thread compute on ``device`` and on so many cores. Each thread of a runtime begins with it.
+
+    Which accelerator is the current one is a property of each thread, and a new thread begins with the first.
+    """
+    if device.index is not None:
+        torch.accelerator.set_device_index(device.index)
+    compute_on(cores)

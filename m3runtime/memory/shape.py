@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from m3runtime.config.units import parse_count
 from m3runtime.errors import ConfigError
 from m3runtime.memory.spec import DTYPES, MemorySpec
-from m3runtime.plugins.loading import not_known
+from m3runtime.plugins.messages import not_known
 
 if TYPE_CHECKING:
     from m3runtime.config.schema import MemoryConfig

@@ -4,12 +4,16 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from m3runtime.errors import InputError
 from m3runtime.memory.block import Found, Ids
 
 if TYPE_CHECKING:
     from torch import Tensor, device
+
+Scores = npt.NDArray[np.float32]
+"""What retrieval thought of ids: one score in [-1, 1] for each."""
 
 
 def check_ids(ids: Ids) -> None:
@@ -84,16 +88,14 @@ class Tier(ABC):
 
 
 class CachingTier(Tier):
-    """A bounded tier above the home. Pinned blocks (in use by a stream) are not evicted."""
+    """A bounded tier above the home."""
 
     device: "device"
     can_rot: bool = False
-    """Whether held bytes may change (a drive, a network): the hierarchy then checks every digest."""
+    """May held bytes change (a drive, a network)? The hierarchy then checks every digest."""
 
-    @abstractmethod
-    def pin(self, ids: Ids) -> Found:
-        """Keep these until `unpin`; pins count. Returns which of them are held and therefore pinned now."""
+    def score(self, ids: Ids, scores: Scores) -> None:
+        """Retrieval chose these with these scores in [-1, 1]. Ids that are not held are passed over.
 
-    @abstractmethod
-    def unpin(self, ids: Ids) -> None:
-        """Take back one `pin` of each id that had one."""
+        For tiers whose eviction looks at scores; others do nothing.
+        """

@@ -10,20 +10,19 @@ at first. Each other line is a call, in the order in which they were made::
 
     {"op": "read", "ids": [17, 4]}
     {"op": "score", "ids": [17, 4], "scores": [0.71, 0.55]}
-    {"op": "pin", "ids": [17, 4]}
 
-===========  ====================================================================================
-op           what the hierarchy was asked for
-===========  ====================================================================================
-read         to deliver these blocks
-lift         to bring them up ahead of need
-score        to note what retrieval thought of them; ``scores`` has one for each id
-pin, unpin   to keep them while a stream uses them, and no longer
-discard      to forget them
-===========  ====================================================================================
+=======  ====================================================================================
+op       what the hierarchy was asked for
+=======  ====================================================================================
+read     to deliver these blocks
+lift     to bring them up ahead of need
+score    to note what retrieval thought of them; ``scores`` has one for each id
+discard  to forget them
+=======  ====================================================================================
 
-A trace of one tier (`m3runtime.testing.recording`) also has the ops write and contains; ``found`` is what a call
-answered, one truth for each id, and ``error`` the name of the exception that it raised.
+Traces of earlier releases also have the ops pin and unpin, which are passed over. A trace of one tier
+(`m3runtime.testing.recording`) also has the ops write and contains; ``found`` is what a call answered, one truth for
+each id, and ``error`` the name of the exception that it raised.
 
 Each line is in the file before the call is made, so a process that was killed leaves a trace of all that it did. A last
 line that is torn is passed over; anything else that is not as above is an error.
@@ -42,11 +41,12 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from m3runtime.errors import InputError
 from m3runtime.memory.block import Ids
-from m3runtime.plugins.loading import reason
-from m3runtime.storage.abilities import Scores
-from m3runtime.storage.tier import CachingTier
+from m3runtime.plugins.messages import reason
+from m3runtime.storage.tier import CachingTier, Scores
 
 FORMAT = 1
+_GONE = ("pin", "unpin")
+"""Ops of earlier releases, whose caching tiers had pins."""
 T = TypeVar("T")
 
 log = logging.getLogger("m3runtime")
@@ -62,7 +62,7 @@ class Op:
 
     __pydantic_config__: ClassVar[ConfigDict] = _CHECKED
 
-    op: Literal["read", "lift", "score", "pin", "unpin", "discard", "write", "contains"]
+    op: Literal["read", "lift", "score", "discard", "write", "contains", "pin", "unpin"]
     ids: tuple[_Id, ...]
     scores: tuple[float, ...] | None = None
     found: tuple[bool, ...] | None = None
@@ -177,7 +177,9 @@ def read_trace(path: Path) -> Trace:
             runs.append([])
             continue
         try:
-            runs[-1].append(_parse(_OP, line, f"{path}: line {number}"))
+            op = _parse(_OP, line, f"{path}: line {number}")
+            if op.op not in _GONE:
+                runs[-1].append(op)
         except InputError:
             if number < len(lines) or line.endswith(b"\n"):
                 raise  # else the writer was stopped here

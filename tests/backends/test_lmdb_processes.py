@@ -14,7 +14,7 @@ import pytest
 from m3backends.lmdb.environment import Durability
 from m3backends.lmdb.home import LmdbHome
 from m3runtime.errors import BankBusyError, BankError, ConfigError, TierError
-from m3runtime.plugins.loading import construct
+from m3runtime.plugins.construction import construct
 from m3runtime.testing.blocks import SLOT_BYTES, make_batch, make_ids
 from m3runtime.testing.cachestat import can_tell, unsynced_files
 from m3runtime.testing.home import check_whole, contents

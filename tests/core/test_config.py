@@ -1,19 +1,19 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 
-from m3runtime.config.loading import LoadedConfig, load_config
-from m3runtime.config.schema import Config, TierConfig, default_tiers
-from m3runtime.config.schema import schema as config_module
+from m3runtime.config import schema
+from m3runtime.config.loading import Loaded, load_config
+from m3runtime.config.schema import Config
 from m3runtime.config.units import format_seconds, format_size, parse_seconds, parse_size
 from m3runtime.errors import ConfigError
+from tests.yaml_text import dumped
 
 REQUIRED = "bank: ./bank\nmodel: {path: owner/model}\nembedder: {path: owner/embedder}\n"
 GIB = 1024**3
@@ -28,9 +28,9 @@ def file(tmp_path: Path) -> Path:
 
 def load(
     file: Path, more: str = "", environ: dict[str, str] | None = None, sets: dict[str, str] | None = None
-) -> LoadedConfig:
+) -> Loaded[Config]:
     file.write_text(REQUIRED + more)
-    return load_config(file, environ or {}, sets)
+    return load_config(Config, file, environ or {}, sets)
 
 
 def complaint(file: Path, more: str = "", environ: dict[str, str] | None = None) -> str:
@@ -98,7 +98,7 @@ def test_what_is_no_time_is_refused(wrong: object) -> None:
 
 
 def test_every_field_is_described() -> None:
-    models = [kind for kind in vars(config_module).values() if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    models = [kind for kind in vars(schema).values() if isinstance(kind, type) and issubclass(kind, BaseModel)]
     assert Config in models
     assert [name for kind in models for name, field in kind.model_fields.items() if not field.description] == []
 
@@ -119,7 +119,7 @@ recall: {deadline: 20ms, when_late: wait}
     assert config.memory.layers == (0, 3)
     assert config.codec.options == {"key_bytes": 32, "value_bytes": 16}
     assert config.index.options == {"connectivity": 8}
-    assert [tier.options for tier in config.tiers] == [{"capacity": 2 * GIB, "eviction": "lru"}, {"max_size": 10**9}]
+    assert [tier.options for tier in config.tiers] == [{"capacity": "2GiB", "eviction": "lru"}, {"max_size": "1GB"}]
     assert (config.recall.deadline, config.recall.when_late) == (0.02, "wait")
 
 
@@ -168,9 +168,9 @@ trees = st.fixed_dictionaries(
 @given(trees)
 def test_what_is_dumped_is_loaded_again(tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]) -> None:
     file = tmp_path_factory.getbasetemp() / "dumped.yaml"
-    file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    file.write_text(dumped(tree), encoding="utf-8")
     config = Config.load(file, {})
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+    file.write_text(dumped(config.model_dump(mode="json")), encoding="utf-8")
     assert Config.load(file, {}) == config == Config.model_validate(config.model_dump())
 
 
@@ -179,11 +179,22 @@ def test_a_configuration_is_frozen(file: Path) -> None:
         load(file).config.bank = Path("other")
 
 
-def test_default_tiers_fit_the_machine() -> None:
-    *caching, home = default_tiers()
-    assert home == TierConfig(kind="lmdb")
-    assert caching[-1].kind == "pinned"
-    assert all(0 < tier.options["capacity"] <= 8 * GIB for tier in caching)
+class Counted(Config):
+    """Counts its validations."""
+
+    validated: ClassVar[int] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def count(cls, values: object) -> object:
+        cls.validated += 1
+        return values
+
+
+def test_a_configuration_is_validated_once(file: Path) -> None:
+    environ, sets = {"M3_MEMORY__PRESET": "memory3", "M3_RECALL__MEMORIES": "3"}, {"recall.margin": "0.1"}
+    load_config(Counted, file, environ, sets)
+    assert Counted.validated == 1
 
 
 # What is wrong is said in one line
@@ -200,9 +211,9 @@ def test_default_tiers_fit_the_machine() -> None:
             "m3.yaml: model.zzz is not known; known are adapter, device, dtype, path",
         ),
         ("7: x", "m3.yaml: 7 is not known; keys are text"),
-        ("recall: {when_late: no}", "m3.yaml: recall.when_late must be 'wait', 'skip' or 'next_chunk', not False"),
+        ("recall: {when_late: no}", "m3.yaml: recall.when_late must be 'wait', 'skip' or 'next_chunk', not 'no'"),
         ("recall: {memories: 0}", "m3.yaml: recall.memories must be greater than or equal to 1, not 0"),
-        ("recall: {memories: yes}", "m3.yaml: recall.memories must be a valid integer, not True"),
+        ("recall: {memories: yes}", "m3.yaml: recall.memories must be a valid integer, not 'yes'"),
         ("recall: {min_score: .nan}", "m3.yaml: recall.min_score must be a finite number, not nan"),
         ("recall: 3", "m3.yaml: recall must be a mapping of keys to values, not 3"),
         (
@@ -224,19 +235,33 @@ def test_default_tiers_fit_the_machine() -> None:
         ("memory: {tokens_per_head: 8.0}", "m3.yaml: memory.tokens_per_head must be all or a whole number of at"),
         ("memory: {layers: []}", "m3.yaml: memory.layers must be all, first-half, middle-half, a range such"),
         ("memory: {layers: some}", "m3.yaml: memory.layers must be all, first-half, middle-half, a range such"),
-        ("recall: {cold_start: 1}", "m3.yaml: recall.cold_start must be a valid boolean, not 1"),
+        (
+            "recall: {cold_start: maybe}",
+            "m3.yaml: recall.cold_start must be a valid boolean, unable to",
+        ),
         ("tiers: {kind: gpu}", "m3.yaml: tiers must be a list, not {'kind': 'gpu'}"),
         ("tiers: [gpu]", "m3.yaml: tiers.0 must be a mapping of keys to values, not 'gpu'"),
         ("tiers: [{capacity: 1}]", "m3.yaml: tiers.0.kind is missing"),
-        ("tiers: [{kind: gpu, capacity: big}]", "m3.yaml: tiers.0: capacity must be a size such as"),
-        ("generate: {stop: [no]}", "m3.yaml: generate.stop.0 must be a valid string, not False"),
+        ("generate: {stop: [true]}", "m3.yaml: generate.stop.0 must be a valid string, not True"),
         ("model: {path: ''}", "m3.yaml: model.path must have at least 1 character, not ''"),
         ("embedder:", "m3.yaml: embedder.path is missing"),
-        ("recall: {memories: 1, memories: 2}", "m3.yaml: line 4: key memories is given twice"),
+        (
+            "recall: {memories: 1, memories: 2}",
+            'm3.yaml: line 4: found duplicate key "memories"',
+        ),
         ("recall: [", "m3.yaml: line 4: "),
         ("recall: !!int x", "m3.yaml: "),
         ("recall: &a [*a]", "m3.yaml: too deeply nested"),
-        ("recall: \0", "m3.yaml: "),
+        ("recall: \0", r"m3.yaml: line 4: the character '\x00' is not allowed"),
+        (
+            "recall: {in_flight: 1GiB}",
+            "m3.yaml: recall.in_flight is no longer known; recall.decoded bounds prefetched and leased memories",
+        ),
+        ("train: {steps: 1}", "m3.yaml: train.steps is not known; known are "),
+        (
+            "train: {data: [d], out: o, memory: {step: 1}}",
+            "m3.yaml: train.memory.step is not known; did you mean train.memory.steps?",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(file: Path, more: str, message: str) -> None:
@@ -282,7 +307,7 @@ def test_variables_override_the_file_and_settings_override_both(file: Path) -> N
     loaded = load(file, more, environ, {"recall.min_score": "-1", "tiers.1.max_size": "1MiB", "generate.stop.1": "c"})
     config = loaded.config
     assert (config.recall.memories, config.recall.margin, config.recall.min_score) == (3, None, -1)
-    assert [tier.options for tier in config.tiers] == [{"capacity": GIB}, {"max_size": 1024**2}]
+    assert [tier.options for tier in config.tiers] == [{"capacity": "1GiB"}, {"max_size": "1MiB"}]
     assert config.codec.options == {"key_bytes": 8}
     assert config.model.path == "2024-05-01"
     assert config.generate.stop == ("a", "c")
@@ -306,7 +331,7 @@ def test_every_value_has_an_origin(file: Path) -> None:
 def test_an_empty_file_is_fine_if_the_rest_is_given(file: Path) -> None:
     file.write_text("")
     environ = {"M3_BANK": "bank", "M3_MODEL": "{path: m}", "M3_EMBEDDER__PATH": "e"}
-    loaded = load_config(file, environ)
+    loaded = load_config(Config, file, environ)
     assert (loaded.config.model.path, loaded.origins["model.path"]) == ("m", "M3_MODEL")
     assert loaded.origins["model.dtype"] == "default"
     with pytest.raises(ConfigError, match=r"m3\.yaml: bank is missing$"):
@@ -377,14 +402,14 @@ def test_the_file_by_default(file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(file.parent)
     assert Config.load(environ={}).bank == file.parent / "bank"
     file.rename(file.with_name("other.yaml"))
-    assert load_config(environ={"M3_CONFIG": "other.yaml"}).origins["bank"] == "other.yaml"
+    assert load_config(Config, environ={"M3_CONFIG": "other.yaml"}).origins["bank"] == "other.yaml"
     with pytest.raises(ConfigError, match=r"^no such configuration file: m3\.yaml$"):
         Config.load(environ={})
 
 
 def test_reading_a_configuration_is_light() -> None:
     code = """if True:
-        import sys, m3runtime.config.loading, m3runtime.plugins.loading
+        import sys, m3runtime.config.schema, m3runtime.plugins.construction
         print(*{"torch", "numpy", "m3backends", "m3model"} & set(sys.modules))"""
     root = Path(__file__).parents[2]
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)

@@ -1,14 +1,18 @@
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from m3runtime.config.units import Size
+from m3runtime.config.units import Seconds, Size
 from m3runtime.errors import ConfigError, PluginError
 from m3runtime.plugins import loading as plugins
-from m3runtime.plugins.loading import available, construct, load
+from m3runtime.plugins.construction import construct
+from m3runtime.plugins.loading import available, load
+
+if TYPE_CHECKING:
+    from torch import device
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 Install = Callable[..., None]
@@ -138,6 +142,23 @@ class Anything:
 def test_options_are_read_as_what_the_constructor_takes() -> None:
     thing = construct(Thing, {"capacity": "1KiB", "shares": 1}, "tiers.0", slot_bytes=8)
     assert thing.all == (8, 1024, "lru", 1.0)
+
+
+class Cache:
+    """A plug-in with names of its own, one of them of a type that only type checkers import."""
+
+    def __init__(
+        self, *, budget: "Size", patience: "Seconds" = 1.0, limit: "Size | None" = None, device: "device | None" = None
+    ) -> None:
+        self.all = (budget, patience, limit, device)
+
+
+def test_sizes_and_times_are_read_by_their_annotation_whatever_they_are_called() -> None:
+    options = {"budget": "2GiB", "patience": "50ms", "limit": "1KiB", "device": "2GiB"}
+    assert construct(Cache, options, "tiers.0").all == (2 * 1024**3, 0.05, 1024, "2GiB")
+    assert construct(Cache, {"budget": 7, "limit": None}, "tiers.0").all == (7, 1.0, None, None)
+    with pytest.raises(ConfigError, match=r"^tiers\.0\.limit must be a size such as 512MiB, .*, not 'much'$"):
+        construct(Cache, {"budget": 7, "limit": "much"}, "tiers.0")
 
 
 def test_a_constructor_that_takes_anything_gets_it() -> None:

@@ -1,20 +1,24 @@
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3runtime.config.loading import LoadedConfig, load_config
+from m3runtime.config.loading import Loaded, load_config
 from m3runtime.config.presets import ORIGIN, PRESETS
 from m3runtime.config.schema import Config, MemoryConfig
+from m3runtime.config.yaml_file import parse_yaml
 from m3runtime.errors import ConfigError
 from m3runtime.memory.shape import memory_spec
 from m3runtime.writing.codec_files import configured
+from tests.yaml_text import dumped
 
 BARE = "bank: ./bank\nmodel: {path: owner/model}\n"
 PRESET = BARE + "memory: {preset: memory3}\n"
+GIVEN = {(section, key): value for section, ours in PRESETS["memory3"].items() for key, value in ours.items()}
+"""The preset's value of each key."""
 OTHER: dict[tuple[str, str], Any] = {
     ("memory", "layers"): "middle-half",
     ("memory", "tokens_per_head"): 4,
@@ -49,12 +53,12 @@ def value(config: Config, key: tuple[str, str]) -> Any:
     return config.model_dump()[key[0]].get(key[1])
 
 
-def loaded(path: Path, said: dict[tuple[str, str], tuple[str, Any]]) -> tuple[LoadedConfig, dict[str, str]]:
+def loaded(path: Path, said: dict[tuple[str, str], tuple[str, Any]]) -> tuple[Loaded[Config], dict[str, str]]:
     """A configuration with the preset in which keys are said in one of `WAYS`, and what origins they must have."""
-    tree = yaml.safe_load(PRESET)
+    tree = parse_yaml(PRESET, "")
     environ, sets, origins = {}, {}, {}
     for (section, name), (way, said_so) in said.items():
-        dotted, text = f"{section}.{name}", yaml.safe_dump(said_so).removesuffix("...\n").strip()
+        dotted, text = f"{section}.{name}", json.dumps(said_so)
         origins[dotted] = way
         if way == "m3.yaml":
             tree.setdefault(section, {})[name] = said_so
@@ -63,12 +67,12 @@ def loaded(path: Path, said: dict[tuple[str, str], tuple[str, Any]]) -> tuple[Lo
         else:
             origins[dotted] = f"M3_{section}__{name}".upper()
             environ[origins[dotted]] = text
-    path.write_text(yaml.safe_dump(tree))
-    return load_config(path, environ, sets), origins
+    path.write_text(dumped(tree))
+    return load_config(Config, path, environ, sets), origins
 
 
 def test_the_preset_is_the_paper_s(file: Path) -> None:
-    found = load_config(file, {})
+    found = load_config(Config, file, {})
     config, memory = found.config, found.config.memory
     assert (memory.layers, memory.tokens_per_head, memory.reference_tokens) == ("first-half", 8, 128)
     assert (memory.sink, memory.sinks, memory.positions) == ("Reference:", "once", "parallel")
@@ -81,8 +85,8 @@ def test_the_preset_is_the_paper_s(file: Path) -> None:
 
 
 def test_what_it_gives_comes_from_it_and_nothing_else_does(file: Path) -> None:
-    origins = load_config(file, {}).origins
-    given = {f"{section}.{name}" for section, name in PRESETS["memory3"]}
+    origins = load_config(Config, file, {}).origins
+    given = {f"{section}.{name}" for section, name in GIVEN}
     assert {key for key, origin in origins.items() if origin == ORIGIN} == given
     assert origins["memory.preset"] == "m3.yaml"
     assert origins["codec.file"] == origins["recall.deadline"] == "default"
@@ -95,7 +99,7 @@ said = st.dictionaries(st.sampled_from(sorted(OTHER)), st.sampled_from(WAYS))
 def test_what_is_said_wins_and_the_rest_stays(tmp_path_factory: pytest.TempPathFactory, ways: dict[Any, str]) -> None:
     path = tmp_path_factory.getbasetemp() / "m3.yaml"
     found, origins = loaded(path, {key: (way, OTHER[key]) for key, way in ways.items()})
-    for key, preset in PRESETS["memory3"].items():
+    for key, preset in GIVEN.items():
         dotted = ".".join(key)
         if key in ways:
             assert value(found.config, key) == OTHER[key]
@@ -112,7 +116,7 @@ def test_a_dump_is_the_same_configuration(tmp_path_factory: pytest.TempPathFacto
     path = tmp_path_factory.getbasetemp() / "m3.yaml"
     found, _ = loaded(path, {key: (way, OTHER[key]) for key, way in ways.items()})
     assert Config.model_validate(found.config.model_dump()) == found.config
-    path.write_text(yaml.safe_dump(found.config.model_dump(mode="json")))
+    path.write_text(dumped(found.config.model_dump(mode="json")))
     assert Config.load(path, {}) == found.config
 
 
@@ -126,7 +130,7 @@ def test_each_key_in_each_way(tmp_path: Path, key: tuple[str, str], way: str) ->
 
 def test_a_null_is_said_too(file: Path) -> None:
     file.write_text(PRESET + "codec: {preset: null}\n")
-    assert load_config(file, {}).config.codec.options == {"preset": None}
+    assert load_config(Config, file, {}).config.codec.options == {"preset": None}
 
 
 @pytest.mark.parametrize(
@@ -145,31 +149,31 @@ def test_a_codec_section_that_says_something_is_left_its_options(
     file: Path, codec: str, options: dict[str, Any]
 ) -> None:
     file.write_text(f"{PRESET}codec: {codec}\n")
-    assert load_config(file, {}).config.codec.options == options
+    assert load_config(Config, file, {}).config.codec.options == options
 
 
 def test_the_preset_can_be_set_from_outside(file: Path) -> None:
     file.write_text(BARE)
     for found in (
-        load_config(file, {"M3_MEMORY__PRESET": "memory3"}),
-        load_config(file, {}, {"memory.preset": "memory3"}),
-        load_config(file, {"M3_MEMORY": "{preset: memory3}"}),
+        load_config(Config, file, {"M3_MEMORY__PRESET": "memory3"}),
+        load_config(Config, file, {}, {"memory.preset": "memory3"}),
+        load_config(Config, file, {"M3_MEMORY": "{preset: memory3}"}),
     ):
         assert found.config.memory.tokens_per_head == 8
         assert found.origins["embedder.path"] == ORIGIN
     with pytest.raises(ConfigError, match=r"m3\.yaml: embedder\.path is missing$"):
-        load_config(file, {})
+        load_config(Config, file, {})
     file.write_text(PRESET)
     with pytest.raises(ConfigError, match=r"embedder\.path is missing$"):
-        load_config(file, {}, {"memory.preset": "null"})
+        load_config(Config, file, {}, {"memory.preset": "null"})
 
 
 def test_without_a_preset_nothing_changes(file: Path) -> None:
     file.write_text(BARE + "embedder: {path: e}\n")
-    config = load_config(file, {}).config
+    config = load_config(Config, file, {}).config
     assert config.memory == MemoryConfig()
     assert config.memory.layers == "all"
-    assert ORIGIN not in load_config(file, {}).origins.values()
+    assert ORIGIN not in load_config(Config, file, {}).origins.values()
 
 
 def test_a_memory_section_by_itself_has_the_preset_s_values() -> None:
@@ -197,7 +201,7 @@ def test_a_memory_section_by_itself_has_the_preset_s_values() -> None:
 def test_what_is_wrong_beside_a_preset(file: Path, more: str, message: str) -> None:
     file.write_text(f"{BARE}{more}\n")
     with pytest.raises(ConfigError) as caught:
-        load_config(file, {})
+        load_config(Config, file, {})
     assert str(caught.value) == f"{file.parent}/{message}"
 
 
@@ -213,8 +217,8 @@ def test_a_range_of_layers(first: int, more: int) -> None:
 @pytest.mark.parametrize("wrong", ["8-", "-8", "9-8", "8-23,30", "1-99999", "8 - 23", "middle"])
 def test_what_is_no_range(file: Path, wrong: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(file, {}, {"memory.layers": wrong})
+        load_config(Config, file, {}, {"memory.layers": wrong})
     assert str(caught.value) == (
         "--set: memory.layers must be all, first-half, middle-half, a range such as 8-23 or a list of ascending layer "
-        f"numbers, not {yaml.safe_load(wrong)!r}"
+        f"numbers, not {parse_yaml(wrong, '')!r}"
     )

@@ -10,7 +10,8 @@ from m3runtime.lab.evaluation.sweep import CODECS, Axis, SweepResults, SweepSett
 from m3runtime.lab.evaluation.sweep_report import shown, sweep_report
 from m3runtime.lab.evaluation.trials import Trial, changed
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.plugins.loading import construct, load
+from m3runtime.plugins.construction import construct
+from m3runtime.plugins.loading import load
 
 BASE = Config.model_validate({"bank": "b", "model": {"path": "m"}, "embedder": {"path": "e", "options": 1}})
 ROWS = st.lists(st.lists(st.floats(-5, 0), min_size=8, max_size=8), min_size=1, max_size=5)

@@ -15,12 +15,13 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import yaml
 
 from m3runtime import assembly, cli
 from m3runtime.config.schema import Config
+from m3runtime.config.yaml_file import parse_yaml
 from m3runtime.documents.reference import Reference
 from m3runtime.memory import block
+from tests.yaml_text import dumped
 
 REPOSITORY = Path(__file__).parents[2]
 M3 = Path(sysconfig.get_path("scripts"), "m3")
@@ -62,7 +63,8 @@ class Result:
 
 def environment(first: str = "") -> dict[str, str]:
     """Variables for a process that can import what the tests can, and before it what the folder ``first`` has."""
-    path = os.pathsep.join([*filter(None, [first]), str(REPOSITORY)])
+    packages = [REPOSITORY, REPOSITORY / "backends", REPOSITORY / "model"]
+    path = os.pathsep.join([*filter(None, [first]), *map(str, packages)])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}  # the cores are busy with other tests
 
 
@@ -82,11 +84,11 @@ class Place:
 
     def configure(self, **changes: Any) -> None:
         """Change sections of the configuration, key by key; None takes a section away."""
-        settings = yaml.safe_load(self.file.read_text()) if self.file.exists() else {}
+        settings = parse_yaml(self.file.read_text(), "m3.yaml") if self.file.exists() else {}
         for name, value in changes.items():
             section = settings.get(name)
             settings[name] = {**section, **value} if isinstance(section, dict) and isinstance(value, dict) else value
-        self.file.write_text(yaml.safe_dump({name: value for name, value in settings.items() if value is not None}))
+        self.file.write_text(dumped({name: value for name, value in settings.items() if value is not None}))
 
     def text(self, name: str, content: str | bytes) -> str:
         """Make a file. Returns its name."""

@@ -72,7 +72,6 @@ class TestConfiguration:
             ("recall.deadline=soon", "--set: recall.deadline must be a time"),
             ("recall.when_late=never", "--set: recall.when_late"),
             ("memory.layers=[3, 1]", "--set: memory.layers must be all, first-half, middle-half, a range"),
-            ("tiers.0.capacity=much", "--set: tiers.0: capacity must be a size"),
             ("tiers.7.kind=gpu", "--set: tiers.7.kind is not known; the list has 2 items"),
             ("bank", "--set bank: write it as KEY=VALUE"),
             ("=3", "--set"),
@@ -119,6 +118,7 @@ class TestConfiguration:
             ("index.connect=3",): "index.connect is not known; did you mean index.connectivity?",
             ("embedder.dims=3",): "embedder.dims is not known; did you mean embedder.dim?",
             ("tiers.1.maxsize=1GiB",): "tiers.1.maxsize is not known; did you mean tiers.1.max_size?",
+            ("tiers.1.max_size=much",): "tiers.1.max_size must be a size such as 512MiB",
             ("tiers.0.kind=lmdb",): "tiers: lmdb is a home and must come last",
             ("memory.layers=[1, 9]",): "memory.layers: the model has layers 0 to 3",
             ("model.device=cuda:77",): "model.device: no device 'cuda:77' on this machine",
@@ -330,7 +330,7 @@ class TestArguments:
         assert line == "m3: the bank remembers nothing from lamp.txt; `m3 inspect` lists its sources"
 
     def test_nothing_to_do(self, written: Place) -> None:
-        assert complaint(written, "forget") == "m3: say what to forget: ids, or --source"
+        assert complaint(written, "forget") == "m3: nothing to forget is given: name ids, --source or --quarantined"
         assert complaint(written, "search", " ") == "m3: there is nothing to search for: the text is blank"
         assert "token" in complaint(written, "ask", "", "--set", "generate.prompt=plain")
 

@@ -12,7 +12,7 @@ from m3runtime.config.schema import Config
 from m3runtime.errors import InputError
 from m3runtime.lab.evaluation.calibrate import CalibrationResults, CalibrationSettings, calibrate
 from m3runtime.lab.evaluation.choosing import Setting
-from m3runtime.lab.evaluation.yaml_text import MARK
+from m3runtime.lab.evaluation.yaml_edit import MARK
 from tests.end_to_end.commands import Place, contents
 
 FEW = CalibrationSettings(seed=3, statements=10, batch=4)

@@ -42,7 +42,7 @@ if m3runtime.codecs.product.kernels.sharing.compiled():
     from m3runtime.codecs.product.kernels import by_numba
     by_numba.nearest_of(8), by_numba.scatter()
 
-BEGINS = {"Writer._train": "codec", "Bank.create": "creation", "Writer._commit": "commits", "save_index": "index",
+BEGINS = {"Writer._codec": "codec", "Bank.create": "creation", "Pipeline.run": "commits", "BankIndex.save": "index",
           "_Repair.mend": "repair", "_Repair._compute": "computing", "Hierarchy.discard": "forgetting",
           "KeptTier.discard": "tiers"}
 

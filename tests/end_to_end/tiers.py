@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m3runtime.config.units import Size
 from m3runtime.errors import TierError
 from m3runtime.memory.block import Ids
 from m3runtime.storage.slab import SlabTier
@@ -14,7 +15,7 @@ from m3runtime.storage.slab import SlabTier
 class KeptTier(SlabTier):
     """A slab in RAM, and beside it a file for each block in the folder ``path``. Give it room for all of them."""
 
-    def __init__(self, *, slot_bytes: int, capacity: int, path: str) -> None:
+    def __init__(self, *, slot_bytes: int, capacity: Size, path: str) -> None:
         super().__init__(
             name="kept", slot_bytes=slot_bytes, capacity=capacity, eviction="lru", device=torch.device("cpu")
         )

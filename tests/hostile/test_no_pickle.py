@@ -13,22 +13,19 @@ from tests.hostile.cases import spoiled
 from tests.hostile.nursery import Nursery
 
 PACKAGES = ("m3runtime", "backends", "model", "demo")
-MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
+MODULES = {"yaml", "pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
 CALLS = {
     "torch.load",
     "torch.jit.load",
     "torch.hub.load",
     "pandas.read_pickle",
     "pd.read_pickle",
-    "yaml.full_load",
-    "yaml.unsafe_load",
-    "yaml.load_all",
     "eval",
     "exec",
     "__import__",
 }
-SAFE_LOADERS = {"_Loader", "yaml.SafeLoader"}
-"""The first is a subclass of the second: see `test_our_own_loader_of_yaml_is_a_safe_one`."""
+SAFE_YAML = {"", "rt", "safe"}
+"""The kinds of ruamel.yaml's `YAML` that make nothing but plain values."""
 
 
 def offences(source: str) -> Iterator[str]:
@@ -43,8 +40,8 @@ def offences(source: str) -> Iterator[str]:
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             arguments = {word.arg: ast.unparse(word.value) for word in node.keywords}
-            loader = arguments.get("Loader", ast.unparse(node.args[1]) if len(node.args) > 1 else "none")
-            if called in CALLS or (called == "yaml.load" and loader not in SAFE_LOADERS):
+            yaml_kind = arguments.get("typ", ast.unparse(node.args[0]) if node.args else "").strip("'")
+            if called in CALLS or (called == "YAML" and yaml_kind not in SAFE_YAML):
                 yield f"line {node.lineno}: {ast.unparse(node)}"
             for word in ("allow_pickle", "trust_remote_code"):
                 if arguments.get(word, "False") != "False":
@@ -68,25 +65,16 @@ def test_no_source_loads_a_pickle() -> None:
         "import joblib.numpy_pickle",
         "torch.load(path)",
         "np.load(path, allow_pickle=True)",
-        "yaml.load(text)",
-        "yaml.load(text, yaml.Loader)",
-        "yaml.load(text, Loader=yaml.FullLoader)",
-        "yaml.unsafe_load(text)",
+        "import yaml",
+        "YAML(typ='unsafe')",
+        "YAML(typ=['unsafe', 'pytypes'])",
+        "YAML('full')",
         "model(weights_only=False)",
         "eval(text)",
     ],
 )
 def test_what_would_be_found(source: str) -> None:
     assert list(offences(source))
-
-
-def test_our_own_loader_of_yaml_is_a_safe_one() -> None:
-    import yaml
-
-    from m3runtime.config import loading as config_loading
-
-    assert issubclass(config_loading._Loader, yaml.SafeLoader)
-    assert not issubclass(config_loading._Loader, (yaml.FullLoader, yaml.UnsafeLoader))
 
 
 def unmarked(place: Place, which: tuple[str, str]) -> str:

@@ -2,19 +2,17 @@
 
 One caching tier in front of all that is slower is replayed, as the hierarchy and the slab treat it.
 Requests are the different ids of each read and each lift. Those that are held when the call comes are hits; the others
-are brought up, and each is admitted unless only pinned blocks could make room. Only a read counts as a use of what is
-held.
+are brought up and admitted. Only a read counts as a use of what is held.
 """
 
 import heapq
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from m3runtime.errors import InputError
-from m3runtime.storage.eviction import EvictionPolicy, ScoreAware, make_policy
+from m3runtime.storage.eviction import EvictionPolicy, make_policy
 from m3runtime.storage.trace import Op, Trace, read_trace
 
 REQUESTS = ("read", "lift")
@@ -105,8 +103,7 @@ def optimum(run: Run, slots: int) -> int:
     """The most hits that any policy could have, which knows what will be requested (Belady's MIN).
 
     After each call it keeps, of what was held and what was brought up, the blocks that are requested again soonest. It
-    is free to keep nothing of what was brought up, and pins do not bind it: what it would hold when a pin comes is its
-    own. So it is what no policy can beat, bound by pins or not.
+    may keep nothing of what was brought up, which a policy may not.
     """
     nexts: list[dict[int, int]] = [{} for _ in run]  # for each call when its ids are requested again
     coming: dict[int, int] = {}
@@ -135,17 +132,13 @@ def optimum(run: Run, slots: int) -> int:
 
 
 class _Cache:
-    """The ids that a tier would hold, with the hierarchy's pins."""
+    """The ids that a tier would hold."""
 
     def __init__(self, policy: EvictionPolicy) -> None:
         self.policy = policy
         self.held: set[int] = set()
-        self.pins: Counter[int] = Counter()
-        self.pinned: set[int] = set()
         self.others: dict[str, Callable[[Op], None]] = {
             "score": self.score,
-            "pin": self.pin,
-            "unpin": self.unpin,
             "discard": self.discard,
         }
 
@@ -164,7 +157,7 @@ class _Cache:
         if id in self.held:
             return
         if len(self.held) >= self.policy.slots:
-            victim = self.policy.victim(lambda other: other not in self.pinned)
+            victim = self.policy.victim()
             if victim is None:
                 return
             self.remove(victim)
@@ -176,28 +169,14 @@ class _Cache:
         self.policy.removed(id)
 
     def score(self, op: Op) -> None:
-        if isinstance(self.policy, ScoreAware):
-            for id, score in zip(op.ids, op.scores or (), strict=True):
-                if id in self.held:
-                    self.policy.scored(id, score)
-
-    def pin(self, op: Op) -> None:
-        self.pins.update(op.ids)
-        self.pinned |= self.held.intersection(op.ids)
-
-    def unpin(self, op: Op) -> None:
-        self.pins.subtract(id for id in op.ids if id in self.pins)
-        for id in op.ids:
-            if self.pins[id] <= 0:
-                del self.pins[id]
-                self.pinned.discard(id)
+        for id, score in zip(op.ids, op.scores or (), strict=True):
+            if id in self.held:
+                self.policy.scored(id, score)
 
     def discard(self, op: Op) -> None:
         for id in sorted(set(op.ids)):
             if id in self.held:
                 self.remove(id)
-            self.pins.pop(id, None)
-            self.pinned.discard(id)
 
 
 def _slots(trace: Trace, capacities: Sequence[int], path: Path) -> list[int]:

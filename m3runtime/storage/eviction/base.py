@@ -1,8 +1,12 @@
-"""`EvictionPolicy`: the contract, and what a policy may have beyond it."""
+"""`EvictionPolicy`: the contract of a policy."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+
+
+def anything(_: int) -> bool:
+    """True: every id may be evicted."""
+    return True
 
 
 class EvictionPolicy(ABC):
@@ -24,22 +28,17 @@ class EvictionPolicy(ABC):
     def touched(self, id: int) -> None:
         """``id``, which is held, was read."""
 
+    def scored(self, id: int, score: float) -> None:  # noqa: B027 - most policies look at no scores
+        """``id``, which is held, was chosen by retrieval with this score in [-1, 1]."""
+
     @abstractmethod
     def removed(self, id: int) -> None:
         """The tier holds ``id`` no longer, evicted or discarded."""
 
     @abstractmethod
-    def victim(self, evictable: Callable[[int], bool]) -> int | None:
-        """The id to give up first among those that ``evictable`` allows, or None if it allows none."""
+    def victim(self, is_evictable: Callable[[int], bool] = anything) -> int | None:
+        """The id to evict first among those that ``is_evictable`` allows, or None if it allows none."""
 
     @abstractmethod
     def __len__(self) -> int:
         """How many ids are held."""
-
-
-@runtime_checkable
-class ScoreAware(Protocol):
-    """A policy that may have this looks at what retrieval thought of a block."""
-
-    def scored(self, id: int, score: float) -> None:
-        """``id``, which is held, was chosen by retrieval with this score in [-1, 1]."""

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable
 
-from m3runtime.storage.eviction.base import EvictionPolicy
+from m3runtime.storage.eviction.base import EvictionPolicy, anything
 
 
 class LruPolicy(EvictionPolicy):
@@ -25,9 +25,9 @@ class LruPolicy(EvictionPolicy):
         """See `EvictionPolicy.removed`."""
         del self._order[id]
 
-    def victim(self, evictable: Callable[[int], bool]) -> int | None:
+    def victim(self, is_evictable: Callable[[int], bool] = anything) -> int | None:
         """See `EvictionPolicy.victim`."""
-        return next(filter(evictable, self._order), None)
+        return next(filter(is_evictable, self._order), None)
 
     def __len__(self) -> int:
         return len(self._order)

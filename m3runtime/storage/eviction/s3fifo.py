@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable
 
-from m3runtime.storage.eviction.base import EvictionPolicy
+from m3runtime.storage.eviction.base import EvictionPolicy, anything
 
 MOST_USES = 3
 """Uses are counted no further."""
@@ -49,19 +49,19 @@ class S3FifoPolicy(EvictionPolicy):
         while len(self._ghost) > self._ghosts:
             self._ghost.popitem(last=False)
 
-    def victim(self, evictable: Callable[[int], bool]) -> int | None:
+    def victim(self, is_evictable: Callable[[int], bool] = anything) -> int | None:
         """See `EvictionPolicy.victim`. Amortised over what was admitted and touched, and each block not evictable."""
         order = [self._of_main, self._of_small, self._of_main]  # what is in small may move on to main
         if len(self._small) >= self._share:
             order = order[1:]
-        return next((found for queue in order if (found := queue(evictable)) is not None), None)
+        return next((found for queue in order if (found := queue(is_evictable)) is not None), None)
 
     def __len__(self) -> int:
         return len(self._uses)
 
-    def _of_small(self, evictable: Callable[[int], bool]) -> int | None:
+    def _of_small(self, is_evictable: Callable[[int], bool]) -> int | None:
         found, moving = None, []
-        for id in filter(evictable, self._small):
+        for id in filter(is_evictable, self._small):
             if self._uses[id] <= 1:
                 found = id
                 break
@@ -72,10 +72,10 @@ class S3FifoPolicy(EvictionPolicy):
             self._uses[id] = 0
         return found
 
-    def _of_main(self, evictable: Callable[[int], bool]) -> int | None:
+    def _of_main(self, is_evictable: Callable[[int], bool]) -> int | None:
         for _ in range(MOST_USES + 1):  # after so many rounds none has uses left
             found, again = None, []
-            for id in filter(evictable, self._main):
+            for id in filter(is_evictable, self._main):
                 if self._uses[id] == 0:
                     found = id
                     break

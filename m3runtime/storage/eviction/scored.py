@@ -4,7 +4,7 @@ import heapq
 from collections.abc import Callable
 from math import exp2, log2
 
-from m3runtime.storage.eviction.base import EvictionPolicy
+from m3runtime.storage.eviction.base import EvictionPolicy, anything
 
 HALF_LIFE = 0.5
 """Uses of any blocks, in multiples of the slots, after which a use counts half."""
@@ -48,14 +48,14 @@ class ScoredPolicy(EvictionPolicy):
         self._add(id, 0.0)
 
     def scored(self, id: int, score: float) -> None:
-        """See `ScoreAware.scored`. The score belongs to a use that was counted already, so no time passes."""
+        """See `EvictionPolicy.scored`. The score belongs to a use that was counted already, so no time passes."""
         self._add(id, GAIN * min(1.0, max(-1.0, score)))  # in this order not a number is -1
 
     def removed(self, id: int) -> None:
         """See `EvictionPolicy.removed`."""
         del self._sums[id], self._numbers[id]
 
-    def victim(self, evictable: Callable[[int], bool]) -> int | None:
+    def victim(self, is_evictable: Callable[[int], bool] = anything) -> int | None:
         """See `EvictionPolicy.victim`. O(log n), amortised over uses, and for each block that is not evictable."""
         kept, found = [], None
         while self._heap and found is None:
@@ -64,7 +64,7 @@ class ScoredPolicy(EvictionPolicy):
                 heapq.heappop(self._heap)
             elif total != self._sums[id]:
                 heapq.heapreplace(self._heap, (self._sums[id], number, id))
-            elif evictable(id):
+            elif is_evictable(id):
                 found = id
             else:
                 kept.append(heapq.heappop(self._heap))
