@@ -22,7 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Force = Annotated[bool, typer.Option("--force", help="Replace files that are there already.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 
 
 @app.command()
@@ -59,7 +59,7 @@ def fit(
     adapter = assembly.open_adapter(settings)
     codec = assembly.make_codec(settings, adapter.spec)
     if codec.trained:
-        raise InputError(f"a codec of kind {settings.codec.kind} learns nothing: there is nothing to fit")
+        raise InputError(f"a codec of kind {settings.codec.kind} learns nothing and cannot be fitted")
     splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
     with closing(ReferenceSpool(documents, splitter, whole=whole)) as references:
         sample = reservoir(range(len(references)), sample_size(adapter.spec))
@@ -169,9 +169,9 @@ def _check_free(path: Path, *, force: bool, inputs: Mapping[str, Path] | None = 
     if path.is_dir():
         raise InputError(f"{path}: is a folder; name a file")
     if not path.parent.is_dir():
-        raise InputError(f"{path}: there is no folder {path.parent}; make it first")
+        raise InputError(f"{path}: the folder {path.parent} does not exist; make it first")
     if path.exists() and not force:
-        raise InputError(f"{path}: is there already; --force replaces it")
+        raise InputError(f"{path}: exists already; --force replaces it")
 
 
 def _print(codec: "Codec", path: Path, *, json: bool) -> None:
@@ -191,7 +191,7 @@ def _print(codec: "Codec", path: Path, *, json: bool) -> None:
 
 
 def _facts(codec: "Codec", path: Path) -> dict[str, Any]:
-    """What there is to say of a codec, as JSON values."""
+    """The facts about a codec, as JSON values."""
     spec, reference = codec.spec, codec.payload_bytes(codec.spec.tokens)
     plain = 2 * 2 * spec.vectors_per_token * spec.head_dim * spec.tokens  # keys and values of two bytes each
     measured = getattr(codec, "measured", None)  # not of the contract: codecs that learn nothing need not have it

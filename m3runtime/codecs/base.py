@@ -48,12 +48,12 @@ class Codec(ABC):
 
     @property
     def trained(self) -> bool:
-        """Whether `encode` and `decode` can be used. Codecs that learn nothing always are."""
+        """True if `encode` and `decode` can be used: always, for codecs that learn nothing."""
         return True
 
     @property
     def weighs_errors(self) -> bool:
-        """Whether `fit` makes use of an importance."""
+        """True if `fit` uses an importance."""
         return False
 
     def fit(  # noqa: B027 - most learn nothing
