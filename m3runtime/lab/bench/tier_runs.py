@@ -28,13 +28,13 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """What is timed, and what it is compared with."""
+    """Work to time, and the name of its baseline."""
 
     work: Work
     baseline: str
-    """The name of another contender; of a baseline, its own."""
+    """Name of the contender to compare with; a baseline names itself."""
     before: Work | None = None
-    """Done before each turn, untimed."""
+    """Untimed work before each turn."""
 
 
 PREAD, PREAD_CHECKED, PREAD_COLD = "pread loop", "pread loop, digests checked", "pread loop, cold"
@@ -45,7 +45,7 @@ WAY_UP, WAY_UP_KEPT = "home, checked", "home, checked and kept in every tier"
 WAY_UP_CACHED = "fastest tier"
 DECODE, DECODED = "decode", "home to decoded keys and values"
 MOST = 256
-"""Blocks that are drawn from."""
+"""The most blocks to draw from."""
 
 
 class TierRuns:
@@ -97,12 +97,12 @@ class TierRuns:
         self._rows, self.drawn = rows, self.ids[rows]
         self._source = self._buffer(count).copy_(self._slots[rows])
         self.out = self._buffer(count)
-        self.there = torch.empty(count, self.slot_bytes, dtype=torch.uint8, device=self.device)
+        self.target = torch.empty(count, self.slot_bytes, dtype=torch.uint8, device=self.device)
         self._on_device = self._source.to(self.device)
         self.sizes.append(sum(self._ends[row] for row in rows))
 
     def contenders(self, count: int) -> dict[str, Contender]:
-        """All of them, by name, for ``count`` blocks at once. They take those that were drawn last."""
+        """All contenders by name, for calls of ``count`` blocks: those of the last `draw`."""
         name = self.bank.home.name
         found = {
             PREAD: Contender(self._pread, PREAD),
@@ -118,13 +118,13 @@ class TierRuns:
             cold = Contender(lambda: self.copy.read(self.drawn, self.out), PREAD_COLD, self._cool_home)
             found[f"{name}: read, cold"] = cold
         if self.device.type != "cpu":
-            to_device = Contender(lambda: self.there.copy_(self._source, non_blocking=True), TO_DEVICE)
-            on_device = Contender(lambda: self.there.copy_(self._on_device), ON_DEVICE)
+            to_device = Contender(lambda: self.target.copy_(self._source, non_blocking=True), TO_DEVICE)
+            on_device = Contender(lambda: self.target.copy_(self._on_device), ON_DEVICE)
             found |= {TO_DEVICE: to_device, ON_DEVICE: on_device}
         tiers = [tier for tier in self._tiers if (tier.capacity or 0) >= count * self.slot_bytes]
         for tier in tiers:
             found |= self._of_tier(tier)
-        found[WAY_UP] = Contender(lambda: self._bare.read(self.drawn, self.there), PREAD)
+        found[WAY_UP] = Contender(lambda: self._bare.read(self.drawn, self.target), PREAD)
         if tiers:
             through = self._through_tiers
             found[WAY_UP_KEPT] = Contender(through, PREAD, self._empty)
@@ -142,7 +142,7 @@ class TierRuns:
 
         return {
             f"{tier.name}: read": Contender(
-                lambda: tier.read(self.drawn, self.there), self._copied(tier), before=write
+                lambda: tier.read(self.drawn, self.target), self._copied(tier), before=write
             ),
             f"{tier.name}: write": Contender(
                 write, COPY_SLOTS if here else ON_DEVICE, before=lambda: tier.discard(self.drawn)
@@ -211,7 +211,7 @@ class TierRuns:
         self.copy.commit(Batch(ids, blocks, references, vectors))
 
     def _cool_plain(self) -> bool:
-        """Take the plain file out of the page cache. Whether it is out."""
+        """Drop the plain file from the page cache. True if it is gone."""
         if not hasattr(os, "posix_fadvise") or not hasattr(os, "RWF_NOWAIT"):
             return False
         os.posix_fadvise(self._plain, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -224,7 +224,7 @@ class TierRuns:
         return False
 
     def _cool_home(self) -> None:
-        """Take the copy of the home out of the page cache: pages in use stay there, so it is opened anew."""
+        """Drop the copy of the home from the page cache. Pages in use stay there, so it is opened anew."""
         self.copy.close()
         self.copy = self._open_copy(path=self._folder / "home")
         for path in (self._folder / "home").iterdir():
@@ -236,7 +236,7 @@ class TierRuns:
     # -- the way up ---------------------------------------------------------------------------------------------
 
     def _through_tiers(self) -> None:
-        self.hierarchy.read(self.drawn, self.there)
+        self.hierarchy.read(self.drawn, self.target)
 
     def _empty(self) -> None:
         for tier in self._tiers:
@@ -249,8 +249,8 @@ class TierRuns:
             self.bank.decode(some, getattr(torch, self.bank.manifest.spec.dtype))
 
     def _home_to_decoded(self) -> None:
-        self._bare.read(self.drawn, self.there)
-        self._decode(self.there)
+        self._bare.read(self.drawn, self.target)
+        self._decode(self.target)
 
     def _buffer(self, count: int) -> Tensor:
         return torch.zeros(count, self.slot_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")

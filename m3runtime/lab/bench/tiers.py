@@ -1,4 +1,4 @@
-"""``m3 bench tiers``: each tier, and the whole way up, beside plain reads, writes and copies of the same bytes."""
+"""``m3 bench tiers``: each tier, and the whole way up, compared with plain reads, writes and copies of equal size."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,13 +18,13 @@ BATCHES = (1, 5, 32)
 
 @dataclass(frozen=True, slots=True)
 class TierSettings:
-    """What is measured, and how often."""
+    """Sizes and counts of the measurement."""
 
     batches: tuple[int, ...] = BATCHES
-    """Blocks at once."""
+    """Blocks in one call."""
     rounds: int = 15
     references: int = 64
-    """Of the temporary bank of a corpus, at most."""
+    """The most references in the temporary bank of a corpus."""
     threads: int = 2
 
 
@@ -35,28 +35,28 @@ class Row:
     name: str
     blocks: int
     bytes: float
-    """Of the blocks, on average over rounds."""
+    """Bytes of the blocks, averaged over rounds."""
     seconds: Spread
     baseline: str
-    """What it is compared with; of a baseline, itself."""
+    """Name of the contender to compare with; a baseline names itself."""
     speed: Spread
     """The baseline's seconds over its own, in the same round."""
 
 
 @dataclass(frozen=True, slots=True)
 class TierBench:
-    """All that was measured."""
+    """The measurements and how they were made."""
 
     settings: TierSettings
     device: str
     tiers: Sequence[str]
-    """As configured, fastest first."""
+    """Names of the tiers, fastest first."""
     bank: str
     slot_bytes: int
     config: Mapping[str, Any]
     fingerprints: Mapping[str, str]
     has_cold: bool
-    """Whether the page cache could be emptied for the rows that are called cold; else there are none."""
+    """Could the page cache be emptied? If not, there are no cold rows."""
     rows: Sequence[Row]
 
     def to_json(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class TierBench:
 def bench_tiers(config: Config, corpus: Sequence[Path], settings: TierSettings, progress: OnProgress) -> TierBench:
     """Measure on the configured bank, or on a temporary one of the corpus; each round takes other blocks.
 
-    Raises `InputError` if there is neither bank nor corpus. Beside the bank there is a temporary folder meanwhile.
+    Raises `InputError` if there is neither bank nor corpus. A temporary folder lies next to the bank meanwhile.
     """
     with (
         threads(settings.threads),
