@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from m3runtime.errors import M3Error
     from m3runtime.memory.spec import MemorySpec
     from m3runtime.memory.tensors import MemoryTensors
+    from m3runtime.recall.recalled import Recalled
     from m3runtime.runtime import Runtime
-    from m3runtime.stream import Recalled, Stream
+    from m3runtime.stream import Stream
 
 __all__ = ["Config", "M3Error", "MemorySpec", "MemoryTensors", "Recalled", "Runtime", "Stream", "__version__"]
 
@@ -28,8 +29,8 @@ _MODULES = {
     "Config": "m3runtime.config.schema",
     "M3Error": "m3runtime.errors",
     "MemorySpec": "m3runtime.memory.spec",
+    "Recalled": "m3runtime.recall.recalled",
     "MemoryTensors": "m3runtime.memory.tensors",
-    "Recalled": "m3runtime.stream",
     "Runtime": "m3runtime.runtime",
     "Stream": "m3runtime.stream",
 }

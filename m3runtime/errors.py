@@ -14,6 +14,7 @@ what to do about it. A cache miss is never an error; it is a value (see `m3runti
     │   ├── BankBusyError       already open for writing
     │   └── BankFullError       no room for the batch
     ├── BlockError              bytes are not the expected block
+    ├── StoreFullError          leased memories fill the memory store
     ├── CodecError              a codec is untrained, unreadable or does not fit
     ├── IndexFileError          an index file cannot be used
     └── TierError               a tier failed
@@ -65,6 +66,10 @@ class BankFullError(BankError):
 
 class BlockError(M3Error):
     """Bytes are not the expected block: they are damaged, of another bank, or of another id."""
+
+
+class StoreFullError(M3Error):
+    """Leased memories fill the memory store, so a recall finds no room. See ``recall.decoded``."""
 
 
 class CodecError(M3Error):

@@ -63,7 +63,8 @@ class Codec(ABC):
 
         ``importance`` says what errors cost, where that is known: ``float32[layers, n, n]`` on the CPU with ``n`` of
         ``2 * kv_heads * head_dim``, one matrix for each memory layer over the channels of a token, keys of all heads
-        first, then values. An error ``e`` costs ``e @ importance @ e``. See `m3runtime.adapters.abilities.Weighing`.
+        first, then values. An error ``e`` costs ``e @ importance @ e``. See
+        `m3runtime.adapters.base.Adapter.importance`.
         """
 
     @abstractmethod

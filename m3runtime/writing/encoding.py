@@ -70,6 +70,10 @@ class Group:
         self._bank.home.fill(self.ids, self.blocks)
 
 
+Store = Callable[[Group], None]
+"""A transaction of `Group`: `Group.commit`, `Group.catalogue` or `Group.fill`."""
+
+
 def batches(references: Sequence[Reference], size: int) -> list[list[int]]:
     """Which rows of a group the model reads together, ``size`` at most.
 

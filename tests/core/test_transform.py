@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from m3runtime.codecs.base import Codec, Distortion
-from m3runtime.codecs.product.allocation import WIDTHS, divide
-from m3runtime.codecs.product.codec import ProductCodec, transform_quantiser
-from m3runtime.codecs.product.transform import TransformDesign
-from m3runtime.codecs.product.transform_training import lloyd
+from m3runtime.codecs.product import transform_quantiser
+from m3runtime.codecs.product.codec import ProductCodec
+from m3runtime.codecs.product.transform import WIDTHS
+from m3runtime.codecs.product.transform_design import TransformDesign
+from m3runtime.codecs.product.transform_training import divide, lloyd
 from m3runtime.errors import CodecError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors

@@ -167,7 +167,7 @@ def test_people_get_a_table(place: Place) -> None:
     result = place.m3("bench", "eviction", "--trace", "trace.jsonl")
     assert result.code == 0
     assert result.err == ""
-    for word in (*POLICIES, OPTIMUM, "hit rate", "1.0 KiB", "120 requests of 12 blocks; runs: 1"):
+    for word in (*POLICIES, OPTIMUM, "hit rate", "1 KiB", "120 requests of 12 blocks; runs: 1"):
         assert word in result.out
 
 
@@ -208,7 +208,7 @@ def test_what_a_runtime_is_asked_for_is_recorded(written: Place) -> None:
         with runtime.stream() as stream:
             chosen = [stream.recall(text) for text in (texts[0], texts[0], texts[1])]
             stream.hint(texts[2])
-            runtime._prefetcher.drain()
+            runtime.background.drain()
         runtime.forget([chosen[0].ids[0]])
     trace = read_trace(config.recall.trace)
     (run,) = trace.runs

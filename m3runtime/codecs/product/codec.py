@@ -11,11 +11,12 @@ from torch import Tensor
 from m3runtime.codecs import files, layout
 from m3runtime.codecs.base import Codec, Distortion, Progress
 from m3runtime.codecs.product.quantiser import Design, Quantiser
-from m3runtime.codecs.product.stages import StagesDesign
-from m3runtime.codecs.product.transform import TransformDesign
+from m3runtime.codecs.product.stages_design import StagesDesign
+from m3runtime.codecs.product.transform_design import TransformDesign
 from m3runtime.errors import CodecError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
+from m3runtime.plugins.loading import require
 
 _HELD_OUT = 8
 """One of so many memories of the sample is kept from training, to measure the distortion on."""
@@ -109,6 +110,7 @@ class ProductCodec(Codec):
         threads; ``progress`` is called from the caller's. Raises `CodecError` if the sample is empty or does not fit,
         `PluginError` if faiss is missing.
         """
+        require("training the product codec", "train")
         sample.check(self.spec)
         if not len(sample):
             raise CodecError("the product codec cannot be trained on no memories")
@@ -128,14 +130,15 @@ class ProductCodec(Codec):
 
     def encode(self, memories: MemoryTensors) -> Tensor:
         """See `Codec.encode`."""
-        quantiser = self._on(memories.keys.device)
+        device = memories.keys.device
+        quantiser = self._on(device)
         memories.check(self.spec)
-        rows = torch.zeros(len(memories), self.payload_bytes(self.spec.tokens), dtype=torch.uint8)
+        rows = torch.zeros(len(memories), self.payload_bytes(self.spec.tokens), dtype=torch.uint8, device=device)
         for i, row in enumerate(rows):
             # One memory at a time: a matrix product may round otherwise in a larger batch.
             vectors = layout.vectors(memories, i, self.spec)
             quantiser.encode(vectors, row[: self.payload_bytes(vectors[0].shape[1])])
-        return rows
+        return rows.cpu()
 
     def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> MemoryTensors:
         """See `Codec.decode`. No bytes are refused, and nothing waits for the device."""

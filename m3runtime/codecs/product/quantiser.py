@@ -1,4 +1,4 @@
-"""`Design` and `Quantiser`: what is behind the `product` codec before and after it was trained."""
+"""`Design` and `Quantiser`: the two states of the `product` codec, before and after training."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -32,13 +32,14 @@ class Quantiser(ABC):
 
     @abstractmethod
     def to(self, device: torch.device) -> Self:
-        """A copy that decodes on another device."""
+        """A copy on another device."""
 
     @abstractmethod
     def encode(self, vectors: Vectors, payload: Tensor) -> None:
-        """Write one memory's codes to its payload, ``uint8[fixed_bytes + tokens * token_bytes]`` on the CPU.
+        """Write one memory's codes to its payload, ``uint8[fixed_bytes + tokens * token_bytes]``.
 
-        The vectors lie on this quantiser's device and may be overwritten. Deterministic.
+        Both lie on this quantiser's device; the vectors may be overwritten. Deterministic. Nothing waits for the
+        device, and nothing is copied to the host.
         """
 
     @abstractmethod

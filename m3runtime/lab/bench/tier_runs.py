@@ -28,13 +28,13 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """Work to time, and the name of its baseline."""
+    """A function to time, and its baseline."""
 
     work: Work
     baseline: str
     """Name of the contender to compare with; a baseline names itself."""
     before: Work | None = None
-    """Untimed work before each turn."""
+    """Called before each turn, untimed."""
 
 
 PREAD, PREAD_CHECKED, PREAD_COLD = "pread loop", "pread loop, digests checked", "pread loop, cold"
@@ -45,14 +45,14 @@ WAY_UP, WAY_UP_KEPT = "home, checked", "home, checked and kept in every tier"
 WAY_UP_CACHED = "fastest tier"
 DECODE, DECODED = "decode", "home to decoded keys and values"
 MOST = 256
-"""The most blocks to draw from."""
+"""Most blocks to draw from."""
 
 
 class TierRuns:
-    """The bank's blocks in every tier, in plain files and in plain memory. One thread."""
+    """The blocks of a bank in every tier, in plain files and in plain memory. One thread."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        """Raises what opening the bank and its tiers does, and `InputError` for an empty bank."""
+        """Raises what opening the bank and its tiers raises, and `InputError` if the bank is empty."""
         self.device = device
         with ExitStack() as opening:
             self.bank = assembly.open_bank(config, read_only=True)
@@ -82,7 +82,7 @@ class TierRuns:
             self.has_cold = self._cool_plain()
             self._open = opening.pop_all()
         self.sizes: list[int] = []
-        """Bytes of the blocks of each draw."""
+        """Total bytes of the blocks of each draw."""
         self.draw(1, 0)
 
     def __enter__(self) -> Self:
@@ -92,17 +92,17 @@ class TierRuns:
         self._open.close()
 
     def draw(self, count: int, seed: int) -> None:
-        """Choose the blocks of a round."""
+        """Draw the blocks of a round."""
         rows = sorted(random.Random(seed).sample(range(len(self.ids)), count))
         self._rows, self.drawn = rows, self.ids[rows]
         self._source = self._buffer(count).copy_(self._slots[rows])
         self.out = self._buffer(count)
-        self.target = torch.empty(count, self.slot_bytes, dtype=torch.uint8, device=self.device)
+        self.there = torch.empty(count, self.slot_bytes, dtype=torch.uint8, device=self.device)
         self._on_device = self._source.to(self.device)
         self.sizes.append(sum(self._ends[row] for row in rows))
 
     def contenders(self, count: int) -> dict[str, Contender]:
-        """All contenders by name, for calls of ``count`` blocks: those of the last `draw`."""
+        """All contenders by name, for ``count`` blocks in one call. They use the blocks of the last `draw`."""
         name = self.bank.home.name
         found = {
             PREAD: Contender(self._pread, PREAD),
@@ -118,13 +118,13 @@ class TierRuns:
             cold = Contender(lambda: self.copy.read(self.drawn, self.out), PREAD_COLD, self._cool_home)
             found[f"{name}: read, cold"] = cold
         if self.device.type != "cpu":
-            to_device = Contender(lambda: self.target.copy_(self._source, non_blocking=True), TO_DEVICE)
-            on_device = Contender(lambda: self.target.copy_(self._on_device), ON_DEVICE)
+            to_device = Contender(lambda: self.there.copy_(self._source, non_blocking=True), TO_DEVICE)
+            on_device = Contender(lambda: self.there.copy_(self._on_device), ON_DEVICE)
             found |= {TO_DEVICE: to_device, ON_DEVICE: on_device}
         tiers = [tier for tier in self._tiers if (tier.capacity or 0) >= count * self.slot_bytes]
         for tier in tiers:
             found |= self._of_tier(tier)
-        found[WAY_UP] = Contender(lambda: self._bare.read(self.drawn, self.target), PREAD)
+        found[WAY_UP] = Contender(lambda: self._bare.read(self.drawn, self.there), PREAD)
         if tiers:
             through = self._through_tiers
             found[WAY_UP_KEPT] = Contender(through, PREAD, self._empty)
@@ -142,7 +142,7 @@ class TierRuns:
 
         return {
             f"{tier.name}: read": Contender(
-                lambda: tier.read(self.drawn, self.target), self._copied(tier), before=write
+                lambda: tier.read(self.drawn, self.there), self._copied(tier), before=write
             ),
             f"{tier.name}: write": Contender(
                 write, COPY_SLOTS if here else ON_DEVICE, before=lambda: tier.discard(self.drawn)
@@ -150,7 +150,7 @@ class TierRuns:
         }
 
     def _copied(self, tier: CachingTier) -> str:
-        """The plain copy that reading from a tier to the device is compared with."""
+        """The name of the plain copy to compare with reads from a tier to the device."""
         if self.device.type == "cpu":
             return COPY_SLOTS
         return TO_DEVICE if tier.device.type == "cpu" else ON_DEVICE
@@ -158,7 +158,7 @@ class TierRuns:
     # -- plain bytes --------------------------------------------------------------------------------------------
 
     def _write_plain(self, path: Path) -> int:
-        """A file of all blocks, one after the other. Returns an open descriptor."""
+        """Write all blocks into one file; returns an open descriptor."""
         self._offsets: list[int] = []
         with path.open("wb") as file:
             for row, end in zip(self._slots.numpy(), self._ends, strict=True):
@@ -196,7 +196,7 @@ class TierRuns:
     # -- homes --------------------------------------------------------------------------------------------------
 
     def _seal(self) -> None:
-        """The drawn blocks under ids that nobody had."""
+        """Seal the drawn blocks under new ids."""
         self._new = as_ids(range(self._next, self._next + len(self.drawn)))
         self._next += len(self.drawn)
         self._sealed = self._source.clone()
@@ -211,7 +211,7 @@ class TierRuns:
         self.copy.commit(Batch(ids, blocks, references, vectors))
 
     def _cool_plain(self) -> bool:
-        """Drop the plain file from the page cache. True if it is gone."""
+        """Drop the plain file from the page cache; returns True if that worked."""
         if not hasattr(os, "posix_fadvise") or not hasattr(os, "RWF_NOWAIT"):
             return False
         os.posix_fadvise(self._plain, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -224,7 +224,7 @@ class TierRuns:
         return False
 
     def _cool_home(self) -> None:
-        """Drop the copy of the home from the page cache. Pages in use stay there, so it is opened anew."""
+        """Drop the copy of the home from the page cache. Pages in use would stay, so the copy is closed and opened."""
         self.copy.close()
         self.copy = self._open_copy(path=self._folder / "home")
         for path in (self._folder / "home").iterdir():
@@ -236,21 +236,21 @@ class TierRuns:
     # -- the way up ---------------------------------------------------------------------------------------------
 
     def _through_tiers(self) -> None:
-        self.hierarchy.read(self.drawn, self.target)
+        self.hierarchy.read(self.drawn, self.there)
 
     def _empty(self) -> None:
         for tier in self._tiers:
             tier.discard(self.drawn)
 
     def _decode(self, blocks: Tensor) -> None:
-        # One by one on a CPU, as the runtime does.
+        # One block in a call on a CPU, as in the runtime.
         for start in range(0, len(blocks), 1 if self.device.type == "cpu" else len(blocks)):
             some = blocks[start : start + 1] if self.device.type == "cpu" else blocks
             self.bank.decode(some, getattr(torch, self.bank.manifest.spec.dtype))
 
     def _home_to_decoded(self) -> None:
-        self._bare.read(self.drawn, self.target)
-        self._decode(self.target)
+        self._bare.read(self.drawn, self.there)
+        self._decode(self.there)
 
     def _buffer(self, count: int) -> Tensor:
         return torch.zeros(count, self.slot_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
