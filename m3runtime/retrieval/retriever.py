@@ -40,6 +40,10 @@ class Retriever:
         # By all texts of a call: what embedders give may depend, in its last bits, on what stands beside a text.
         self._recent = Recent[tuple[str, ...], Embeddings](_RECENT)
 
+    def clear(self) -> None:
+        """Forget the embeddings of recent calls, so that a text is embedded anew."""
+        self._recent = Recent(_RECENT)
+
     def search(self, texts: Sequence[str], k: int | None = None, timed: Timed = nullcontext) -> list[list[Match]]:
         """Matches of each text, best first; at most ``k`` (default ``memories``). A blank text has none."""
         wanted = self.memories if k is None else k

@@ -93,7 +93,7 @@ class Contenders:
             ahead = {"lookahead_tokens": config.recall.lookahead_tokens or config.recall.chunk_tokens // 4}
             bare = Hierarchy([], self.bank.home, self.bank.stamp, adapter.device)
             self._runtimes = {
-                NOTHING: self._runtime(opening, self._tiers, ahead),
+                NOTHING: self._runtime(opening, self._tiers, {**ahead, "min_score": _ABOVE_ALL}),
                 MEMORIES: self._runtime(opening, self._tiers, ahead),
                 WITHOUT_LOOKAHEAD: self._runtime(opening, self._tiers, {"lookahead_tokens": 0}),
             }
@@ -114,12 +114,11 @@ class Contenders:
             "metrics": self.config.metrics.model_copy(update={"timeline": timeline}),
         }
         config = self.config.model_copy(update=changes)
-        runtime = Runtime(config, self.bank, hierarchy, self._retriever(), self.adapter.device)
+        rules = config.recall
+        retriever = Retriever(self._embedder, self._index, memories=rules.memories, min_score=rules.min_score)
+        runtime = Runtime(config, self.bank, hierarchy, retriever, self.adapter.device)
         opening.callback(runtime.close)
         return runtime
-
-    def _retriever(self, min_score: float = -1.0) -> Retriever:
-        return Retriever(self._embedder, self._index, memories=self.config.recall.memories, min_score=min_score)
 
     def __enter__(self) -> Self:
         return self
@@ -179,7 +178,7 @@ class Contenders:
         if kind in self._variants:
             plain = self.baseline.generate(prompts, new_tokens, *self._variants[kind])
             return Run(plain.tokens, plain.first_token_s, plain.seconds)
-        return self._generate(self._runtimes.get(kind), prompts, new_tokens, nothing=kind == NOTHING)
+        return self._generate(self._runtimes.get(kind), prompts, new_tokens)
 
     def same_tokens(self, prompts: Sequence[Prompt], new_tokens: int) -> dict[str, bool]:
         """True for each way that gives the same tokens and memories, if late blocks are waited for."""
@@ -205,16 +204,12 @@ class Contenders:
             Event(one.name, one.start - began, one.end - began, one.thread, one.streams, one.blocks) for one in events
         ]
 
-    def _generate(
-        self, runtime: Runtime | None, prompts: Sequence[Prompt], new_tokens: int, *, nothing: bool = False
-    ) -> Run:
+    def _generate(self, runtime: Runtime | None, prompts: Sequence[Prompt], new_tokens: int) -> Run:
         settings = GenerateConfig(max_new_tokens=new_tokens)
         with ExitStack() as closing:
             streams = None
             if runtime is not None:
-                runtime.retriever = self._retriever(
-                    _ABOVE_ALL if nothing else -1.0
-                )  # with an empty cache of query embeddings
+                runtime.retriever.clear()  # no embedding of an earlier run is reused
                 before = runtime.metrics().lookahead
                 streams = [closing.enter_context(runtime.stream(self.adapter.dtype)) for _ in prompts]
             began = time.perf_counter()
