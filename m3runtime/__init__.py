@@ -1,7 +1,12 @@
-"""Explicit memories for language models: stored in tiers, recalled while a model decodes.
+"""Explicit memory for language models, stored in tiers and recalled while a model decodes.
 
-``import m3runtime`` is light: it loads neither torch nor a backend. The public names below are loaded on
-first use.
+    from m3runtime import Runtime
+
+    with Runtime.open("m3.yaml") as runtime:
+        stream = runtime.stream()
+        memories = stream.recall("the last 64 tokens, as text")
+
+``import m3runtime`` is light: it loads neither torch nor a backend. Each public name is loaded at its first use.
 """
 
 from importlib import import_module
@@ -12,28 +17,29 @@ if TYPE_CHECKING:
     from m3runtime.errors import M3Error
     from m3runtime.memory.spec import MemorySpec
     from m3runtime.memory.tensors import MemoryTensors
+    from m3runtime.recall.recalled import Recalled
     from m3runtime.runtime import Runtime
-    from m3runtime.stream import Recalled, Stream
+    from m3runtime.stream import Stream
 
 __all__ = ["Config", "M3Error", "MemorySpec", "MemoryTensors", "Recalled", "Runtime", "Stream", "__version__"]
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "Config": "m3runtime.config.schema",
     "M3Error": "m3runtime.errors",
     "MemorySpec": "m3runtime.memory.spec",
+    "Recalled": "m3runtime.recall.recalled",
     "MemoryTensors": "m3runtime.memory.tensors",
-    "Recalled": "m3runtime.stream",
     "Runtime": "m3runtime.runtime",
     "Stream": "m3runtime.stream",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

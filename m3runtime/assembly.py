@@ -1,22 +1,22 @@
-"""Builds from a configuration what a runtime or a writer is made of."""
+"""Construction from a configuration: the parts of a runtime or a writer."""
 
-import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from m3runtime.bank import records
-from m3runtime.bank.bank import INDEX, Bank, LoadCodec, OpenHome, as_ids
+from m3runtime.bank.bank import Bank, OpenHome
+from m3runtime.bank.index import BankIndex
+from m3runtime.bank.manifest import Manifest, one_line
 from m3runtime.codecs import Codec
 from m3runtime.config.schema import Config, TierConfig
 from m3runtime.device.resolve import resolve
-from m3runtime.errors import CodecError, ConfigError, IndexFileError
+from m3runtime.errors import BankMismatchError, CodecError, ConfigError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.plugins.construction import construct
-from m3runtime.plugins.loading import load
+from m3runtime.plugins.loading import available, load
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.retrieval.index import Index
 from m3runtime.storage.abilities import Persistent
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from m3runtime.adapters.base import Adapter
 
-log = logging.getLogger("m3runtime")
-
 
 def device(config: Config) -> "torch.device":
     """The device that ``model.device`` names: where the model runs and memories are decoded.
@@ -41,14 +39,32 @@ def device(config: Config) -> "torch.device":
 
 
 def open_home(config: Config, *, read_only: bool = False) -> OpenHome:
-    """A callable that opens the bank's home."""
+    """The function that opens the home of the configured bank, or makes one."""
     configured = config.tiers or (HOME,)
-    return OpenHome(_kinds(configured)[-1], configured[-1].options, f"tiers.{len(configured) - 1}", read_only=read_only)
+    kind, options = _kinds(configured)[-1], configured[-1].options
+    where = f"tiers.{len(configured) - 1}"
+    return partial(construct, kind, options, where, slot_bytes=None, read_only=read_only)
 
 
 def open_bank(config: Config, *, read_only: bool = False) -> Bank:
-    """Open the bank; see `Bank.open`."""
-    return Bank.open(config.bank, open_home(config, read_only=read_only), LoadCodec(config.codec.kind))
+    """Open the configured bank; see `Bank.open` for the errors."""
+    return Bank.open(config.bank, open_home(config, read_only=read_only), partial(load_codec, config))
+
+
+def load_codec(config: Config, manifest: Manifest, path: Path) -> Codec:
+    """Load the codec that a manifest names from its file.
+
+    A manifest cannot make us import what it likes: an import path has to be the configured one. Raises `CodecError`,
+    `PluginError`, and `BankMismatchError` for a codec that is neither a plug-in nor configured.
+    """
+    name = manifest.codec_kind
+    if name != config.codec.kind and name not in available("codecs"):
+        raise BankMismatchError(
+            f"{path.parent}: the bank's codec is {one_line(name)}, which is no plug-in; if you trust it, "
+            "name it as `codec.kind` of the configuration"
+        )
+    kind: type[Codec] = load("codecs", name)
+    return kind.load(path, manifest.spec)
 
 
 def open_tiers(
@@ -83,10 +99,10 @@ def open_embedder(config: Config, device: "torch.device | None" = None) -> Embed
     return construct(kind, options, "embedder", path=config.embedder.path)  # type: ignore[no-any-return]
 
 
-def open_adapter(config: Config) -> "Adapter":
-    """Load the model."""
+def open_adapter(config: Config, device: "torch.device | None" = None) -> "Adapter":
+    """Load the model on ``device`` (default: the configuration's). Raises `ConfigError` if there is none."""
     kind: type[Adapter] = load("adapters", config.model.adapter)
-    return kind.open(config.model, config.memory)
+    return kind.open(config.model, config.memory, device or resolve(config.model.device))
 
 
 def make_index(config: Config, dim: int) -> Index:
@@ -104,54 +120,10 @@ def make_codec(config: Config, spec: MemorySpec) -> Codec:
         raise ConfigError(f"codec.{error}") from error
 
 
-def open_index(config: Config, bank: Bank, *, every: bool = False) -> tuple[Index, bool]:
-    """The bank's index, loaded or rebuilt and in line with the home, and whether its file should be written anew.
-
-    It finds what is recalled: without ``recall.cold_start`` no cold reference. For `save_index` it is to have ``every``
-    one, though a file that lacks some does no harm.
-    """
-    rebuilt = False
-    try:
-        index = load_index(config, bank)
-    except IndexFileError as error:
-        log.info("the index is rebuilt: %s", error)
-        index, rebuilt = make_index(config, bank.manifest.dim), True
-    added, removed = catch_up(index, bank, cold=every or config.recall.cold_start)
-    return index, rebuilt or added + removed > 0
-
-
-def catch_up(index: Index, bank: Bank, *, cold: bool = True) -> tuple[int, int]:
-    """Bring an index in line with the home, the only truth. Returns how many ids were added and removed.
-
-    Without ``cold`` it holds nothing that is cold, which does not count as removed: its file may well have that.
-
-    Memories whose embedding is damaged or missing cannot be found: they are set apart.
-    """
-    hidden = as_ids([]) if cold else bank.home.cold()
-    there, wanted = index.ids(), bank.home.ids()
-    gone, missing = np.setdiff1d(there, wanted), np.setdiff1d(np.setdiff1d(wanted, there), hidden)
-    index.remove(np.concatenate([gone, np.intersect1d(there, hidden)]))
-    damaged: dict[int, str] = {}
-    for ids, vectors in records.embeddings(bank.home, missing, bank.manifest.dim, damaged):
-        index.add(ids, vectors)
-    records.set_apart(bank.home, damaged)
-    return len(missing) - len(damaged), len(gone)
-
-
-def load_index(config: Config, bank: Bank) -> Index:
-    """The bank's index as its file has it. Raises `IndexFileError` if that cannot be used."""
-    index = make_index(config, bank.manifest.dim)
-    index.load(bank.path / INDEX, _stamp(bank))
-    return index
-
-
-def save_index(index: Index, bank: Bank) -> None:
-    """Keep the index for the next `open_index`."""
-    index.save(bank.path / INDEX, _stamp(bank))
-
-
-def _stamp(bank: Bank) -> str:
-    return f"{bank.stamp.bank}-{bank.manifest.embedder}"
+def bank_index(config: Config, bank: Bank) -> BankIndex:
+    """The upkeep of the bank's index."""
+    make = partial(make_index, config, bank.manifest.dim)
+    return BankIndex(bank, make, kind=config.index.kind, dtype=config.index.dtype)
 
 
 def _kinds(configured: Sequence[TierConfig]) -> list[type]:

@@ -1,35 +1,35 @@
 """Every error that m3runtime raises on purpose.
 
-::
+A program that catches `M3Error` catches them all. The message is one line: it names the file, key or id at fault, and
+what to do about it. A cache miss is never an error; it is a value (see `m3runtime.storage.tier`).
 
     M3Error
-    ├── ConfigError             the YAML file or an override is wrong
-    ├── InputError              a text, file or argument that cannot be used
-    ├── PluginError             a backend is unknown, broken or not installed
-    ├── BankError               the bank as a whole
-    │   ├── BankMissingError    there is no bank at that path
-    │   ├── BankFormatError     written by another format version
-    │   ├── BankMismatchError   written by another model, tokenizer, spec, codec or embedder
-    │   ├── BankBusyError       another process, or this one, has it open for writing
-    │   └── BankFullError       the home has reached its configured limit, or the drive is full
-    ├── BlockError              bytes that are not the block they should be
-    ├── CodecError              a codec that is untrained, unreadable or does not fit the spec
-    ├── IndexFileError          an index file that cannot be used (it is rebuilt from the home)
-    └── TierError               a tier that failed
-        ├── RecordError         a record of the home that is damaged: a reference, an embedding, metadata
-        ├── TierClosedError     a tier used after ``close``
-        └── TierReadOnlyError   a write to a tier opened for reading
-
-A miss is never an error: see ``m3runtime.storage.tier``.
+    ├── ConfigError             the configuration is wrong
+    ├── InputError              a text, file or argument cannot be used
+    ├── PluginError             a plug-in is unknown, broken or not installed
+    ├── BankError               the bank as a whole cannot be used
+    │   ├── BankMissingError    no bank at that path
+    │   ├── BankFormatError     a format version that this release does not read
+    │   ├── BankMismatchError   another model, tokenizer, spec, codec or embedder
+    │   ├── BankBusyError       already open for writing
+    │   └── BankFullError       no room for the batch
+    ├── BlockError              bytes are not the expected block
+    ├── StoreFullError          leased memories fill the memory store
+    ├── CodecError              a codec is untrained, unreadable or does not fit
+    ├── IndexFileError          an index file cannot be used
+    └── TierError               a tier failed
+        ├── RecordError         a record of the home is damaged
+        ├── TierClosedError     a tier was used after `close`
+        └── TierReadOnlyError   a write to a tier that was opened for reading
 """
 
 
 class M3Error(Exception):
-    """Base of all errors; its message is one line that names the thing at fault and what to do."""
+    """Base class of all errors; its message is one line that names the thing at fault and what to do."""
 
 
 class ConfigError(M3Error):
-    """The configuration is wrong."""
+    """The configuration is wrong; the message names the origin (file, variable or option), the key and its values."""
 
 
 class InputError(M3Error):
@@ -37,7 +37,7 @@ class InputError(M3Error):
 
 
 class PluginError(M3Error):
-    """A backend is unknown, broken or not installed."""
+    """A plug-in is unknown, broken or not installed; the message names the extra that installs it."""
 
 
 class BankError(M3Error):
@@ -45,27 +45,31 @@ class BankError(M3Error):
 
 
 class BankMissingError(BankError):
-    """There is no bank at the given path."""
+    """The path holds no bank."""
 
 
 class BankFormatError(BankError):
-    """The bank was written by a format version that this release does not read."""
+    """The bank was written in a format version that this release does not read."""
 
 
 class BankMismatchError(BankError):
-    """The bank was written by another model, tokenizer, spec, codec or embedder."""
+    """The bank was written by another model, tokenizer, spec, codec or embedder; the message names the difference."""
 
 
 class BankBusyError(BankError):
-    """The bank is open for writing already. Any number of processes may read it, one may write."""
+    """The bank is already open for writing: one process may write it, any number may read it."""
 
 
 class BankFullError(BankError):
-    """The home has reached its configured limit, or the drive is full. Nothing of the batch was written."""
+    """The home has reached its configured limit, or the drive is full; nothing of the batch was written."""
 
 
 class BlockError(M3Error):
-    """Bytes that are not the block they should be: damaged, of another bank, or of another id."""
+    """Bytes are not the expected block: they are damaged, of another bank, or of another id."""
+
+
+class StoreFullError(M3Error):
+    """Leased memories fill the memory store, so a recall finds no room. See ``recall.decoded``."""
 
 
 class CodecError(M3Error):
@@ -73,15 +77,18 @@ class CodecError(M3Error):
 
 
 class IndexFileError(M3Error):
-    """An index file cannot be used; the index is a cache and is rebuilt from the home."""
+    """An index file cannot be used; the index is a cache, and is rebuilt from the home."""
 
 
 class TierError(M3Error):
-    """A tier failed. Never raised for a block that simply is not there."""
+    """A tier failed; a block that the tier does not hold is a miss and never raises this."""
 
 
 class RecordError(TierError):
-    """A record of the home is damaged. ``id`` is the memory that it belongs to, or None."""
+    """A record of the home is damaged: a reference, an embedding or metadata.
+
+    ``id`` is the memory that the record belongs to, or None where no single memory does.
+    """
 
     def __init__(self, message: str, id: int | None = None) -> None:
         super().__init__(message)
@@ -89,7 +96,7 @@ class RecordError(TierError):
 
 
 class TierClosedError(TierError):
-    """A tier was used after ``close``."""
+    """A tier was used after it was closed."""
 
 
 class TierReadOnlyError(TierError):

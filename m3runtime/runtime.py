@@ -2,55 +2,43 @@
 
 import contextlib
 import threading
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import weakref
+from collections import deque
+from collections.abc import Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 import torch
 
 from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
 from m3runtime.bank import records
-from m3runtime.bank.bank import Bank, as_ids
+from m3runtime.bank.bank import Bank
 from m3runtime.config.schema import Config
 from m3runtime.device.threads import prepare
 from m3runtime.documents.reference import Reference
-from m3runtime.errors import BankBusyError, InputError, TierError
-from m3runtime.memory.block import Ids
-from m3runtime.observe.metrics import Event, Meter, Metrics, RecallStats, Stages, TierMetrics
-from m3runtime.recall.batching import Together
+from m3runtime.errors import BankBusyError, ConfigError, InputError, TierError
+from m3runtime.memory.block import Ids, as_ids
+from m3runtime.observe.metrics import Event, Meter, Metrics, RecallStats, TierMetrics
+from m3runtime.recall.background import Background
 from m3runtime.recall.cold_start import ColdStart
-from m3runtime.recall.fetching import Fetcher
-from m3runtime.recall.lookahead import Hint, Lookahead
-from m3runtime.recall.prefetch import Prefetcher
-from m3runtime.retrieval.retriever import Match, Retriever, log_weights
+from m3runtime.recall.loader import Loader, part_bytes
+from m3runtime.recall.recall import Recall
+from m3runtime.recall.recalled import Recalled
+from m3runtime.recall.store import MemoryStore, Part
+from m3runtime.retrieval.retriever import Match, Retriever
+from m3runtime.storage.defaults import default_decoded
 from m3runtime.storage.hierarchy import Hierarchy
 from m3runtime.storage.tier import Tier
 from m3runtime.storage.trace import TraceWriter
-from m3runtime.stream import Part, Recalled, Stream
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """Streams that recall together, all of one dtype."""
-
-    streams: Sequence[Stream]
-    texts: Sequence[str]
-    waits: bool
-
-    @property
-    def kind(self) -> tuple[torch.dtype, bool]:
-        """Requests of one kind may be served together."""
-        return self.streams[0].dtype, self.waits
+from m3runtime.stream import Stream
+from m3runtime.writing import encoding
 
 
 class Runtime:
-    """Chooses and delivers memories. Every method may be called from any thread; a stream, from one at a time."""
+    """Chooses and delivers memories. Thread-safe; one stream may be used by one thread at a time."""
 
     def __init__(
         self,
@@ -70,21 +58,19 @@ class Runtime:
         self.device = device
         self.stats = RecallStats()
         self.meter = Meter(config.metrics.timeline)
-        self._prefetcher = Prefetcher(
-            threads=config.threads.lookahead, prepare=partial(prepare, device, config.threads.cores)
+        largest = part_bytes(bank, self._dtype)
+        capacity = config.recall.decoded or max(default_decoded(device), 2 * config.recall.memories * largest)
+        self.store = MemoryStore(capacity, partial(part_bytes, bank), slots=max(1, capacity // largest))
+        self.background = Background(config.threads.lookahead, partial(prepare, device, config.threads.cores))
+        self._loader = Loader(bank, hierarchy, self.store, device)
+        self._cold_start = ColdStart(bank, self.stats, is_on=config.recall.cold_start)
+        self._recall = Recall(
+            config.recall, retriever, self._loader, self._cold_start, self.background, self.meter, self.stats
         )
-        self._fetcher = Fetcher(bank, hierarchy, device)
-        self._lookahead = Lookahead(
-            self._fetcher,
-            lambda texts, stages: self._cold_start.encoded(self.retriever.search(texts, timed=stages.stage)),
-            self._prefetcher,
-            self.meter,
-            in_flight=256 * 1024**2 if config.recall.decoded is None else config.recall.decoded,
-        )
-        self._cold_start = ColdStart(bank, self._fetcher, self.stats, config)
+        self._encoder: Adapter | None = None
         self.encoder = encoder
-        self._together = Together(self._choose, self._bring, lambda request: request.kind)
         self._numbers = count(1)
+        self._dropped: deque[int] = deque()  # numbers of streams that were collected without being closed
         self._lock = threading.Lock()
         self._closed = False
         self._index_changed = False
@@ -99,10 +85,10 @@ class Runtime:
         read_only: bool = False,
         encoder: Adapter | None = None,
     ) -> Self:
-        """Open the bank that a configuration (or its file) names, with everything around it.
+        """Open the bank that a configuration (or its file) names, with its tiers, index and embedder.
 
-        ``encoder`` encodes cold references, if ``recall.cold_start`` says so; it stays the caller's to close. Opened
-        for reading only nothing is encoded: what is cold can be searched for, and is not delivered.
+        ``encoder`` encodes cold references, if ``recall.cold_start`` is on; it stays the caller's to close. With
+        ``read_only`` nothing is encoded: cold references are found by `search`, and not delivered.
 
         Raises `ConfigError`, `PluginError`, `BankMissingError`, `BankFormatError`, `BankMismatchError` (the bank is
         another embedder's or model's), `BankBusyError`, another `BankError`, or `InputError` if it cannot record into
@@ -124,8 +110,8 @@ class Runtime:
                 trace = TraceWriter(config.recall.trace, bank.home.slot_bytes, tiers)
                 undo.callback(trace.close)
             hierarchy = Hierarchy(tiers, bank.home, bank.stamp, device, recorder=trace)
-            index, changed = assembly.open_index(config, bank)
             recall = config.recall
+            index, changed = assembly.bank_index(config, bank).open(cold=recall.cold_start)
             retriever = Retriever(
                 embedder, index, memories=recall.memories, min_score=recall.min_score, margin=recall.margin
             )
@@ -144,103 +130,129 @@ class Runtime:
 
     @property
     def encoder(self) -> Adapter | None:
-        """What encodes cold references. Setting it raises `BankMismatchError` if the bank is another model's."""
-        return self._cold_start.encoder
+        """The adapter that encodes cold references. Setting one raises `BankMismatchError` if the bank is another's."""
+        return self._encoder
 
     @encoder.setter
     def encoder(self, encoder: Adapter | None) -> None:
         if encoder is not None:
             encoder.check(self.bank.manifest, self.bank.path)
-        self._cold_start.encoder = encoder
+            size = self.config.memory.batch_size
+            self._cold_start.encode = partial(encoding.blocks_of, self.bank, encoder, batch_size=size)
+        self._encoder = encoder
 
     # -- streams ------------------------------------------------------------------------------------------------
 
     def stream(self, dtype: torch.dtype | None = None) -> Stream:
-        """A new stream, whose memories are decoded to ``dtype`` (default: what the model computed them in)."""
-        return Stream(self, dtype or getattr(torch, self.bank.manifest.spec.dtype), next(self._numbers))
+        """A new stream whose memories are decoded to ``dtype`` (default: the dtype that the model computed them in).
+
+        Raises `ConfigError` if ``recall.decoded`` is too small for the memories of one chunk.
+        """
+        dtype = dtype or self._dtype
+        if (least := self.config.recall.memories * part_bytes(self.bank, dtype)) > self.store.capacity:
+            raise ConfigError(
+                f"recall.decoded: {self.store.capacity} bytes do not hold the {self.config.recall.memories} memories "
+                f"of one chunk; set at least {least}"
+            )
+        stream = Stream(self, dtype, next(self._numbers))
+        weakref.finalize(stream, self._dropped.append, stream.number).atexit = False
+        return stream
 
     def recall(self, streams: Sequence[Stream], texts: Sequence[str], *, wait: bool | None = None) -> list[Recalled]:
-        """Recall for several streams at once: one embedding, one search, one read and one decoding for all of them.
+        """Recall for several streams: one embedding, one search, one read and one decoding for all of them.
 
-        So it is for calls of several threads that come while another is being embedded. A blank text keeps nothing and
-        chooses nothing. See `Stream.recall`.
+        Concurrent calls of other threads are embedded and searched in the same batch. A blank text gets no memories.
+        ``wait``: wait for late blocks? Default: as ``recall.when_late`` says.
 
-        With ``recall.cold_start`` what is chosen and cold is encoded first, in the calling thread and however long it
-        takes: the deadline is that of the others. Raises `ConfigError` if there is no `encoder`.
+        With ``recall.cold_start`` the cold memories among the chosen are encoded first, in the calling thread; the
+        deadline does not count that time. Raises `ConfigError` if there is no `encoder`, `StoreFullError` if leased
+        memories leave no room and it waits, `TierError` and `BankError` of the home, and what the embedder raises.
+        After an error each stream still has leases on the memories of its last recall that this one chose too.
         """
         self._check(streams, texts)
         self._cold_start.check()
-        if len({stream.dtype for stream in streams}) > 1:
-            raise InputError("streams that recall together must have the same dtype")
         waits = self.config.recall.when_late == "wait" if wait is None else wait
-        return self._together(_Request(streams, texts, waits)) if streams else []
+        return self._recall([stream.state for stream in streams], texts, waits=waits) if streams else []
 
     def hint(self, streams: Sequence[Stream], texts: Sequence[str]) -> None:
-        """Hints of several streams, embedded, searched and read together. See `Stream.hint`."""
+        """Prefetch for several streams, embedded, searched and read together; see `Stream.hint`.
+
+        Raises `TierClosedError` after `close`.
+        """
         self._check(streams, texts)
-        most = self.config.recall.memories
-        self._lookahead.hint(
-            [
-                Hint(stream.number, text, stream.dtype, frozenset(stream.held), partial(_add_owed, stream.owed, most))
-                for stream, text in zip(streams, texts, strict=True)
-            ]
-        )
+        self._recall.hint([stream.state for stream in streams], texts)
 
     def release(self, stream: Stream) -> None:
-        """See `Stream.close`."""
-        self._lookahead.forget(stream.number)
-        if not self._closed:
-            self.hierarchy.unpin(as_ids(list(stream.held)))
-        stream.held = {}
-        stream.owed = []
+        """Release the memories of a stream and drop its hint; see `Stream.close`."""
+        self._recall.release(stream.state)
 
-    # -- what it does -------------------------------------------------------------------------------------------
+    def _check(self, streams: Sequence[Stream], texts: Sequence[str]) -> None:
+        self._end_dropped()
+        if len(streams) != len(texts):
+            raise InputError(f"{len(streams)} streams, but {len(texts)} texts")
+        if len({stream.dtype for stream in streams}) > 1:
+            raise InputError("streams that recall together must have the same dtype")
+
+    def _end_dropped(self) -> None:
+        """Drop the hints of streams that were collected without being closed; their leases give themselves back."""
+        while self._dropped:
+            self._recall.hints.end(self._dropped.popleft())
+
+    # -- metrics ------------------------------------------------------------------------------------------------
 
     def metrics(self) -> Metrics:
-        """What it did so far, counted and timed. A snapshot."""
+        """A snapshot of all counters and latencies."""
+        self._end_dropped()
         recall, lookahead = self.meter.latencies()
         tiers = zip(self.hierarchy.stats(), self.hierarchy.latencies(), self.hierarchy.tiers, strict=True)
         return Metrics(
             recall=self.stats.snapshot(),
-            lookahead=self._lookahead.counts(),
+            lookahead=self._recall.hints.counts(),
+            store=self.store.counts(),
             recall_stages=recall,
             lookahead_stages=lookahead,
             tiers=tuple(TierMetrics(stats, latency, _blocks(tier), tier.capacity) for stats, latency, tier in tiers),
         )
 
     def timeline(self) -> tuple[Event, ...]:
-        """The last events, as many as ``metrics.timeline`` says. ``meter.timeline.note`` adds others beside them."""
+        """The last events, as many as ``metrics.timeline`` says. ``meter.timeline.note`` adds events of the caller."""
         return self.meter.timeline.events()
 
     # -- the bank -----------------------------------------------------------------------------------------------
 
     def search(self, texts: Sequence[str], k: int | None = None) -> list[list[Match]]:
-        """What would be recalled for each text, best first; with ``k``, that many whatever their scores."""
+        """The matches that a recall would choose for each text, best first; with ``k``, so many whatever the scores."""
         if k is None:
             return self.retriever.search(texts)
         everything = Retriever(self.retriever.embedder, self.retriever.index, memories=k)
         return everything.search(texts)
 
     def references(self, ids: Sequence[int]) -> list[Reference | None]:
-        """The references of ids, None where an id is not remembered, or was set apart because its record is damaged."""
-        found = self._fetcher.references(ids)
+        """The references of ids; None where an id is not remembered, or its record is damaged and now quarantined."""
+        found = self._loader.references(ids)
         return [found.get(id) for id in ids]
 
     def fetch(self, ids: Sequence[int] | Ids, dtype: torch.dtype) -> dict[int, Part]:
-        """The decoded memories of ids, on the device; those that are gone, bad or cold are left out."""
-        stages = self.meter.lookahead()
-        return dict(self._lookahead.gather({}, _unique(as_ids(ids).tolist()), dtype, stages, None).parts)
+        """The decoded memories of ids, on the device, without lease; forgotten, bad and cold ones are left out."""
+        stages, parts = self.meter.lookahead(), dict[int, Part]()
+        wanted = list(dict.fromkeys(as_ids(ids).tolist()))
+        size = max(1, self.store.capacity // part_bytes(self.bank, dtype) // 2)
+        for start in range(0, len(wanted), size):
+            delivered = self._recall.delivery.gather(wanted[start : start + size], dtype, stages)
+            parts |= {id: lease.loaded.part for id, lease in delivered.leases.items()}
+            self.store.release(delivered.leases.values())
+        return parts
 
     def forget(self, ids: Sequence[int]) -> int:
-        """Forget references in the home, every tier and the index. Returns how many there were.
+        """Forget references in the home, every tier, the store and the index. Returns how many there were.
 
-        Once the home has forgotten, nothing answers with them any more: what a crash leaves in the index or in a tier
-        is removed when the bank is opened again.
+        Once this has returned, no recall that begins later delivers them. A crash may leave them in the index or in a
+        tier that outlives the process: they are removed when the bank is opened again.
         """
         wanted = as_ids(sorted(set(ids)))
         found, damaged = records.references(self.bank.home, wanted)
         self.hierarchy.discard(wanted)
-        self._fetcher.forget(wanted.tolist())
+        self.store.forget(wanted.tolist())
         self.retriever.index.remove(wanted)
         self._index_changed = True
         return sum(one is not None for one in found) + len(damaged)
@@ -255,7 +267,7 @@ class Runtime:
             closing.callback(self.bank.close)
             closing.callback(self.retriever.embedder.close)
             if self._index_changed:
-                closing.callback(assembly.save_index, self.retriever.index, self.bank)
+                closing.callback(assembly.bank_index(self.config, self.bank).save, self.retriever.index)
             if self._trace is not None:
                 closing.callback(self._trace.close)
             closing.callback(self.hierarchy.close)
@@ -264,7 +276,8 @@ class Runtime:
     def _stop(self) -> None:
         """End its own threads."""
         with contextlib.ExitStack() as closing:
-            closing.callback(self._prefetcher.close)
+            closing.callback(self.store.close)
+            closing.callback(self.background.close)
             if self._endpoint is not None:
                 closing.push(self._endpoint)
 
@@ -274,108 +287,10 @@ class Runtime:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- delivery -----------------------------------------------------------------------------------------------
-
-    def _check(self, streams: Sequence[Stream], texts: Sequence[str]) -> None:
-        if len(streams) != len(texts):
-            raise InputError(f"{len(streams)} streams, but {len(texts)} texts")
-
-    def _choose(self, requests: Sequence[_Request]) -> tuple[Stages, float, list[list[Match]]]:
-        """The first step of a recall: embedding and search."""
-        began = time.perf_counter()
-        numbers = tuple(stream.number for request in requests for stream in request.streams)
-        stages = self.meter.recall(numbers)
-        self._lookahead.begin(numbers)
-        chosen = self.retriever.search([text for request in requests for text in request.texts], timed=stages.stage)
-        return stages, began, chosen
-
-    def _bring(
-        self, requests: Sequence[_Request], found: tuple[Stages, float, list[list[Match]]]
-    ) -> list[list[Recalled]]:
-        """The second step: whatever it raises, nothing has changed of the streams."""
-        stages, began, chosen = found
-        streams = [stream for request in requests for stream in request.streams]
-        dtype, waits = requests[0].kind
-        for stream, matches in zip(streams, chosen, strict=True):
-            _add_owed(stream.owed, self.config.recall.memories, matches)
-        searched = time.perf_counter()
-        # What one of the streams holds is there for all of them.
-        held = {id: part for stream in streams for id, part in stream.held.items()}
-        new = _unique(match.id for matches in chosen for match in matches if match.id not in held)
-        of_streams = {
-            stream.number: [match.id for match in matches] for stream, matches in zip(streams, chosen, strict=True)
-        }
-        fresh = self._cold_start.encode(new, dtype, stages)
-        encoded = time.perf_counter()
-        with stages.stage("bring", len(new)):
-            # What took a model to make is not left out for being late.
-            warmed = dict(fresh.parts)
-            if fresh.ids:
-                warmed |= self._lookahead.gather({}, fresh.ids, dtype, stages, None).parts
-            rest = [id for id in new if id not in fresh.parts and id not in fresh.ids]
-            deadline = None if waits else time.perf_counter() + self.config.recall.deadline
-            gathered = self._lookahead.gather(of_streams, rest, dtype, stages, deadline)
-        with stages.stage("deliver"):
-            self._score([match for matches in chosen for match in matches])
-            parts = {**held, **warmed, **gathered.parts}
-            ids = _unique(match.id for matches in chosen for match in matches if match.id in parts)
-            references = self._fetcher.references(ids, fresh=waits)
-            given = [
-                self._give(stream, matches, parts, references, gathered.late, stages)
-                for stream, matches in zip(streams, chosen, strict=True)
-            ]
-        ended = time.perf_counter()
-        stages.seconds["recall"] = ended - began
-        self.meter.timeline.note("recall", began, ended, stages.streams, len(new))
-        stages.count()
-        memories = sum(map(len, given))
-        self.stats.count(
-            chunks=len(streams),
-            memories=memories,
-            kept=memories - len(gathered.parts) - len(warmed),
-            late=sum(len(one.late) for one in given),
-            search_s=searched - began,
-            fetch_s=ended - encoded,
-            waited_s=stages.seconds.get("wait", 0.0),
-        )
-        results = iter(given)
-        return [[next(results) for _ in request.streams] for request in requests]
-
-    def _score(self, matches: Sequence[Match]) -> None:
-        """Tell the tiers how well these matched, after they hold them."""
-        if matches:
-            scores = np.array([match.score for match in matches], np.float32)
-            self.hierarchy.score(as_ids([match.id for match in matches]), scores)
-
-    def _give(
-        self,
-        stream: Stream,
-        matches: list[Match],
-        parts: Mapping[int, Part],
-        references: Mapping[int, Reference],
-        late: frozenset[int],
-        stages: Stages,
-    ) -> Recalled:
-        """Give a stream its memories, and take back those it no longer holds."""
-        given = [match for match in matches if match.id in parts and match.id in references]
-        held = {match.id: parts[match.id] for match in given}
-        self.hierarchy.pin(as_ids([id for id in held if id not in stream.held]))
-        self.hierarchy.unpin(as_ids([id for id in stream.held if id not in held]))
-        stream.held = held
-        missed = [match for match in matches if match.id in late]
-        stream.owed = missed if self.config.recall.when_late == "next_chunk" else []
-        return Recalled(
-            ids=tuple(match.id for match in given),
-            scores=tuple(match.score for match in given),
-            references=tuple(references[match.id] for match in given),
-            late=tuple(match.id for match in missed),
-            spec=self.bank.manifest.spec,
-            device=self.device,
-            dtype=stream.dtype,
-            parts=tuple(held.values()),
-            log_weights=log_weights(given, self.config.recall.score_temperature),
-            stages=stages.seconds,
-        )
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The dtype that the model computed the memories in."""
+        return getattr(torch, self.bank.manifest.spec.dtype)  # type: ignore[no-any-return]
 
 
 def _open_bank(config: Config, *, read_only: bool) -> Bank:
@@ -385,18 +300,6 @@ def _open_bank(config: Config, *, read_only: bool) -> Bank:
         if read_only or not config.recall.cold_start:
             raise
         raise BankBusyError(f"{error} (a recall writes with recall.cold_start: true)") from error
-
-
-def _unique(ids: Iterable[int]) -> list[int]:
-    return list(dict.fromkeys(ids))
-
-
-def _add_owed(owed: Sequence[Match], most: int, matches: list[Match]) -> None:
-    """Add what was late for the last chunk; the best ``most`` of both stay."""
-    there = {match.id for match in matches}
-    matches.extend(match for match in owed if match.id not in there)
-    matches.sort(key=lambda match: -match.score)
-    del matches[most:]
 
 
 def _blocks(tier: Tier) -> int | None:

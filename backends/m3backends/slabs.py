@@ -37,5 +37,5 @@ class PinnedTier(SlabTier):
             capacity=capacity,
             eviction=eviction,
             device=torch.device("cpu"),
-            page_locked=device.type == "cuda",
+            locked_for=device if device.type == "cuda" else None,
         )

@@ -1,4 +1,4 @@
-"""References and embeddings of a home in which some records may be damaged: the others are read all the same."""
+"""Reads of references and embeddings that pass over damaged records."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -12,7 +12,7 @@ from m3runtime.storage.home import Home
 
 
 def references(home: Home, ids: Ids) -> tuple[list[Reference | None], dict[int, str]]:
-    """The references of ids, None where one is unknown or its record damaged; and what is wrong with the latter."""
+    """The reference of each id, or None if it is unknown or damaged, and the damage by id."""
     try:
         return home.references(ids), {}
     except RecordError as error:
@@ -28,9 +28,9 @@ def references(home: Home, ids: Ids) -> tuple[list[Reference | None], dict[int, 
 
 
 def embeddings(home: Home, ids: Ids, dim: int | None, damaged: dict[int, str]) -> Iterator[tuple[Ids, Embeddings]]:
-    """The embeddings of ids in batches, as `Home.embeddings` gives them: those that are there and sound.
+    """The sound embeddings of ids in batches: ``ids[n]`` and ``float32[n, dim]``.
 
-    What is wrong with the others is put into ``damaged``. ``dim`` is the length that they must have, or None.
+    The damage of the others is put into ``damaged``. ``dim`` is the length that embeddings must have, or None.
     """
     for start in range(0, len(ids), 4096):
         wanted = ids[start : start + 4096]
@@ -47,7 +47,7 @@ def embeddings(home: Home, ids: Ids, dim: int | None, damaged: dict[int, str]) -
 
 
 def quarantined(home: Home) -> dict[int, str]:
-    """What is quarantined, and why. Of a home with damaged records of that, only one whose record is damaged."""
+    """Maps quarantined ids to the reasons; if such a record is damaged, only the id of that record."""
     try:
         return dict(home.quarantined())
     except RecordError as error:
@@ -55,7 +55,7 @@ def quarantined(home: Home) -> dict[int, str]:
 
 
 def set_apart(home: Home, damaged: Mapping[int, str]) -> None:
-    """Quarantine these for the reasons given. In a home that cannot be written to they are merely left out."""
+    """Quarantine ids for the given reasons. Does nothing in a home that is read-only or full."""
     for id, why in damaged.items():
         try:
             home.quarantine(id, why)
@@ -64,7 +64,7 @@ def set_apart(home: Home, damaged: Mapping[int, str]) -> None:
 
 
 def _read(home: Home, ids: Ids, damaged: dict[int, str]) -> list[tuple[Ids, Embeddings]]:
-    """At once if none is damaged, else one by one."""
+    """Read embeddings at once, or one by one if some are damaged."""
     try:
         return list(home.embeddings(ids))
     except RecordError as error:

@@ -1,4 +1,4 @@
-"""``m3 search``, ``m3 inspect`` and ``m3 forget``."""
+"""``m3 search``, ``m3 inspect`` and ``m3 forget``: look into a bank, and remove memories from it."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,7 @@ def search(
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Print the references nearest to a text, without a model and whatever their scores."""
+    """Print the references nearest to a text, whatever their scores; no model is needed."""
     settings = configuration(config, set)
     if not text.strip():
         raise InputError("there is nothing to search for: the text is blank")
@@ -45,7 +45,7 @@ def inspect(
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Print what a bank holds and was made with, or one of its memories."""
+    """Print the contents and the origin of a bank, or one of its memories."""
     settings = configuration(config, set)
     from m3runtime import assembly
 
@@ -68,21 +68,21 @@ def inspect(
 
 def forget(
     ids: Annotated[list[int] | None, typer.Argument(min=0, help="Ids of memories.")] = None,
-    source: Annotated[list[str] | None, typer.Option("--source", help="Forget all that came from a source.")] = None,
-    quarantined: Annotated[bool, typer.Option("--quarantined", help="Forget all that is quarantined.")] = False,
+    source: Annotated[list[str] | None, typer.Option("--source", help="Forget all memories from a source.")] = None,
+    quarantined: Annotated[bool, typer.Option("--quarantined", help="Forget all quarantined memories.")] = False,
     config: ConfigFile = None,
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Forget memories and their references, for good: in the bank, its index and every tier that outlives a process."""
+    """Delete memories and their references for good: from the bank, its index and every persistent tier."""
     settings = configuration(config, set)
     if not ids and not source and not quarantined:
-        raise InputError("say what to forget: ids, or --source")
+        raise InputError("nothing to forget is given: name ids, --source or --quarantined")
     from contextlib import closing
 
     from m3runtime import assembly
     from m3runtime.bank import records
-    from m3runtime.bank.bank import as_ids
+    from m3runtime.memory.block import as_ids
     from m3runtime.storage.hierarchy import Hierarchy
 
     with closing(assembly.open_bank(settings)) as bank:
@@ -98,13 +98,12 @@ def forget(
             raise InputError(f"the bank has no memory {', '.join(map(str, unknown))}; nothing was forgotten")
         if quarantined:
             wanted.update(dict.fromkeys(bank.home.quarantined()))
-        # What a crash leaves in a tier or in the index is removed when they are opened again.
+        # Remains of a crash in a tier or in the index are removed when they are opened again.
         tiers = assembly.open_tiers(settings, bank.home.slot_bytes, assembly.device(settings), persistent=True)
         with closing(Hierarchy(tiers, bank.home, bank.stamp)) as hierarchy:
             hierarchy.discard(as_ids(list(wanted)))
             failed = [tier.name for tier in hierarchy.stats() if tier.faults]
-        index, _ = assembly.open_index(settings, bank, every=True)
-        assembly.save_index(index, bank)
+        assembly.bank_index(settings, bank).update()
     for name in failed:
         typer.echo(f"tier {name} failed: what it still holds is discarded when it is used again", err=True)
     if json:
@@ -142,9 +141,9 @@ def _bank_facts(bank: "Bank") -> dict[str, Any]:
 def _memory_facts(bank: "Bank", id: int) -> dict[str, Any]:
     import torch
 
-    from m3runtime.bank.bank import as_ids
     from m3runtime.errors import BlockError
     from m3runtime.memory import block
+    from m3runtime.memory.block import as_ids
 
     (reference,) = bank.home.references(as_ids([id]))
     if reference is None:

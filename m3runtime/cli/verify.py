@@ -1,4 +1,4 @@
-"""``m3 verify``."""
+"""``m3 verify``: check a bank, and repair it."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,24 +14,22 @@ if TYPE_CHECKING:
     from m3runtime.writing.verification import VerifyReport
 
 _STAGES = {
-    "home": "Reading the home's books",
+    "home": "Reading the home's records",
     "blocks": "Reading memories",
     "index": "Comparing the index",
     "memories": "Computing memories again",
-    "home again": "Reading the home's books again",
+    "home again": "Reading the home's records again",
     "blocks again": "Reading memories again",
     "index again": "Comparing the index again",
 }
 _SHOWN = 20
-"""Lines of damage that are printed; JSON has all."""
+"""The number of lines of damage that are printed; JSON has all."""
 
 
 def verify(
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Mend what can be mended, with the bank's own model.")
-    ] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Repair the damage, with the bank's own model.")] = False,
     no_model: Annotated[
-        bool, typer.Option("--no-model", help="With --repair: only quarantine what is damaged, and compute nothing.")
+        bool, typer.Option("--no-model", help="With --repair: only quarantine damaged memories, and compute nothing.")
     ] = False,
     drop: Annotated[
         bool, typer.Option("--drop", help="With --repair: forget memories whose own text is damaged.")
@@ -40,13 +38,14 @@ def verify(
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Read all of a bank and say what is damaged; exit code 1 if anything is, and still is after --repair.
+    """Check every part of a bank for damage, and repair it with --repair.
 
-    Needs no model without --repair, changes nothing, and can run while others read and write.
+    The exit code is 1 if anything is damaged, and with --repair if anything still is. Without --repair it needs no
+    model, changes nothing, and can run while others read and write.
     """
     settings = configuration(config, set)
     if (no_model or drop) and not repair:
-        raise InputError(f"{'--no-model' if no_model else '--drop'} says how to repair: give --repair too")
+        raise InputError(f"{'--no-model' if no_model else '--drop'} is an option of --repair: give that, too")
     from m3runtime.writing import repair as repairing
     from m3runtime.writing import verification
 
@@ -123,7 +122,7 @@ def _show_damage(report: "VerifyReport", title: str, advice: list[str]) -> None:
 
 
 def _advice(report: "VerifyReport", *, repaired: bool = False) -> list[str]:
-    """What to do about what is damaged."""
+    """Advice about the damage."""
     damage, lines = report.damage, []
     lost = {one.id for one in damage if one.id is not None and one.id not in report.sources}
     if any(one.where in ("manifest", "codec") for one in damage):

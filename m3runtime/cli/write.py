@@ -1,4 +1,4 @@
-"""``m3 write``."""
+"""``m3 write``: write texts into a bank."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -21,16 +21,18 @@ def write(
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Write texts into the bank, which is made if it is not there.
+    """Write texts into the bank, and create the bank if it does not exist.
 
-    Can be interrupted at any moment and run again: it goes on, and doubles nothing. What was only catalogued is encoded
-    when it is written without --catalogue.
+    It can be interrupted at any moment and run again: it resumes, and stores nothing twice. References that were only
+    catalogued are encoded when they are written without --catalogue.
     """
     settings = configuration(config, set)
     from m3runtime.documents.reading import find_files, read_documents
 
     skipped = find_files(paths).skipped
-    documents = list(read_documents(paths, text_field=text_field))
+    for document in read_documents(paths, text_field=text_field):
+        for _ in document.blocks():
+            pass  # a file that cannot be read shows before a model is loaded
 
     from m3runtime import assembly
     from m3runtime.writing.writer import Writer
@@ -42,7 +44,7 @@ def write(
         names["memories"] = "Cataloguing references"
     with stages(names, shown=not json) as progress:
         report = Writer(settings, adapter, embedder).write(
-            documents, whole=whole, catalogue=catalogue, progress=progress
+            read_documents(paths, text_field=text_field), whole=whole, catalogue=catalogue, progress=progress
         )
     if json:
         print_json({**asdict(report), "bank": str(settings.bank), "skipped": [str(path) for path in skipped]})

@@ -140,7 +140,8 @@ class RecallConfig(Section):
     decoded: Size | None = None
     """Most bytes of decoded memories on the device, prefetched and leased together; null: fits the machine."""
     deadline: Seconds = 0.05
-    """How long a recall waits for blocks that are still below."""
+    """How long a recall waits, after its search, for memories that are still being read or decoded in the background.
+    Embedding, the search, and decoding what the fastest tier holds are not bounded by it."""
     when_late: Literal["wait", "skip", "next_chunk"] = "skip"
     """For memories that miss the deadline: wait for them, go on without, or give them to the next chunk."""
     cold_start: bool = False

@@ -1,51 +1,67 @@
-"""Reading the texts that are to be remembered: text, markdown, reStructuredText, HTML and JSON lines."""
+"""Reading the documents that are to be remembered: text, markdown, reStructuredText, HTML and JSON lines.
 
-import codecs
+Plain text and JSON lines are streamed: a block of a text file, or one line of JSON, is in memory at a time. HTML is
+parsed file by file, each as a whole.
+"""
+
 import json
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
+from m3runtime.documents.html import html_text
+from m3runtime.documents.text import file_blocks, text_blocks
 from m3runtime.errors import InputError
 
-# Chinese, Japanese, Thai and others write without spaces: there a character counts as a word.
+# Chinese, Japanese, Thai and others write without spaces: a character counts as a word.
 _WORDS = re.compile(
     r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
-_BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
-_EMPTY_HEADINGS = re.compile(r"(?m)^#{1,6}[ ]*$")
-_HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
-_BLOCKS = frozenset(
-    (
-        *_HEADINGS,
-        *("address", "article", "aside", "blockquote", "body", "caption", "dd", "details", "div", "dl", "dt"),
-        *("fieldset", "figcaption", "figure", "footer", "form", "header", "hr", "li", "main", "nav", "ol"),
-        *("option", "p", "pre", "section", "summary", "table", "tr", "ul"),
-    )
-)
-_NO_TEXT = frozenset(("head", "noscript", "script", "style", "template"))
-_WIDE_ENCODINGS = {
-    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark it begins with
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and where it came from. Whatever the file had, a line feed ends its lines."""
+    """A text and where it came from. A line feed ends its lines, whatever the file had."""
 
     source: str
     """The path as it was given, with ``/``. A line of JSON adds ``:`` and its source, id or line number."""
     text: str
 
+    def blocks(self) -> Iterator[str]:
+        """The text in pieces that fit in memory, cut between lines where it has any."""
+        yield self.text
+
+
+class LongDocument(Document):
+    """A plain-text file that is longer than a block: it is read each time that its text is asked for."""
+
+    __slots__ = ("_path",)
+    _path: Path
+
+    def __init__(self, path: Path) -> None:
+        object.__setattr__(self, "source", path.as_posix())
+        object.__setattr__(self, "_path", path)
+
+    @property
+    def text(self) -> str:
+        """The whole text, in memory."""
+        return "".join(self.blocks())
+
+    def blocks(self) -> Iterator[str]:
+        """The text, about a million characters at a time. Raises `InputError` if it is not text in UTF-8."""
+        rest = ""
+        for block in text_blocks(file_blocks(self._path), str(self._path)):
+            end = block.rfind("\n") + 1
+            yield rest + block[:end]
+            rest = block[end:]
+        yield rest
+
 
 @dataclass(frozen=True, slots=True)
 class FoundFiles:
-    """What `find_files` came upon."""
+    """The result of `find_files`."""
 
     files: tuple[Path, ...]
     skipped: tuple[Path, ...]
@@ -56,7 +72,7 @@ def find_files(paths: Iterable[str | Path]) -> FoundFiles:
     """The files under ``paths``, each once, in the order given and folders in sorted order.
 
     Folders are walked to any depth, through symbolic links too, and each real folder once. A file that is
-    named itself is taken whatever its suffix. Raises `InputError` for a path that is not there and for a
+    named itself is taken whatever its suffix. Raises `InputError` for a path that does not exist and for a
     folder in which there is nothing to read.
     """
     files: dict[Path, Path] = {}
@@ -80,20 +96,26 @@ def find_files(paths: Iterable[str | Path]) -> FoundFiles:
 
 
 def read_documents(paths: Iterable[str | Path], *, text_field: str = "text") -> Iterator[Document]:
-    """The documents in files and folders (`find_files`), those without any text left out.
+    """The documents in files and folders (`find_files`), blank ones left out, read as they are asked for.
 
     A file named ``.jsonl`` gives one document for each line, whose text is in ``text_field``. Raises
     `InputError` at once for paths that cannot be used, and while it is iterated for a file that is not text
-    in UTF-8, for a bad line of JSON, and at the end if there was no text at all.
+    in UTF-8, for a bad line of JSON, and at the end if there was no text at all. A `LongDocument` raises it when its
+    own text is read.
     """
     return _read(find_files(paths).files, text_field)
+
+
+def one_word(text: str) -> bool:
+    """True if a text has fewer than two words: too little to be a reference."""
+    return len(text.split()) < 2 and len(_WORDS.findall(text)) < 2
 
 
 def _read(files: tuple[Path, ...], text_field: str) -> Iterator[Document]:
     empty = True
     for path in files:
         for document in READERS.get(path.suffix.lower(), _read_plain)(path, text_field):
-            if document.text.strip():
+            if any(block.strip() for block in document.blocks()):
                 empty = False
                 yield document
     if empty:
@@ -117,41 +139,22 @@ def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
             yield entry
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _decoded(content: bytes, name: str) -> str:
-    """UTF-8 with or without a byte order mark, line ends made one."""
-    for mark, encoding in _WIDE_ENCODINGS.items():
-        if content.startswith(mark):
-            raise InputError(f"{name} is text in {encoding}; convert it to UTF-8")
-    if b"\0" in content:
-        raise InputError(f"{name} is a binary file, not text")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{name} is a binary file, or text in another encoding than UTF-8 (byte {error.start})"
-        ) from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
 def _read_plain(path: Path, _: str) -> Iterator[Document]:
-    yield Document(path.as_posix(), _decoded(_read_bytes(path), str(path)))
+    begin = list(islice(file_blocks(path), 2))
+    if len(begin) > 1:
+        yield LongDocument(path)
+    else:
+        yield Document(path.as_posix(), "".join(text_blocks(begin, str(path))))
 
 
 def _read_html(path: Path, _: str) -> Iterator[Document]:
-    yield Document(path.as_posix(), html_text(_decoded(_read_bytes(path), str(path))))
+    yield Document(path.as_posix(), html_text("".join(text_blocks(file_blocks(path), str(path)))))
 
 
 def _read_json_lines(path: Path, text_field: str) -> Iterator[Document]:
-    for number, line in enumerate(_read_bytes(path).split(b"\n"), 1):
+    for number, line in enumerate(_lines(path), 1):
         where = f"{path}, line {number}"
-        text = _decoded(line, where)
+        text = "".join(text_blocks([line], where))
         if not text.strip():
             continue
         try:
@@ -169,50 +172,12 @@ def _read_json_lines(path: Path, text_field: str) -> Iterator[Document]:
         yield Document(f"{path.as_posix()}:{name}", remembered.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def one_word(text: str) -> bool:
-    """Whether a text has fewer than two words: too little to be a reference."""
-    return len(text.split()) < 2 and len(_WORDS.findall(text)) < 2
-
-
-def html_text(markup: str) -> str:
-    """The text of HTML: blocks parted by blank lines, headings as markdown's, no scripts and styles."""
-    from bs4 import BeautifulSoup, MarkupResemblesLocatorWarning, XMLParsedAsHTMLWarning
-    from bs4.element import CData, NavigableString, PageElement, Tag
-
-    with warnings.catch_warnings():
-        # It is HTML because its name says so, however it looks.
-        warnings.simplefilter("ignore", XMLParsedAsHTMLWarning)
-        warnings.simplefilter("ignore", MarkupResemblesLocatorWarning)
-        soup = BeautifulSoup(markup, "html.parser")
-    parts = ["\n"]
-    verbatim = 0  # how many <pre> are open
-    # Each element on the way in, and a block once more on the way out. A recursion would end at deep markup.
-    ahead: list[tuple[PageElement, bool]] = [(soup, False)]
-    while ahead:
-        element, left = ahead.pop()
-        if isinstance(element, Tag):
-            if element.name in _BLOCKS:
-                parts.append("\n\n")
-                verbatim += (element.name == "pre") * (-1 if left else 1)
-            if left or element.name in _NO_TEXT:
-                continue
-            if element.name in _BLOCKS:
-                ahead.append((element, True))
-                if element.name in _HEADINGS:
-                    parts.append(_HEADINGS[element.name])
-            elif element.name == "br":
-                parts.append("\n")
-            elif element.name in ("td", "th") and not parts[-1][-1].isspace():
-                parts.append(" ")
-            ahead.extend((child, False) for child in reversed(element.contents))
-        elif type(element) in (NavigableString, CData):  # not comments and declarations, which are subclasses
-            text = str(element) if verbatim else re.sub(r"\s+", " ", str(element))
-            if not verbatim and parts[-1][-1].isspace():
-                text = text.lstrip(" ")
-            if text:
-                parts.append(text)
-    lines = (line.rstrip() for line in "".join(parts).split("\n"))
-    return _BLANK_LINES.sub("\n\n", _EMPTY_HEADINGS.sub("", "\n".join(lines))).strip()
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            yield from file
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {

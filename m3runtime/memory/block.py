@@ -18,13 +18,14 @@ A block lies at the start of a *slot*; slots of a bank are all as long as the bl
 shorter block in its slot is never read.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from m3runtime.errors import BlockError
+from m3runtime.errors import BlockError, InputError
 
 MAGIC = b"M3BK"
 VERSION = 1
@@ -51,7 +52,7 @@ Found = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class BlockStamp:
-    """What all blocks of a bank have in common: fingerprints of bank and codec, as hex."""
+    """The fingerprints of bank and codec, as hex, that all blocks of a bank share."""
 
     bank: str
     codec: str
@@ -65,6 +66,14 @@ class BlockStamp:
     def codec_bytes(self) -> bytes:
         """The 8 bytes that a header holds."""
         return bytes.fromhex(self.codec)[:8]
+
+
+def as_ids(ids: Sequence[int] | Ids) -> Ids:
+    """Ids as ``uint64[n]``. Raises `InputError` for a number that no id can be."""
+    try:
+        return np.array(list(ids), np.uint64)
+    except OverflowError:
+        raise InputError(f"there is no memory {max(ids, key=abs)}: ids lie between 0 and 2**64") from None
 
 
 def headers(blocks: Rows) -> npt.NDArray[np.void]:

@@ -11,11 +11,11 @@ from m3runtime.retrieval.embedder import Embeddings
 
 
 class Index(ABC):
-    """Nearest vectors by cosine. A cache of the home's embeddings. Thread-safe."""
+    """Nearest-neighbour search by cosine: a cache of the home's embeddings. Thread-safe."""
 
     @abstractmethod
     def add(self, ids: Ids, vectors: Embeddings) -> None:
-        """Add vectors; an id that is there already is passed over."""
+        """Add vectors; an id that is held already is passed over."""
 
     @abstractmethod
     def remove(self, ids: Ids) -> None:
@@ -36,9 +36,17 @@ class Index(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def save(self, path: Path, stamp: str) -> None:
-        """Write the index by temporary file and rename; ``stamp`` names the bank and embedder it belongs to."""
+    def save(self, path: Path) -> None:
+        """Write the vectors held at one instant into the file ``path``, whatever it holds now.
+
+        Whole files, digests and atomic replacement are the caller's: see `m3runtime.bank.index`. Raises `OSError` or
+        `IndexFileError` if the file cannot be written.
+        """
 
     @abstractmethod
-    def load(self, path: Path, stamp: str) -> None:
-        """Read what `save` wrote. Raises `IndexFileError` if it is absent, damaged, or of another stamp."""
+    def load(self, data: memoryview) -> None:
+        """Replace everything held by the bytes that `save` wrote. ``data`` stays valid while it is referenced.
+
+        Called only with bytes that this kind of index wrote. Raises `IndexFileError`, with nothing changed, if they
+        are of another release, dim or dtype.
+        """

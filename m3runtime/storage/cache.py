@@ -1,147 +1,102 @@
-"""`Cache`: a caching tier as the hierarchy uses it, whose faults are counted and never raised."""
+"""`Cache`: a caching tier as the hierarchy uses it. Its faults are counted and never raised."""
 
-import threading
 from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
 
 from m3runtime.errors import TierError
-from m3runtime.memory.block import Found, Ids
-from m3runtime.observe.latency import Timer
-from m3runtime.observe.tiers import TierStats
-from m3runtime.storage.abilities import Persistent, Scored, Scores
-from m3runtime.storage.tier import CachingTier
+from m3runtime.memory.block import BlockStamp, Found, Ids
+from m3runtime.storage.abilities import Persistent
+from m3runtime.storage.level import Level
+from m3runtime.storage.tier import CachingTier, Scores
 
 
-class Tally:
-    """Counts what one tier does. Thread-safe."""
+class Cache(Level):
+    """A caching tier, what the hierarchy knows of it, and the discards that it owes.
 
-    def __init__(self, name: str) -> None:
-        self.reads = Timer()
-        """Calls that read from the tier, checks of what came included."""
-        self._stats = TierStats(name)
-        self._lock = threading.Lock()
-
-    def add(self, **more: int) -> None:
-        """Raise these counts by these numbers."""
-        with self._lock:
-            self._stats = replace(self._stats, **{key: getattr(self._stats, key) + by for key, by in more.items()})
-
-    def stats(self) -> TierStats:
-        """A snapshot."""
-        with self._lock:
-            return self._stats
-
-
-class Cache:
-    """A caching tier, what the hierarchy knows of it, and what it owes.
-
-    What it failed to discard is tried again before it is asked for anything, and until that succeeds it is asked
-    for nothing: it may hold what is forgotten. What it may have failed to unpin is tried again as often, and does not
-    keep it from being used. A tier whose blocks outlive the process is asked first what it holds; ``remembered``
-    says which of that are still in the home, or None if the home fails.
+    A discard that failed is tried again before the tier is asked for anything. Until it succeeds the tier is asked for
+    nothing, since it may hold what is forgotten. A tier whose blocks outlive the process is first asked what it holds;
+    ``remembered`` says which of that are still in the home, or None if the home fails.
 
     Whatever changes the tier (all but `read` and `contains`) is called under ``changing``, a lock that all caches
-    of a hierarchy share: a pin and a discard of one block never cross.
+    of a hierarchy share.
     """
 
     def __init__(
         self,
         tier: CachingTier,
+        stamp: BlockStamp,
         remembered: Callable[[Ids], Found | None],
         changing: AbstractContextManager[object],
     ) -> None:
-        self.tier = tier
-        self.tally = Tally(tier.name)
         # What outlives the process may be another bank's, whatever the tier says of itself.
-        self.is_checked = tier.can_rot or isinstance(tier, Persistent)
+        super().__init__(tier, stamp, is_checked=tier.can_rot or isinstance(tier, Persistent))
+        self.caching = tier
         self._remembered = remembered
         self._changing = changing
         self._unlisted = tier if isinstance(tier, Persistent) else None
-        self._scored = tier if isinstance(tier, Scored) else None
-        self._pinned: set[int] = set()  # each of them once, however many streams have it
         self._discards: set[int] = set()
-        self._unpins: set[int] = set()
 
     def is_usable(self) -> bool:
         """Settle what is owed. False while the tier may hold what is forgotten."""
-        if self._unlisted is None and not self._discards and not self._unpins:
+        if self._unlisted is None and not self._discards:
             return True
         with self._changing:
             self._list()
             if self._unlisted is None and self._discards:
                 with self._counting():
-                    self.tier.discard(_array(self._discards))
-                    self._pinned -= self._discards
-                    self._unpins -= self._discards
+                    self.tier.discard(np.array(sorted(self._discards), np.uint64))
                     self._discards.clear()
-            is_usable = self._unlisted is None and not self._discards
-            if is_usable and self._unpins:
-                with self._counting():
-                    self.tier.unpin(_array(self._unpins))
-                    self._unpins.clear()
-            return is_usable
-
-    def read(self, ids: Ids, out: Tensor) -> Found | None:
-        """See `Tier.read`. None if the tier cannot answer."""
-        if self.is_usable():
-            with self._counting():
-                return self.tier.read(ids, out)
-        return None
+            return self._unlisted is None and not self._discards
 
     def contains(self, ids: Ids) -> Found:
-        """Which of these could be read from it now."""
+        """Which ids the tier can answer with now."""
         if self.is_usable():
             with self._counting():
                 return self.tier.contains(ids)
         return np.zeros(len(ids), np.bool_)
 
     def write(self, ids: Ids, blocks: Tensor) -> bool:
-        """See `Tier.write`. False if the tier did not take them."""
+        """Hold these blocks. False if the tier failed."""
         with self._counting():
             self.tier.write(ids, blocks)
             return True
         return False
 
     def forget(self, ids: Set[int]) -> None:
-        """Discard these, now or before anything else."""
+        """Discard these ids, now or before the tier is asked for anything else."""
         self._discards |= ids
         self.is_usable()
 
-    def pin(self, ids: Set[int]) -> Set[int]:
-        """Pin those that it holds and that are not pinned yet. Returns which are pinned."""
-        if not self.is_usable():
-            return set()
-        if new := ids - self._pinned - self._unpins:
-            self._unpins |= new  # if the call fails they may be pinned all the same
-            with self._counting():
-                array = _array(new)
-                self._pinned.update(array[self.tier.pin(array)].tolist())
-                self._unpins -= new
-        return ids & self._pinned
-
-    def unpin(self, ids: Set[int]) -> None:
-        """Take the pins of these back."""
-        self._unpins |= self._pinned & ids
-        self._pinned -= ids
-        self.is_usable()
-
     def score(self, ids: Ids, scores: Scores) -> None:
-        """See `Scored`."""
-        if self._scored is not None and self.is_usable():
+        """Pass on scores; see `CachingTier.score`."""
+        if self.is_usable():
             with self._counting():
-                self._scored.score(ids, scores)
+                self.caching.score(ids, scores)
 
     def close(self) -> None:
-        """See `Tier.close`."""
+        """Close the tier; see `Tier.close`."""
         with self._counting():
             self.tier.close()
 
+    def _read(self, ids: Ids, out: Tensor) -> Found | None:
+        if not self.is_usable():
+            return None
+        with self._counting():
+            found = self.tier.read(ids, out)
+            if self.is_checked and (bad := list(self._bad(ids, out, found))):
+                found = found.copy()
+                found[bad] = False
+                self.tally.add(bad_blocks=len(bad))
+                with self._changing:
+                    self.forget(set(ids[bad].tolist()))
+            return found
+        return None
+
     def _list(self) -> None:
-        """Owe the discard of what the tier brought along and the home does not have."""
+        """Owe the discard of all blocks that the tier was opened with and the home does not have."""
         if self._unlisted is not None:
             with self._counting():
                 held = self._unlisted.ids()
@@ -157,7 +112,3 @@ class Cache:
             yield
         except TierError:
             self.tally.add(faults=1)
-
-
-def _array(ids: Set[int]) -> Ids:
-    return np.array(sorted(ids), np.uint64)

@@ -27,6 +27,13 @@ def default_tiers(device: torch.device) -> tuple[TierConfig, ...]:
     return tuple(tiers)
 
 
+def default_decoded(device: torch.device) -> int:
+    """Bytes of decoded memories that fit ``device``: an eighth of its memory; on a CPU of RAM, and at most 2 GiB."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory) // 8
+    return min(2 * _GIB, _ram() // 8)
+
+
 def _tier(kind: str, capacity: int) -> TierConfig:
     whole = max(1, capacity // _MIB) * _MIB  # so that `m3 config` prints it readably
     return TierConfig.model_validate({"kind": kind, "capacity": format_size(whole)})

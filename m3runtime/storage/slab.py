@@ -1,61 +1,25 @@
-"""`SlabTier`: a caching tier that is one slab of equal slots. And the copying of rows that tiers share."""
+"""`SlabTier`: a caching tier that is one slab of equal slots."""
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from m3runtime.device.copies import Copies, copy_rows
+from m3runtime.device.page_locked import PageLocked
 from m3runtime.errors import ConfigError, TierClosedError, TierError
 from m3runtime.memory.block import Found, Ids
-from m3runtime.storage.abilities import Scores
-from m3runtime.storage.eviction import ScoreAware, make_policy
-from m3runtime.storage.tier import CachingTier, check_rows
-
-Slots = npt.NDArray[np.int64]
-
-
-def runs(mask: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """Maximal ranges ``[start, end)`` of true: such rows are a view, copied without a temporary."""
-    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
-    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
-
-
-def gather(slab: Tensor, slots: Slots, out: Tensor) -> None:
-    """``out[i] = slab[slots[i]]`` with one copy of each row, between any two devices."""
-    if slab.device != out.device:
-        for row, slot in enumerate(slots.tolist()):
-            out[row].copy_(slab[slot], non_blocking=True)
-    elif slab.device.type == "cpu":  # mode="raise" would copy through a buffer
-        np.take(slab.numpy(), slots, axis=0, out=out.numpy(), mode="clip")
-    else:
-        torch.index_select(slab, 0, torch.from_numpy(slots).to(slab.device), out=out)
-
-
-def scatter(slab: Tensor, slots: Slots, blocks: Tensor) -> None:
-    """``slab[slots[i]] = blocks[i]``, slots distinct, with one copy of each row, between any devices."""
-    if slab.device != blocks.device:
-        for row, slot in enumerate(slots.tolist()):
-            slab[slot].copy_(blocks[row], non_blocking=True)
-    elif slab.device.type == "cpu":  # torch.index_copy_ goes byte by byte here
-        slab.numpy()[slots] = blocks.numpy()
-    else:
-        slab.index_copy_(0, torch.from_numpy(slots).to(slab.device), blocks)
-
-
-def finish(*devices: torch.device) -> None:
-    """Wait for the copies that were queued on the current streams of these devices."""
-    for device in devices:
-        if device.type != "cpu":
-            torch.accelerator.current_stream(device).synchronize()
+from m3runtime.storage.eviction import make_policy
+from m3runtime.storage.tier import CachingTier, Scores, check_rows
 
 
 @dataclass(frozen=True, slots=True)
 class SlabStats:
-    """What a slab did since it was made. Blocks that `read` found and missed, and how many made room."""
+    """Counts since a slab was made: blocks that `read` found and missed, and blocks that were evicted."""
 
     hits: int
     misses: int
@@ -65,9 +29,12 @@ class SlabStats:
 class SlabTier(CachingTier):
     """Blocks in one preallocated ``uint8[slots, slot_bytes]`` tensor, so that the capacity in bytes is exact.
 
-    ``capacity`` bytes hold ``capacity // slot_bytes`` blocks; with room for none, none is ever admitted.
-    One lock covers every method, the copies included: no slot is filled again while it is being read.
-    Raises `ConfigError` if the device is not there or has not enough memory.
+    ``capacity`` bytes hold ``capacity // slot_bytes`` blocks; with room for none, none is ever admitted. A slab in RAM
+    is page-locked for ``locked_for``, a CUDA device. Raises `ConfigError` if the device does not have the memory.
+
+    One lock covers the table and the queueing of copies. The CPU never waits for a device under it: copies on an
+    accelerator are ordered by events, in the current stream of the thread that calls. A thread whose stream has much
+    work queued therefore delays nobody else.
     """
 
     def __init__(
@@ -78,65 +45,76 @@ class SlabTier(CachingTier):
         capacity: int,
         eviction: str,
         device: torch.device,
-        page_locked: bool = False,
+        locked_for: torch.device | None = None,
     ) -> None:
         if slot_bytes < 1 or capacity < 0:
             raise ConfigError(f"tier {name}: slot_bytes must be positive and capacity not negative")
         self.name = name
         self.slot_bytes = slot_bytes
         self.device = device
-        slots = capacity // slot_bytes
-        self._policy = make_policy(eviction, slots)
+        self._slots = capacity // slot_bytes
+        self._policy = make_policy(eviction, self._slots)
+        self._locked: PageLocked | None = None
         try:
-            # Streams write to the slab outside of inference mode too, where inference tensors are read-only.
-            with torch.inference_mode(False):
-                self._slab: Tensor | None = torch.empty(
-                    (slots, slot_bytes), dtype=torch.uint8, device=device, pin_memory=page_locked
-                )
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"tier {name}: no {slots * slot_bytes} bytes on {device}: {reason}") from error
-        self._slots = slots
+            self._slab: Tensor | None = self._allocate(locked_for)
+        except (RuntimeError, OSError) as error:  # torch.OutOfMemoryError is one
+            size, reason = self._slots * slot_bytes, str(error).splitlines()[0]
+            where = "on" if locked_for is None else "to lock on"
+            raise ConfigError(f"tier {name}: no {size} bytes {where} {device}: {reason}") from error
+        self._copies = Copies()
         self._held: dict[int, int] = {}
-        self._free = list(range(slots - 1, -1, -1))
-        self._pins: dict[int, int] = {}
+        self._free = list(range(self._slots - 1, -1, -1))
         self._hits = self._misses = self._evictions = 0
         self._lock = threading.Lock()
 
     @property
     def capacity(self) -> int:
-        """Bytes of blocks held at most: whole slots."""
+        """The most bytes of blocks held: whole slots."""
         return self._slots * self.slot_bytes
 
     def read(self, ids: Ids, out: Tensor) -> Found:
-        """See `Tier.read`. The copies are finished when it returns."""
+        """Copy held blocks into ``out``; see `Tier.read`. Rows in RAM are filled when it returns.
+
+        A slab on an accelerator is read into RAM through a buffer on the device.
+        """
         check_rows(ids, out, self.slot_bytes)
+        with self._device_errors():
+            is_direct = self.device.type == "cpu" or out.device == self.device
+            rows_out = out if is_direct else torch.empty(out.shape, dtype=out.dtype, device=self.device)
         with self._lock:
             slab = self._open()
             slots = np.array([self._held.get(id, -1) for id in ids.tolist()], np.int64)
             found: Found = slots >= 0
-            try:
-                for start, end in runs(found):
-                    gather(slab, slots[start:end], out[start:end])
-                finish(slab.device, out.device)
-            except RuntimeError as error:  # from the device
-                raise TierError(f"tier {self.name}: {str(error).splitlines()[0]}") from error
+            rows, taken = np.flatnonzero(found).tolist(), slots[found].tolist()
+            with self._device_errors():
+                stream = self._stream(rows_out)
+                if stream is not None:
+                    self._copies.before_read(taken, stream)
+                copy_rows(rows_out, rows, slab, taken)
+                if stream is not None and taken:
+                    self._copies.read(taken, stream.record_event())
             for id in ids[found].tolist():
                 self._policy.touched(id)
-            self._hits += (hits := int(found.sum()))
-            self._misses += len(ids) - hits
-            return found
+            self._hits += len(rows)
+            self._misses += len(ids) - len(rows)
+        if not is_direct:
+            with self._device_errors():
+                for row in rows:
+                    out[row].copy_(rows_out[row])
+        return found
 
     def write(self, ids: Ids, blocks: Tensor) -> None:
-        """See `Tier.write`.
+        """Hold these blocks; see `Tier.write`. Blocks that are held already are ignored.
 
-        Passes over what is held already, and what only pinned blocks could make room for.
+        Blocks on another device are first copied to the slab's, whole. On an accelerator the slots are filled in the
+        order of its current stream. No block is admitted where every slot is being read by another device.
         """
         check_rows(ids, blocks, self.slot_bytes)
+        with self._device_errors():
+            blocks = blocks.to(self.device)
         with self._lock:
             slab = self._open()
-            # A batch larger than the slab evicts its own first blocks: a slot takes the last row assigned
-            # to it.
+            # A batch larger than the slab evicts its own first blocks: a slot takes the last row assigned to it.
             row_of: dict[int, int] = {}
             are_filled = False
             try:
@@ -145,14 +123,14 @@ class SlabTier(CachingTier):
                         row_of[slot] = row
                         self._held[id] = slot
                         self._policy.admitted(id)
-                slots = np.full(len(ids), -1, np.int64)
-                slots[list(row_of.values())] = list(row_of)
-                for start, end in runs(slots >= 0):
-                    scatter(slab, slots[start:end], blocks[start:end])
-                finish(slab.device, blocks.device)
+                with self._device_errors():
+                    stream = self._stream(slab)
+                    if stream is not None:
+                        self._copies.before_write(row_of, stream)
+                    copy_rows(slab, list(row_of), blocks, list(row_of.values()))
+                    if stream is not None and row_of:
+                        self._copies.filled(row_of, stream.record_event())
                 are_filled = True
-            except RuntimeError as error:  # from the device
-                raise TierError(f"tier {self.name}: {str(error).splitlines()[0]}") from error
             finally:  # whatever ended it, Ctrl-C included: what these slots hold is not known
                 if not are_filled:
                     for slot, row in row_of.items():
@@ -160,7 +138,7 @@ class SlabTier(CachingTier):
                             self._remove(id)
 
     def discard(self, ids: Ids) -> None:
-        """See `Tier.discard`. Pinned blocks go too, and their pins with them."""
+        """Drop these blocks; see `Tier.discard`."""
         with self._lock:
             self._open()
             for id in ids.tolist():
@@ -168,69 +146,79 @@ class SlabTier(CachingTier):
                     self._remove(id)
 
     def contains(self, ids: Ids) -> Found:
-        """See `Tier.contains`."""
+        """Which ids are held; see `Tier.contains`."""
         with self._lock:
             self._open()
             return np.array([id in self._held for id in ids.tolist()], np.bool_)
 
-    def pin(self, ids: Ids) -> Found:
-        """See `CachingTier.pin`. An id that occurs twice is pinned twice."""
-        with self._lock:
-            self._open()
-            held = np.array([id in self._held for id in ids.tolist()], np.bool_)
-            for id in ids[held].tolist():
-                self._pins[id] = self._pins.get(id, 0) + 1
-            return held
-
-    def unpin(self, ids: Ids) -> None:
-        """See `CachingTier.unpin`."""
-        with self._lock:
-            self._open()
-            for id in ids.tolist():
-                if (pins := self._pins.pop(id, 0)) > 1:
-                    self._pins[id] = pins - 1
-
     def score(self, ids: Ids, scores: Scores) -> None:
-        """See `m3runtime.storage.abilities.Scored`. For policies that are `ScoreAware`; others pass it over."""
+        """Pass scores to the eviction policy; see `CachingTier.score`."""
         with self._lock:
             self._open()
-            if isinstance(self._policy, ScoreAware):
-                for id, score in zip(ids.tolist(), scores.tolist(), strict=True):
-                    if id in self._held:
-                        self._policy.scored(id, score)
+            for id, score in zip(ids.tolist(), scores.tolist(), strict=True):
+                if id in self._held:
+                    self._policy.scored(id, score)
 
     def stats(self) -> SlabStats:
-        """A snapshot; also of a closed tier."""
+        """A snapshot of the counts, also of a closed tier."""
         with self._lock:
             return SlabStats(self._hits, self._misses, self._evictions)
 
     def close(self) -> None:
-        """See `Tier.close`."""
+        """Release the slab once the copies from and to it have ended; see `Tier.close`."""
         with self._lock:
             self._slab = None
             self._held.clear()
+        self._copies.finish()  # nobody adds any more
+        if self._locked is not None:
+            self._locked.close()
+            self._locked = None
 
     def __len__(self) -> int:
         with self._lock:
             self._open()
             return len(self._held)
 
+    def _allocate(self, locked_for: torch.device | None) -> Tensor:
+        if locked_for is not None:
+            self._locked = PageLocked(self._slots * self.slot_bytes, locked_for)
+            return self._locked.bytes.view(self._slots, self.slot_bytes)
+        # Streams write to the slab outside of inference mode too, where inference tensors are read-only.
+        with torch.inference_mode(False):
+            return torch.empty((self._slots, self.slot_bytes), dtype=torch.uint8, device=self.device)
+
     def _open(self) -> Tensor:
         if self._slab is None:
             raise TierClosedError(f"tier {self.name} is closed")
         return self._slab
 
+    def _stream(self, rows: Tensor) -> torch.Stream | None:
+        """The stream that copies between the slab and these rows are queued on; None if both are in RAM."""
+        return None if rows.device.type == "cpu" else torch.accelerator.current_stream(rows.device)
+
     def _claim(self) -> int | None:
-        if self._free:
-            return self._free.pop()
-        victim = self._policy.victim(lambda id: id not in self._pins)
-        if victim is None:
-            return None
-        self._evictions += 1
-        self._remove(victim)
-        return self._free.pop()
+        """A slot that may be filled: a free one, or that of an evicted block."""
+        if not self._free:
+            victim = self._policy.victim(lambda id: self._may_fill(self._held[id]))
+            if victim is None:
+                return None
+            self._evictions += 1
+            self._remove(victim)
+        place = next((place for place, slot in enumerate(reversed(self._free)) if self._may_fill(slot)), None)
+        return None if place is None else self._free.pop(-1 - place)
+
+    def _may_fill(self, slot: int) -> bool:
+        # On an accelerator the copy into the slot waits for those out of it. The CPU would have to wait here.
+        return self.device.type != "cpu" or self._copies.is_idle(slot)
 
     def _remove(self, id: int) -> None:
         self._free.append(self._held.pop(id))
-        self._pins.pop(id, None)
         self._policy.removed(id)
+
+    @contextmanager
+    def _device_errors(self) -> Iterator[None]:
+        """Errors of a device are errors of the tier."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise TierError(f"tier {self.name}: {str(error).splitlines()[0]}") from error

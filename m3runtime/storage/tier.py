@@ -4,12 +4,16 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from m3runtime.errors import InputError
 from m3runtime.memory.block import Found, Ids
 
 if TYPE_CHECKING:
     from torch import Tensor, device
+
+Scores = npt.NDArray[np.float32]
+"""Retrieval scores of ids, each in [-1, 1]."""
 
 
 def check_ids(ids: Ids) -> None:
@@ -40,41 +44,42 @@ class Tier(ABC):
 
     @abstractmethod
     def read(self, ids: Ids, out: "Tensor") -> Found:
-        """Copy blocks into rows of ``out`` (``uint8[n, slot_bytes]``, on a device this tier can copy to).
+        """Copy blocks into rows of ``out``: ``uint8[n, slot_bytes]``, on any device that the tier can copy to.
 
-        Row ``i`` is filled where the result is true and left as it was where it is false.
+        Row ``i`` is filled where the result is true and untouched where it is false. Rows on an accelerator are filled
+        in the order of its current stream.
         """
 
     @abstractmethod
     def write(self, ids: Ids, blocks: "Tensor") -> None:
-        """Take blocks, rows of ``uint8[n, slot_bytes]``. A caching tier may evict, or not admit one.
+        """Hold blocks, rows of ``uint8[n, slot_bytes]``. A caching tier may evict others, or not admit one.
 
         After an error each block is held whole or not at all.
         """
 
     @abstractmethod
     def discard(self, ids: Ids) -> None:
-        """Hold these no longer. Unknown ids are passed over."""
+        """Drop these blocks. Unknown ids are ignored."""
 
     @abstractmethod
     def contains(self, ids: Ids) -> Found:
-        """Which of these are held now. Does not count as a use."""
+        """Which ids are held now: ``bool[n]``. Not a use."""
 
     def __contains__(self, id: int) -> bool:
         return bool(self.contains(np.array([id], np.uint64))[0])
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many blocks are held."""
+        """The number of blocks held."""
 
     @property
     @abstractmethod
     def capacity(self) -> int | None:
-        """Bytes of blocks held at most, or None for a tier without a bound."""
+        """The most bytes of blocks held, or None for a tier without a bound."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what the tier holds."""
+        """Release all memory and files. Closing twice is fine."""
 
     def __enter__(self) -> Self:
         return self
@@ -84,16 +89,14 @@ class Tier(ABC):
 
 
 class CachingTier(Tier):
-    """A bounded tier above the home. Pinned blocks (in use by a stream) are not evicted."""
+    """A bounded tier above the home."""
 
     device: "device"
     can_rot: bool = False
-    """Whether held bytes may change (a drive, a network): the hierarchy then checks every digest."""
+    """May held bytes change (a drive, a network)? The hierarchy then checks every digest."""
 
-    @abstractmethod
-    def pin(self, ids: Ids) -> Found:
-        """Keep these until `unpin`; pins count. Returns which of them are held and therefore pinned now."""
+    def score(self, ids: Ids, scores: Scores) -> None:
+        """Note the retrieval scores of ids that were chosen. Ids that are not held are ignored.
 
-    @abstractmethod
-    def unpin(self, ids: Ids) -> None:
-        """Take back one `pin` of each id that had one."""
+        Only tiers whose eviction looks at scores override it.
+        """

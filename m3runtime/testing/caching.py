@@ -1,7 +1,6 @@
 """`CachingTierContract`: the laws of a bounded tier above the home."""
 
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
 
@@ -9,9 +8,9 @@ import numpy as np
 import pytest
 
 from m3runtime.memory.block import Ids
-from m3runtime.storage.abilities import Persistent, Scored
+from m3runtime.storage.abilities import Persistent
 from m3runtime.storage.tier import CachingTier, Tier
-from m3runtime.testing.blocks import SLOT_BYTES, make_blocks, make_ids, stored_bytes
+from m3runtime.testing.blocks import SLOT_BYTES, make_ids
 from m3runtime.testing.threads import together
 from m3runtime.testing.tier import UNKNOWN, TierContract, check_read, write
 
@@ -23,7 +22,7 @@ class CachingTierContract(TierContract):
     """
 
     outlives: bool = False
-    """Whether the tier is to be `Persistent`."""
+    """Is the tier to be `Persistent`?"""
 
     @abstractmethod
     def make(self, *, slot_bytes: int, capacity: int) -> CachingTier:
@@ -31,7 +30,7 @@ class CachingTierContract(TierContract):
 
     @pytest.fixture
     def tier(self) -> Iterator[Tier]:
-        """See `TierContract.tier`."""
+        """A new tier with room for 16 blocks; see `TierContract.tier`."""
         with self.make(slot_bytes=SLOT_BYTES, capacity=16 * SLOT_BYTES) as tier:
             yield tier
 
@@ -42,26 +41,14 @@ class CachingTierContract(TierContract):
             yield tier
 
     def calls(self, tier: Tier, ids: Ids) -> Sequence[Callable[[], object]]:
-        """See `TierContract.calls`."""
+        """Every method once; see `TierContract.calls`."""
         assert isinstance(tier, CachingTier)
-        calls = [
-            *super().calls(tier, ids),
-            lambda: tier.pin(ids),
-            lambda: tier.pin(make_ids()),
-            lambda: tier.unpin(ids),
-            lambda: tier.unpin(make_ids()),
-        ]
-        if isinstance(tier, Scored):
+        calls = [*super().calls(tier, ids)]
+        if type(tier).score is not CachingTier.score:  # which does nothing
             calls.append(lambda: tier.score(ids, np.zeros(len(ids), np.float32)))
         if isinstance(tier, Persistent):
             calls.append(tier.ids)
         return calls
-
-    def check_nothing_is_pinned(self, tier: CachingTier, slots: int) -> None:
-        """Fail unless so many other blocks can be held and pinned at once. Leaves them so."""
-        for id in range(30, 30 + slots):
-            write(tier, make_ids(id))
-            assert tier.pin(make_ids(id)).all(), "a pin is left over"
 
     def test_what_outlives_the_process_is_tested_for_it(self, small: CachingTier) -> None:
         assert isinstance(small, Persistent) == self.outlives, "a tier with `ids` takes PersistentTierContract"
@@ -97,8 +84,6 @@ class CachingTierContract(TierContract):
             write(tier, make_ids(1, 2))
             assert len(tier) == 0
             assert not check_read(tier, make_ids(1, 2)).any()
-            assert not tier.pin(make_ids(1, 2)).any()
-            tier.unpin(make_ids(1))
             tier.discard(make_ids(1))
 
     def test_room_for_one(self) -> None:
@@ -114,114 +99,38 @@ class CachingTierContract(TierContract):
             assert len(tier) == 4
             assert check_read(tier, make_ids(*range(7))).sum() == 4
 
-    # Pins
-
-    def test_pinned_blocks_stay(self, small: CachingTier) -> None:
-        write(small, make_ids(1, 2, 3))
-        assert small.pin(make_ids(1, 3, 9)).tolist() == [True, True, False]
-        for id in range(10, 20):
-            write(small, make_ids(id))
-            assert check_read(small, make_ids(1, 3, id)).all()
-            assert len(small) == 3
-
-    def test_nothing_is_admitted_where_all_is_pinned(self, small: CachingTier) -> None:
-        write(small, make_ids(1, 2, 3))
-        small.pin(make_ids(1, 2, 3))
-        write(small, make_ids(4, 1, 5))
-        assert check_read(small, make_ids(1, 2, 3, 4, 5)).tolist() == [True, True, True, False, False]
-        small.unpin(make_ids(2))
-        write(small, make_ids(4))
-        assert check_read(small, make_ids(1, 2, 3, 4)).tolist() == [True, False, True, True]
-
-    def test_what_lies_in_the_storage_can_be_pinned(self, small: CachingTier) -> None:
-        for id, made in zip((1, 2), make_blocks(make_ids(1, 2)), strict=True):
-            self.raw_write(small, id, stored_bytes(made))
-        assert small.pin(make_ids(2, 1, 3)).tolist() == [True, True, False]
-        for id in range(10, 20):
-            write(small, make_ids(id))
-        assert check_read(small, make_ids(1, 2)).all()
-        assert self.raw_read(small, 1) is not None
-        small.unpin(make_ids(1, 2))
-        self.check_nothing_is_pinned(small, 3)
-
-    def test_pins_count(self, small: CachingTier) -> None:
-        write(small, make_ids(1, 2, 3))
-        small.pin(make_ids(1, 1))
-        small.pin(make_ids(1, 2, 3))
-        small.unpin(make_ids(1, 1, 2, 3))
-        write(small, make_ids(10, 11, 12))
-        assert 1 in small
-        small.unpin(make_ids(1, 1, 99))  # one more than there are
-        self.check_nothing_is_pinned(small, 3)
-
-    def test_taking_back_too_many_pins_owes_nothing(self, small: CachingTier) -> None:
-        write(small, make_ids(1, 2, 3))
-        small.unpin(make_ids(1, 1, 2))
-        assert small.pin(make_ids(1, 2)).all()
-        for id in range(10, 20):
-            write(small, make_ids(id))
-        assert small.contains(make_ids(1, 2)).all()
-
-    def test_a_miss_is_not_pinned_later(self, small: CachingTier) -> None:
-        assert not small.pin(make_ids(1)).any()
-        write(small, make_ids(1, 2, 3))
-        small.pin(make_ids(2, 3))
-        write(small, make_ids(4))
-        assert 1 not in small
-
-    def test_discard_takes_pinned_blocks_and_their_pins(self, small: CachingTier) -> None:
-        write(small, make_ids(1, 2, 3))
-        small.pin(make_ids(1, 1))
-        small.discard(make_ids(1))
-        assert 1 not in small
-        write(small, make_ids(1))
-        small.pin(make_ids(2, 3))
-        write(small, make_ids(4))
-        assert 1 not in small
-
     def test_scores_change_nothing_that_is_held(self, small: CachingTier) -> None:
-        if not isinstance(small, Scored):
-            pytest.skip("this tier looks at no scores")
         write(small, make_ids(1, 2, 3))
         small.score(make_ids(3, UNKNOWN, 3, 1), np.array([1, 0.5, -1, 0], np.float32))
         small.score(make_ids(), np.zeros(0, np.float32))
         assert check_read(small, make_ids(1, 2, 3)).all()
         assert UNKNOWN not in small
-        small.pin(make_ids(1))
         for id in range(10, 20):
             small.score(make_ids(id - 1), np.array([0.9], np.float32))
             write(small, make_ids(id))
-            assert small.contains(make_ids(1, id)).all()
+            assert id in small
             assert len(small) == 3
 
     def test_a_long_random_life(self) -> None:
-        """What is found is right, what is pinned stays, and what is not pinned makes room."""
-        random, pins = Random(0), Counter[int]()
+        """Found blocks are right, and held blocks make room for new ones."""
+        random = Random(0)
         everything = make_ids(*range(24))
         with self.make(slot_bytes=SLOT_BYTES, capacity=6 * SLOT_BYTES) as tier:
             for _ in range(600):
                 ids = [random.randrange(24) for _ in range(random.randrange(6))]
                 batch = make_ids(*ids)
                 held = set(everything[tier.contains(everything)].tolist())
-                match random.randrange(7):
+                match random.randrange(5):
                     case 0 | 1:
                         write(tier, batch)
-                        assert len(ids) != 1 or len(held & set(pins)) == 6 or ids[0] in tier
+                        assert len(ids) != 1 or ids[0] in tier
                     case 2 | 3:
                         assert check_read(tier, batch).tolist() == [id in held for id in ids]
-                    case 4:
-                        assert tier.pin(batch).tolist() == [id in held for id in ids]
-                        pins.update(id for id in ids if id in held)
-                    case 5:
-                        tier.unpin(batch)
-                        pins = +(pins - Counter(ids))
                     case _:
                         tier.discard(batch[:1])
-                        pins.pop(ids[0] if ids else UNKNOWN, None)
                         assert not tier.contains(batch[:1]).any()
                 now = tier.contains(everything)
                 assert now.sum() == len(tier) <= 6
-                assert set(pins) <= set(everything[now].tolist())
             assert check_read(tier, everything).sum() == len(tier)
 
     # Threads
@@ -240,19 +149,3 @@ class CachingTierContract(TierContract):
                     small.discard(ids[:1])
 
         together(6, work)
-
-    def test_threads_that_pin(self, small: CachingTier) -> None:
-        """What a thread has pinned stays, and no pin is left over."""
-
-        def work(number: int) -> None:
-            random = Random(number)
-            for _ in range(40):
-                ids = make_ids(random.randrange(8))
-                write(small, ids)
-                if small.pin(ids)[0]:
-                    write(small, make_ids(*(random.randrange(8) for _ in range(4))))
-                    assert check_read(small, ids).all()
-                    small.unpin(ids)
-
-        together(6, work)
-        self.check_nothing_is_pinned(small, 3)

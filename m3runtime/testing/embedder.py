@@ -1,4 +1,4 @@
-"""`EmbedderContract`: what every `Embedder` must do."""
+"""`EmbedderContract`: the laws of every `Embedder`."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,7 @@ import pytest
 from m3runtime.retrieval.embedder import Embedder, Embeddings
 
 MakeEmbedder = Callable[[], Embedder]
-"""Makes an embedder; all that it makes are equal, each loaded anew."""
+"""Makes an embedder: always an equal one, loaded anew."""
 
 TEXTS = (
     "The harbour lamp burns walnut oil.",
@@ -36,7 +36,7 @@ class EmbedderContract:
     """
 
     tolerance = 1e-5
-    """How far elements of a vector may lie apart when the same text is embedded in other company."""
+    """The tolerance for elements of a text's vector when other texts are embedded in the same call."""
 
     @pytest.fixture(scope="class")
     @staticmethod

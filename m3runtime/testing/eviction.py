@@ -15,13 +15,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from m3runtime.storage.eviction import EvictionPolicy, ScoreAware
+from m3runtime.storage.eviction import EvictionPolicy
 from m3runtime.testing.blocks import LAST_ID
-
-
-def anything(_: int) -> bool:
-    """Every id may go."""
-    return True
 
 
 class EvictionContract(ABC):
@@ -36,14 +31,14 @@ class EvictionContract(ABC):
         policy = self.make(slots)
         assert policy.slots == slots
         assert len(policy) == 0
-        assert policy.victim(anything) is None
+        assert policy.victim() is None
 
     def test_the_victim_is_held_and_is_not_gone_before_removed(self) -> None:
         policy = self.make(2)
         policy.admitted(0)
         policy.admitted(LAST_ID)
-        assert policy.victim(anything) in (0, LAST_ID)
-        assert policy.victim(anything) in (0, LAST_ID)
+        assert policy.victim() in (0, LAST_ID)
+        assert policy.victim() in (0, LAST_ID)
         assert len(policy) == 2
 
     def test_what_was_removed_is_no_victim(self) -> None:
@@ -51,9 +46,9 @@ class EvictionContract(ABC):
         policy.admitted(1)
         policy.admitted(2)
         policy.removed(1)
-        assert policy.victim(anything) == 2
+        assert policy.victim() == 2
         policy.removed(2)
-        assert policy.victim(anything) is None
+        assert policy.victim() is None
 
     def test_passes_over_what_is_not_evictable(self) -> None:
         policy = self.make(8)
@@ -68,7 +63,7 @@ class EvictionContract(ABC):
         for _ in range(3):
             policy.admitted(5)
             policy.touched(5)
-            assert policy.victim(anything) == 5
+            assert policy.victim() == 5
             policy.removed(5)
 
     def test_thousands_are_given_up_once_each(self) -> None:
@@ -78,7 +73,7 @@ class EvictionContract(ABC):
         for _ in range(3000):
             policy.touched(random.randrange(3000))
         given_up = []
-        while (victim := policy.victim(anything)) is not None:
+        while (victim := policy.victim()) is not None:
             given_up.append(victim)
             policy.removed(victim)
         assert sorted(given_up) == list(range(3000))
@@ -96,9 +91,9 @@ class EvictionContract(ABC):
                     held.remove(id)
                 continue
             if len(held) == 16:
-                pinned = set(random.sample(sorted(held), 5))
-                victim = policy.victim(lambda id, pinned=pinned: id not in pinned)  # type: ignore[misc]
-                assert victim in held - pinned
+                leased = set(random.sample(sorted(held), 5))
+                victim = policy.victim(lambda id, leased=leased: id not in leased)  # type: ignore[misc]
+                assert victim in held - leased
                 policy.removed(victim)
                 held.remove(victim)
             policy.admitted(id)
@@ -124,7 +119,7 @@ class EvictionMachine(RuleBasedStateMachine):
     def start(self, slots: int) -> None:
         self.policy = self.make_policy(slots)
         self.held: set[int] = set()
-        self.pinned: set[int] = set()
+        self.leased: set[int] = set()
 
     @rule(id=st.integers(0, 15) | st.just(LAST_ID))
     def ask_for(self, id: int) -> None:
@@ -133,11 +128,11 @@ class EvictionMachine(RuleBasedStateMachine):
             self.policy.touched(id)
             return
         if len(self.held) == self.policy.slots:
-            victim = self.policy.victim(lambda other: other not in self.pinned)
-            if self.held <= self.pinned:
+            victim = self.policy.victim(lambda other: other not in self.leased)
+            if self.held <= self.leased:
                 assert victim is None
                 return
-            assert victim in self.held - self.pinned
+            assert victim in self.held - self.leased
             self.policy.removed(victim)
             self.held.remove(victim)
         self.policy.admitted(id)
@@ -146,13 +141,12 @@ class EvictionMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(data=st.data(), score=st.floats(-1, 1, width=32))
     def score(self, data: st.DataObject, score: float) -> None:
-        if isinstance(self.policy, ScoreAware):
-            self.policy.scored(data.draw(st.sampled_from(sorted(self.held))), score)
+        self.policy.scored(data.draw(st.sampled_from(sorted(self.held))), score)
 
     @rule(data=st.data())
-    def pin(self, data: st.DataObject) -> None:
+    def lease(self, data: st.DataObject) -> None:
         """Any number of those held, all of them included."""
-        self.pinned = {id for id in sorted(self.held) if data.draw(st.booleans())}
+        self.leased = {id for id in sorted(self.held) if data.draw(st.booleans())}
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -160,11 +154,11 @@ class EvictionMachine(RuleBasedStateMachine):
         id = data.draw(st.sampled_from(sorted(self.held)))
         self.policy.removed(id)
         self.held.remove(id)
-        self.pinned.discard(id)
+        self.leased.discard(id)
 
     @rule()
     def name_a_victim_and_keep_it(self) -> None:
-        victim = self.policy.victim(anything)
+        victim = self.policy.victim()
         assert victim in self.held or (victim is None and not self.held)
 
     @precondition(lambda self: self.held)

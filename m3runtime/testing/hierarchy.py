@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from m3runtime.errors import BankError, TierError
-from m3runtime.recall.prefetch import Prefetcher
+from m3runtime.memory.block import Found
 from m3runtime.storage.abilities import Persistent
 from m3runtime.storage.hierarchy import Hierarchy
 from m3runtime.storage.home import Home
@@ -24,14 +25,14 @@ from m3runtime.testing.faulty import KINDS, Fault, FaultyHome, FaultyTier, Injec
 
 # What a step does, to which ids, and a number that says how. Ids are counted back from the last that was committed.
 Action = tuple[str, list[int], int]
-ACTIONS = ("commit", "read", "lift", "prefetch", "recall", "recall", "pin", "unpin", "forget", "press", "damage")
+ACTIONS = ("commit", "read", "lift", "prefetch", "recall", "recall", "forget", "press", "damage")
 actions = st.lists(st.tuples(st.sampled_from(ACTIONS), st.lists(st.integers(-1, 6), max_size=4), st.integers(0, 7)))
 # Which calls a fault strikes: a share of them, or the n-th from now.
 rates = st.sampled_from([0.2, 0.5, 1.0]).map(lambda rate: (rate, set[int]()))
 strikes = rates | st.integers(1, 4).map(lambda at: (0.0, {at}))
 # Failing calls are the most telling, most of all where every method fails.
 kinds = st.sampled_from(("error", "lost_reply")) | st.sampled_from(KINDS)
-methods = st.just("") | st.sampled_from(("read", "write", "discard", "pin", "unpin", "close"))
+methods = st.just("") | st.sampled_from(("read", "write", "discard", "close"))
 
 NEVER_USED = 2**63
 """An id that no home of the machine ever has."""
@@ -43,12 +44,12 @@ class HierarchyMachine(RuleBasedStateMachine):
     It wraps every tier and the home itself, and lets them fail. After every step, whatever failed: what is found is
     right; all that is committed, and neither forgotten nor damaged in the home, is found, unless the home failed and
     the caller was told so; what is forgotten is never found, and not held by a tier that is whole; no tier holds more
-    than its capacity, or lets go of what is pinned while it is whole; the statistics add up, and count every fault.
+    than its capacity; the statistics add up, and count every fault.
     Once the faults are off everything is as if there had been none, without a restart.
     """
 
     rot: bool = True
-    """Whether faults may damage bytes of the caching tiers. If not, they only fail, and need not be checked."""
+    """May faults damage bytes of the caching tiers? If not, they only fail, and need not be checked."""
 
     def make_tiers(self) -> Sequence[CachingTier]:
         """Caching tiers as a new process has them, slots of `SLOT_BYTES`, fastest first; a few blocks each find most.
@@ -99,16 +100,14 @@ class HierarchyMachine(RuleBasedStateMachine):
         self.before = [len(schedule.injected) for schedule in self.schedules]
         self.faulty_home = FaultyHome(self.home, self.schedules[-1])
         self.hierarchy = Hierarchy(faulty, self.faulty_home, STAMP)
-        self.prefetcher = Prefetcher()
+        self.background = ThreadPoolExecutor(1)
+        self.lifts: list[Future[Found]] = []
         self.is_busy = False
-        self.pins: Counter[int] = Counter()
-        self.streams: list[list[int]] = [[], []]
-        self.kept: list[set[int]] = [set() for _ in self.tiers]
         self.asked = 0
 
     def stop(self) -> None:
         """Close everything."""
-        self.prefetcher.close()
+        self.background.shutdown()
         self.hierarchy.close()
         self.home.close()
 
@@ -133,7 +132,7 @@ class HierarchyMachine(RuleBasedStateMachine):
         return self.schedules[place].injected[self.before[place] :]
 
     def torn(self, place: int) -> set[int]:
-        """What a tier was given damaged, at any time: no reading of it can be right."""
+        """Ids whose blocks a tier was given damaged, at any time: no reading of them can be right."""
         return {
             injection.id
             for injection in self.schedules[place].injected
@@ -141,15 +140,17 @@ class HierarchyMachine(RuleBasedStateMachine):
         }
 
     def read_wrong_twice(self) -> set[int]:
-        """What the home's faults may have made it look damaged for good."""
+        """Ids that the home's faults may have made look damaged for good."""
         reads = Counter(injection.id for injection in self.schedules[-1].injected if injection.method == "read")
         return {id for id, times in reads.items() if id is not None and times > 1}
 
     def drain(self) -> None:
         """Let what runs in the background end."""
-        assert self.prefetcher.drain(timeout=600)
+        errors = [error for lift in self.lifts if (error := lift.exception(timeout=600)) is not None]
         failed = sum(injection.id is None for injection in self.injected(-1))
-        assert self.prefetcher.stats().failed <= failed
+        assert len(errors) <= failed
+        assert all(isinstance(error, TierError | BankError) for error in errors)
+        self.lifts.clear()
         self.is_busy = False
 
     # Steps
@@ -206,41 +207,15 @@ class HierarchyMachine(RuleBasedStateMachine):
 
     def prefetch(self, wanted: list[int], number: int) -> None:
         """Lift in the background, and wait for it or not."""
-        self.prefetcher.hint(number // 2, lambda: self.hierarchy.lift(make_ids(*wanted)))
+        self.lifts.append(self.background.submit(self.hierarchy.lift, make_ids(*wanted)))
         self.is_busy = True
         if number % 2:
             self.drain()
 
     def recall(self, wanted: list[int], number: int) -> None:
-        """As a runtime does for a chunk: what a stream reads it pins, then it lets go of what it had."""
-        before, self.streams[number % 2] = self.streams[number % 2], wanted
+        """Score and read, as a runtime does for a chunk."""
         self.hierarchy.score(make_ids(*wanted), np.linspace(-1, number / 7, len(wanted), dtype=np.float32))
         self.check_read(wanted, 0)
-        self.pin(wanted)
-        self.unpin(before)
-
-    def pin(self, wanted: list[int], _: int = 0) -> None:
-        """Pin, and note what tiers that are whole hold of it."""
-        self.drain()  # what is lifted after the pin is not pinned
-        pinned = self.hierarchy.pin(make_ids(*wanted))
-        self.pins.update(wanted)
-        here = [[id for id in wanted if whole and id in tier] for whole, tier in self.whole_tiers()]
-        for place, held in enumerate(here):
-            self.kept[place].update(set(held) - self.torn(place))
-        for id, is_pinned in zip(wanted, pinned.tolist(), strict=True):
-            assert id in self.committed or not is_pinned
-            assert is_pinned or not any(id in held for held in here)
-
-    def whole_tiers(self) -> list[tuple[bool, CachingTier]]:
-        """Each tier, and whether nothing has failed in it since all was well."""
-        return list(zip(self.whole, self.tiers, strict=True))
-
-    def unpin(self, wanted: list[int], _: int = 0) -> None:
-        """Take back a pin of each."""
-        self.hierarchy.unpin(make_ids(*wanted))
-        self.pins.subtract(wanted)
-        self.pins = +self.pins
-        self.kept = [kept & set(self.pins) for kept in self.kept]
 
     def forget(self, wanted: list[int], _: int) -> None:
         """Forget: after that they are to be found nowhere."""
@@ -248,14 +223,12 @@ class HierarchyMachine(RuleBasedStateMachine):
             self.hierarchy.discard(make_ids(*wanted))
             self.forgotten.update(self.committed.intersection(wanted))
             self.committed.difference_update(wanted)
-            for id in wanted:
-                self.pins.pop(id, None)
-            self.kept = [kept.difference(wanted) for kept in self.kept]
 
     def press(self, wanted: list[int], number: int) -> None:
         """Blocks given straight to a tier make it evict others; what it holds after that is right."""
         if not self.tiers:
             return
+        self.drain()  # a fault notes a torn block when it is held already
         place = number % len(self.tiers)
         tier, given = self.tiers[place], make_ids(*self.committed.intersection(wanted))
         tier.write(given, make_blocks(given))
@@ -288,7 +261,6 @@ class HierarchyMachine(RuleBasedStateMachine):
             self.is_home_whole = False
         else:
             self.whole[place] = False
-            self.kept[place] = set()
         self.act(steps)
 
     @precondition(lambda self: not (self.is_home_whole and all(self.whole)))
@@ -309,18 +281,6 @@ class HierarchyMachine(RuleBasedStateMachine):
         self.check_read(everything, 0)
         self.whole, self.is_home_whole = [True for _ in self.tiers], True
         self.check_read(everything, 1)
-        for tier in self.tiers:
-            self.check_pins(tier)
-
-    def check_pins(self, tier: CachingTier) -> None:
-        """Fill a tier with other blocks that are pinned: what they do not drive out is pinned by a stream."""
-        others = range(NEVER_USED + 1, NEVER_USED + 1 + (tier.capacity or 0) // SLOT_BYTES)
-        for other in others:
-            tier.write(make_ids(other), make_blocks(make_ids(other)))
-            tier.pin(make_ids(other))
-        left = tier.contains(make_ids(*range(self.next_id))).nonzero()[0]
-        tier.discard(make_ids(*others))
-        assert set(left.tolist()) <= set(self.pins), "something is pinned, and by no stream"
 
     @rule(killed=st.booleans())
     def reopen(self, killed: bool) -> None:
@@ -343,7 +303,6 @@ class HierarchyMachine(RuleBasedStateMachine):
         self.the_home_holds_what_is_committed()
         self.what_is_forgotten_is_nowhere()
         self.capacity_is_kept()
-        self.what_is_pinned_stays()
         self.the_statistics_add_up()
 
     def the_home_holds_what_is_committed(self) -> None:
@@ -355,17 +314,13 @@ class HierarchyMachine(RuleBasedStateMachine):
     def what_is_forgotten_is_nowhere(self) -> None:
         gone = make_ids(*sorted(self.forgotten))
         assert not self.home.contains(gone).any()
-        for whole, tier in self.whole_tiers():
+        for whole, tier in zip(self.whole, self.tiers, strict=True):
             assert not whole or not tier.contains(gone).any()
 
     def capacity_is_kept(self) -> None:
         for tier in self.tiers:
             assert tier.capacity is not None
             assert len(tier) * SLOT_BYTES <= tier.capacity
-
-    def what_is_pinned_stays(self) -> None:
-        for tier, kept in zip(self.tiers, self.kept, strict=True):
-            assert tier.contains(make_ids(*kept)).all()
 
     def the_statistics_add_up(self) -> None:
         if self.is_busy:  # what runs in the background counts too

@@ -14,10 +14,10 @@ __all__ = ["HomeContract", "check_whole", "contents"]
 
 
 class HomeContract(CommitLaws, ColdLaws, DurabilityLaws):
-    """Subclass it as ``TestMyHome``, say how to open the home, and open its back door: see `TierContract`.
+    """The laws of `Home`. Subclass it as ``TestMyHome``, open the home and its back door: see `TierContract`.
 
-    Its themes: what a home tells of what it holds (here), transactions (`CommitLaws`), references without a block
-    (`ColdLaws`), and what outlives the process and what others see (`DurabilityLaws`).
+    Its themes: the content of a home (here), transactions (`CommitLaws`), references without a block (`ColdLaws`), and
+    durability and other processes (`DurabilityLaws`).
     """
 
     def test_a_new_home_holds_nothing(self, home: Home) -> None:

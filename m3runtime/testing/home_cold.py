@@ -17,12 +17,12 @@ from m3runtime.testing.tier import UNKNOWN, check_read, write
 
 
 def catalogue(home: Home, ids: Ids) -> None:
-    """Add these, cold."""
+    """Catalogue these ids as cold references."""
     home.catalogue(ids, [make_reference(id) for id in ids.tolist()], make_embeddings(ids))
 
 
 class ColdLaws(HomeLaws):
-    """A cold reference is remembered like any other and has no block; it gets one once, and never another."""
+    """A cold reference is remembered like any other without a block; it gets a block once, and never another."""
 
     def test_what_is_catalogued_is_remembered_without_a_block(self, home: Home) -> None:
         assert home.cold().tolist() == []

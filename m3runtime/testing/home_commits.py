@@ -17,7 +17,7 @@ from m3runtime.testing.tier import UNKNOWN, check_read, write
 
 
 class CommitLaws(HomeLaws):
-    """A batch is there as a whole or not at all, what it replaces goes in the same instant, no id comes again."""
+    """A batch is stored whole or not at all, with what it replaces removed at that instant; no id is used again."""
 
     def test_an_empty_batch(self, home: Home) -> None:
         home.commit(make_batch([]))

@@ -1,4 +1,4 @@
-"""What a home tells of all that it holds."""
+"""The whole content of a home, to compare it with another's."""
 
 from hashlib import sha256
 from typing import Any
@@ -13,7 +13,7 @@ from m3runtime.testing.tier import check_read
 
 
 def contents(home: Home) -> dict[str, Any]:
-    """Everything a home tells of what it holds, in values that can be compared."""
+    """The content of a home as its methods report it, in comparable values."""
     ids = home.ids()
     out = torch.zeros((len(ids), home.slot_bytes), dtype=torch.uint8)
     found = home.read(ids, out)
@@ -33,12 +33,12 @@ def contents(home: Home) -> dict[str, Any]:
 
 
 def digest(home: Home) -> str:
-    """`contents` as 64 hex digits, to be compared between processes."""
+    """The digest of `contents`, 64 hex digits, to compare processes."""
     return sha256(repr(contents(home)).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def check_whole(home: Home, ids: Ids) -> None:
-    """Fail unless all of each of these is there, and right."""
+    """Assert that everything about these ids is stored, and right."""
     assert check_read(home, ids).all()
     references = [make_reference(id) for id in ids.tolist()]
     assert home.references(ids) == references

@@ -1,4 +1,4 @@
-"""The laws of what a home keeps beyond its process, and of the processes beside it."""
+"""The laws of a home's durability, and of other processes that read it."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -28,15 +28,15 @@ CHANGES: dict[str, Change] = {
     "catalogue": lambda home: catalogue(home, make_ids(41, 42, 43)),
     "fill": lambda home: home.fill(make_ids(43, 41), make_blocks(make_ids(43, 41))),
 }
-"""One after another: whatever changes a home."""
+"""Every kind of change, one after the other."""
 
 
 class DurabilityLaws(HomeLaws):
-    """What a call returned from is there for the next process, and for those beside this one."""
+    """A finished call is durable: the next process and concurrent readers see its result."""
 
     @pytest.fixture
     def other(self) -> Iterator[OtherProcess]:
-        """Another process, which has opened nothing yet."""
+        """Another process, before it opened anything."""
         with OtherProcess(type(self)) as process:
             yield process
 
@@ -62,7 +62,7 @@ class DurabilityLaws(HomeLaws):
             assert again.cold().tolist() == [42]
 
     def test_a_copy_of_its_files_holds_what_was_committed(self, home: Home) -> None:
-        """A copy between two calls is what a process that is killed leaves behind."""
+        """A copy between two calls is the state that a killed process leaves."""
         if not self.of_files:
             pytest.skip("this home is not made of files")
         for name, change in CHANGES.items():
@@ -73,7 +73,7 @@ class DurabilityLaws(HomeLaws):
                 assert contents(copied) == contents(home), f"the files do not hold the {name}"
 
     def test_is_on_the_drive_when_the_call_returns(self, home: Home) -> None:
-        """The page cache knows of no page that would be lost with the power."""
+        """No page waits in the page cache, to be lost in a power cut."""
         if not self.of_files or not can_tell(self.folder):
             pytest.skip("neither files nor kernel tell what is on the drive")
         for name, change in CHANGES.items():
@@ -135,7 +135,7 @@ class DurabilityLaws(HomeLaws):
         home.commit(make_batch([50]))
 
     def test_what_a_killed_process_had_committed_is_there(self, other: OtherProcess) -> None:
-        """Every batch that it was told of is whole, and of the one that it was about to write all or nothing."""
+        """Every reported batch is whole, and the one that was being written is whole or absent."""
         assert self.open_there(other, read_only=False) == {}
         other.tell("commit", [0, 10_000, 3])
         heard = [other.hear() for _ in range(7)]

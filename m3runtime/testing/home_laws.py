@@ -1,4 +1,4 @@
-"""What the laws of a home need: how to open it, and calls of all its methods."""
+"""The base of the laws of a home: opening it, and calls of all its methods."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +18,14 @@ class HomeLaws(TierContract):
     """The base of the themes that `HomeContract` joins."""
 
     of_files: ClassVar[bool] = True
-    """Whether all that the home keeps lies in files of the folder that `open` is given.
+    """Does everything that the home keeps lie in files of the folder that `open` is given?
 
     If not, laws about those files are skipped: what a copy of them holds, and whether they are on the drive.
     """
 
     @abstractmethod
     def open(self, folder: Path, *, read_only: bool = False) -> Home:
-        """The home in this folder, slots of `SLOT_BYTES`: made if there is none, unless ``read_only``.
+        """Open the home in this folder, with slots of `SLOT_BYTES`; make it if it is missing, unless ``read_only``.
 
         Another process calls it too, on an instance of your class (at the top of its module) that pytest did not make.
         """
@@ -44,11 +44,11 @@ class HomeLaws(TierContract):
 
     @pytest.fixture
     def tier(self, home: Home) -> Tier:
-        """See `TierContract.tier`. The fixture ``home`` closes it."""
+        """The home as a tier; the fixture ``home`` closes it."""
         return home
 
     def calls(self, tier: Tier, ids: Ids) -> Sequence[Callable[[], object]]:
-        """See `TierContract.calls`."""
+        """Calls of all methods, as `TierContract.calls` asks for."""
         assert isinstance(tier, Home)
         none = make_ids()
         return [

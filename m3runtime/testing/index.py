@@ -1,4 +1,4 @@
-"""`IndexContract`: what every `Index` must do, checked against brute force in numpy."""
+"""`IndexContract`: the laws of every `Index`, checked against brute force in numpy."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,13 +8,13 @@ import pytest
 
 from m3runtime.testing.blocks import LAST_ID, make_ids
 from m3runtime.testing.index_files import IndexFileLaws
-from m3runtime.testing.index_laws import STAMP, brute_force, unit_vectors
+from m3runtime.testing.index_laws import brute_force, unit_vectors
 
-__all__ = ["STAMP", "IndexContract", "brute_force", "unit_vectors"]
+__all__ = ["IndexContract", "brute_force", "unit_vectors"]
 
 
 class IndexContract(IndexFileLaws):
-    """Subclass it as ``TestMyIndex`` and say how to make the index: see `IndexLaws`."""
+    """The laws of `Index`. Subclass it as ``TestMyIndex`` and make the index: see `IndexLaws`."""
 
     @pytest.mark.parametrize("k", [1, 5, 50])
     def test_finds_what_brute_force_finds(self, k: int) -> None:

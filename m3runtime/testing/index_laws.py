@@ -1,4 +1,4 @@
-"""What the laws of an index need: how to make one, and brute force in numpy to compare it with."""
+"""The base of the laws of an index: making one, and brute force in numpy to compare it with."""
 
 from abc import ABC, abstractmethod
 
@@ -10,7 +10,6 @@ from m3runtime.memory.block import Ids
 from m3runtime.retrieval.embedder import Embeddings
 from m3runtime.retrieval.index import Index
 
-STAMP = "0123456789abcdef0123456789abcdef"
 Oracle = tuple[npt.NDArray[np.uint64], npt.NDArray[np.float64]]
 
 
@@ -40,7 +39,7 @@ class IndexLaws(ABC):
 
     @abstractmethod
     def make_index(self) -> Index:
-        """An empty index of ``self.dim`` dimensions that finds exactly, at this size, what is nearest."""
+        """An empty index of ``self.dim`` dimensions, whose search is exact at this size."""
 
     def filled(self, count: int = 50, seed: int = 0) -> tuple[Index, Ids, Embeddings]:
         """An index with ``count`` random vectors, whose ids are neither dense nor in order."""
@@ -51,7 +50,7 @@ class IndexLaws(ABC):
         return index, ids, vectors
 
     def assert_agrees(self, index: Index, ids: Ids, vectors: Embeddings, k: int) -> None:
-        """Assert that a search gives what brute force over ``ids`` and ``vectors`` gives."""
+        """Assert that a search agrees with brute force over ``ids`` and ``vectors``."""
         queries = unit_vectors(8, self.dim, seed=99)
         found, scores = index.search(queries, k)
         assert found.dtype == np.uint64

@@ -26,7 +26,7 @@ class PersistentTierContract(CachingTierContract):
         """
 
     def held(self, tier: Tier) -> set[int]:
-        """What the tier holds, after all that it tells of that was found to agree."""
+        """The ids that the tier holds, after its methods were found to agree on them."""
         assert isinstance(tier, Persistent)
         ids = tier.ids()
         assert ids.dtype == np.uint64
@@ -68,12 +68,10 @@ class PersistentTierContract(CachingTierContract):
 
     def test_a_process_that_was_killed_leaves_right_bytes_or_none(self, small: CachingTier) -> None:
         write(small, make_ids(1, 2, 3))
-        small.pin(make_ids(2))
         write(small, make_ids(4, 5))
         before = self.held(small)
         with self.reopen(small, capacity=3 * SLOT_BYTES) as again:
             assert self.held(again) <= before
-            self.check_nothing_is_pinned(again, 3)  # pins were the process's
 
     def test_less_room_than_before(self, tier: CachingTier) -> None:
         write(tier, make_ids(*range(16)))
@@ -81,7 +79,6 @@ class PersistentTierContract(CachingTierContract):
         with self.reopen(tier, capacity=3 * SLOT_BYTES - 1) as again:
             kept = self.held(again)
             assert len(kept) <= 2
-            self.check_nothing_is_pinned(again, 2)
             assert {id for id in range(40) if self.raw_read(again, id) is not None} == self.held(again)
 
     def test_a_life_of_many_processes(self, tier: CachingTier) -> None:
@@ -90,7 +87,6 @@ class PersistentTierContract(CachingTierContract):
             assert self.held(tier) <= held
             write(tier, random.integers(0, 40, 9).astype(np.uint64))
             tier.discard(random.integers(0, 40, 3).astype(np.uint64))
-            tier.pin(random.integers(0, 40, 3).astype(np.uint64))
             held = self.held(tier)
             if turn % 2:
                 tier.close()

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from m3runtime.errors import InputError, M3Error
 from m3runtime.memory.block import Found, Ids
-from m3runtime.storage.abilities import Scored, Scores
-from m3runtime.storage.tier import CachingTier
+from m3runtime.storage.tier import CachingTier, Scores
 from m3runtime.storage.trace import Op
 from m3runtime.testing.blocks import make_blocks
 from m3runtime.testing.wrapping import WrappedTier
@@ -31,12 +30,6 @@ class RecordingTier(WrappedTier):
         super().__init__(inner)
         self._record = record
         self._one_by_one = threading.Lock()
-        if isinstance(inner, Scored):
-
-            def score(ids: Ids, scores: Scores) -> None:
-                self._recorded("score", ids, lambda: inner.score(ids, scores), scores)
-
-            self.score = score
 
     def read(self, ids: Ids, out: Tensor) -> Found:
         return self._recorded("read", ids, lambda: self.inner.read(ids, out))
@@ -50,11 +43,8 @@ class RecordingTier(WrappedTier):
     def contains(self, ids: Ids) -> Found:
         return self._recorded("contains", ids, lambda: self.inner.contains(ids))
 
-    def pin(self, ids: Ids) -> Found:
-        return self._recorded("pin", ids, lambda: self.inner.pin(ids))
-
-    def unpin(self, ids: Ids) -> None:
-        self._recorded("unpin", ids, lambda: self.inner.unpin(ids))
+    def score(self, ids: Ids, scores: Scores) -> None:
+        self._recorded("score", ids, lambda: self.inner.score(ids, scores), scores)
 
     def _recorded(self, op: str, ids: Ids, call: Callable[[], T], scores: Scores | None = None) -> T:
         asked = tuple(ids.tolist())
@@ -73,17 +63,14 @@ class RecordingTier(WrappedTier):
 def replay(ops: Iterable[Op], tier: CachingTier) -> list[Op]:
     """Make the calls of a `RecordingTier` again, with the blocks of `make_blocks`. Returns what it records now.
 
-    Equal tiers in equal states give equal lists. What a call raised is in the list, and the next call follows; a score
-    changes nothing in a tier that takes none. Raises `InputError` for an op that only a hierarchy has.
+    Equal tiers in equal states give equal lists. What a call raised is in the list, and the next call follows. Raises
+    `InputError` for an op that only a hierarchy has.
     """
     replayed: list[Op] = []
     recording = RecordingTier(tier, replayed.append)
     for op in ops:
         if op.op == "lift":
             raise InputError("this is the trace of a hierarchy: tiers are not asked to lift")
-        if op.op == "score" and not isinstance(recording, Scored):
-            replayed.append(op)
-            continue
         with suppress(M3Error):
             _call(recording, op)
     return replayed

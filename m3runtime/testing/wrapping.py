@@ -9,16 +9,16 @@ from torch import Tensor
 
 from m3runtime.documents.reference import Reference
 from m3runtime.memory.block import Found, Ids
-from m3runtime.storage.abilities import Auditable, Damage, Persistent, Scored, Scores
-from m3runtime.storage.home import Batch, Home
-from m3runtime.storage.tier import CachingTier, Tier
+from m3runtime.storage.abilities import Persistent
+from m3runtime.storage.home import Batch, Damage, Home
+from m3runtime.storage.tier import CachingTier, Scores, Tier
 
 T = TypeVar("T")
 InnerT = TypeVar("InnerT", bound=Tier)
 
 
 class Wrapped(Tier, Generic[InnerT]):
-    """What both have in common. ``inner`` may be a wrapper too: they compose in any order."""
+    """The base of both. ``inner`` may be a wrapper too: they compose in any order."""
 
     def __init__(self, inner: InnerT) -> None:
         self.inner = inner
@@ -53,38 +53,24 @@ class Wrapped(Tier, Generic[InnerT]):
 
 
 class WrappedTier(Wrapped[CachingTier], CachingTier):
-    """A caching tier around another. It has the abilities ``score`` and ``ids`` if the inner one has them."""
+    """A caching tier around another. It has the ability ``ids`` if the inner one has it."""
 
     def __init__(self, inner: CachingTier) -> None:
         super().__init__(inner)
         self.device = inner.device
         self.can_rot = inner.can_rot
-        # Attributes of the object, not methods of the class: an ability is there or is not.
-        if isinstance(inner, Scored):
-            self.score: Callable[[Ids, Scores], None] = lambda ids, scores: self.around(
-                "score", lambda: inner.score(ids, scores)
-            )
-        if isinstance(inner, Persistent):
+        if isinstance(inner, Persistent):  # of the object, since a method of the class would be an ability of all
             self.ids: Callable[[], Ids] = lambda: self.around("ids", inner.ids)
 
-    def pin(self, ids: Ids) -> Found:
-        return self.around("pin", lambda: self.inner.pin(ids))
-
-    def unpin(self, ids: Ids) -> None:
-        self.around("unpin", lambda: self.inner.unpin(ids))
+    def score(self, ids: Ids, scores: Scores) -> None:
+        self.around("score", lambda: self.inner.score(ids, scores))
 
 
 class WrappedHome(Wrapped[Home], Home):
-    """A home around another. It has the ability ``audit`` if the inner one has it."""
+    """A home around another."""
 
-    def __init__(self, inner: Home) -> None:
-        super().__init__(inner)
-        if isinstance(inner, Auditable):
-
-            def audit(progress: Callable[[int, int], None] | None = None) -> Iterator[Damage]:
-                return self.around("audit", lambda: inner.audit(progress))
-
-            self.audit = audit
+    def audit(self, progress: Callable[[int, int], None] | None = None) -> Iterator[Damage]:
+        return self.around("audit", lambda: self.inner.audit(progress))
 
     def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
         self.around("commit", lambda: self.inner.commit(batch, replacing=replacing))

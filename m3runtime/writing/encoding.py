@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from m3runtime.adapters.base import Adapter
-from m3runtime.bank.bank import Bank, as_ids
+from m3runtime.bank.bank import Bank
 from m3runtime.documents.reference import Reference
-from m3runtime.memory.block import Ids
+from m3runtime.memory.block import Ids, as_ids
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.storage.home import Batch
@@ -68,6 +68,10 @@ class Group:
     def fill(self) -> None:
         """Store the blocks of references that are cold."""
         self._bank.home.fill(self.ids, self.blocks)
+
+
+Store = Callable[[Group], None]
+"""A transaction of `Group`: `Group.commit`, `Group.catalogue` or `Group.fill`."""
 
 
 def batches(references: Sequence[Reference], size: int) -> list[list[int]]:

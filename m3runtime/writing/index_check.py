@@ -1,4 +1,4 @@
-"""Whether an index holds the vectors that the home does."""
+"""`wrong_vectors`: a comparison of an index with the home's embeddings."""
 
 from collections.abc import Callable
 
@@ -16,12 +16,12 @@ from m3runtime.retrieval.index import Index
 _ROWS = 256
 _NEAREST = 8
 _SUSPECTS = 1024
-"""Looked at once more at most: the index is made anew, however many more are wrong."""
+"""The largest number of ids that are compared again: any wrong one has the whole index rebuilt."""
 _TOLERANCE = 1e-3
 
 
-def strangers(config: Config, bank: Bank, index: Index, ids: Ids, progress: Callable[[int, int], None]) -> Ids:
-    """Those of ``ids`` under which ``index`` holds another vector than the home. Takes the index apart.
+def wrong_vectors(config: Config, bank: Bank, index: Index, ids: Ids, progress: Callable[[int, int], None]) -> Ids:
+    """The ids among ``ids`` under which ``index`` holds another vector than the home. Removes vectors from the index.
 
     A memory's own embedding must find it, with the score that it has in an index made of the home's embeddings.
     """
@@ -39,7 +39,7 @@ def strangers(config: Config, bank: Bank, index: Index, ids: Ids, progress: Call
             suspects.append(part[low(part, of_part, _NEAREST)])
             done += len(part)
             progress(done, len(ids))
-    # An index may be approximate and pass over one, or have many equal ones. Among few it does neither.
+    # An approximate index may miss an id, or have many equal vectors. Among few vectors it is exact.
     suspect = np.concatenate(suspects)[:_SUSPECTS]
     index.remove(np.setdiff1d(index.ids(), suspect))
     found = [suspect[:0]]

@@ -1,66 +1,69 @@
-"""`repair`: makes a damaged bank sound again, from the texts that it remembers."""
+"""`repair`: makes a damaged bank sound again, from the texts in it."""
 
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
 from m3runtime.bank import records
-from m3runtime.bank.bank import INDEX, Bank, LoadCodec, as_ids, read_manifest
+from m3runtime.bank.bank import Bank, home_folder
+from m3runtime.bank.manifest import Manifest
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError, RecordError
+from m3runtime.memory.block import as_ids
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.storage.home import Home
 from m3runtime.writing import encoding
 from m3runtime.writing.encoding import GROUP
-from m3runtime.writing.verification import OnProgress, VerifyReport, examine, home_folder
+from m3runtime.writing.verification import OnProgress, VerifyReport, examine
 
 log = logging.getLogger("m3runtime")
 
 
 @dataclass(frozen=True, slots=True)
 class RepairReport:
-    """What `repair` found and did."""
+    """The findings and deeds of `repair`."""
 
     found: VerifyReport
     left: VerifyReport
-    """What is found afterwards."""
+    """The report of the verification afterwards."""
     quarantined: tuple[int, ...] = ()
-    """What was set apart before anything else."""
+    """Memories that were quarantined before anything else."""
     recomputed: Mapping[int, int] = field(default_factory=dict)
-    """Memories that were computed again: the id that each had, and the one that it has now."""
+    """Maps the old id of each memory that was computed again to its new one."""
     dropped: tuple[int, ...] = ()
-    """What was forgotten because its text cannot be read any more."""
+    """Memories that were forgotten because their text cannot be read any more."""
 
 
 def repair(
     config: Config, *, compute: bool = True, drop: bool = False, progress: OnProgress | None = None
 ) -> RepairReport:
-    """Examine a bank, mend what can be mended, and examine it again if anything was wrong.
+    """Verify a bank, repair its damage, and verify it again if there was any.
 
-    Damaged memories are quarantined first, so that nothing recalls them. With ``compute`` those whose reference is
-    intact are computed again, by the bank's own model and under new ids; with ``drop`` the others are forgotten. No
-    text is forgotten that can still be read. A damaged manifest or codec cannot be mended, and nothing is changed then.
-    It can be stopped at any instant and called again.
+    Damaged memories are quarantined first, so that nothing recalls them. With ``compute`` memories with an intact
+    reference are computed again, by the bank's own model and under new ids; with ``drop`` the others are forgotten. No
+    readable text is forgotten. If manifest or codec is damaged, nothing can be repaired and nothing is changed. A call
+    can be stopped at any instant and repeated.
 
     Raises `BankBusyError` if the bank is open for writing already, and `BankMismatchError`, before anything is
     changed, if the configured model or embedder is not the bank's.
     """
-    with assembly.open_home(config)(path=home_folder(config)) as home:
+    with assembly.open_home(config)(path=home_folder(config.bank)) as home:
         _rewrite_quarantine(home)
         found = examine(config, home, progress)
         if any(one.where in ("manifest", "codec") for one in found.damage):
             return RepairReport(found, found)
-        bank = Bank.over(config.bank, home, read_manifest(config.bank, home), LoadCodec(config.codec.kind))
+        manifest = Manifest.read(config.bank, home)
+        bank = Bank.over(config.bank, home, manifest, partial(assembly.load_codec, config))
         report = _Repair(config, bank, progress).mend(found, compute=compute, drop=drop)
+        index = assembly.bank_index(config, bank)
         if any(one.where == "index" for one in found.damage):
-            (bank.path / INDEX).unlink()
-        index, changed = assembly.open_index(config, bank, every=True)
-        if changed:
-            assembly.save_index(index, bank)
+            index.path.unlink()
+        index.update()
         if found.clean:
             return report
 
@@ -72,7 +75,7 @@ def repair(
 
 
 def _rewrite_quarantine(home: Home) -> None:
-    """Write damaged records of what is quarantined anew: they hide the others."""
+    """Write damaged records of quarantined memories anew: they hide the others."""
     last = None
     while True:
         try:
@@ -82,11 +85,11 @@ def _rewrite_quarantine(home: Home) -> None:
             if error.id in (None, last):
                 return
             last = error.id
-            home.quarantine(last, "nobody knows why any more")
+            home.quarantine(last, "the reason was lost")
 
 
 class _Repair:
-    """Mends the memories of one bank."""
+    """Repairs the memories of one bank."""
 
     def __init__(self, config: Config, bank: Bank, progress: OnProgress | None) -> None:
         self.config = config
@@ -95,7 +98,7 @@ class _Repair:
         self.recomputed: dict[int, int] = {}
 
     def mend(self, found: VerifyReport, *, compute: bool, drop: bool) -> RepairReport:
-        """Quarantine what is damaged, then compute or forget it."""
+        """Quarantine damaged memories, then compute or forget them."""
         home = self.bank.home
         damaged = {one.id: f"{one.where}: {one.what}" for one in found.damage if one.where != "index"}
         ids = sorted(id for id in damaged if id is not None)

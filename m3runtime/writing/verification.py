@@ -1,9 +1,8 @@
-"""`verify`: reads all of a bank and says what is not as it should be."""
+"""`verify`: reads all of a bank and reports its damage."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,43 +10,43 @@ from torch import Tensor
 
 from m3runtime import assembly
 from m3runtime.bank import records
-from m3runtime.bank.bank import HOME, Bank, LoadCodec, Manifest, as_ids, read_manifest
+from m3runtime.bank.bank import Bank, home_folder
+from m3runtime.bank.manifest import Manifest
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import BankError, BankFormatError, BankMissingError, BlockError, IndexFileError
 from m3runtime.memory import block
-from m3runtime.memory.block import Ids
-from m3runtime.storage.abilities import Auditable, Damage
-from m3runtime.storage.home import Home
-from m3runtime.writing.index_check import strangers
+from m3runtime.memory.block import Ids, as_ids
+from m3runtime.storage.home import Damage, Home
+from m3runtime.writing.index_check import wrong_vectors
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with the stage (``home``, ``blocks`` or ``index``), the steps done, and all of them."""
+"""Called with the stage (``home``, ``blocks`` or ``index``), the steps done, and all steps."""
 
 BATCH_BYTES = 64 << 20
-"""About how much is held at once: blocks, and the memories that are decoded from them."""
+"""Bytes of blocks and of the memories decoded from them that are held at once, about."""
 _LARGEST_SLOT = 1 << 30
-"""Of a slot that no codec vouches for: no memory is so large, and a lie must not cost so much."""
+"""The largest slot that is read without a codec to vouch for it: a false size must not take the memory."""
 _LENGTH_ERROR = 1e-2
-"""How far the length of an embedding may be from 1."""
+"""The tolerance for the length of an embedding, which is 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What `verify` found."""
+    """The result of `verify`."""
 
     blocks: int
-    """Memories whose blocks were looked for, quarantined ones with them; cold references have none."""
+    """Memories that have or should have a block, quarantined ones included; cold references have none."""
     good: int
     bytes: int
-    """Bytes of the blocks whose digest is right."""
+    """Bytes of the blocks with a right digest."""
     quarantined: int
     damage: tuple[Damage, ...]
-    """Everything that is wrong. What is quarantined is, until it is repaired."""
+    """All damage. A quarantined memory counts as damaged until it is repaired."""
     sources: Mapping[int, str]
-    """Where the reference of each damaged memory came from, if that can still be read."""
+    """Maps each damaged memory to the source of its reference, if that can still be read."""
     notes: tuple[str, ...]
-    """What is in no harm: an index, which is a cache, may be missing or behind."""
+    """Harmless findings: the index, which is a cache, may be missing or behind."""
     cold: int = 0
     """References that are in the catalogue and not encoded yet."""
 
@@ -58,39 +57,32 @@ class VerifyReport:
 
     @property
     def clean(self) -> bool:
-        """Whether nothing is wrong."""
+        """Is nothing damaged?"""
         return not self.damage
 
 
 def verify(config: Config, progress: OnProgress | None = None) -> VerifyReport:
-    """Read all of the bank of a configuration, in memory that does not grow with it. Changes nothing.
+    """Read all of the configured bank, in memory that does not grow with it. Changes nothing.
 
-    Other processes may read and write meanwhile: what they forget is not missed. Raises `BankMissingError`,
-    `BankFormatError`, or `BankError` if there is no home that can be opened.
+    Other processes may read, write and forget meanwhile. Raises `BankMissingError`, `BankFormatError`, or `BankError`
+    if the home cannot be opened.
     """
-    with assembly.open_home(config, read_only=True)(path=home_folder(config)) as home:
+    with assembly.open_home(config, read_only=True)(path=home_folder(config.bank)) as home:
         return examine(config, home, progress)
 
 
 def examine(config: Config, home: Home, progress: OnProgress | None = None) -> VerifyReport:
-    """As `verify`, in a home that is open already."""
-    walk = _Walk(config, home, progress or (lambda *_: None))
-    walk.open_bank()
-    walk.read_books()
-    walk.read_memories()
-    walk.compare_index()
-    return walk.report()
+    """Verify a bank whose home is open already."""
+    examination = _Examination(config, home, progress or (lambda *_: None))
+    examination.open_bank()
+    examination.read_records()
+    examination.read_memories()
+    examination.compare_index()
+    return examination.report()
 
 
-def home_folder(config: Config) -> Path:
-    """Where the home of the bank is. Raises `BankMissingError`."""
-    if not (config.bank / HOME).exists():
-        raise BankMissingError(f"there is no bank at {config.bank}; make one with `m3 write`")
-    return config.bank / HOME
-
-
-class _Walk:
-    """Goes through a bank step by step, and gathers what is wrong."""
+class _Examination:
+    """Goes through a bank step by step and collects its damage."""
 
     def __init__(self, config: Config, home: Home, progress: OnProgress) -> None:
         self.config = config
@@ -100,35 +92,35 @@ class _Walk:
         self.bank: Bank | None = None
         self.blocks = self.good = self.bytes = self.cold = 0
         self.notes: list[str] = []
-        # By what it is about: the home's own audit and the reading of each memory may find the same.
+        # Keyed by part and id: the home's own audit and the reading of each memory may find the same damage.
         self._damage: dict[tuple[str, int | None, str | None], Damage] = {}
 
     def found(self, where: str, id: int | None, what: str) -> None:
-        """Something is wrong."""
+        """Note damage, once for each part of a memory."""
         self._damage.setdefault((where, id, what if id is None else None), Damage(where, id, what))
 
     def open_bank(self) -> None:
-        """Manifest and codec. Without them less can be checked, but the rest is."""
+        """Read manifest and codec. Without them only the rest is checked."""
         try:
-            self.manifest = read_manifest(self.config.bank, self.home)
+            self.manifest = Manifest.read(self.config.bank, self.home)
         except (BankFormatError, BankMissingError):
             raise
         except BankError as error:
             self.found("manifest", None, str(error))
             return
         try:
-            self.bank = Bank.over(self.config.bank, self.home, self.manifest, LoadCodec(self.config.codec.kind))
+            load_codec = partial(assembly.load_codec, self.config)
+            self.bank = Bank.over(self.config.bank, self.home, self.manifest, load_codec)
         except BankError as error:
             self.found("codec", None, str(error))
 
-    def read_books(self) -> None:
-        """What the home itself can tell."""
-        if isinstance(self.home, Auditable):
-            for one in self.home.audit(partial(self.progress, "home")):
-                self.found(one.where, one.id, one.what)
+    def read_records(self) -> None:
+        """Let the home audit its own records."""
+        for one in self.home.audit(partial(self.progress, "home")):
+            self.found(one.where, one.id, one.what)
 
     def read_memories(self) -> None:
-        """Block, reference and embedding of every memory."""
+        """Check block, reference and embedding of every memory."""
         if self.bank is None and self.home.slot_bytes > _LARGEST_SLOT:
             self.found("home", None, f"it states slots of {self.home.slot_bytes} bytes")
             return
@@ -139,7 +131,7 @@ class _Walk:
         for start in range(0, len(ids), size):
             some = ids[start : start + size]
             damage, cold_ids = self._read_batch(some, slots[: len(some)])
-            if damage:  # what was forgotten meanwhile is not missed
+            if damage:  # memories forgotten meanwhile are not missed
                 there = set(self._remembered().tolist())
                 damage = [one for one in damage if one.id in there]
                 some = some[[id in there for id in some.tolist()]]
@@ -152,16 +144,16 @@ class _Walk:
             self.progress("blocks", min(start + size, len(ids)), len(ids))
 
     def compare_index(self) -> None:
-        """The index's file against the home's embeddings."""
+        """Compare the index file with the home's embeddings."""
         if self.bank is None:
             return
         try:
-            index = assembly.load_index(self.config, self.bank)
+            index = assembly.bank_index(self.config, self.bank).load()
         except IndexFileError as error:
             self.notes.append(f"{error}; the index is rebuilt when the bank is opened")
             return
         ids, there = self.home.ids(), index.ids()
-        # Whether it has those that are cold depends on who wrote it.
+        # It may or may not hold cold references: that depends on the process that wrote it.
         lacks, has = len(np.setdiff1d(np.setdiff1d(ids, there), self.home.cold())), len(np.setdiff1d(there, ids))
         if lacks or has:
             self.notes.append(
@@ -170,11 +162,11 @@ class _Walk:
             )
         shared = np.intersect1d(ids, there)
         progress = partial(self.progress, "index")
-        for id in strangers(self.config, self.bank, index, shared, progress).tolist():
+        for id in wrong_vectors(self.config, self.bank, index, shared, progress).tolist():
             self.found("index", id, "its vector in the index is not its embedding")
 
     def report(self) -> VerifyReport:
-        """What was found."""
+        """The report."""
         damage = tuple(self._damage.values())
         ids = sorted({one.id for one in damage if one.id is not None})
         found, _ = records.references(self.home, as_ids(ids))
@@ -188,7 +180,7 @@ class _Walk:
         return np.union1d(self.home.ids(), as_ids(list(records.quarantined(self.home))))
 
     def _batch_size(self) -> int:
-        """How many memories are read at once."""
+        """The number of memories that are read at once."""
         each = self.home.slot_bytes
         if self.manifest is not None:
             spec = self.manifest.spec
@@ -196,7 +188,7 @@ class _Walk:
         return max(1, min(256, BATCH_BYTES // each))
 
     def _read_batch(self, ids: Ids, slots: Tensor) -> tuple[list[Damage], Ids]:
-        """What is wrong with these, and which of them are whole without a block."""
+        """The damage of these memories, and those of them that are cold."""
         references, wrong = records.references(self.home, ids)
         damage = [Damage("reference", id, what) for id, what in wrong.items()]
         damage += [
@@ -205,7 +197,7 @@ class _Walk:
             if one is None and id not in wrong
         ]
         damage += self._read_embeddings(ids)
-        cold = self.home.cold(ids)  # before its block is looked for: it may get it meanwhile
+        cold = self.home.cold(ids)  # before the block is read: it may be stored meanwhile
         there = self.home.read(ids, slots)
         cold = np.setdiff1d(cold, ids[there])
         quarantined = records.quarantined(self.home)
@@ -233,7 +225,7 @@ class _Walk:
         return [Damage("embedding", id, what) for id, what in wrong.items()]
 
     def _check(self, slot: Tensor, id: int, reference: Reference | None) -> int:
-        """The length of a block in which everything fits. Raises `BlockError`."""
+        """The length of a block, after every check. Raises `BlockError`."""
         if self.manifest is None:
             return 0
         end = block.check(slot.numpy(), id=id, stamp=self.manifest.stamp)
@@ -245,7 +237,7 @@ class _Walk:
         return end
 
     def _undecodable(self, slots: Tensor, rows: list[int]) -> dict[int, str]:
-        """Rows that do not decode to finite numbers, and why."""
+        """Maps each row that does not decode to finite numbers to the reason."""
         if self.bank is None or not rows:
             return {}
         try:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from m3backends.embedders.loading import find_device, find_model, fingerprint, unit_rows
+from m3backends.embedders.loading import find_model, model_fingerprint, unit_rows
 from m3backends.embedders.sentence_transformers import SentenceTransformersEmbedder
 from m3runtime.errors import ConfigError, PluginError
 from m3runtime.testing.embedder import EmbedderContract, MakeEmbedder
@@ -148,22 +148,20 @@ def test_a_missing_package_names_the_extra(minilm_path: Path, monkeypatch: pytes
         SentenceTransformersEmbedder(minilm_path)
 
 
-def test_devices() -> None:
-    assert find_device("cpu") == "cpu"
-    assert find_device("auto") in {"cpu", "cuda", "mps", "xpu"}
-    for absent in ("cuda:77", "nonsense"):
-        with pytest.raises(ConfigError, match=f"'{absent}' is not there"):
-            find_device(absent)
+@pytest.mark.parametrize("absent", ["cuda:77", "nonsense"])
+def test_a_device_that_this_machine_does_not_have(minilm_path: Path, absent: str) -> None:
+    with pytest.raises(ConfigError, match=f"embedder.device: no device '{absent}'"):
+        SentenceTransformersEmbedder(minilm_path, device=absent)
 
 
 def test_fingerprint_samples_large_parameters_evenly(minilm: SentenceTransformersEmbedder) -> None:
     tokenizer = minilm._model.tokenizer
     large = torch.zeros(3, 100_000)
-    before = fingerprint([("w", large)], tokenizer, {})
-    assert fingerprint([("w", large.to(torch.bfloat16))], tokenizer, {}) == before
-    assert fingerprint([("w", large.T)], tokenizer, {}) != before
+    before = model_fingerprint([("w", large)], tokenizer, {})
+    assert model_fingerprint([("w", large.to(torch.bfloat16))], tokenizer, {}) == before
+    assert model_fingerprint([("w", large.T)], tokenizer, {}) != before
     large[:, -6:] = 1
-    assert fingerprint([("w", large)], tokenizer, {}) != before
+    assert model_fingerprint([("w", large)], tokenizer, {}) != before
 
 
 def test_unit_rows_of_huge_and_tiny_vectors() -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from m3backends.lmdb.environment import show_bytes
 from m3backends.lmdb.home import LmdbHome
 from m3runtime.errors import (
     BankError,
@@ -108,7 +107,9 @@ def test_an_environment_of_another_program(tmp_path: Path) -> None:
 def test_a_newer_format(tmp_path: Path) -> None:
     LmdbHome(path=tmp_path, slot_bytes=SLOT_BYTES).close()
     raw(tmp_path, "home", b"version", b"3")
-    with pytest.raises(BankFormatError, match="has format 3, this release reads 2; install a newer m3runtime"):
+    with pytest.raises(
+        BankFormatError, match="LMDB home has schema 3, this release reads 2; install a newer m3runtime"
+    ):
         LmdbHome(path=tmp_path)
 
 
@@ -116,7 +117,7 @@ def test_an_older_format(tmp_path: Path) -> None:
     LmdbHome(path=tmp_path, slot_bytes=SLOT_BYTES).close()
     raw(tmp_path, "home", b"version", b"1")
     raw(tmp_path, "home", b"slot_bytes", b"%d" % SLOT_BYTES)
-    with pytest.raises(BankFormatError, match="has format 1, this release reads 2; write the bank anew"):
+    with pytest.raises(BankFormatError, match="LMDB home has schema 1, this release reads 2; write the bank anew"):
         LmdbHome(path=tmp_path)
 
 
@@ -418,15 +419,6 @@ def test_write_takes_blocks_that_have_no_reference(tmp_path: Path) -> None:
             home.commit(make_batch([3]))
         home.discard(make_ids(3))
         assert len(home) == 0
-
-
-def test_show_bytes() -> None:
-    assert [show_bytes(size) for size in (64 << 20, 3 << 30, 1 << 10, 1000)] == [
-        "64MiB",
-        "3GiB",
-        "1KiB",
-        "1000B",
-    ]
 
 
 def child_environment() -> dict[str, str]:

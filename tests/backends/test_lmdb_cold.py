@@ -11,7 +11,7 @@ import pytest
 from m3backends.lmdb.compression import ENOUGH
 from m3backends.lmdb.home import LmdbHome
 from m3runtime.errors import BankFormatError, BankFullError
-from m3runtime.storage.abilities import Damage
+from m3runtime.storage.home import Damage
 from m3runtime.testing.blocks import SLOT_BYTES, make_batch, make_blocks, make_ids
 from m3runtime.testing.home import check_whole, contents
 from m3runtime.testing.home_cold import catalogue

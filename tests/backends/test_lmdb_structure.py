@@ -11,10 +11,10 @@ from random import Random
 
 import pytest
 
+from m3backends.lmdb import claim as lmdb_claim
+from m3backends.lmdb import files as lmdb_files
 from m3backends.lmdb.files import HomeFiles
 from m3backends.lmdb.home import LmdbHome
-from m3backends.lmdb.home import claim as lmdb_claim
-from m3backends.lmdb.home import files as lmdb_files
 from m3backends.lmdb.structure import check_structure, structure_problems
 from m3runtime.errors import BankError
 from m3runtime.testing.blocks import SLOT_BYTES, make_batch, make_ids

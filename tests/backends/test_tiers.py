@@ -1,11 +1,10 @@
-import numpy as np
 import pytest
 import torch
 
 from m3backends.slabs import GpuTier, PinnedTier
 from m3runtime.device.resolve import resolve
 from m3runtime.errors import ConfigError
-from m3runtime.storage.slab import SlabStats, runs
+from m3runtime.storage.slab import SlabStats
 from m3runtime.storage.tier import CachingTier
 from m3runtime.testing.blocks import SLOT_BYTES, make_blocks, make_ids, same_block
 from m3runtime.testing.slab import SlabTierContract
@@ -81,9 +80,3 @@ def test_more_than_the_machine_has_is_one_clear_line() -> None:
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(ConfigError, match="lru"):
         PinnedTier(slot_bytes=SLOT_BYTES, capacity=SLOT_BYTES, eviction="newest")
-
-
-def test_runs() -> None:
-    assert list(runs(np.array([], np.bool_))) == []
-    assert list(runs(np.array([True, True, False, True]))) == [(0, 2), (3, 4)]
-    assert list(runs(np.array([False, True, False]))) == [(1, 2)]

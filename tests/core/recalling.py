@@ -16,12 +16,13 @@ from m3backends.lmdb.home import LmdbHome
 from m3backends.slabs import PinnedTier
 from m3backends.usearch.index import UsearchIndex
 from m3runtime.adapters.base import Adapter
-from m3runtime.bank.bank import Bank, Manifest, OpenHome, as_ids
+from m3runtime.bank.bank import Bank
+from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs.raw import RawCodec
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError
-from m3runtime.memory.block import Found, Ids
+from m3runtime.memory.block import Found, Ids, as_ids
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.retrieval.embedder import Embedder, Embeddings
@@ -150,7 +151,7 @@ class TextAdapter(Adapter):
         self._inside = threading.Lock()
 
     @classmethod
-    def open(cls, model: object, memory: object) -> "TextAdapter":
+    def open(cls, model: object, memory: object, device: object) -> "TextAdapter":
         return cls()
 
     def count_tokens(self, text: str) -> int:
@@ -207,9 +208,9 @@ def open_runtime(
     )
     ids = as_ids(range(len(TEXTS)))
     if path.exists():
-        bank = Bank.open(path, OpenHome(LmdbHome, {}, "tiers"), lambda *_: codec)
+        bank = Bank.open(path, LmdbHome, lambda *_: codec)
     else:
-        bank = Bank.create(path, OpenHome(LmdbHome, {}, "tiers"), manifest, codec)
+        bank = Bank.create(path, LmdbHome, manifest, codec)
         blocks = bank.blocks(ids, memories())
         for is_cold, some in groupby(range(len(ids)), lambda id: id in cold):  # ids rise from call to call
             rows = list(some)

@@ -13,14 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3runtime import assembly
-from m3runtime.bank.bank import as_ids
+from m3runtime.bank.index import catch_up
 from m3runtime.errors import BankMismatchError, CodecError, ConfigError, M3Error, TierError
+from m3runtime.memory.block import as_ids
 from m3runtime.observe.metrics import RECALL_STAGES
+from m3runtime.recall.recalled import Recalled
 from m3runtime.runtime import Runtime
 from m3runtime.storage.home import Home
 from m3runtime.storage.tier import CachingTier
-from m3runtime.stream import Recalled
 from m3runtime.testing.faulty import Fault, FaultyHome, Schedule
 from m3runtime.testing.threads import together
 from tests.core.recalling import TEXTS, WORDS, TextAdapter, no_tiers, open_runtime, pinned, shut
@@ -127,7 +127,7 @@ def test_threads_that_recall_the_same_wait_for_one_encoding(tmp_path: Path) -> N
         with ThreadPoolExecutor(len(streams)) as threads, shut(adapter.gate):
             recalls = [threads.submit(stream.recall, TEXTS[0]) for stream in streams]
             adapter.entered.acquire()
-            while len({one for event in runtime.timeline() if event.name == "search" for one in event.streams}) < 6:
+            while len({one for event in runtime.timeline() if event.name == "embed" for one in event.streams}) < 6:
                 time.sleep(0.001)
             adapter.gate.set()
             recalled = [one.result() for one in recalls]
@@ -147,7 +147,7 @@ def test_threads_that_recall_anything_encode_each_reference_once(tmp_path: Path)
                     assert len(stream.recall(TEXTS[(5 * number + turn) % len(TEXTS)])) == 3
 
         together(4, work)
-        assert runtime._prefetcher.drain(timeout=60)
+        assert runtime.background.drain(timeout=60)
         read = read_by(runtime)
         assert len(read) == len(set(read)) == runtime.metrics().recall.encoded == len(TEXTS) - len(cold_of(runtime))
         assert runtime.metrics().lookahead.failed == 0
@@ -174,7 +174,7 @@ def test_the_model_reads_no_more_at_once_than_it_may(tmp_path: Path) -> None:
 def test_hints_bring_what_is_encoded_and_ask_no_model(tmp_path: Path) -> None:
     with open_cold(tmp_path / "bank", cold=[0]) as runtime, runtime.stream() as stream:
         stream.hint(TEXTS[0])
-        assert runtime._prefetcher.drain(timeout=60)
+        assert runtime.background.drain(timeout=60)
         assert read_by(runtime) == []
         assert runtime.metrics().lookahead.guesses == 2
         recalled = stream.recall(TEXTS[0])
@@ -183,8 +183,8 @@ def test_hints_bring_what_is_encoded_and_ask_no_model(tmp_path: Path) -> None:
         assert read_by(runtime) == [TEXTS[0]]
         assert runtime.metrics().lookahead.hits == 2
         stream.hint(TEXTS[0])
-        assert runtime._prefetcher.drain(timeout=60)
-        assert runtime.metrics().lookahead.in_flight_bytes == 0
+        assert runtime.background.drain(timeout=60)
+        assert runtime.metrics().store.guessed == 0
 
 
 @pytest.mark.parametrize("tiers", [no_tiers, pinned(6)])
@@ -246,7 +246,7 @@ def test_a_model_that_fails_fails_the_recall_and_changes_nothing(runtime: Runtim
         before = cold_of(runtime)
         with pytest.raises(type(error), match=str(error)):
             stream.recall(TEXTS[0])
-        assert tuple(stream.held) == held
+        assert runtime.metrics().store.leased <= len(held)
         assert cold_of(runtime) == before
         adapter_of(runtime).failing = None
         assert len(stream.recall(TEXTS[0])) == 3
@@ -272,7 +272,7 @@ def test_without_room_they_are_given_and_stored_when_there_is_some(tmp_path: Pat
             assert same(stream.recall(TEXTS[0]), expected)  # held
             assert same(other.recall(TEXTS[0]), expected)
             counts = runtime.metrics().recall
-            assert (counts.encoded, counts.unstored, counts.kept, counts.memories) == (3, 3, 3, 9)
+            assert (counts.encoded, counts.unstored, counts.kept, counts.memories) == (3, 3, 6, 9)
             assert cold_of(runtime) == list(ALL)
             schedule.on = False
             with runtime.stream() as third:
@@ -287,7 +287,7 @@ def test_a_home_that_fails_fails_the_recall(tmp_path: Path) -> None:
     with open_cold(tmp_path / "bank", wrap=faulty(schedule)) as runtime, runtime.stream() as stream:
         with pytest.raises(TierError, match="fill failed"):
             stream.recall(TEXTS[0])
-        assert stream.held == {}
+        assert runtime.metrics().store.leased == 0
         assert len(stream.recall(TEXTS[0])) == 3
 
 
@@ -352,10 +352,10 @@ def test_encoding_is_counted_and_timed(runtime: Runtime) -> None:
 def test_an_index_holds_what_is_recalled_and_is_not_saved_for_that(tmp_path: Path) -> None:
     with open_cold(tmp_path / "bank", cold=[1, 2]) as runtime:
         index, bank = runtime.retriever.index, runtime.bank
-        assert assembly.catch_up(index, bank) == (0, 0)
-        assert assembly.catch_up(index, bank, cold=False) == (0, 0)
+        assert catch_up(index, bank) == (0, 0)
+        assert catch_up(index, bank, cold=False) == (0, 0)
         assert index.ids().tolist() == [id for id in ALL if id not in (1, 2)]
-        assert assembly.catch_up(index, bank, cold=False) == (0, 0)
-        assert assembly.catch_up(index, bank) == (2, 0)
+        assert catch_up(index, bank, cold=False) == (0, 0)
+        assert catch_up(index, bank) == (2, 0)
         bank.home.discard(as_ids([1, 5]))
-        assert assembly.catch_up(index, bank, cold=False) == (0, 2)
+        assert catch_up(index, bank, cold=False) == (0, 2)

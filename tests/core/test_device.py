@@ -23,11 +23,11 @@ CPU = torch.device("cpu")
 GIB = 1024**3
 
 
-def config(tiers: list[dict[str, Any]], device: str = "cpu", **embedder: object) -> Config:
+def config(tiers: list[dict[str, Any]], **embedder: object) -> Config:
     return Config.model_validate(
         {
             "bank": "bank",
-            "model": {"path": "model", "device": device},
+            "model": {"path": "model", "device": "cpu"},
             "embedder": {"kind": f"{__name__}:Placed", "path": "embedder", **embedder},
             "tiers": [*tiers, {"kind": "lmdb"}],
         }
@@ -111,7 +111,7 @@ def test_an_embedder_gets_the_device_of_the_runtime_unless_it_is_told_to_stay_on
     Placed.places.clear()
     for options in ({}, {"device": "auto"}, {"device": "cpu"}):
         assembly.open_embedder(config([], **options), meta)
-    assembly.open_embedder(config([]))
+    assembly.open_embedder(config([]))  # by itself it resolves model.device
     assert Placed.places == ["meta", "meta", "cpu", "cpu"]
 
 

@@ -9,11 +9,10 @@ from m3runtime.storage.eviction import (
     EvictionPolicy,
     LruPolicy,
     S3FifoPolicy,
-    ScoreAware,
     ScoredPolicy,
     make_policy,
 )
-from m3runtime.testing.eviction import EvictionContract, anything
+from m3runtime.testing.eviction import EvictionContract
 
 
 class TestLruPolicy(EvictionContract):
@@ -40,7 +39,7 @@ def use(policy: EvictionPolicy, held: set[int], ids: Iterable[int]) -> int:
             policy.touched(id)
             continue
         if len(held) == policy.slots:
-            victim = policy.victim(anything)
+            victim = policy.victim()
             assert victim is not None
             held.remove(victim)
             policy.removed(victim)
@@ -52,7 +51,7 @@ def use(policy: EvictionPolicy, held: set[int], ids: Iterable[int]) -> int:
 def drain(policy: EvictionPolicy) -> Sequence[int]:
     """What is held, in the order in which it would be given up."""
     order = []
-    while (victim := policy.victim(anything)) is not None:
+    while (victim := policy.victim()) is not None:
         order.append(victim)
         policy.removed(victim)
     return order
@@ -105,7 +104,7 @@ def test_s3_fifo_takes_what_comes_back_soon_into_main() -> None:
 def test_s3_fifo_gives_main_a_round_for_each_use_up_to_three(uses: list[int], order: list[int]) -> None:
     policy, held = S3FifoPolicy(4), set[int]()
     use(policy, held, [0, 1, 2, 3] * 3)
-    policy.victim(anything)  # all go on to main
+    policy.victim()  # all go on to main
     use(policy, held, uses)
     assert drain(policy) == order
 
@@ -177,20 +176,12 @@ def test_what_a_policy_keeps_is_bounded(name: str) -> None:
         if id % 3:
             policy.removed(id)
         elif len(policy) == 10:
-            victim = policy.victim(anything)
+            victim = policy.victim()
             assert victim is not None
             policy.removed(victim)
     sizes = [len(part) for part in vars(policy).values() if hasattr(part, "__len__")]
     assert sizes
     assert max(sizes) <= 40
-
-
-def test_only_the_score_policy_looks_at_scores() -> None:
-    assert {name: isinstance(make_policy(name, 1), ScoreAware) for name in POLICIES} == {
-        "lru": False,
-        "s3-fifo": False,
-        "score": True,
-    }
 
 
 def test_an_unknown_policy_names_the_choices() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from m3runtime.codecs.product.codec import ProductCodec
-from m3runtime.errors import CodecError, InputError, PluginError
+from m3runtime.errors import CodecError, InputError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.testing.codec import SPEC, make_memories
@@ -75,6 +75,19 @@ def split(codec: ProductCodec, payloads: Any, key_size: int) -> tuple[Any, Any]:
     return tuple(x.view(tokens, heads, -1).transpose(0, 1).reshape(heads * tokens, -1).numpy() for x in (keys, values))
 
 
+def same_codes(index: Any, x: Any, codes: Any) -> bool:
+    """Equal to those of faiss, but for a few that are as near as float32 can tell: faiss' own depend on the CPU there.
+
+    Centroids nearly coincide where the vectors that trained them were few.
+    """
+    theirs = index.sa_encode(x)
+    rows = (codes != theirs).any(1)
+    one, other = (
+        np.square(index.sa_decode(some[rows]).astype(np.float64) - x[rows]).sum(1) for some in (codes, theirs)
+    )
+    return bool(rows.mean() < 0.02 and (np.abs(one - other) <= 1e-6 * np.square(x[rows]).sum(1)).all())
+
+
 def exchange(index: Any, spec: MemorySpec, source: Any) -> ProductCodec:
     """All that must be the same of an index and the codec made of it."""
     codec = from_faiss(spec, source, source)
@@ -82,8 +95,8 @@ def exchange(index: Any, spec: MemorySpec, source: Any) -> ProductCodec:
     memories = memories_of(x, spec)
     payloads = codec.encode(memories)
     keys, values = split(codec, payloads, index.sa_code_size())
-    assert np.array_equal(keys, index.sa_encode(x))
-    assert np.array_equal(values, index.sa_encode(2 * x))
+    assert same_codes(index, x, keys)
+    assert same_codes(index, 2 * x, values)
     # Codes of ours, decoded by both; and codes that nobody encoded.
     for some in (payloads, torch.randint(0, 256, payloads.shape, dtype=torch.uint8)):
         if some is not payloads and index_refuses(index, some, codec):
@@ -138,8 +151,8 @@ def test_keys_and_values_may_be_of_different_indexes() -> None:
     assert (codec.options["keys"], codec.options["values"]) == ("8x8", "2x8+4x8")
     x = vectors(72, 16, 5)
     of_keys, of_values = split(codec, codec.encode(memories_of(x, SPEC)), 8)
-    assert np.array_equal(of_keys, keys.sa_encode(x))
-    assert np.array_equal(of_values, values.sa_encode(2 * x))
+    assert same_codes(keys, x, of_keys)
+    assert same_codes(values, 2 * x, of_values)
 
 
 @pytest.mark.parametrize("rotation", ["none", "pca", "opq"])
@@ -155,7 +168,7 @@ def test_what_was_trained_here_is_exported(rotation: str, tmp_path: Path) -> Non
         path = tmp_path / part
         faiss.write_index(to_faiss(codec, part), str(path))
         index = faiss.read_index(str(path))
-        assert np.array_equal(index.sa_encode(x if part == "keys" else 2 * x), codes)
+        assert same_codes(index, x if part == "keys" else 2 * x, codes)
         there = torch.from_numpy(index.sa_decode(np.ascontiguousarray(codes)))
         torch.testing.assert_close(ours.reshape(there.shape), there, rtol=1e-5, atol=1e-5)
 
@@ -211,18 +224,50 @@ def test_what_cannot_be_exported_says_why() -> None:
         to_faiss(codec, "queries")
 
 
-def test_decoding_needs_no_faiss_and_encoding_says_that_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("factory", ["OPQ4_16,PQ8x8", "Residual2x10,PQ4x9", "OPQ4_16,Residual2x8,PQ4x9"])
+def test_many_codes_are_those_of_faiss_but_where_it_rounds(factory: str) -> None:
+    """Of 40,000 vectors."""
+    index = trained(factory)
+    spec = MemorySpec(tuple(range(10)), 8, 500, 16, 500, "float32")
+    x = vectors(40_000, 16, seed=11)
+    codec = from_faiss(spec, index, index)
+    ours, _ = split(codec, codec.encode(memories_of(x, spec)), index.sa_code_size())
+    assert (ours != index.sa_encode(x)).any(1).mean() < 1e-3
+    assert same_codes(index, x, ours)
+
+
+def test_centroids_that_exist_twice_are_encoded_as_faiss_does() -> None:
+    index = faiss.IndexPQ(16, 4, 9)
+    once = np.repeat(vectors(4, 16, 0).reshape(4, 4, 4), 128, 1)  # [parts, centroids, 4], each 128 times
+    faiss.copy_array_to_vector(once.ravel(), index.pq.centroids)
+    index.is_trained = True
+    exchange(index, SPEC, index)
+
+
+def test_encoding_and_decoding_need_no_faiss(tmp_path: Path) -> None:
+    """In a process where it is not installed."""
     index = trained("OPQ4_16,Residual2x8,PQ4x9")
     memories = memories_of(vectors(72, 16, 3), SPEC)
     codec = from_faiss(SPEC, index, index)
-    payloads = codec.encode(memories)
-    fresh = from_faiss(SPEC, index, index)
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    monkeypatch.delitem(sys.modules, "m3runtime.codecs.product.faiss_exchange")
-    monkeypatch.delattr("m3runtime.codecs.product.faiss_exchange", raising=False)
-    assert torch.isfinite(fresh.decode(payloads, memories.tokens, torch.float32).keys).all()
-    with pytest.raises(PluginError, match=r"faiss, which is needed: pip install 'm3runtime\[train\]'"):
-        fresh.encode(memories)
+    codec.save(tmp_path / "codec")
+    torch.save((memories.keys, memories.values, memories.tokens), tmp_path / "memories")
+    torch.save(codec.encode(memories), tmp_path / "payloads")
+    use = f"""
+import pathlib, sys, torch
+sys.modules["faiss"] = None
+from m3runtime.codecs.product.codec import ProductCodec
+from m3runtime.memory.tensors import MemoryTensors
+from m3runtime.testing.codec import SPEC
+
+folder = pathlib.Path({str(tmp_path)!r})
+codec = ProductCodec.load(folder / "codec", SPEC)
+memories = MemoryTensors(*torch.load(folder / "memories"))
+payloads = codec.encode(memories)
+print(torch.equal(payloads, torch.load(folder / "payloads")), codec.distortion(memories).keys < 0.05)
+"""
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", use], capture_output=True, text=True, check=False, env=path)
+    assert done.stdout == "True True\n", done.stderr[-500:]
 
 
 def test_codes_that_are_exchanged_do_not_mind_what_was_imported_first() -> None:

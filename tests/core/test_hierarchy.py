@@ -211,31 +211,6 @@ def test_lifts(home: LmdbHome) -> None:
     hierarchy.close()
 
 
-def test_one_stream_s_unpin_leaves_another_s_pin(home: LmdbHome) -> None:
-    tiers = [gpu(1), pinned(3)]
-    hierarchy = Hierarchy(tiers, home, STAMP)
-    read(hierarchy, 1)
-    read(hierarchy, 2)  # 1 is in pinned alone now
-    assert hierarchy.pin(make_ids(1)).all()
-    read(hierarchy, 1)  # and in gpu too
-    assert hierarchy.pin(make_ids(1)).all()
-    hierarchy.unpin(make_ids(1))
-    read(hierarchy, 3, 4, 5, 6)
-    assert 1 in tiers[0]
-    assert 1 in tiers[1]
-    hierarchy.unpin(make_ids(1))
-    hierarchy.unpin(make_ids(1))
-    read(hierarchy, 3, 4, 5, 6)
-    assert 1 not in tiers[0]
-    assert 1 not in tiers[1]
-    read(hierarchy, 1)
-    assert hierarchy.pin(make_ids(1)).all()  # and once more
-    read(hierarchy, 3, 4, 5, 6)
-    assert 1 in tiers[0]
-    assert 1 in tiers[1]
-    hierarchy.close()
-
-
 def test_a_bad_block_is_quarantined_and_recall_goes_on(home: LmdbHome) -> None:
     bad = make_blocks(make_ids(50))
     bad[0, 20] ^= 1  # the bank's fingerprint, which the home does not check
@@ -281,9 +256,7 @@ def test_faults_of_a_caching_tier_are_counted_and_invisible(home: LmdbHome) -> N
     broken.broken = True
     assert read(hierarchy, 1, 2) == [True, True]
     assert hierarchy.lift(make_ids(3)).tolist() == [True]
-    assert hierarchy.pin(make_ids(1)).tolist() == [True]
-    hierarchy.unpin(make_ids(1))
-    assert hierarchy.stats()[0].faults >= 4
+    assert hierarchy.stats()[0].faults >= 3
     assert hierarchy.stats()[1].faults == 0
     broken.broken = False
     assert read(hierarchy, 1) == [True]
@@ -347,59 +320,19 @@ def test_a_block_forgotten_while_it_is_read_does_not_come_back(tmp_path: Path) -
         assert read(hierarchy, 1, 2) == [False, True]
 
 
-def leftover_pins(tier: CachingTier) -> int:
-    """How many slots other blocks cannot have, though they are pinned and what is there should not be."""
-    slots = (tier.capacity or 0) // SLOT_BYTES
-    others = [make_ids(10_000 + number) for number in range(slots)]
-    for other in others:
-        tier.write(other, make_blocks(other))
-    return slots - sum(bool(tier.pin(other).all()) for other in others)
-
-
 def faulty(tier: CachingTier, *faults: Fault) -> FaultyTier:
     return FaultyTier(tier, Schedule(*faults))
 
 
-@pytest.mark.parametrize("kind", ["error", "lost_reply"])
-def test_an_unpin_that_failed_is_owed(home: LmdbHome, kind: Kind) -> None:
-    inner = pinned(3)
-    tier = faulty(inner)
-    hierarchy = Hierarchy([tier], home, STAMP)
-    assert read(hierarchy, 1, 2) == [True, True]
-    assert hierarchy.pin(make_ids(1, 2)).all()
-    tier.schedule.set(Fault(kind, rate=1, methods={"unpin"}))
-    hierarchy.unpin(make_ids(1))
-    assert read(hierarchy, 1, 2, 3) == [True, True, True]  # it is used all the same
-    assert hierarchy.pin(make_ids(1)).tolist() == [False]  # but not for what it may have pinned
-    tier.schedule.set()
-    assert hierarchy.pin(make_ids(1)).tolist() == [True]
-    hierarchy.unpin(make_ids(1, 1, 2))
-    assert leftover_pins(inner) == 0
-
-
-@pytest.mark.parametrize("kind", ["error", "lost_reply"])
-def test_a_pin_that_failed_is_not_left_over(home: LmdbHome, kind: Kind) -> None:
-    inner = pinned(3)
-    tier = faulty(inner, Fault(kind, at={1}, methods={"pin"}))
-    hierarchy = Hierarchy([tier], home, STAMP)
-    assert read(hierarchy, 1) == [True]
-    assert hierarchy.pin(make_ids(1)).tolist() == [False]
-    assert hierarchy.pin(make_ids(1)).tolist() == [True]
-    hierarchy.unpin(make_ids(1, 1))
-    assert leftover_pins(inner) == 0
-
-
-def test_what_is_forgotten_is_neither_held_nor_pinned_by_a_tier_that_failed_to_discard(home: LmdbHome) -> None:
+def test_what_is_forgotten_is_not_held_by_a_tier_that_failed_to_discard(home: LmdbHome) -> None:
     inner = pinned(3)
     tier = faulty(inner, Fault("error", rate=1, methods={"discard"}))
     hierarchy = Hierarchy([tier], home, STAMP)
     assert read(hierarchy, 1, 2) == [True, True]
-    assert hierarchy.pin(make_ids(1)).all()
     hierarchy.discard(make_ids(1))
     assert 1 in inner
     assert not hierarchy.held(make_ids(1)).any()
     assert not hierarchy.lift(make_ids(1)).any()
-    assert not hierarchy.pin(make_ids(1)).any()
     hierarchy.score(make_ids(1), np.ones(1, np.float32))
     stats = hierarchy.stats()[0]
     assert stats.faults == len(tier.schedule.injected)
@@ -409,23 +342,16 @@ def test_what_is_forgotten_is_neither_held_nor_pinned_by_a_tier_that_failed_to_d
     tier.schedule.set()
     assert hierarchy.held(make_ids(1, 2)).tolist() == [False, True]
     assert 1 not in inner
-    assert leftover_pins(inner) == 0
 
 
-def test_a_bad_copy_is_discarded_and_takes_its_pin_along(home: LmdbHome) -> None:
+def test_a_bad_copy_is_discarded_and_the_next_tier_answers(home: LmdbHome) -> None:
     inner = pinned(3)
     tier = faulty(inner, Fault("torn_write", at={1}))
     hierarchy = Hierarchy([tier], home, STAMP)
     assert read(hierarchy, 1) == [True]
-    assert hierarchy.pin(make_ids(1)).all()
     for _ in range(3):
         assert read(hierarchy, 1) == [True]
     assert [(stats.bad_blocks, stats.hits) for stats in hierarchy.stats()] == [(1, 2), (0, 2)]
-    assert hierarchy.pin(make_ids(1)).all()  # the good copy, which was not pinned
-    assert read(hierarchy, 2, 3, 4, 5) == [True] * 4
-    assert 1 in inner
-    hierarchy.unpin(make_ids(1, 1))
-    assert leftover_pins(inner) == 0
     assert home.quarantined() == {}
 
 
@@ -555,7 +481,7 @@ ALL_AT_ONCE = [
 
 
 @pytest.mark.parametrize("faults", [[], ALL_AT_ONCE], ids=["all well", "with faults"])
-def test_threads_read_lift_pin_and_forget(home: LmdbHome, faults: list[Fault]) -> None:
+def test_threads_read_lift_and_forget(home: LmdbHome, faults: list[Fault]) -> None:
     home.commit(make_batch(range(10, 40)))
     inner = [gpu(3), pinned(8)]
     tiers = [FaultyTier(tier, Schedule(*faults, seed=seed)) for seed, tier in enumerate(inner)]
@@ -569,9 +495,7 @@ def test_threads_read_lift_pin_and_forget(home: LmdbHome, faults: list[Fault]) -
             gone = forgotten.copy()
             if turn % 3 == 0:
                 hierarchy.lift(ids)
-            hierarchy.pin(ids[:2])
             found = read(hierarchy, *ids.tolist())
-            hierarchy.unpin(ids[:2])
             for id, is_found in zip(ids.tolist(), found, strict=True):
                 assert not (id in gone and is_found)
                 assert is_found or id % 4 == 3
@@ -591,34 +515,14 @@ def test_threads_read_lift_pin_and_forget(home: LmdbHome, faults: list[Fault]) -
     assert home.quarantined() == {}
     for tier in inner:
         assert not tier.contains(make_ids(*forgotten)).any()
-        assert leftover_pins(tier) == 0
     hierarchy.close()
-
-
-def test_a_thread_that_pins_keeps_what_others_press_against(home: LmdbHome) -> None:
-    tiers = [gpu(2), pinned(4)]
-    hierarchy = Hierarchy(tiers, home, STAMP)
-
-    def work(number: int) -> None:
-        random = np.random.default_rng(number)
-        for _ in range(40):
-            ids = random.integers(0, 10, 2).astype(np.uint64)
-            read(hierarchy, *ids.tolist())
-            if number < 2:
-                pinned = hierarchy.pin(ids[:1])
-                read(hierarchy, *random.integers(0, 10, 4).tolist())
-                assert not pinned.any() or hierarchy.held(ids[:1]).all()
-                hierarchy.unpin(ids[:1])
-
-    together(4, work)
-    assert [leftover_pins(tier) for tier in tiers] == [0, 0]
 
 
 def test_a_closed_hierarchy_refuses_and_leaves_the_home_open(home: LmdbHome) -> None:
     hierarchy = Hierarchy([gpu(4)], home, STAMP)
     hierarchy.close()
     hierarchy.close()
-    uses: list[Any] = [hierarchy.lift, hierarchy.held, hierarchy.pin, hierarchy.unpin, hierarchy.discard]
+    uses: list[Any] = [hierarchy.lift, hierarchy.held, hierarchy.discard]
     for use in uses:
         with pytest.raises(TierClosedError):
             use(make_ids(1))

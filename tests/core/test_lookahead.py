@@ -1,5 +1,6 @@
 """Lookahead changes when memories are there, and nothing else."""
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3backends.slabs import PinnedTier
-from m3runtime.errors import TierClosedError, TierError
+from m3runtime.errors import ConfigError, StoreFullError, TierClosedError, TierError
+from m3runtime.recall.recalled import Recalled
 from m3runtime.runtime import Runtime
 from m3runtime.storage.tier import CachingTier
 from m3runtime.storage.trace import Op
-from m3runtime.stream import Recalled
 from m3runtime.testing.faulty import Fault, FaultyHome, Schedule
 from m3runtime.testing.recording import RecordingTier
 from m3runtime.testing.slow import SlowHome, SlowTier
@@ -55,7 +56,7 @@ def opened(tmp_path: Path) -> Iterator[Open]:
 
 
 def drain(runtime: Runtime) -> None:
-    assert runtime._prefetcher.drain(timeout=60)
+    assert runtime.background.drain(timeout=60)
 
 
 def same(one: Recalled, other: Recalled) -> bool:
@@ -77,13 +78,13 @@ chunks = st.lists(st.tuples(st.none() | texts, st.booleans(), texts), min_size=1
 
 
 @settings(max_examples=25)
-@given(chunks=chunks, in_flight=st.sampled_from([0, PART_BYTES, 100 * PART_BYTES]), slots=st.integers(0, 4))
+@given(chunks=chunks, decoded=st.sampled_from([3, 4, 100]), slots=st.integers(0, 4))
 def test_equal_memories_with_lookahead_on_and_off_and_without_tiers(
-    tmp_path_factory: pytest.TempPathFactory, chunks: list[Any], in_flight: int, slots: int
+    tmp_path_factory: pytest.TempPathFactory, chunks: list[Any], decoded: int, slots: int
 ) -> None:
     folder = tmp_path_factory.mktemp("banks")
     with (
-        open_runtime(folder / "on", tiers=pinned(slots), decoded=in_flight) as on,
+        open_runtime(folder / "on", tiers=pinned(slots), decoded=decoded * PART_BYTES) as on,
         open_runtime(folder / "off", tiers=no_tiers) as off,
         on.stream() as ahead,
         off.stream() as plain,
@@ -94,9 +95,11 @@ def test_equal_memories_with_lookahead_on_and_off_and_without_tiers(
                 if has_time:
                     drain(on)
             assert same(ahead.recall(text), plain.recall(text))
-            assert on.metrics().lookahead.in_flight_bytes == 0 or not has_time
+            assert on.metrics().store.guessed == 0 or not has_time
+            assert on.metrics().store.bytes <= decoded * PART_BYTES
         drain(on)
-        assert on.metrics().lookahead.in_flight_bytes == 0
+        on.store.check_integrity()
+        assert on.metrics().store.guessed == 0
 
 
 @pytest.mark.parametrize("held", [True, False])
@@ -125,21 +128,23 @@ def test_a_right_guess_leaves_nothing_to_read_or_decode(opened: Open) -> None:
         assert home_of(runtime).asked == read
         assert decoded_by(runtime) == decoded
         assert {"read", "decode", "wait"}.isdisjoint(recalled.stages)
-        counts = runtime.metrics().lookahead
-        assert (counts.guesses, counts.hits, counts.wasted_bytes, counts.in_flight_bytes) == (3, 3, 0, 0)
+        counts, stored = runtime.metrics().lookahead, runtime.metrics().store
+        assert (counts.guesses, counts.hits, stored.wasted_bytes, stored.guessed) == (3, 3, 0, 0)
         assert counts.hit_rate == 1
 
 
-def test_a_wrong_guess_is_dropped_and_counted(opened: Open) -> None:
-    runtime = opened()
+def test_a_wrong_guess_is_dropped_and_counted_when_it_is_evicted(opened: Open) -> None:
+    runtime = opened(decoded=6 * PART_BYTES)
     with runtime.stream() as stream:
         stream.hint("winter island")
         drain(runtime)
-        held = runtime.metrics().lookahead.in_flight_bytes
+        held = runtime.metrics().store.bytes
         assert 0 < held <= 3 * PART_BYTES
         stream.recall("lamp harbour")
-        counts = runtime.metrics().lookahead
-        assert (counts.guesses, counts.hits, counts.wasted_bytes, counts.in_flight_bytes) == (3, 0, held, 0)
+        counts, stored = runtime.metrics().lookahead, runtime.metrics().store
+        assert (counts.guesses, counts.hits, stored.guessed, stored.wasted_bytes) == (3, 0, 0, 0)
+        stream.recall("bridge walnut")  # makes room for itself
+        assert runtime.metrics().store.wasted_bytes > 0
 
 
 def test_what_the_stream_holds_is_not_guessed(opened: Open) -> None:
@@ -161,7 +166,7 @@ def test_a_newer_hint_keeps_what_both_guessed(opened: Open) -> None:
             stream.hint(text)
             drain(runtime)
         assert decoded_by(runtime) == [1, 1]
-        assert runtime.metrics().lookahead.wasted_bytes > 0
+        assert runtime.metrics().store.guessed == 1
 
 
 def test_a_text_that_was_hinted_at_is_not_embedded_again(opened: Open) -> None:
@@ -198,20 +203,35 @@ def test_what_is_decoded_in_inference_mode_serves_everybody(opened: Open) -> Non
 # -- bounds -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_does_not_fit_is_only_lifted(opened: Open) -> None:
-    runtime = opened(decoded=2 * PART_BYTES)
+def test_a_guess_that_does_not_fit_is_only_lifted(opened: Open) -> None:
+    runtime = opened(decoded=3 * PART_BYTES)
     with runtime.stream() as stream:
+        stream.recall("winter island")
         stream.hint("lamp oil harbour")
         drain(runtime)
         counts = runtime.metrics().lookahead
-        assert (counts.guesses, counts.beyond) == (3, 1)
-        assert decoded_by(runtime) == [1, 1]
+        assert (counts.guesses, counts.beyond) == (3, 3)
+        assert len(decoded_by(runtime)) == 3
         chosen = [match.id for match in runtime.search(["lamp oil harbour"])[0]]
         assert runtime.hierarchy.held(np.array(chosen, np.uint64)).all()
         asked = len(home_of(runtime).asked)
         assert len(stream.recall("lamp oil harbour")) == 3
         assert len(home_of(runtime).asked) == asked
-        assert runtime.metrics().lookahead.hits == 3
+
+
+def test_a_recall_without_room_says_what_to_set(opened: Open) -> None:
+    runtime = opened(decoded=3 * PART_BYTES)
+    with runtime.stream() as one, runtime.stream() as other:
+        one.recall("lamp oil harbour")
+        with pytest.raises(StoreFullError, match=r"recall\.decoded: no room for [123] memories"):
+            other.recall("winter island")
+        late = other.recall("winter island", wait=False)
+        assert late.late
+        assert len(late.ids + late.late) == 3
+        one.close()
+        assert len(other.recall("winter island")) == 3
+    with pytest.raises(ConfigError, match=r"recall\.decoded: .* bytes do not hold the 3 memories of one chunk"):
+        opened("small", decoded=2 * PART_BYTES).stream()
 
 
 # -- nobody brings what another is bringing ---------------------------------------------------------------------------
@@ -232,9 +252,7 @@ def test_a_recall_waits_for_the_guess_that_is_under_way(opened: Open) -> None:
             stream.hint("lamp oil harbour")
             home.entered.acquire()
             thread, results = in_thread(lambda: stream.recall("harbour oil lamp"))
-            while not runtime._lookahead.arrivals._there or not all(
-                arrival.waiters for arrival in runtime._lookahead.arrivals._there.values()
-            ):
+            while runtime.metrics().store.leased < 3:
                 pass
         thread.join()
         assert len(results[0]) == 3
@@ -257,7 +275,7 @@ def test_two_recalls_of_one_memory_read_and_decode_it_once(opened: Open) -> None
             first, got = in_thread(lambda: one.recall("lamp oil harbour"))
             home.entered.acquire()
             second, also = in_thread(lambda: other.recall("harbour oil lamp"))
-            while not any(arrival.waiters == 2 for arrival in list(runtime._lookahead.arrivals._there.values())):
+            while len(embedder_of(runtime).calls) < 2:
                 pass
         first.join()
         second.join()
@@ -266,7 +284,8 @@ def test_two_recalls_of_one_memory_read_and_decode_it_once(opened: Open) -> None
         assert decoded_by(runtime) == [1, 1, 1]
         assert len(home.asked) == 1
         assert [len(op.ids) for op in ops if op.op == "read"] == [3]
-    assert not runtime._lookahead.arrivals._there
+    runtime.store.check_integrity()
+    assert runtime.metrics().store.leased == 0
 
 
 def test_two_streams_that_guess_one_memory_share_it(opened: Open) -> None:
@@ -276,55 +295,10 @@ def test_two_streams_that_guess_one_memory_share_it(opened: Open) -> None:
         drain(runtime)
         assert decoded_by(runtime) == [1]
         first = one.recall(TEXTS[3])
-        assert runtime.metrics().lookahead.in_flight_bytes > 0  # for the other one
+        assert runtime.metrics().store.guessed == 1  # for the other one
         assert other.recall(TEXTS[3]).parts[0][0] is first.parts[0][0]
-        counts = runtime.metrics().lookahead
-        assert (counts.guesses, counts.hits, counts.wasted_bytes, counts.in_flight_bytes) == (2, 2, 0, 0)
-
-
-def test_a_recall_brings_itself_what_a_guess_has_not_begun(opened: Open) -> None:
-    """What is needed now goes before what was guessed: the prefetcher is busy with something else."""
-    runtime = opened(sections={"threads": {"lookahead": 1}})
-    with runtime.stream() as stream, _Queued(runtime, stream, "lamp oil harbour"):
-        assert len(stream.recall("lamp oil harbour")) == 3
-        assert decoded_by(runtime) == [1, 1, 1]
-    drain(runtime)
-    assert len(home_of(runtime).asked) == 1
-
-
-def test_a_guess_that_has_not_begun_is_dropped_by_the_recall_that_shows_it_wrong(opened: Open) -> None:
-    runtime = opened(sections={"threads": {"lookahead": 1}})
-    with runtime.stream() as stream, _Queued(runtime, stream, "winter island"):
-        assert runtime.metrics().lookahead.in_flight_bytes == 3 * PART_BYTES
-        stream.recall("lamp oil harbour")
-        assert runtime.metrics().lookahead.in_flight_bytes == 0
-    drain(runtime)
-    assert len(home_of(runtime).asked) == 1
-    assert decoded_by(runtime) == [1, 1, 1]
-    assert runtime.metrics().lookahead.wasted_bytes == 0
-
-
-class _Queued:
-    """Meanwhile the guess of a hint waits for a prefetcher of one thread, which is held up."""
-
-    def __init__(self, runtime: Runtime, stream: Any, text: str) -> None:
-        self.runtime, self.stream, self.text = runtime, stream, text
-        self.entered, self.opened = threading.Event(), threading.Event()
-
-    def __enter__(self) -> None:
-        embedder = embedder_of(self.runtime)
-        with shut(embedder.gate):
-            self.stream.hint(self.text)
-            embedder.entered.acquire()
-            self.runtime._prefetcher.hint("held up", self.hold)
-        self.entered.wait()
-
-    def hold(self) -> None:
-        self.entered.set()
-        self.opened.wait()
-
-    def __exit__(self, *_: object) -> None:
-        self.opened.set()
+        counts, stored = runtime.metrics().lookahead, runtime.metrics().store
+        assert (counts.guesses, counts.hits, stored.guessed, stored.decoded) == (2, 2, 0, 1)
 
 
 def test_a_hint_that_waits_is_overtaken_by_a_newer_one_and_by_the_recall(opened: Open) -> None:
@@ -356,7 +330,7 @@ def test_a_hint_whose_recall_came_first_brings_nothing(opened: Open) -> None:
             stream.recall(" ")  # embeds nothing
         drain(runtime)
         counts = runtime.metrics().lookahead
-        assert (counts.cancelled, counts.guesses, counts.in_flight_bytes) == (1, 0, 0)
+        assert (counts.cancelled, counts.guesses, runtime.metrics().store.guessed) == (1, 0, 0)
 
 
 def test_a_stream_that_ends_takes_its_guesses_along(opened: Open) -> None:
@@ -364,8 +338,25 @@ def test_a_stream_that_ends_takes_its_guesses_along(opened: Open) -> None:
     with runtime.stream() as stream:
         stream.hint("lamp oil")
         drain(runtime)
-        assert runtime.metrics().lookahead.in_flight_bytes > 0
-    assert runtime.metrics().lookahead.in_flight_bytes == 0
+        assert runtime.metrics().store.guessed > 0
+    assert runtime.metrics().store.guessed == 0
+
+
+@pytest.mark.parametrize("recalled", [True, False])
+def test_a_stream_that_is_dropped_gives_everything_back(recalled: bool, opened: Open) -> None:
+    runtime = opened()
+    stream = runtime.stream()
+    if recalled:
+        stream.recall("lamp oil")
+    stream.hint("winter island")
+    drain(runtime)
+    assert runtime.metrics().store.guessed > 0
+    assert (runtime.metrics().store.leased > 0) == recalled
+    del stream
+    gc.collect()
+    stored = runtime.metrics().store
+    assert (stored.leased, stored.guessed) == (0, 0)
+    runtime.store.check_integrity()
 
 
 # -- deadlines --------------------------------------------------------------------------------------------------------
@@ -383,18 +374,18 @@ def test_what_a_hint_is_still_bringing_is_late_once(when_late: str, tiers: Any, 
             recalled = stream.recall(TEXTS[3])
             assert (recalled.ids, recalled.late) == ((), (3,))
         drain(runtime)
-        assert runtime.metrics().lookahead.in_flight_bytes > 0  # it is ready for the next chunk
+        assert runtime.metrics().store.guessed == 1  # it is ready for the next chunk
         later = stream.recall(" ")
         assert later.ids == ((3,) if when_late == "next_chunk" else ())
         assert later.late == ()
         assert len(home.asked) == 1
         counts = runtime.metrics()
-        assert (counts.recall.late, counts.lookahead.in_flight_bytes) == (1, 0)
+        assert (counts.recall.late, counts.store.guessed) == (1, 0)
 
 
 @pytest.mark.parametrize("tiers", [pinned(6), no_tiers], ids=["tier", "no tier"])
 def test_decoding_goes_on_without_what_lies_below_and_with_what_is_near(tiers: Any, opened: Open) -> None:
-    runtime = opened(when_late="skip", deadline=0.01, memories=2, tiers=tiers, decoded=0)
+    runtime = opened(when_late="skip", deadline=0.01, memories=2, tiers=tiers)
     home = home_of(runtime)
     with runtime.stream() as stream, runtime.stream() as other:
         near = other.recall(TEXTS[3], wait=True).ids
@@ -403,10 +394,9 @@ def test_decoding_goes_on_without_what_lies_below_and_with_what_is_near(tiers: A
         with shut(home.gate):
             recalled = stream.recall(f"{TEXTS[3]} {TEXTS[20]}")
             wanted = {match.id for match in runtime.search([f"{TEXTS[3]} {TEXTS[20]}"])[0]}
-            there = wanted.intersection(near) if tiers is not no_tiers else set()
+            there = wanted.intersection(near)  # `other` leases them, whatever the tiers hold
             assert set(recalled.ids) == there
             assert set(recalled.late) == wanted - there
-            assert runtime.metrics().lookahead.in_flight_bytes == 0  # no room for what is late either
         drain(runtime)
         assert set(stream.recall(f"{TEXTS[3]} {TEXTS[20]}", wait=True).ids) == wanted
 
@@ -432,11 +422,11 @@ def test_slow_storage_is_late_at_a_deadline_of_nothing_and_in_time_at_a_long_one
         slow.append(SlowTier(PinnedTier(slot_bytes=slot_bytes, capacity=30 * slot_bytes)))
         return [*pinned(1)(slot_bytes), *(slow if below == "tier" else [])]
 
-    runtime = opened(when_late="skip", deadline=0.0, memories=1, tiers=tiers, wrap=SlowHome)
+    runtime = opened(when_late="skip", deadline=0.0, memories=1, tiers=tiers, wrap=SlowHome, decoded=PART_BYTES)
     with runtime.stream() as stream:
         chosen = stream.recall(TEXTS[3], wait=True)
         for other in (TEXTS[20], TEXTS[10]):
-            stream.recall(other, wait=True)  # the second takes the place in the fastest tier, that is not pinned then
+            stream.recall(other, wait=True)  # takes the only place in the store and in the fastest tier
         home = runtime.bank.home
         assert isinstance(home, SlowHome)
         (slow[0] if below == "tier" else home).latency = 0.3
@@ -464,23 +454,23 @@ def test_a_guess_that_fails_is_counted_and_the_recall_tries_again(opened: Open) 
         stream.hint("lamp oil")
         drain(runtime)
         counts = runtime.metrics().lookahead
-        assert (counts.failed, counts.in_flight_bytes) == (1, 0)
+        assert (counts.failed, runtime.metrics().store.guessed) == (1, 0)
         assert "read failed" in counts.last_error
         assert len(stream.recall("lamp oil")) == 3
 
 
 @pytest.mark.parametrize("when_late", ["wait", "skip"])
-def test_a_recall_that_fails_raises_and_leaves_the_stream_as_it_was(when_late: str, opened: Open) -> None:
+def test_a_recall_that_fails_raises_and_the_next_one_works(when_late: str, opened: Open) -> None:
     fault = Fault("error", at={2}, methods={"read"})
     runtime = opened(wrap=faulty(fault), when_late=when_late, deadline=60.0, tiers=pinned(1))
     with runtime.stream() as stream:
         first = stream.recall("lamp oil harbour")
         with pytest.raises(TierError, match="read failed"):
             stream.recall("winter island")
-        assert tuple(stream.held) == first.ids
         assert stream.recall("lamp oil harbour").parts[0][0] is first.parts[0][0]
         assert len(stream.recall("winter island")) == 3
-        assert not runtime._lookahead.arrivals._there
+        assert runtime.metrics().store.leased == 3
+        runtime.store.check_integrity()
 
 
 def test_one_bad_hint_is_the_only_one_that_fails(opened: Open) -> None:
@@ -493,17 +483,22 @@ def test_one_bad_hint_is_the_only_one_that_fails(opened: Open) -> None:
         assert "cannot be embedded" in counts.last_error
 
 
-def test_a_mistake_beside_decoding_is_raised_by_the_next_hint(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_background_is_no_other_streams_error(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     runtime = opened()
-    with runtime.stream() as stream:
+    with runtime.stream() as unlucky, runtime.stream() as other:
         with monkeypatch.context() as patch:
             patch.setattr(runtime.bank.codec, "decode", lambda *_: 1 / 0)
-            stream.hint("lamp oil")
-            while runtime._prefetcher._mistake is None:
-                pass
-        with pytest.raises(ZeroDivisionError):
-            stream.hint("lamp oil")
-        assert len(stream.recall("lamp oil")) == 3
+            unlucky.hint("lamp oil")
+            drain(runtime)
+        assert runtime.metrics().lookahead.failed == 1
+        assert "ZeroDivisionError" in caplog.text
+        other.hint("winter island")
+        drain(runtime)
+        assert len(other.recall("winter island")) == 3
+        assert len(unlucky.recall("lamp oil")) == 3
+        assert runtime.metrics().lookahead.failed == 1
 
 
 @pytest.mark.parametrize("when_late", ["wait", "skip"])
@@ -532,7 +527,7 @@ def test_a_closed_runtime_takes_no_hints_and_leaves_no_thread(opened: Open) -> N
         stream.hint("lamp oil")
     with pytest.raises(TierClosedError):
         stream.recall("lamp oil")
-    assert not any(one.is_alive() for one in runtime._prefetcher._threads)
+    assert not [one.name for one in threading.enumerate() if one.name.startswith("m3-")]
     stream.close()
 
 
@@ -540,9 +535,9 @@ def test_a_closed_runtime_takes_no_hints_and_leaves_no_thread(opened: Open) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("in_flight", [0, 100 * PART_BYTES])
-def test_equal_memories_with_and_without_lookahead_on_a_gpu(in_flight: int, opened: Open) -> None:
-    runtime, plain = opened(device="cuda", decoded=in_flight), opened("other", device="cuda", tiers=no_tiers)
+@pytest.mark.parametrize("decoded", [3 * PART_BYTES, 100 * PART_BYTES])
+def test_equal_memories_with_and_without_lookahead_on_a_gpu(decoded: int, opened: Open) -> None:
+    runtime, plain = opened(device="cuda", decoded=decoded), opened("other", device="cuda", tiers=no_tiers)
     with runtime.stream() as stream, plain.stream() as other, torch.cuda.stream(torch.cuda.Stream()):
         for at in range(20):
             text = f"{WORDS[at % 12]} {WORDS[at * 5 % 12]}"

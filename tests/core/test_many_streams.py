@@ -1,17 +1,21 @@
 """Streams of many threads: what arrives together is served together, with the results of each alone."""
 
+import linecache
+import sys
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
+from types import FrameType
 
 import pytest
 import torch
 
 from m3runtime.errors import InputError, M3Error
-from m3runtime.recall.batching import Together
+from m3runtime.recall.batching import Batched
+from m3runtime.recall.recalled import Recalled
 from m3runtime.retrieval.recent import Recent
-from m3runtime.stream import Recalled
 from m3runtime.testing.threads import together
 from tests.core.recalling import (
     BAD,
@@ -21,7 +25,6 @@ from tests.core.recalling import (
     GatedHome,
     decoded_by,
     embedder_of,
-    home_of,
     open_runtime,
     pinned,
     shut,
@@ -33,11 +36,11 @@ def texts_of(stream: int, chunks: int) -> list[str]:
     return [" ".join(random.choices(WORDS, k=2)) for _ in range(chunks)]
 
 
-@pytest.mark.parametrize("in_flight", [PART_BYTES, 100 * PART_BYTES])
-def test_threads_recall_what_they_would_one_after_the_other(in_flight: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("decoded", [15 * PART_BYTES, 100 * PART_BYTES])
+def test_threads_recall_what_they_would_one_after_the_other(decoded: int, tmp_path: Path) -> None:
     streams, chunks = 5, 12
     recalled: list[list[Recalled]] = [[] for _ in range(streams)]
-    with open_runtime(tmp_path / "bank", tiers=pinned(4), decoded=in_flight) as runtime:
+    with open_runtime(tmp_path / "bank", tiers=pinned(4), decoded=decoded) as runtime:
 
         def work(number: int) -> None:
             random = Random(-number)
@@ -46,15 +49,15 @@ def test_threads_recall_what_they_would_one_after_the_other(in_flight: int, tmp_
                     if random.random() < 0.7:
                         stream.hint(text if random.random() < 0.7 else random.choice(WORDS))
                     recalled[number].append(stream.recall(text))
-                    assert runtime.metrics().lookahead.in_flight_bytes <= in_flight
+                    assert runtime.metrics().store.bytes <= decoded
 
         together(streams, work)
-        assert runtime._prefetcher.drain(timeout=60)
+        assert runtime.background.drain(timeout=60)
         counts = runtime.metrics()
-        assert counts.lookahead.in_flight_bytes == 0
+        assert (counts.store.leased, counts.store.guessed) == (0, 0)
         assert counts.lookahead.failed == 0
         assert counts.recall.chunks == streams * chunks
-        assert not runtime._lookahead.arrivals._there
+        runtime.store.check_integrity()
         for number in range(streams):
             with runtime.stream() as stream:
                 for text, before in zip(texts_of(number, chunks), recalled[number], strict=True):
@@ -64,13 +67,14 @@ def test_threads_recall_what_they_would_one_after_the_other(in_flight: int, tmp_
                         assert all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))
 
 
-def test_recalls_that_come_while_another_is_embedded_share_all_that_follows(tmp_path: Path) -> None:
+def test_recalls_that_come_while_another_is_embedded_are_embedded_together(tmp_path: Path) -> None:
     with open_runtime(tmp_path / "bank", wrap=GatedHome, memories=1) as runtime:
-        embedder, home = embedder_of(runtime), home_of(runtime)
+        embedder = embedder_of(runtime)
         recalled: dict[int, Recalled] = {}
+        streams = [runtime.stream() for _ in range(5)]
 
         def recall(number: int) -> None:
-            recalled[number] = runtime.stream().recall(TEXTS[number])
+            recalled[number] = streams[number].recall(TEXTS[number])
 
         threads = [threading.Thread(target=recall, args=(number,)) for number in range(5)]
         with shut(embedder.gate):
@@ -78,15 +82,14 @@ def test_recalls_that_come_while_another_is_embedded_share_all_that_follows(tmp_
             embedder.entered.acquire()
             for thread in threads[1:]:
                 thread.start()
-            while len(runtime._together._waiting) < 4:
+            while len(runtime._recall._search._waiting) < 4:
                 pass
         for thread in threads:
             thread.join()
         assert [len(call) for call in embedder.calls] == [1, 4]
-        assert sorted(map(len, home.asked)) == [1, 4]
         assert {number: one.ids for number, one in recalled.items()} == {number: (number,) for number in range(5)}
         assert decoded_by(runtime) == [1] * 5
-        assert runtime.metrics().recall_stages["recall"].count == 2
+        assert runtime.metrics().recall_stages["recall"].count == 5
 
 
 def test_a_text_that_cannot_be_embedded_fails_nobody_else(tmp_path: Path) -> None:
@@ -107,7 +110,7 @@ def test_a_text_that_cannot_be_embedded_fails_nobody_else(tmp_path: Path) -> Non
             embedder.entered.acquire()
             for thread in threads[1:]:
                 thread.start()
-            while len(runtime._together._waiting) < 3:
+            while len(runtime._recall._search._waiting) < 3:
                 pass
         for thread in threads:
             thread.join()
@@ -157,57 +160,54 @@ def test_closing_in_the_midst_of_it_ends_everything_in_order(seed: int, tmp_path
 
     together(4, work)
     runtime.close()
-    assert not any(thread.is_alive() for thread in runtime._prefetcher._threads)
-    assert runtime.metrics().lookahead.in_flight_bytes == 0
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("m3-")]
+    stored = runtime.metrics().store
+    assert (stored.leased, stored.guessed) == (0, 0)
 
 
 # -- what they are made of --------------------------------------------------------------------------------------------
 
 
 class Doubling:
-    """Doubles numbers in two steps, notes the batches, and fails for 13."""
+    """Doubles numbers, notes the batches, and fails for 13."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
         self.gate = threading.Event()
         self.entered = threading.Semaphore(0)
-        self.together = Together(self.first, self.second, lambda number: number % 2)
+        self.batched = Batched(self.serve)
 
-    def first(self, numbers: Sequence[int]) -> list[int]:
+    def serve(self, numbers: Sequence[int]) -> list[int]:
         self.batches.append(list(numbers))
         self.entered.release()
         self.gate.wait()
-        return [2 * number for number in numbers]
-
-    def second(self, numbers: Sequence[int], doubled: list[int]) -> list[int]:
         if 13 in numbers:
             raise ZeroDivisionError
-        return doubled
+        return [2 * number for number in numbers]
 
 
-def test_batches_are_of_one_kind_and_none_waits_for_more() -> None:
+def test_requests_that_come_meanwhile_are_one_batch_and_each_has_its_own_error() -> None:
     doubling = Doubling()
     results: dict[int, int] = {}
 
     def ask(number: int) -> None:
         try:
-            results[number] = doubling.together(number)
+            results[number] = doubling.batched(number)
         except ZeroDivisionError:
             results[number] = -1
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in (0, 1, 3, 4, 13, 6)]
+    threads = [threading.Thread(target=ask, args=(number,)) for number in (0, 1, 13, 6)]
     threads[0].start()
     doubling.entered.acquire()
     for thread in threads[1:]:
         thread.start()
-    while len(doubling.together._waiting) < 5:
+    while len(doubling.batched._waiting) < 3:
         pass
     doubling.gate.set()
     for thread in threads:
         thread.join()
-    assert results == {0: 0, 1: 2, 3: 6, 4: 8, 6: 12, 13: -1}
-    assert doubling.batches[0] == [0]
-    assert sorted(map(sorted, doubling.batches[1:])) == [[1], [1, 3, 13], [3], [4, 6], [13]]
+    assert results == {0: 0, 1: 2, 6: 12, 13: -1}
+    assert sorted(map(sorted, doubling.batches)) == [[0], [1], [1, 6, 13], [6], [13]]
 
 
 def test_many_threads_of_requests_all_get_their_own_result() -> None:
@@ -217,10 +217,36 @@ def test_many_threads_of_requests_all_get_their_own_result() -> None:
 
     def ask(thread: int) -> None:
         for number in range(0, 40, 4):
-            results[thread].append(doubling.together(100 * thread + number))
+            results[thread].append(doubling.batched(100 * thread + number))
 
     together(6, ask)
     assert results == [[2 * (100 * thread + number) for number in range(0, 40, 4)] for thread in range(6)]
+
+
+@pytest.mark.parametrize("line", range(1, 25))
+def test_an_interrupt_at_any_line_leaves_no_later_request_waiting(line: int) -> None:
+    batched = Batched[int, int](lambda numbers: [2 * number for number in numbers])
+    done = list[int]()
+
+    def interrupt(frame: FrameType, event: str, _: object) -> object:
+        # A signal is handled between calls: never between the end of a `with` block and the release of its lock.
+        here = frame.f_code.co_filename.endswith("batching.py") and event == "line"
+        if here and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip().startswith("with"):
+            done.append(frame.f_lineno)
+            if len(done) == line:
+                raise KeyboardInterrupt
+        return interrupt
+
+    before = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        assert batched(1) == 2
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(batched, [3, 4], timeout=60)) == [6, 8]
 
 
 def test_recent_results_are_kept_and_computed_once() -> None:

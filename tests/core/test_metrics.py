@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from m3runtime.cli import app, top
 from m3runtime.errors import ConfigError, InputError
 from m3runtime.observe.latency import BOUNDS_S, Timer
-from m3runtime.observe.metrics import RECALL_STAGES, LookaheadCounts, RecallCounts, Timeline
-from m3runtime.observe.prometheus import _LOOKAHEAD, _RECALL, _TIER, Collector, Endpoint, serve
+from m3runtime.observe.metrics import RECALL_STAGES, LookaheadCounts, RecallCounts, StoreCounts, Timeline
+from m3runtime.observe.prometheus import _LOOKAHEAD, _RECALL, _STORE, _STORE_NOW, _TIER, Collector, Endpoint, serve
 from m3runtime.observe.tiers import TierStats
 from m3runtime.runtime import Runtime
 from m3runtime.testing.threads import together
@@ -33,7 +33,7 @@ def use(runtime: Runtime) -> None:
     """Two chunks: one guessed rightly, one not at all."""
     with runtime.stream() as stream:
         stream.hint(TEXTS[3])
-        runtime._prefetcher.drain()
+        runtime.background.drain()
         stream.recall(TEXTS[3])
         stream.recall(TEXTS[20])
 
@@ -88,7 +88,7 @@ def test_a_timeline_has_who_did_what_when(runtime: Runtime) -> None:
     assert names.count("ahead.decode") == 3
     assert all(event.start <= event.end and event.streams == (1,) for event in events)
     assert {event.thread for event in events if event.name == "recall"} == {threading.current_thread().name}
-    assert all(event.thread.startswith("m3-prefetch") for event in events if event.name.startswith("ahead."))
+    assert all(event.thread.startswith("m3-ahead") for event in events if event.name.startswith("ahead."))
     assert {event.blocks for event in events if event.name == "ahead.read"} == {3}
     ahead = max(event.end for event in events if event.name == "ahead.decode")
     assert ahead <= min(event.start for event in events if event.name == "recall")
@@ -141,7 +141,8 @@ def test_prometheus_reads_what_the_values_say(runtime: Runtime) -> None:
 def test_every_count_is_exported() -> None:
     seconds = {"search_s", "fetch_s", "waited_s", "encode_s"}  # those are in the latencies, or named otherwise
     assert {field.name for field in fields(RecallCounts)} == {*_RECALL, *seconds}
-    assert {field.name for field in fields(LookaheadCounts)} == {*_LOOKAHEAD, "last_error", "in_flight_bytes"}
+    assert {field.name for field in fields(LookaheadCounts)} == {*_LOOKAHEAD, "last_error"}
+    assert {field.name for field in fields(StoreCounts)} == {*_STORE, *_STORE_NOW}
     assert {field.name for field in fields(TierStats)} == {*_TIER, "name"}
 
 
@@ -199,10 +200,10 @@ def test_one_line_where_nobody_listens_or_somebody_else(tmp_path: Path, monkeypa
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(InputError, match=f"nobody answers at 127.0.0.1:{port} .*--port") as caught:
+    with pytest.raises(InputError, match=f"nothing answers at 127.0.0.1:{port} .*--port") as caught:
         top.read(f"127.0.0.1:{port}")
     assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="nobody answers at no host:1"):
+    with pytest.raises(InputError, match="nothing answers at no host:1"):
         top.read("no host:1")
 
     class Other(BaseHTTPRequestHandler):
@@ -217,7 +218,7 @@ def test_one_line_where_nobody_listens_or_somebody_else(tmp_path: Path, monkeypa
     with HTTPServer(("127.0.0.1", 0), Other) as server:
         thread = threading.Thread(target=server.handle_request)
         thread.start()
-        with pytest.raises(InputError, match="is no runtime of m3"):
+        with pytest.raises(InputError, match="is not a runtime of m3"):
             top.read(f"127.0.0.1:{server.server_port}")
         thread.join()
 

@@ -1,12 +1,14 @@
-"""The nearest centroids: numba finds those that numpy finds, and both the nearest."""
+"""The nearest centroids: numba finds those that torch finds, and both the nearest."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3runtime.codecs.kernels import nearest
-from m3runtime.codecs.product.codec import ProductCodec, transform_quantiser
+from m3runtime.codecs.product import transform_quantiser
+from m3runtime.codecs.product.codec import ProductCodec
+from m3runtime.codecs.product.kernels import nearest
+from m3runtime.codecs.product.stages import Stage
 from m3runtime.testing.codec import SPEC, make_memories
 
 
@@ -15,30 +17,42 @@ from m3runtime.testing.codec import SPEC, make_memories
     size=st.sampled_from([1, 2, 3, 4, 8]),
     parts=st.integers(1, 20),
     groups=st.integers(1, 3),
-    sharing=st.integers(1, 2),
     tokens=st.sampled_from([1, 7, 128, 129, 300]),
     bits=st.sampled_from([2, 8, 9]),
     coarse=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_numba_and_numpy_find_the_same(
-    size: int, parts: int, groups: int, sharing: int, tokens: int, bits: int, coarse: bool, seed: int
+def test_numba_and_torch_find_the_same(
+    size: int, parts: int, groups: int, tokens: int, bits: int, coarse: bool, seed: int
 ) -> None:
     pytest.importorskip("numba")
     random = torch.Generator().manual_seed(seed)
-    x = torch.randn(groups * sharing, tokens, parts * size, generator=random)
-    centroids = torch.randn(groups, parts, 2**bits, size, generator=random)
+    x = torch.randn(groups, tokens, parts * size, generator=random)
+    centroids = torch.randn(groups * parts, 2**bits, size, generator=random)
     if coarse:  # many are equally near
         x, centroids = x.round(), centroids.round()
-    against = nearest.scorer(centroids)
-    one, other = torch.zeros(2, tokens, len(x), parts, dtype=torch.int32)
-    nearest.nearest(x, against, sharing, one)
-    nearest.by_numpy(x.numpy(), against.numpy(), sharing, other.numpy())
+    places = Stage(parts, 8).places(groups, parts * size)
+    one, other = torch.zeros(2, tokens, groups * parts, dtype=torch.int32)
+    nearest.by_numba(x, places, nearest.scorer(centroids), one)
+    nearest.by_torch(x, places, nearest.scorer(centroids), other)
     assert torch.equal(one, other)
-    head = len(x) - 1
-    cut = x[head].view(tokens, parts, size)
-    apart = (cut[:, :, None] - centroids[head // sharing]).double().square().sum(3)  # [tokens, parts, centroids]
-    chosen = apart.gather(2, one[:, head, :, None].long())[..., 0]
+    cut = x.view(groups, tokens, parts, size).permute(1, 0, 2, 3).flatten(1, 2)
+    apart = (cut[:, :, None] - centroids).double().square().sum(3)  # [tokens, groups * parts, centroids]
+    chosen = apart.gather(2, one[:, :, None].long())[..., 0]
+    torch.testing.assert_close(chosen, apart.amin(2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_of_equal_centroids_the_first_is_found(dtype: torch.dtype) -> None:
+    """Training on few vectors leaves some twice; more tokens and centroids than are scored at once."""
+    random = torch.Generator().manual_seed(0)
+    centroids = torch.randn(2, 3000, 10, generator=random, dtype=dtype).repeat(1, 3, 1)
+    x = torch.randn(1, 700, 20, generator=random, dtype=dtype)
+    found = torch.zeros(700, 2, dtype=torch.int32)
+    nearest.nearest(x, Stage(2, 14).places(1, 20), nearest.scorer(centroids), found)
+    apart = torch.stack([torch.cdist(x[0, :, at : at + 10], centroids[at // 10]) for at in (0, 10)], 1)
+    assert int(found.max()) < 3000
+    chosen = apart.gather(2, found[:, :, None].long())[..., 0]
     torch.testing.assert_close(chosen, apart.amin(2), rtol=1e-4, atol=1e-4)
 
 

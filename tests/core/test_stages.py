@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3runtime.codecs.base import Codec, Distortion
-from m3runtime.codecs.kernels import lookup
 from m3runtime.codecs.product.codec import ProductCodec
-from m3runtime.codecs.product.packing import Stage, pack, parse, text_of, unpack
-from m3runtime.codecs.product.rotation import rotate_
+from m3runtime.codecs.product.kernels import look_up
+from m3runtime.codecs.product.kernels.rotate import rotate_
+from m3runtime.codecs.product.stages import Stage, pack, parse, text_of, unpack
 from m3runtime.errors import CodecError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.testing.codec import SPEC, CodecContract, identical, make_memories
@@ -106,8 +106,11 @@ def test_the_preset_fits_any_head_dim(head_dim: int) -> None:
         ({"values": "4x17"}, "a stage has 8 to 16 bits, not 17 as in 4x17"),
         ({"keys": "4x8+3x8"}, "the parts of a stage must divide head_dim 16, not as in 3x8"),
         ({"keys": "0x8"}, "the parts of a stage must divide head_dim 16, not as in 0x8"),
-        ({"keys": "4x8", "key_bytes": 4}, "key_bytes of the product codec cannot be set beside keys"),
-        ({"preset": "memory3", "scope": "head"}, "scope of the product codec cannot be set beside preset memory3"),
+        ({"keys": "4x8", "key_bytes": 4}, "key_bytes of the product codec cannot be set together with keys"),
+        (
+            {"preset": "memory3", "scope": "head"},
+            "scope of the product codec cannot be set together with preset memory3",
+        ),
         ({"preset": "memory4"}, "preset of the product codec must be one of memory3, not 'memory4'"),
         ({"rotation": "some"}, "rotation of the product codec must be one of none, pca, opq, not 'some'"),
         ({"offset": 1}, "offset of the product codec must be true or false, not 1"),
@@ -174,8 +177,8 @@ def test_numba_and_torch_look_up_the_same_bits(
     codes = slab[..., 2:-1]
     added = torch.randn(n, 4, dim, generator=random) if add else None
     one, other = torch.full((2, n, 4, 3, dim), torch.nan)
-    lookup.by_torch(codes, some, tables, one, added)
-    lookup.by_numba(codes, some, tables, other, added)
+    look_up.by_torch(codes, some, tables, one, added)
+    look_up.by_numba(codes, some, tables, other, added)
     assert torch.isfinite(one).all()
     assert torch.equal(one, other)
 
@@ -185,7 +188,7 @@ def test_decoding_is_the_same_with_and_without_numba(monkeypatch: pytest.MonkeyP
     codec, memories = TestTwoStagesRotated.fitted(), make_memories([12, 5, 9])
     payloads = codec.encode(memories)
     with_it = codec.decode(payloads, memories.tokens, torch.float32)
-    monkeypatch.setattr(lookup, "compiled", lambda: False)
+    monkeypatch.setattr(look_up, "compiled", lambda: False)
     assert identical(codec.decode(payloads, memories.tokens, torch.float32), with_it)
 
 

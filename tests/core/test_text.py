@@ -1,6 +1,10 @@
 import json
 import os
+import resource
 import string
+from contextlib import closing
+from dataclasses import astuple
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoTokenizer
 
-from m3runtime.documents.reading import Document, find_files, html_text, read_documents
+from m3runtime.documents.html import html_text
+from m3runtime.documents.reading import Document, find_files, read_documents
+from m3runtime.documents.references import ReferenceSpool
 from m3runtime.documents.splitting import CountTokens, Passage, Splitter
 from m3runtime.errors import ConfigError, InputError
 
@@ -159,6 +165,80 @@ class TestReading:
             list(read_documents([path]))
 
 
+class TestLongFiles:
+    """Files that are longer than what is read at a time."""
+
+    TEXT = "Zwölf 😀 Boxkämpfer\r\njagen Viktor.\r\r" * 60_000
+
+    def test_the_text_is_that_of_the_whole_file(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.txt", "\ufeff" + self.TEXT)
+        (document,) = read_documents([path])
+        blocks = list(document.blocks())
+        assert len(blocks) > 2
+        assert max(map(len, blocks)) <= 1 << 20
+        assert "".join(blocks) == document.text == self.TEXT.replace("\r\n", "\n").replace("\r", "\n")
+        assert document.source == str(path)
+
+    @pytest.mark.parametrize(
+        ("end", "message"),
+        [
+            (b"\xe4 ", r"another encoding than UTF-8 \(byte 2400000\)"),
+            ("ö".encode()[:1], r"another encoding than UTF-8 \(byte 2400000\)"),
+            (b"\0", "is a binary file"),
+        ],
+    )
+    def test_a_mistake_near_the_end(self, tmp_path: Path, end: bytes, message: str) -> None:
+        path = write(tmp_path / "a.txt", b"A heron nests in. \r\n\r\n  " * 100_000)
+        content = path.read_bytes()[:2_400_000]
+        write(path, content + end)
+        with pytest.raises(InputError, match=message):
+            list(next(read_documents([path])).blocks())
+
+    def test_references_are_those_of_the_whole_text(self, tmp_path: Path) -> None:
+        text = "\n\n".join(f"# House {n}\n\nThe lamp of house {n} burns oil. 😀" for n in range(40_000))
+        path = write(tmp_path / "a.md", text)
+        splitter = Splitter(WORDS, max_tokens=24)
+        with closing(ReferenceSpool(read_documents([path]), splitter)) as references:
+            assert len(references) == 40_000
+            for one, passage in zip(references, splitter.split(text), strict=True):
+                assert (one.text, one.start, one.end, one.tokens) == astuple(passage)
+                assert text[one.start : one.end] == one.text
+            assert references[39_999].text.startswith("# House 39999")
+
+
+class TestReferences:
+    @given(
+        st.lists(st.sampled_from(["one two", "three four\n\none two", "five\0 six", "東京"]), min_size=1, max_size=6)
+    )
+    def test_each_text_once_in_order(self, texts: list[str]) -> None:
+        documents = [Document(f"\udcff{number}", text) for number, text in enumerate(texts)]
+        expected = dict.fromkeys(piece for text in texts for piece in text.split("\n\n"))
+        with closing(ReferenceSpool(iter(documents), Splitter(WORDS))) as references:
+            assert references.documents == len(texts)
+            assert [one.text for one in references] == list(expected)
+            assert [references[place].text for place in range(len(references))] == list(expected)
+            assert all(one.text in documents[int(one.source[1:])].text for one in references)
+            with pytest.raises(IndexError):
+                references[len(references)]
+
+    def test_nothing_of_it_is_left(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SQLITE_TMPDIR", str(tmp_path))
+        documents = (Document(f"{n}", " ".join(f"w{n}x{m}" for m in range(100))) for n in range(30_000))
+        with closing(ReferenceSpool(documents, Splitter(WORDS))) as references:
+            assert len(references) == 30_000
+            assert not list(tmp_path.iterdir())  # without a name from the beginning, so that a kill leaves nothing
+
+    def test_a_folder_without_room(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        documents = (Document(f"{n}", " ".join(f"w{n}x{m}" for m in range(100))) for n in range(100_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+        try:
+            with pytest.raises(InputError, match="do not fit in a temporary file"):
+                ReferenceSpool(documents, Splitter(WORDS))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 class TestHtml:
     @pytest.mark.parametrize(
         ("markup", "text"),
@@ -235,21 +315,36 @@ def check(text: str, splitter: Splitter) -> list[Passage]:
 
 
 class TestSplitting:
-    @given(texts, st.integers(1, 12), st.booleans())
-    @example("Long: " * 5 + "\n\n# a\n\n" + "b. " * 9, 4, False)
-    @example("\x1c a b \x1f", 1, False)
-    def test_laws_with_a_tiny_tokenizer(self, text: str, max_tokens: int, merge: bool) -> None:
-        check(text, Splitter(TINY, max_tokens=max_tokens, merge=merge))
+    @given(texts, st.integers(1, 12))
+    @example("Long: " * 5 + "\n\n# a\n\n" + "b. " * 9, 4)
+    @example("\x1c a b \x1f", 1)
+    def test_laws_with_a_tiny_tokenizer(self, text: str, max_tokens: int) -> None:
+        check(text, Splitter(TINY, max_tokens=max_tokens))
+
+    @given(texts, st.integers(1, 40), st.lists(st.integers(0, 200)))
+    @example("# a\n\nb:\n\n" + "word " * 30 + "\n\nc", 20, [3, 7, 11])
+    def test_cut_into_blocks_it_is_split_alike(self, text: str, longest: int, cuts: list[int]) -> None:
+        splitter = Splitter(TINY, max_tokens=5, longest=longest)
+        ends = [0, *sorted(cuts), len(text)]
+        blocks = [text[a:b] for a, b in pairwise(ends)]
+        assert list(splitter.stream(blocks)) == check(text, splitter)
+
+    @given(
+        st.lists(st.sampled_from(["# Lamp", "One two three.", "four:", "Five\n----", "six \nseven", " "]), max_size=20)
+    )
+    def test_text_in_short_sections_is_split_as_if_at_once(self, paragraphs: list[str]) -> None:
+        paragraphs = [part for pair in zip(paragraphs, ["Eight nine."] * len(paragraphs), strict=True) for part in pair]
+        text = "\n \n".join(paragraphs)
+        assert Splitter(WORDS, max_tokens=4, longest=40).split(text) == Splitter(WORDS, max_tokens=4).split(text)
 
     @pytest.mark.real_model
-    @given(text=texts, max_tokens=st.integers(8, 40), merge=st.booleans())
-    def test_laws_with_a_real_tokenizer(self, real_count: CountTokens, text: str, max_tokens: int, merge: bool) -> None:
-        check(text, Splitter(real_count, max_tokens=max_tokens, merge=merge))
+    @given(text=texts, max_tokens=st.integers(8, 40))
+    def test_laws_with_a_real_tokenizer(self, real_count: CountTokens, text: str, max_tokens: int) -> None:
+        check(text, Splitter(real_count, max_tokens=max_tokens))
 
     @pytest.mark.parametrize("text", ["", " \n\n\t ", "\u3000"])
-    @pytest.mark.parametrize("merge", [False, True])
-    def test_blank_text_has_no_passages(self, text: str, merge: bool) -> None:
-        assert Splitter(TINY, merge=merge).split(text) == []
+    def test_blank_text_has_no_passages(self, text: str) -> None:
+        assert Splitter(TINY).split(text) == []
 
     def test_one_word(self) -> None:
         assert Splitter(TINY).split(" word\n") == [Passage("word", 1, 5, 1)]
@@ -272,11 +367,9 @@ class TestSplitting:
         pieces = [passage.text for passage in check(text, Splitter(WORDS, max_tokens=8))]
         assert pieces == ["- a lamp that burns. It burns oil", "- a ferry\n- a tower of stone"]
 
-    def test_a_paragraph_begins_a_passage_unless_they_are_merged(self) -> None:
+    def test_a_paragraph_begins_a_passage(self) -> None:
         text = "The lamp is purple.\n\nThe ferry is slow.\n\nThe bread is flat."
         assert len(check(text, Splitter(WORDS, max_tokens=8))) == 3
-        merged = [passage.text for passage in check(text, Splitter(WORDS, max_tokens=8, merge=True))]
-        assert merged == ["The lamp is purple.\n\nThe ferry is slow.", "The bread is flat."]
 
     @pytest.mark.parametrize("heading", ["## The lamp", "The lamp\n========", "The lamp\n~~~", "The lamp:"])
     def test_a_heading_goes_with_what_follows(self, heading: str) -> None:

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from m3backends.slabs import PinnedTier
 from m3runtime.errors import InputError, TierClosedError
-from m3runtime.storage.abilities import Scored
 from m3runtime.storage.tier import CachingTier
 from m3runtime.storage.trace import Op, Trace, TracedTier, TraceWriter, read_trace
 from m3runtime.testing.blocks import LAST_ID, SLOT_BYTES, make_blocks, make_ids
@@ -72,6 +71,12 @@ def test_another_process_adds_a_run(tmp_path: Path) -> None:
     assert read_trace(path).runs == (OPS, OPS)
 
 
+def test_pins_of_an_earlier_release_are_passed_over(tmp_path: Path) -> None:
+    path = write(tmp_path / "trace", *OPS)
+    path.write_bytes(path.read_bytes() + b'{"op": "pin", "ids": [7]}\n' + READ + b'{"op": "unpin", "ids": [7, 8]}\n')
+    assert read_trace(path).runs == ((*OPS, Op("read", (1,))),)
+
+
 @pytest.mark.parametrize("cut", range(1, 60))
 def test_a_torn_last_line_is_passed_over_and_cut_off_by_the_next_run(tmp_path: Path, cut: int) -> None:
     path = write(tmp_path / "trace", *OPS)
@@ -114,7 +119,7 @@ BAD_LINES = {
     b'{"op": "read", "ids": [1], "scores": [0.5]}\n': "scores belong",
     b'{"op": "score", "ids": [1], "scores": [0.5, 0.5]}\n': "one value for each id",
     b'{"op": "score", "ids": [1], "scores": [NaN]}\n': "finite",
-    b'{"op": "pin", "ids": [1], "found": []}\n': "one value for each id",
+    b'{"op": "discard", "ids": [1], "found": []}\n': "one value for each id",
 }
 
 
@@ -231,20 +236,15 @@ def calls(tier: CachingTier, seed: int, count: int = 150) -> None:
     drawing = random.Random(seed)
     for _ in range(count):
         ids = make_ids(*drawing.choices([*range(9), LAST_ID], k=drawing.randrange(5)))
-        match drawing.randrange(7):
+        match drawing.randrange(5):
             case 0 | 1:
                 tier.write(ids, make_blocks(ids))
             case 2 | 3:
                 tier.read(ids, torch.empty((len(ids), SLOT_BYTES), dtype=torch.uint8))
-            case 4:
-                tier.pin(ids)
-            case 5:
-                tier.unpin(ids)
             case _:
                 tier.contains(ids)
                 tier.discard(ids[:1])
-        if isinstance(tier, Scored):
-            tier.score(ids, np.array([drawing.uniform(-1, 1) for _ in ids], np.float32))
+        tier.score(ids, np.array([drawing.uniform(-1, 1) for _ in ids], np.float32))
 
 
 @pytest.mark.parametrize("eviction", ["lru", "s3-fifo", "score"])
@@ -252,7 +252,7 @@ def calls(tier: CachingTier, seed: int, count: int = 150) -> None:
 def test_a_replay_on_an_equal_tier_is_equal(eviction: str, seed: int) -> None:
     ops: list[Op] = []
     calls(RecordingTier(pinned(4, eviction), ops.append), seed)
-    assert {op.op for op in ops} == {"read", "write", "discard", "contains", "pin", "unpin", "score"}
+    assert {op.op for op in ops} == {"read", "write", "discard", "contains", "score"}
     assert replay(ops, pinned(4, eviction)) == ops
     assert replay(ops, pinned(5, eviction)) != ops
 
@@ -284,14 +284,14 @@ def test_what_a_call_raised_is_recorded_and_replayed() -> None:
     ops: list[Op] = []
     tier = RecordingTier(pinned(4), ops.append)
     tier.close()
-    for use in (lambda: tier.pin(make_ids(1)), lambda: tier.score(make_ids(1), np.ones(1, np.float32))):
+    for use in (lambda: tier.contains(make_ids(1)), lambda: tier.score(make_ids(1), np.ones(1, np.float32))):
         with pytest.raises(TierClosedError):
             use()
-    assert ops == [Op("pin", (1,), error="TierClosedError"), Op("score", (1,), (1.0,), error="TierClosedError")]
+    assert ops == [Op("contains", (1,), error="TierClosedError"), Op("score", (1,), (1.0,), error="TierClosedError")]
     closed = pinned(4)
     closed.close()
     assert replay(ops, closed) == ops
-    assert replay(ops, pinned(4)) == [Op("pin", (1,), found=(False,)), Op("score", (1,), (1.0,))]
+    assert replay(ops, pinned(4)) == [Op("contains", (1,), found=(False,)), Op("score", (1,), (1.0,))]
 
 
 def test_the_order_of_a_recording_is_that_of_the_effects() -> None:
@@ -311,7 +311,7 @@ some_ids = st.lists(st.integers(0, 2**64 - 1), max_size=4).map(tuple)
 scored = st.lists(st.tuples(st.integers(0, 2**64 - 1), st.floats(-1, 1, width=32)), max_size=4).map(
     lambda pairs: Op("score", tuple(id for id, _ in pairs), tuple(score for _, score in pairs))
 )
-some_ops = st.lists(st.builds(Op, st.sampled_from(["read", "lift", "pin", "unpin", "discard"]), some_ids) | scored)
+some_ops = st.lists(st.builds(Op, st.sampled_from(["read", "lift", "discard"]), some_ids) | scored)
 
 
 @given(st.lists(some_ops, max_size=3))

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from m3runtime.codecs.base import Codec, Distortion
-from m3runtime.codecs.product.allocation import WIDTHS, divide
-from m3runtime.codecs.product.codec import ProductCodec, transform_quantiser
-from m3runtime.codecs.product.transform import TransformDesign
-from m3runtime.codecs.product.transform_training import lloyd
+from m3runtime.codecs.product import transform_quantiser
+from m3runtime.codecs.product.codec import ProductCodec
+from m3runtime.codecs.product.transform import WIDTHS
+from m3runtime.codecs.product.transform_design import TransformDesign
+from m3runtime.codecs.product.transform_training import divide, lloyd
 from m3runtime.errors import CodecError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
@@ -214,7 +215,7 @@ def test_bytes_that_cannot_be_are_refused(size: object) -> None:
 def test_options_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(CodecError, match="one of layer, head, not 'model'"):
         ProductCodec(SPEC, together="model")
-    with pytest.raises(CodecError, match="bytes of the product codec cannot be set beside key_bytes"):
+    with pytest.raises(CodecError, match="bytes of the product codec cannot be set together with key_bytes"):
         ProductCodec(SPEC, key_bytes=8, bytes=12)
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from m3runtime.codecs.product.allocation import WIDTHS
 from m3runtime.codecs.product.codec import ProductCodec
-from m3runtime.codecs.product.transform import TransformDesign
-from m3runtime.codecs.product.transform_quantiser import CENTROIDS, TransformQuantiser, kernel_of
+from m3runtime.codecs.product.transform import CENTROIDS, WIDTHS
+from m3runtime.codecs.product.transform_design import TransformDesign
+from m3runtime.codecs.product.transform_quantiser import TransformQuantiser, kernel_of
 from m3runtime.errors import BlockError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.testing.codec import OUT, identical, noise
@@ -33,26 +33,30 @@ def on_device(test: Callable[..., None]) -> Callable[..., None]:
     return needs_triton(test if INTERPRETED else pytest.mark.gpu(test))
 
 
+def design_of(layers: int, kv_heads: int, head_dim: int, together: str, bytes: int = 6) -> TransformDesign:
+    return TransformDesign(MemorySpec(tuple(range(layers)), kv_heads, 70, head_dim, 70, "float32"), bytes, together)
+
+
 def quantiser(layers: int, kv_heads: int, head_dim: int, together: str, bytes: int = 6) -> TransformQuantiser:
     """On the CPU, of random numbers. Of a unit's coordinates, some are covered by no code, and one unit has none."""
     random = torch.Generator().manual_seed(head_dim)
-    design = TransformDesign(MemorySpec(tuple(range(layers)), kv_heads, 70, head_dim, 70, "float32"), bytes, together)
+    design = design_of(layers, kv_heads, head_dim, together, bytes)
     parts = []
-    for unit in range(1, design.units):
+    for unit in range(1, design.units.count):
         at = 0
-        for i in range(max(1, design.token_bytes // design.units)):
+        for i in range(max(1, design.token_bytes // design.units.count)):
             width = WIDTHS[(unit + i) % len(WIDTHS)]
             at += i == 1  # a gap
-            if at + width <= design.channels:
+            if at + width <= design.units.channels:
                 parts.append((width, unit, at))
             at += width
     parts.sort()
     kept = {unit: max(at + width for width, of, at in parts if of == unit) for _, unit, _ in parts}
     tensors = {
         "parts": torch.tensor([(unit, at, width) for width, unit, at in parts], dtype=torch.int32),
-        "mean": torch.randn(design.units, design.channels, generator=random),
-        "forward": torch.randn(sum(kept.values()), design.channels, generator=random),
-        "inverse": torch.randn(sum(kept.values()), design.channels, generator=random),
+        "mean": torch.randn(design.units.count, design.units.channels, generator=random),
+        "forward": torch.randn(sum(kept.values()), design.units.channels, generator=random),
+        "inverse": torch.randn(sum(kept.values()), design.units.channels, generator=random),
     }
     for width in WIDTHS:
         count = sum(part[0] == width for part in parts)
@@ -66,7 +70,7 @@ def pair(*arguments: object) -> tuple[TransformQuantiser, TransformQuantiser]:
     plain = quantiser(*arguments)  # type: ignore[arg-type]
     other = plain.to(DEVICE)
     if INTERPRETED:
-        other.__dict__["_kernel"] = kernel_of(other)  # which is for CUDA otherwise
+        other.__dict__["_kernel"] = kernel_of(other.transform)  # which is for CUDA otherwise
     assert other._kernel is not None
     return plain, other
 
@@ -75,9 +79,10 @@ def codecs(*arguments: object) -> tuple[ProductCodec, ProductCodec]:
     """The same two as codecs."""
     made = []
     for each in pair(*arguments):
-        codec = ProductCodec(each.design.spec, **each.design.options)
+        design = design_of(*arguments)  # type: ignore[arg-type]
+        codec = ProductCodec(design.spec, **design.options)
         codec._state = codec._made(each.to(torch.device("cpu")), None)
-        codec._state.on[each.mean.device] = each
+        codec._state.on[each.transform.mean.device] = each
         made.append(codec)
     return made[0], made[1]
 
@@ -148,14 +153,14 @@ def test_nothing_decodes_to_nothing() -> None:
 
 @on_device
 def test_a_quantiser_without_codes_decodes_to_the_mean() -> None:
-    whole, _ = pair(2, 1, 16, "layer")
+    whole = quantiser(2, 1, 16, "layer")
     tensors = {name: tensor if name == "mean" else tensor[:0] for name, tensor in whole.tensors().items()}
-    other = whole.design.restore(tensors).to(DEVICE)
-    kernel = kernel_of(other)
+    other = design_of(2, 1, 16, "layer").restore(tensors).to(DEVICE)
+    kernel = kernel_of(other.transform)
     assert kernel is not None
     keys, values = torch.full((2, 1, 2, 3, 16), torch.nan, device=DEVICE)
     kernel(torch.zeros(1, 0, dtype=torch.uint8, device=DEVICE), keys, values)
-    for found, mean in ((keys, whole.mean[:, :16]), (values, whole.mean[:, 16:])):
+    for found, mean in ((keys, whole.transform.mean[:, :16]), (values, whole.transform.mean[:, 16:])):
         assert torch.equal(found.cpu(), mean[:, None].expand(2, 3, 16)[None])
 
 
@@ -205,14 +210,14 @@ def test_torch_decodes_on_a_cpu() -> None:
 def test_a_triton_that_fails_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
     """As it does on a CPU, for want of a driver or because the numbers are out of the GPU's reach."""
     with caplog.at_level(logging.WARNING, "m3runtime"):
-        assert kernel_of(quantiser(2, 1, 16, "layer")) is None
+        assert kernel_of(quantiser(2, 1, 16, "layer").transform) is None
     assert "Triton failed, so torch decodes memories, more slowly: " in caplog.text
 
 
 @outside
 def test_a_triton_that_is_missing_is_not(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert kernel_of(quantiser(2, 1, 16, "layer")) is None
+    assert kernel_of(quantiser(2, 1, 16, "layer").transform) is None
     assert not caplog.text
 
 
@@ -225,7 +230,7 @@ def test_it_compiles_to_sums_of_float32(capability: int, tmp_path: Path, monkeyp
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from m3runtime.codecs.kernels.transform_triton import decode_tile
+    from m3runtime.codecs.product.kernels.by_triton import decode_tile
 
     kinds = {"payloads": "*u8", "row_bytes": "i32", "width": "i32", "keys": "*fp32", "values": "*fp32"}
     kinds |= dict.fromkeys(("bounds", "positions", "sizes", "starts", "target"), "*i32")

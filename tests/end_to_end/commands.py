@@ -63,7 +63,8 @@ class Result:
 
 def environment(first: str = "") -> dict[str, str]:
     """Variables for a process that can import what the tests can, and before it what the folder ``first`` has."""
-    path = os.pathsep.join([*filter(None, [first]), str(REPOSITORY)])
+    packages = [REPOSITORY, REPOSITORY / "backends", REPOSITORY / "model"]
+    path = os.pathsep.join([*filter(None, [first]), *map(str, packages)])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}  # the cores are busy with other tests
 
 

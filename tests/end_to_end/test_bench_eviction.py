@@ -27,7 +27,7 @@ NAMES = sorted(POLICIES)
 
 def ops_of(ids: st.SearchStrategy[int], size: int) -> st.SearchStrategy[Op]:
     some = st.lists(ids, max_size=size).map(tuple)
-    plain = st.builds(Op, st.sampled_from(["read", "read", "read", "lift", "pin", "unpin", "discard"]), some)
+    plain = st.builds(Op, st.sampled_from(["read", "read", "read", "lift", "discard"]), some)
     scored = st.lists(st.tuples(ids, st.floats(-1, 1, width=32)), max_size=size).map(
         lambda pairs: Op("score", tuple(id for id, _ in pairs), tuple(score for _, score in pairs))
     )
@@ -35,7 +35,7 @@ def ops_of(ids: st.SearchStrategy[int], size: int) -> st.SearchStrategy[Op]:
 
 
 def live(hierarchy: Hierarchy, seed: int, calls: int) -> None:
-    """Streams that come and go: they read what they do not hold, pin it, and look ahead."""
+    """Streams that come and go: they read what they do not hold, and look ahead."""
     drawing, held = random.Random(seed), [set[int]() for _ in range(3)]
     popular = [int(drawing.paretovariate(0.7)) % 40 for _ in range(400)]
     for _ in range(calls):
@@ -47,8 +47,6 @@ def live(hierarchy: Hierarchy, seed: int, calls: int) -> None:
         hierarchy.read(new, torch.empty((len(new), SLOT_BYTES), dtype=torch.uint8))
         hierarchy.score(make_ids(*chosen), np.array([drawing.uniform(-1, 1) for _ in chosen], np.float32))
         if drawing.random() < 0.8:  # or it is closed before it holds anything
-            hierarchy.pin(new)
-            hierarchy.unpin(make_ids(*held[number].difference(chosen)))
             held[number] = set(chosen)
 
 
@@ -64,7 +62,7 @@ def test_a_replay_counts_what_the_hierarchy_counted(tmp_path: Path, eviction: st
         hierarchy.close()
         recorder.close()
     (run,) = read_trace(tmp_path / "trace").runs
-    assert {op.op for op in run} == {"read", "lift", "score", "pin", "unpin"}
+    assert {op.op for op in run} == {"read", "lift", "score"}
     below = hierarchy.stats()[1]
     found = bench_eviction(tmp_path / "trace", NAMES, [])
     (row,) = (row for row in found.rows if row.policy == eviction and row.slots == slots)
@@ -74,21 +72,10 @@ def test_a_replay_counts_what_the_hierarchy_counted(tmp_path: Path, eviction: st
 
 
 def test_forgotten_blocks_leave_the_replay_too(tmp_path: Path) -> None:
-    run = [Op("read", (1, 2)), Op("pin", (1,)), Op("discard", (1, 9)), Op("read", (1, 2)), Op("read", (1,))]
+    run = [Op("read", (1, 2)), Op("discard", (1, 9)), Op("read", (1, 2)), Op("read", (1,))]
     for name in NAMES:
         assert replay(run, make_policy(name, 2)) == 2
     assert optimum(run, 2) == 2
-
-
-def test_pinned_blocks_stay_in_the_replay() -> None:
-    run = [Op("read", (1,)), Op("pin", (1, 7)), *(Op("read", (id,)) for id in range(10, 40)), Op("read", (1,))]
-    freed = [*run[:2], Op("pin", (1,)), Op("unpin", (1,)), Op("unpin", (1, 1)), *run[2:]]
-    for name in NAMES:
-        assert replay(run, make_policy(name, 2)) == 1
-        assert replay(freed, make_policy(name, 1)) == 0
-    # Nothing else is admitted where all is pinned.
-    full = [Op("read", (1,)), Op("pin", (1,)), Op("read", (2,)), Op("read", (2,)), Op("read", (1,))]
-    assert {replay(full, make_policy(name, 1)) for name in NAMES} == {1}
 
 
 def by_brute_force(run: Run, slots: int) -> int:
@@ -180,7 +167,7 @@ def test_people_get_a_table(place: Place) -> None:
     result = place.m3("bench", "eviction", "--trace", "trace.jsonl")
     assert result.code == 0
     assert result.err == ""
-    for word in (*POLICIES, OPTIMUM, "hit rate", "1.0 KiB", "120 requests of 12 blocks; runs: 1"):
+    for word in (*POLICIES, OPTIMUM, "hit rate", "1 KiB", "120 requests of 12 blocks; runs: 1"):
         assert word in result.out
 
 
@@ -188,7 +175,7 @@ def test_mistakes_end_in_one_line(place: Place) -> None:
     trace = record(place.folder / "trace.jsonl", READS)
     place.text("empty.jsonl", "")
     place.text("bad.jsonl", trace.read_text() + "{}\n")
-    record(place.folder / "idle.jsonl", [Op("pin", (1,))])
+    record(place.folder / "idle.jsonl", [Op("discard", (1,))])
     record(place.folder / "small.jsonl", READS, slots=0)
     for file, what in {
         "none.jsonl": "cannot read the trace none.jsonl",
@@ -221,7 +208,7 @@ def test_what_a_runtime_is_asked_for_is_recorded(written: Place) -> None:
         with runtime.stream() as stream:
             chosen = [stream.recall(text) for text in (texts[0], texts[0], texts[1])]
             stream.hint(texts[2])
-            runtime._prefetcher.drain()
+            runtime.background.drain()
         runtime.forget([chosen[0].ids[0]])
     trace = read_trace(config.recall.trace)
     (run,) = trace.runs
@@ -238,8 +225,6 @@ def test_what_a_runtime_is_asked_for_is_recorded(written: Place) -> None:
     assert run[ahead + 1].op == "score"
     assert set(run[ahead].ids) == set(run[ahead + 1].ids) - set(chosen[2].ids)
     assert run[-1] == Op("discard", chosen[0].ids[:1])
-    pins = sorted(id for op in run if op.op == "pin" for id in op.ids)
-    assert sorted(id for op in run if op.op == "unpin" for id in op.ids) == pins
     assert written.m3("bench", "eviction", "--trace", "trace.jsonl").code == 0
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from m3runtime.lab.bench.write import ENCODE, PLAIN, WRITE
-from m3runtime.writing.writer import STAGES
+from m3runtime.writing.pipeline import PHASES
 from tests.end_to_end.commands import Place
 from tests.end_to_end.test_bench_codec import write_texts
 
@@ -28,12 +28,12 @@ def test_a_corpus_is_read_and_written_and_ratios_add_up(place: Place) -> None:
         theirs, ours = found["seconds"][name], found["seconds"][WRITE]
         # Medians of two rounds are means: a ratio of means lies between the ratios.
         assert kept["low"] * 0.5 <= theirs["median"] / ours["median"] <= kept["high"] * 2
-    assert set(found["shares"]) == set(STAGES)
+    assert set(found["shares"]) == set(PHASES)
     assert 0 < sum(share["median"] for share in found["shares"].values()) < 1.5
     assert found["shares"]["model"]["median"] > 0
     assert (found["settings"]["references"], found["settings"]["rounds"], found["batch"]) == (9, 2, 4)
     assert 9 * 21 <= found["tokens"] <= 9 * 24
-    assert found["beside"] is False
+    assert found["overlapping"] is False
     assert {"torch", "machine"} <= set(found["environment"])
     assert sorted(place.folder.iterdir()) == before
 

@@ -1,4 +1,4 @@
-"""What importing the package and asking for help cost."""
+"""Importing the package and asking for help are light, and the public names are pinned."""
 
 import json
 import subprocess
@@ -8,11 +8,10 @@ import m3runtime
 from tests.end_to_end.commands import M3, environment
 
 HEAVY = ("torch", "transformers", "faiss", "lmdb", "usearch", "numpy", "pydantic", "m3backends", "m3model")
-COMMANDS = ("write", "ask", "chat", "search", "inspect", "forget", "config", "plan")
 
 
 def modules_after(code: str) -> set[str]:
-    """The top-level modules that a new process has imported after it ran this code."""
+    """The top-level modules in `sys.modules` of a new process after it ran this code."""
     script = f"import sys, json\n{code}\nsys.stderr.write(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True)
     return {name.partition(".")[0] for name in json.loads(done.stderr)}
@@ -28,13 +27,6 @@ def test_help_is_light() -> None:
     loaded = modules_after(code + "except SystemExit: pass")
     assert "typer" in loaded
     assert not loaded.intersection(HEAVY)
-
-
-def test_help_lists_the_commands() -> None:
-    done = subprocess.run([M3, "--help"], env=environment(), capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    for command in COMMANDS:
-        assert f" {command} " in done.stdout
 
 
 def test_the_public_names() -> None:

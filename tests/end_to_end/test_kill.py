@@ -30,25 +30,25 @@ from m3runtime import cli
 from m3runtime.writing import writer
 import faiss, lmdb, m3backends.lmdb.home, m3backends.slabs, m3backends.usearch.index, m3model.transformers
 import usearch.index
-import m3model.memory3, m3model.attention.passes, m3runtime.codecs.kernels.lookup
-import m3runtime.codecs.product.codec, m3runtime.codecs.product.training, m3runtime.config.loading
+import m3model.memory3, m3model.attention.passes, m3runtime.codecs.product.kernels.sharing
+import m3runtime.codecs.product.codec, m3runtime.codecs.product.kmeans, m3runtime.config.loading
 import semantic_text_splitter
 import encodings.utf_8_sig, html, lmdb._envid, rich.progress, tests.end_to_end.embedders
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):
     cli.app(["write", "--help"])
-if m3runtime.codecs.kernels.lookup.compiled():
-    from m3runtime.codecs.kernels.nearest_numba import kernel
-    kernel(8, bytes=True)
+if m3runtime.codecs.product.kernels.sharing.compiled():
+    from m3runtime.codecs.product.kernels import by_numba
+    by_numba.nearest_of(8), by_numba.scatter()
 
-BEGINS = {"Writer._train": "codec", "Bank.create": "creation", "Writer._commit": "commits", "save_index": "index",
+BEGINS = {"Writer._codec": "codec", "Bank.create": "creation", "Pipeline.run": "commits", "BankIndex.save": "index",
           "_Repair.mend": "repair", "_Repair._compute": "computing", "Hierarchy.discard": "forgetting",
           "KeptTier.discard": "tiers"}
 
 def everything():
-    kernels = sys.modules.get("m3runtime.codecs.kernels.nearest_numba")
-    return {*sys.modules, kernels and kernels.kernel.cache_info().currsize}
+    kernels = sys.modules.get("m3runtime.codecs.product.kernels.by_numba")
+    return {*sys.modules, kernels and kernels.nearest_of.cache_info().currsize}
 
 class Finalised:
     def __del__(self):

@@ -86,7 +86,7 @@ def write(runtime, random):
         say("committed", *ids)
         runtime.retriever.index.add(ids, vectors)
         if random.random() < 0.2:
-            assembly.save_index(runtime.retriever.index, bank)
+            assembly.bank_index(runtime.config, bank).save(runtime.retriever.index)
 
 
 def read(runtime, random):

@@ -5,7 +5,9 @@ import random
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from m3model.memory3 import NO_LABEL, Memory3ForCausalLM
-from m3model.training.sequences import NOTHING, Prepared, Rows, TrainingSequences, cut_sequences
+from m3model.training.sequences import NOTHING, Prepared, TokenRows, TrainingSequences, cut_sequences
 from m3runtime.documents.overlap import overlap
 from m3runtime.errors import InputError
 from tests.end_to_end.commands import M3, Place, environment
@@ -203,6 +205,13 @@ def test_two_processes_train_one_model(school: Place) -> None:
     assert (school.folder / "trained/memory/model.safetensors").exists()
 
 
+def rows_of(rows: list[list[int]]) -> TokenRows:
+    """Rows as they are read back."""
+    with tempfile.TemporaryDirectory() as folder:
+        TokenRows.write(Path(folder) / "rows", rows)
+        return TokenRows.open(Path(folder) / "rows")
+
+
 @given(
     documents=st.lists(st.lists(st.integers(1, 99), max_size=20), max_size=8),
     length=st.integers(2, 9),
@@ -214,11 +223,10 @@ def test_sequences_hold_the_documents_in_order(
 ) -> None:
     whole = [[*document, *([] if end is None else [end])] for document in documents]
     try:
-        rows = cut_sequences(documents, length, end, pack=pack)
+        cut = list(cut_sequences([[part[:3], part[3:]] for part in documents], length, end, pack=pack))
     except InputError:
         assert not any(len(row) > 1 for row in whole) or (pack and sum(map(len, whole)) < 2) or length < 2
         return
-    cut = [rows.row(number).tolist() for number in range(len(rows))]
     assert all(1 < len(row) <= length for row in cut)
     flowing = [token for row in whole for token in row]
     if pack:
@@ -230,15 +238,29 @@ def test_sequences_hold_the_documents_in_order(
         assert cut == [piece for piece in pieces if len(piece) > 1]
 
 
+def test_sequences_go_to_a_file_as_they_come(tmp_path: Path) -> None:
+    """A few of them are in memory, and a document is in pieces."""
+    documents = ([list(range(1000, 2000))] * 10 for _ in range(200))
+    tracemalloc.start()
+    try:
+        TokenRows.write(tmp_path / "rows", cut_sequences(documents, 64, 0, pack=True))
+        rows = TokenRows.open(tmp_path / "rows")
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(rows) == 200 * 10_001 // 64
+    assert most < rows.tokens.nbytes / 8
+
+
 @given(
     counts=st.lists(st.integers(1, 7), min_size=1, max_size=5),
     retrieved=st.lists(st.integers(-1, 4), min_size=6, max_size=6),
     reading=st.booleans(),
 )
 def test_batches_hold_what_was_prepared(counts: list[int], retrieved: list[int], reading: bool) -> None:
-    references = Rows.of([[number + 1] * count for number, count in enumerate(counts)])
+    references = rows_of([[number + 1] * count for number, count in enumerate(counts)])
     chosen = np.array([one if one < len(counts) else NOTHING for one in retrieved], np.int32).reshape(2, 3)
-    prepared = Prepared(Rows.of([[5, 6, 7, 8], [9, 10]]), references, chosen)
+    prepared = Prepared(rows_of([[5, 6, 7, 8], [9, 10]]), references, chosen)
     data = TrainingSequences(prepared, reading=reading, begin=3)
     batch = data.collate([data[0], data[1]])
     begin = [] if reading else [3]
@@ -258,8 +280,8 @@ def test_batches_hold_what_was_prepared(counts: list[int], retrieved: list[int],
 
 def test_what_the_text_holds_is_not_retrieved(school: Place) -> None:
     school.m3("train", "--set", "train.warmup.steps=1", "--set", "train.memory.steps=1")
-    (prepared,) = (school.folder / "trained").glob("data-*.npz")
-    found = Prepared.load(prepared)
+    (prepared,) = (school.folder / "trained").glob("data-*")
+    found = Prepared.open(prepared)
     tokenizer = make_tokenizer()
     assert (found.retrieved != NOTHING).any()
     for row in range(len(found.sequences)):

@@ -17,9 +17,9 @@ import torch
 
 from m3backends.lmdb.records import digest
 from m3runtime import assembly
-from m3runtime.bank.bank import as_ids
 from m3runtime.config.schema import Config
 from m3runtime.memory import block
+from m3runtime.memory.block import as_ids
 from m3runtime.runtime import Runtime
 from m3runtime.writing.encoding import GROUP
 from tests.end_to_end.commands import Place, environment
@@ -280,7 +280,7 @@ def test_another_model_is_refused_before_anything_is_changed(written: Place, tmp
 
 def test_how_to_repair_needs_repair(written_once: Place) -> None:
     for option in ("--no-model", "--drop"):
-        assert written_once.m3("verify", option).complaint == f"m3: {option} says how to repair: give --repair too"
+        assert written_once.m3("verify", option).complaint == f"m3: {option} is an option of --repair: give that, too"
 
 
 def test_a_sound_bank(written_once: Place) -> None:
@@ -359,10 +359,8 @@ class TestIndex:
     def test_missing_damaged_or_foreign_it_is_noted(self, written: Place) -> None:
         file = written.bank / "index"
         good = file.read_bytes()
-        bank = assembly.open_bank(Config.load(written.file, environ={}), read_only=True)
-        index = assembly.make_index(Config.load(written.file, environ={}), bank.manifest.dim)
-        bank.close()
-        index.save(file, "another bank's")
+        config = Config.load(written.file, environ={})
+        assembly.make_index(config, assembly.open_embedder(config).dim).save(file)
         foreign = file.read_bytes()
         for content in (None, good[:-1], b"", raw.flip(good, 1000), foreign):
             file.unlink()
@@ -375,12 +373,16 @@ class TestIndex:
             assert verify(written)["notes"] == []
 
     def test_behind_the_home_it_is_noted(self, written: Place) -> None:
-        file = written.bank / "index"
-        old = file.read_bytes()
-        written.m3("forget", 1)
-        written.text("more.txt", "A glacier creaks above Tannhollow.")
-        written.m3("write", "more.txt", "--json")
-        file.write_bytes(old)
+        bank = assembly.open_bank(Config.load(written.file, environ={}))
+        try:
+            index = assembly.make_index(Config.load(written.file, environ={}), bank.manifest.dim)
+            vectors = np.eye(2, bank.manifest.dim, dtype=np.float32)
+            for ids, stored in bank.home.embeddings():
+                index.add(ids[1:], stored[1:])
+            index.add(as_ids([1000]), vectors[:1])
+            assembly.bank_index(Config.load(written.file, environ={}), bank).save(index)
+        finally:
+            bank.close()
         (note,) = verify(written)["notes"]
         assert "lacks 1 memories and holds 1 that are not remembered" in note
         verify(written, "--repair")
@@ -390,11 +392,11 @@ class TestIndex:
     def test_with_the_vectors_of_other_texts_it_is_damaged(self, written: Place, dtype: str) -> None:
         written.configure(index={"dtype": dtype})
         config = Config.load(written.file, environ={})
-        bank = assembly.open_bank(config, read_only=True)
+        bank = assembly.open_bank(config)
         index = assembly.make_index(config, bank.manifest.dim)
         for ids, vectors in bank.home.embeddings():
             index.add(ids, vectors[[0, 3, 2, 1, 4, 5]])
-        assembly.save_index(index, bank)
+        assembly.bank_index(config, bank).save(index)
         bank.close()
         assert damage(verify(written, code=1)) == {("index", 1), ("index", 3)}
         assert verify(written, "--repair")["repair"]["recomputed"] == {}

@@ -1,12 +1,13 @@
 """Laws of `Writer` over any documents."""
 
+import gc
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
@@ -15,12 +16,15 @@ from hypothesis import strategies as st
 from m3backends.lmdb.home import LmdbHome
 from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
-from m3runtime.bank.bank import Bank, as_ids
+from m3runtime.bank.bank import Bank
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import Document
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError
+from m3runtime.memory.block import as_ids
+from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.writing.encoding import GROUP
+from m3runtime.writing.pipeline import Pipeline
 from m3runtime.writing.writer import Writer, WriteReport
 from tests.end_to_end.commands import Contents, Place, contents
 from tests.end_to_end.conftest import NewPlace
@@ -44,11 +48,11 @@ class Desk:
         self.embedder = assembly.open_embedder(config)
 
     def write(
-        self, bank: Path, texts: Sequence[str], *, whole: bool = False, beside: bool | None = None
+        self, bank: Path, texts: Sequence[str], *, whole: bool = False, parallel: bool | None = None
     ) -> WriteReport:
         config = self.config.model_copy(update={"bank": bank})
         documents = [Document(f"text {number}", text) for number, text in enumerate(texts)]
-        return Writer(config, self.adapter, self.embedder, beside=beside).write(documents, whole=whole)
+        return Writer(config, self.adapter, self.embedder, parallel=parallel).write(documents, whole=whole)
 
     def references(self, bank: Path) -> list[Reference]:
         """In the order of ids, which have no gaps."""
@@ -166,7 +170,54 @@ def test_progress_counts_every_reference(desk: Desk, bank: Path) -> None:
     assert said == sorted(said)
     said.clear()
     writer.write([*documents, Document("more", "One more heron nests.")], progress=lambda *words: said.append(words))
-    assert said == [("memories", 150, 151), ("memories", 151, 151)]
+    assert list(dict.fromkeys(said)) == [("memories", 150, 151), ("memories", 151, 151)]
+
+
+class Alive:
+    """An embedder that counts how many references are in memory while it works."""
+
+    def __init__(self, real: Embedder) -> None:
+        self.real = real
+        self.most = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def embed_references(self, texts: Sequence[str]) -> Embeddings:
+        self.most = max(self.most, sum(type(one) is Reference for one in gc.get_objects()))
+        return self.real.embed_references(texts)
+
+
+@pytest.mark.parametrize("catalogue", [False, True])
+def test_no_more_than_a_few_groups_are_in_memory(desk: Desk, bank: Path, catalogue: bool) -> None:
+    documents = (Document(f"{n}", f"Heron number {n} nests.\n\nBell number {n} rings.") for n in range(10 * GROUP))
+    config = desk.config.model_copy(update={"bank": bank / "bank"})
+    embedder = Alive(desk.embedder)
+    report = Writer(config, desk.adapter, cast(Embedder, embedder), parallel=True).write(documents, catalogue=catalogue)
+    assert report.references == 20 * GROUP
+    assert 0 < embedder.most <= 6 * GROUP
+
+
+def test_a_mistake_in_the_last_document_shows_before_anything_is_written(desk: Desk, bank: Path) -> None:
+    desk.write(bank / "bank", ["A heron nests."])
+    before = stored(desk, bank / "bank")
+    with pytest.raises(InputError, match=f"text {3 * GROUP}: a text of one word"):
+        desk.write(bank / "bank", [*(f"Heron number {n} nests." for n in range(3 * GROUP)), "Heron"])
+    assert stored(desk, bank / "bank") == before
+
+
+def test_cold_and_new_references_are_told_apart_in_each_group(desk: Desk, bank: Path) -> None:
+    """What is catalogued is filled under its own id, in groups as full as those of the new references between."""
+    config = desk.config.model_copy(update={"bank": bank / "bank"})
+    writer = Writer(config, desk.adapter, desk.embedder)
+    texts = [f"Heron number {n} nests in tree {n}." for n in range(4 * GROUP)]
+    catalogued = writer.write([Document("some", "\n\n".join(texts[::2]))], catalogue=True)
+    assert (catalogued.catalogued, catalogued.written, catalogued.bytes) == (2 * GROUP, 0, 0)
+    desk.write(bank / "bank", texts[:4])
+    report = desk.write(bank / "bank", texts)
+    assert (report.known, report.written, report.catalogued) == (4, 4 * GROUP - 4, 0)
+    assert [one.text for one in desk.references(bank / "bank")] == [*texts[::2], *texts[1::2]]
+    assert len(stored(desk, bank / "bank").blocks) == 4 * GROUP
 
 
 @pytest.mark.parametrize(("tokens", "sample"), [("all", 96), (48, 192), (8, 200)])
@@ -190,7 +241,7 @@ def test_codecs_learn_on_more_memories_of_fewer_tokens(
     assert totals == {2 * sample}  # encoded, then trained on
 
 
-# -- stages that run beside each other ----------------------------------------------------------------------------
+# -- phases in parallel --------------------------------------------------------------------------------------------
 
 MANY = [f"Heron number {number} nests in tree {number * 37 % 100}." for number in range(2 * GROUP + 9)]
 """Three groups."""
@@ -217,15 +268,15 @@ def stored(desk: Desk, bank: Path) -> Contents:
 
 
 @pytest.mark.parametrize("count", [1, GROUP - 1, GROUP, GROUP + 1, len(MANY)])
-def test_stages_beside_each_other_write_the_same_bytes(desk: Desk, bank: Path, count: int) -> None:
-    for name, beside in (("in turn", False), ("beside", True)):
-        desk.write(bank / name / "bank", MANY[:count], beside=beside)
-    one, other = (stored(desk, bank / name / "bank") for name in ("in turn", "beside"))
+def test_phases_in_parallel_write_the_same_bytes(desk: Desk, bank: Path, count: int) -> None:
+    for name, parallel in (("in turn", False), ("parallel", True)):
+        desk.write(bank / name / "bank", MANY[:count], parallel=parallel)
+    one, other = (stored(desk, bank / name / "bank") for name in ("in turn", "parallel"))
     assert one == other
     assert one.next_id == count
 
 
-@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize(
     ("where", "after", "committed"),
     [
@@ -240,8 +291,8 @@ def test_stages_beside_each_other_write_the_same_bytes(desk: Desk, bank: Path, c
         ("home", 3, {2 * GROUP}),
     ],
 )
-def test_an_error_in_any_stage_comes_out_and_leaves_whole_groups(
-    desk: Desk, bank: Path, monkeypatch: pytest.MonkeyPatch, where: str, after: int, committed: set[int], beside: bool
+def test_an_error_in_any_phase_comes_out_and_leaves_whole_groups(
+    desk: Desk, bank: Path, monkeypatch: pytest.MonkeyPatch, where: str, after: int, committed: set[int], parallel: bool
 ) -> None:
     owner, name = {
         "model": (desk.adapter, "encode"),
@@ -255,10 +306,10 @@ def test_an_error_in_any_stage_comes_out_and_leaves_whole_groups(
         # As a function where it becomes a method of a class.
         patched.setattr(owner, name, (lambda *of: failing(*of)) if isinstance(owner, type) else failing)
         with pytest.raises(InputError, match="it failed as asked"):
-            desk.write(bank / "bank", MANY, beside=beside)
+            desk.write(bank / "bank", MANY, parallel=parallel)
     left = stored(desk, bank / "bank")
     assert left.next_id in committed
-    again = desk.write(bank / "bank", MANY, beside=beside)
+    again = desk.write(bank / "bank", MANY, parallel=parallel)
     assert (again.known, again.written) == (left.next_id, len(MANY) - left.next_id)
     desk.write(bank / "whole" / "bank", MANY)
     assert stored(desk, bank / "bank") == stored(desk, bank / "whole" / "bank")
@@ -272,9 +323,9 @@ def test_an_interrupt_while_groups_are_committed_leaves_whole_ones(desk: Desk, b
 
         def watch(frame: FrameType, event: str, _: object) -> None:
             nonlocal calls
-            if frame.f_code is Writer._commit.__code__ and event == "return":
+            if frame.f_code is Pipeline.run.__code__ and event == "return":
                 sys.setprofile(None)
-            elif calls or frame.f_code is Writer._commit.__code__:
+            elif calls or frame.f_code is Pipeline.run.__code__:
                 calls += 1
                 if calls == moment:
                     sys.setprofile(None)
@@ -282,7 +333,7 @@ def test_an_interrupt_while_groups_are_committed_leaves_whole_ones(desk: Desk, b
 
         sys.setprofile(watch)
         try:
-            desk.write(bank / f"{moment}" / "bank", MANY, beside=True)
+            desk.write(bank / f"{moment}" / "bank", MANY, parallel=True)
         finally:
             sys.setprofile(None)
         return calls

@@ -11,7 +11,8 @@ import torch
 import xxhash
 
 from m3runtime import assembly
-from m3runtime.bank.bank import Bank, Manifest
+from m3runtime.bank.bank import Bank
+from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs.product.codec import ProductCodec
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
@@ -84,9 +85,7 @@ def make_bank(place: Place, salt: str = "", seed: int = 0) -> None:
             vectors = embedder.embed_references([one.text for one in references])
             bank.home.commit(Batch(ids, bank.blocks(ids, memories), references, vectors))
         bank.home.discard(np.array(FORGOTTEN, np.uint64))
-        index = assembly.make_index(config, DIM)
-        assembly.catch_up(index, bank)
-        assembly.save_index(index, bank)
+        assembly.bank_index(config, bank).update()
 
 
 @dataclass(frozen=True)

@@ -76,10 +76,10 @@ def _main(folder: Path) -> None:
     import torch
 
     torch.set_num_threads(1)  # threads do not survive a fork
-    for module in ("usearch", "lmdb", "pinned"):
+    for module in ("usearch.index", "lmdb.home", "slabs"):
         import_module(f"m3backends.{module}")
-    for module in ("lookup_numba", "scatter_numba"):
-        import_module(f"m3runtime.codecs.{module}")  # compiled once, not in every child
+    kernels = import_module("m3runtime.codecs.product.kernels.by_numba")
+    kernels.scatter()  # compiled once, not in every child
     import_module("tests.hostile.banks")
     pristine = folder / "pristine"
     made = _forked("tests.hostile.cases:make", None, pristine, 120.0)

@@ -19,7 +19,7 @@ from torch import Tensor
 from m3runtime.bank.bank import CODEC
 from m3runtime.codecs import files
 from m3runtime.codecs.product.codec import ProductCodec
-from m3runtime.codecs.product.transform import TransformDesign
+from m3runtime.codecs.product.transform_design import TransformDesign
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.testing.codec import make_memories
 from tests.end_to_end.commands import Place

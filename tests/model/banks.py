@@ -13,11 +13,12 @@ from m3backends.lmdb.home import LmdbHome
 from m3backends.slabs import PinnedTier
 from m3backends.usearch.index import UsearchIndex
 from m3model.transformers import TransformersAdapter
-from m3runtime.bank.bank import Bank, Manifest, OpenHome, as_ids
+from m3runtime.bank.bank import Bank
+from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs.raw import RawCodec
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
-from m3runtime.memory.block import Found, Ids
+from m3runtime.memory.block import Found, Ids, as_ids
 from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.retrieval.retriever import Retriever
 from m3runtime.runtime import Runtime
@@ -68,6 +69,7 @@ def make_runtime(
     home: type[LmdbHome] = LmdbHome,
     blocks: int = 6,
     generate: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
     **recall: Any,
 ) -> Runtime:
     """A bank that remembers ``texts`` exactly, under a page-locked tier with room for ``blocks`` blocks."""
@@ -75,7 +77,7 @@ def make_runtime(
     config = Config.model_validate(
         {
             "bank": path,
-            "model": {"path": "given"},
+            "model": model or {"path": "given"},
             "embedder": {"path": "given"},
             "memory": adapter.memory.model_dump(),
             "recall": {**defaults, **recall},
@@ -95,8 +97,9 @@ def make_runtime(
         embedder=embedder.fingerprint,
         embedder_name="trigrams",
         dim=embedder.dim,
+        model_settings=dict(adapter.model_settings),
     )
-    bank = Bank.create(path, OpenHome(home, {}, "tiers"), manifest, codec)
+    bank = Bank.create(path, home, manifest, codec)
     memories = adapter.encode(texts)
     ids = as_ids(range(bank.home.next_id(), bank.home.next_id() + len(texts)))
     references = [

@@ -61,7 +61,7 @@ def run_suites(files: list[str], report: Path) -> dict[str, Verdict]:
 @pytest.mark.parametrize(
     ("files", "least"),
     [
-        (["slabs", "folders"], 27),
+        (["slabs", "folders"], 21),
         (["homes"], 20),
         (["codecs", "indexes", "policies", "embedders", "hierarchies"], 27),
     ],

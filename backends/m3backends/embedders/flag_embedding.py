@@ -1,6 +1,5 @@
 """`FlagEmbedder`: BGE-M3 and the other encoder models of the FlagEmbedding library."""
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,35 +7,45 @@ from typing import Any
 import numpy as np
 import torch
 
-from m3backends.embedders import loading as embedding
+from m3backends.embedders.loading import (
+    LocalEmbedder,
+    check_counts,
+    find_model,
+    import_extra,
+    model_fingerprint,
+    quietly,
+    unit_rows,
+)
+from m3runtime.device.resolve import resolve
 from m3runtime.errors import ConfigError
-from m3runtime.retrieval.embedder import Embedder, Embeddings
+from m3runtime.retrieval.embedder import Embeddings
 
-KIND = "flag-embedding"
+_KIND = "flag-embedding"
 # FlagEmbedding's own names for the two classes that embed with an encoder.
 M3, BASE = "encoder-only-m3", "encoder-only-base"
 
-# What the authors of the first two generations of BGE say a query begins with; BGE-M3 wants nothing.
+# The text before a query in the first two generations of BGE, by their authors; BGE-M3 wants none.
 _INSTRUCTIONS = {
     "en": "Represent this sentence for searching relevant passages: ",
     "zh": "为这个句子生成表示以用于检索相关文章：",  # noqa: RUF001
 }
 
 
-class FlagEmbedder(Embedder):
-    """Embeds with a BGE model by FlagEmbedding, given as a folder or a hub name; of BGE-M3 the dense vector.
+class FlagEmbedder(LocalEmbedder):
+    """Embeds with a BGE model by FlagEmbedding, given as a folder or a hub name; with BGE-M3 to its dense vector.
 
-    ``model_class`` is ``encoder-only-m3`` or ``encoder-only-base`` (BERT-shaped, such as
-    bge-small-en-v1.5). Left out, a folder with ``colbert_linear.pt`` is BGE-M3, a name that FlagEmbedding
-    knows is what it says, and all else is base with CLS pooling. ``query_instruction`` is put before
-    queries; None takes what the model was trained with, as far as its name tells. ``device`` is a torch
-    device or ``auto``; weights are float32 on the CPU and float16 elsewhere. Texts are cut after
-    ``max_length`` tokens.
+    ``model_class`` is ``encoder-only-m3`` or ``encoder-only-base`` (BERT-shaped, such as bge-small-en-v1.5). Without
+    it, a folder with ``colbert_linear.pt`` is BGE-M3, a name that FlagEmbedding knows decides, and everything else is
+    base with CLS pooling. ``query_instruction`` is put before queries; None takes the one that the model was trained
+    with, as far as its name tells. ``device`` is a torch device or ``auto``; weights are float32 on the CPU and float16
+    elsewhere. Texts are cut after ``max_length`` tokens.
 
-    The first one takes half a minute, which FlagEmbedding's import takes. Thread-safe: one call at a time.
-    Raises `PluginError` without the package, `ConfigError` for a model that is not there, cannot be loaded
-    or is a decoder.
+    The first one takes half a minute, for FlagEmbedding's import. Thread-safe: one call at a time. Raises
+    `PluginError` without the package, `ConfigError` for a model that is missing, cannot be loaded or is a decoder, and
+    for a device that this machine does not have.
     """
+
+    kind = _KIND
 
     def __init__(
         self,
@@ -48,42 +57,33 @@ class FlagEmbedder(Embedder):
         query_instruction: str | None = None,
         model_class: str | None = None,
     ) -> None:
-        embedding.check_counts(KIND, batch_size=batch_size, max_length=max_length)
+        check_counts(_KIND, batch_size=batch_size, max_length=max_length)
         if model_class not in (None, M3, BASE):
-            raise ConfigError(f"embedder {KIND}: model_class must be {M3} or {BASE}, not {model_class!r}")
-        folder = embedding.find_model(path, KIND)
-        self._device = embedding.find_device(device)
-        library = embedding.import_extra("FlagEmbedding", KIND)
+            raise ConfigError(f"embedder {_KIND}: model_class must be {M3} or {BASE}, not {model_class!r}")
+        folder = find_model(path, _KIND)
+        self._device = str(resolve(device, "embedder.device"))
+        library = import_extra("FlagEmbedding", _KIND)
         name = Path(path).expanduser().resolve().name
         self._class, pooling = _recognised(folder, name) if model_class is None else (model_class, "cls")
         load = library.BGEM3FlagModel if self._class == M3 else library.FlagModel
-        with embedding.loading(path, KIND):
+        with quietly(path, _KIND):
             # One device: for several of them FlagEmbedding would start processes.
             self._flag = load(str(folder), pooling_method=pooling, use_fp16=self._device != "cpu", devices=self._device)
             self._flag.model.to(self._device).eval()
         self._encoder: torch.nn.Module = self._flag.model.model if self._class == M3 else self._flag.model
-        self._dim = int(self._encoder.config.hidden_size)
         self._batch_size = batch_size
         self._max_length = min(max_length, _positions(self._encoder))
         self._instruction = _instruction(name) if query_instruction is None else query_instruction
-        self._lock = threading.Lock()
         settings = {
             "class": self._class,
             "pooling": pooling,
             "longest": self._max_length,
             "instruction": self._instruction,
         }
-        self._fingerprint = embedding.fingerprint(self._encoder.named_parameters(), self._flag.tokenizer, settings)
-
-    @property
-    def dim(self) -> int:
-        """Length of a vector."""
-        return self._dim
-
-    @property
-    def fingerprint(self) -> str:
-        """Thirty-two hex digits over weights, tokenizer, pooling, instruction and longest text."""
-        return self._fingerprint
+        super().__init__(
+            int(self._encoder.config.hidden_size),
+            model_fingerprint(self._encoder.named_parameters(), self._flag.tokenizer, settings),
+        )
 
     def embed_references(self, texts: Sequence[str]) -> Embeddings:
         """``float32[n, dim]`` of length 1."""
@@ -98,12 +98,12 @@ class FlagEmbedder(Embedder):
         # memory. A query is one batch, so that would double the time of every recall; its model and pooling
         # are called here.
         longest_first = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        vectors = np.zeros((len(texts), self._dim), np.float32)
-        with self._lock, torch.inference_mode():
+        vectors = np.zeros((len(texts), self.dim), np.float32)
+        with self.lock, torch.inference_mode():
             for start in range(0, len(texts), self._batch_size):
                 rows = longest_first[start : start + self._batch_size]
                 vectors[rows] = self._dense([texts[i] for i in rows]).float().cpu().numpy()
-        return embedding.unit_rows(vectors, self._dim, KIND)
+        return unit_rows(vectors, self.dim, _KIND)
 
     def _dense(self, texts: list[str]) -> torch.Tensor:
         inputs = self._flag.tokenizer(
@@ -119,10 +119,10 @@ class FlagEmbedder(Embedder):
 
 
 def _recognised(folder: Path, name: str) -> tuple[str, str]:
-    """Class and pooling method of a model."""
+    """The class and pooling method of a model."""
     if (folder / "colbert_linear.pt").is_file():
         return M3, "cls"
-    mapping = embedding.import_extra("FlagEmbedding.inference.embedder.model_mapping", KIND)
+    mapping = import_extra("FlagEmbedding.inference.embedder.model_mapping", _KIND)
     known = mapping.AUTO_EMBEDDER_MAPPING.get(name)
     if known is None:
         return BASE, "cls"
@@ -130,7 +130,7 @@ def _recognised(folder: Path, name: str) -> tuple[str, str]:
     choice = str(classes[known.model_class].value)
     if choice not in (M3, BASE):
         raise ConfigError(
-            f"embedder {KIND}: {name} is a decoder ({choice}); use an encoder such as BAAI/bge-m3, or "
+            f"embedder {_KIND}: {name} is a decoder ({choice}); use an encoder such as BAAI/bge-m3, or "
             "embedder sentence-transformers"
         )
     return choice, str(known.pooling_method.value)
@@ -143,7 +143,7 @@ def _instruction(name: str) -> str:
 
 
 def _positions(encoder: Any) -> int:
-    """How many tokens the model has positions for. More crash it, on a GPU for good."""
+    """The number of tokens that the model has positions for. More crash it, on a GPU for good."""
     table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
     if not isinstance(table, torch.nn.Embedding):
         return 2**31

@@ -1,11 +1,12 @@
-"""What the embedders share: finding a model, loading it without noise, and its fingerprint."""
+"""`LocalEmbedder`: the base of embedders that run a model on this machine, and how they find and load it."""
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,13 +14,13 @@ import xxhash
 
 from m3runtime.errors import ConfigError, PluginError
 from m3runtime.memory.spec import canonical_json
-from m3runtime.retrieval.embedder import Embeddings
+from m3runtime.retrieval.embedder import Embedder, Embeddings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SAMPLE = 65_536
-"""Most elements of one parameter that a fingerprint covers."""
+"""The number of elements of one parameter that a fingerprint covers at most."""
 
 # Formats of the same weights for other frameworks, often as large again.
 _NOT_FETCHED = ["*.onnx", "onnx/*", "openvino/*", "*.h5", "*.ot", "*.msgpack", "*.gguf", "imgs/*"]
@@ -28,8 +29,30 @@ _NOT_FETCHED = ["*.onnx", "onnx/*", "openvino/*", "*.h5", "*.ot", "*.msgpack", "
 _PROBE = "The Quick brown-fox's naïve CAFÉ,  3.14\tand 2,048!\nΓιώργος Москва 東京都 नमस्ते 😀"  # noqa: RUF001
 
 
-# The extra of m3runtime that installs what an embedder needs.
+# The extra of m3runtime that installs an embedder's packages.
 _EXTRAS = {"sentence-transformers": "sentence-transformers", "flag-embedding": "bge"}
+
+
+class LocalEmbedder(Embedder):
+    """An embedder whose model is loaded; a subclass computes the vectors, one call at a time under `lock`."""
+
+    kind: ClassVar[str]
+    """The plug-in's name, for messages."""
+
+    def __init__(self, dim: int, fingerprint: str) -> None:
+        self._dim = dim
+        self._fingerprint = fingerprint
+        self.lock = threading.Lock()
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return self._dim
+
+    @property
+    def fingerprint(self) -> str:
+        """Thirty-two hex digits over weights, tokenizer, pooling, text before texts, and the longest text."""
+        return self._fingerprint
 
 
 def import_extra(module: str, kind: str) -> Any:
@@ -42,26 +65,11 @@ def import_extra(module: str, kind: str) -> Any:
         ) from error
 
 
-def find_device(name: str) -> str:
-    """``auto`` is the accelerator, if there is one, and else the CPU.
-
-    Raises `ConfigError` for a device that is not there.
-    """
-    if name == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return "cpu" if found is None else found.type
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's choice differs by device
-        raise ConfigError(f"embedder device {name!r} is not there; set `device: cpu` or `auto`") from error
-    return name
-
-
 def find_model(path: str | Path, kind: str) -> Path:
-    """The local folder of a model given as a folder or by its hub name, which is fetched if need be.
+    """The local folder of a model, which is given as a folder or by a hub name and fetched if it is missing.
 
-    What looks like a path is never asked for at the hub. Raises `ConfigError` if there is no such folder or
-    the hub cannot be reached.
+    The hub is never asked for a name that looks like a path. Raises `ConfigError` if the folder does not exist or the
+    hub cannot be reached.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -81,8 +89,8 @@ def find_model(path: str | Path, kind: str) -> Path:
 
 
 @contextmanager
-def loading(path: str | Path, kind: str) -> Iterator[None]:
-    """Load a model without bars and log lines. What goes wrong becomes a `ConfigError` of one line."""
+def quietly(path: str | Path, kind: str) -> Iterator[None]:
+    """Load a model in the block without progress bars and log lines. An error becomes a `ConfigError` of one line."""
     from safetensors import SafetensorError
 
     logging = import_extra("transformers.utils.logging", kind)
@@ -104,15 +112,15 @@ def loading(path: str | Path, kind: str) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def fingerprint(
+def model_fingerprint(
     parameters: Iterable[tuple[str, torch.Tensor]],
     tokenizer: "PreTrainedTokenizerBase",
     settings: Mapping[str, Any],
 ) -> str:
-    """Thirty-two hex digits (XXH3-128) over weights, tokenizer and settings, wherever the model lies.
+    """Thirty-two hex digits (XXH3-128) over weights, tokenizer and settings.
 
-    Of each parameter its name, shape and at most `SAMPLE` elements count, evenly spread and in float16, so
-    that a model has one fingerprint on every device and in every dtype that it is run in.
+    Each parameter counts with its name, its shape and at most `SAMPLE` elements, evenly spread and in float16, so a
+    model has one fingerprint on every device and in every dtype that it runs in.
     """
     state = xxhash.xxh3_128()
     for name, parameter in sorted(parameters, key=lambda item: item[0]):

@@ -1,28 +1,35 @@
 """`SentenceTransformersEmbedder`: any model of the sentence-transformers library."""
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from m3backends.embedders import loading as embedding
-from m3runtime.retrieval.embedder import Embedder, Embeddings
+from m3backends.embedders.loading import (
+    LocalEmbedder,
+    check_counts,
+    find_model,
+    import_extra,
+    model_fingerprint,
+    quietly,
+    unit_rows,
+)
+from m3runtime.device.resolve import resolve
+from m3runtime.retrieval.embedder import Embeddings
 
-KIND = "sentence-transformers"
 
-
-class SentenceTransformersEmbedder(Embedder):
+class SentenceTransformersEmbedder(LocalEmbedder):
     """Embeds with a sentence-transformers model, given as a folder or a hub name.
 
-    ``device`` is a torch device or ``auto``. ``query_prompt`` and ``reference_prompt`` are put before every
-    text; None takes the model's own prompts, if it has any. Texts beyond the model's longest are cut at
-    their end.
+    ``device`` is a torch device or ``auto``. ``query_prompt`` and ``reference_prompt`` are put before every text; None
+    takes the model's own prompts, if it has any. Longer texts than the model takes are cut at their end.
 
-    Thread-safe: one call at a time. Raises `PluginError` without the package, `ConfigError` for a model
-    that is not there or cannot be loaded.
+    Thread-safe: one call at a time. Raises `PluginError` without the package, `ConfigError` for a model that is
+    missing or cannot be loaded, and for a device that this machine does not have.
     """
+
+    kind = "sentence-transformers"
 
     def __init__(
         self,
@@ -33,22 +40,21 @@ class SentenceTransformersEmbedder(Embedder):
         query_prompt: str | None = None,
         reference_prompt: str | None = None,
     ) -> None:
-        embedding.check_counts(KIND, batch_size=batch_size)
-        folder, device = embedding.find_model(path, KIND), embedding.find_device(device)
-        library = embedding.import_extra("sentence_transformers", KIND)
-        with embedding.loading(path, KIND):
+        check_counts(self.kind, batch_size=batch_size)
+        folder, device = find_model(path, self.kind), str(resolve(device, "embedder.device"))
+        library = import_extra("sentence_transformers", self.kind)
+        with quietly(path, self.kind):
             self._model = library.SentenceTransformer(str(folder), device=device, local_files_only=True)
-            self._dim = len(self._model.encode("dim", show_progress_bar=False))
+            dim = len(self._model.encode("dim", show_progress_bar=False))
         self._batch_size = batch_size
         self._prompts = {"query": query_prompt, "reference": reference_prompt}
-        self._lock = threading.Lock()
-        self._fingerprint = embedding.fingerprint(
-            self._model.named_parameters(), self._model.tokenizer, self._settings()
+        super().__init__(
+            dim, model_fingerprint(self._model.named_parameters(), self._model.tokenizer, self._settings())
         )
 
     def _settings(self) -> dict[str, Any]:
-        # The first module is the transformer, whose own settings change names with releases; what matters
-        # of them shows in the weights, the tokenizer and the longest text.
+        # The first module is the transformer, whose own settings change names with releases; the weights, the
+        # tokenizer and the longest text show those that matter.
         steps = [[type(step).__name__, step.get_config_dict()] for step in list(self._model)[1:]]
         return {
             "steps": steps,
@@ -57,16 +63,6 @@ class SentenceTransformersEmbedder(Embedder):
             "default_prompt": self._model.default_prompt_name,
             "prompts": self._prompts,
         }
-
-    @property
-    def dim(self) -> int:
-        """Length of a vector."""
-        return self._dim
-
-    @property
-    def fingerprint(self) -> str:
-        """Thirty-two hex digits over weights, tokenizer, pooling, prompts and longest text."""
-        return self._fingerprint
 
     def embed_references(self, texts: Sequence[str]) -> Embeddings:
         """``float32[n, dim]`` of length 1, with the prompt for references."""
@@ -78,8 +74,8 @@ class SentenceTransformersEmbedder(Embedder):
 
     def _embed(self, encode: Any, texts: Sequence[str], prompt: str | None) -> Embeddings:
         if not texts:
-            return np.zeros((0, self._dim), np.float32)
-        with self._lock:
+            return np.zeros((0, self.dim), np.float32)
+        with self.lock:
             # The library batches texts of similar length and puts the rows back in order.
             rows = encode(list(texts), prompt=prompt, batch_size=self._batch_size, show_progress_bar=False)
-        return embedding.unit_rows(rows, self._dim, KIND)
+        return unit_rows(rows, self.dim, self.kind)

@@ -1,4 +1,4 @@
-"""Looking for damage in a home's own books: whether every record is sound, and all agree with each other."""
+"""The audit of a home's records: is every one sound, and do all agree with each other?"""
 
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -6,7 +6,7 @@ from typing import TypeVar
 import lmdb
 import numpy as np
 
-from m3backends.lmdb.environment import Environment, Reading
+from m3backends.lmdb.environment import Environment, ReadTransaction
 from m3backends.lmdb.forgetting import members_of
 from m3backends.lmdb.records import (
     SEAL_BYTES,
@@ -20,23 +20,23 @@ from m3backends.lmdb.records import (
 )
 from m3backends.lmdb.schema import Databases, above_all
 from m3backends.lmdb.structure import structure_problems
-from m3backends.lmdb.table import Absent, Table
+from m3backends.lmdb.table import Table
 from m3runtime.errors import RecordError
-from m3runtime.storage.abilities import Damage
+from m3runtime.storage.home import Damage
 
 T = TypeVar("T")
 
 _BATCH = 1024
-"""Records looked at in one transaction: while it lasts, a writer cannot reuse what it forgets."""
+"""Records read in one transaction: while it lasts, a writer cannot reuse the pages that it frees."""
 _UNIT = 1e-3
 """How far the length of an embedding may be from 1."""
 
-Found = Iterator[tuple[int | None, str]]
-"""What is wrong: the id that it concerns, and what it is."""
+Defects = Iterator[tuple[int | None, str]]
+"""The defects of a record: the id concerned, and a description."""
 
 
 def audit(environment: Environment, db: Databases, progress: Callable[[int, int], None] | None) -> Iterator[Damage]:
-    """See `LmdbHome.audit`."""
+    """All damage in the records of a home; see `LmdbHome.audit`."""
     for problem in environment.at_rest(lambda: structure_problems(environment.files.data)) or ():
         yield Damage("home", None, f"the structure of {environment.files.data.name} is damaged: {problem}")
     books = _Books(db)
@@ -51,7 +51,7 @@ def audit(environment: Environment, db: Databases, progress: Callable[[int, int]
         _Walk("home", db.quarantine.handle, books.quarantined),
         _Walk("home", db.meta.handle, books.meta),
     ]
-    if not isinstance(db.cold, Absent):
+    if db.cold.exists:
         walks.append(_Walk("home", db.cold.handle, books.cold))
     steps = environment.read(lambda txn: sum(txn.stat(walk.database)["entries"] for walk in walks))
     done = 0
@@ -65,13 +65,13 @@ def audit(environment: Environment, db: Databases, progress: Callable[[int, int]
 
 
 class _Walk:
-    """Looks at the records of one database in order, a batch at a time."""
+    """Reads the records of one database in order, a batch at a time."""
 
     def __init__(
         self,
         where: str,
         database: "lmdb._Database",
-        look: Callable[[Reading, bytes, memoryview], Found],
+        look: Callable[[ReadTransaction, bytes, memoryview], Defects],
         *,
         duplicates: bool = False,
     ) -> None:
@@ -82,8 +82,8 @@ class _Walk:
         self._look = look
         self._last: tuple[bytes, bytes] | None = None
 
-    def step(self, txn: Reading) -> tuple[list[Damage], int]:
-        """Look at the next batch. Returns what is wrong there, and how many records it had."""
+    def step(self, txn: ReadTransaction) -> tuple[list[Damage], int]:
+        """Read the next batch. Returns its defects and its number of records."""
         cursor, damages, looked = txn.cursor(self.database), list[Damage](), 0
         there = cursor.first() if self._last is None else self._go_on(cursor, *self._last)
         while there and looked < _BATCH:
@@ -99,7 +99,7 @@ class _Walk:
         return damages, looked
 
     def _go_on(self, cursor: "lmdb.Cursor[memoryview]", key: bytes, value: bytes) -> bool:
-        """Move to what comes after a record, which may be gone."""
+        """Move behind a record, which may be gone."""
         if self._duplicates and cursor.set_range_dup(key, value + b"\0"):
             return True
         if not cursor.set_range(key):
@@ -108,13 +108,13 @@ class _Walk:
 
 
 class _Books:
-    """What each record of a home must be, and what must be there beside it."""
+    """The rules of each kind of record, and of the records that must exist with it."""
 
     def __init__(self, db: Databases) -> None:
         self._db = db
         self._dim: int | None = None
 
-    def home(self, txn: Reading, key: bytes, stored: memoryview) -> Found:
+    def home(self, txn: ReadTransaction, key: bytes, stored: memoryview) -> Defects:
         if key == b"version":
             return
         if not _sound(self._db.home, key, stored):
@@ -124,7 +124,7 @@ class _Books:
             if next_id is not None and next_id < above:
                 yield None, f"the next id is {next_id}, and {above - 1} is in use"
 
-    def reference(self, txn: Reading, key: bytes, stored: memoryview) -> Found:
+    def reference(self, txn: ReadTransaction, key: bytes, stored: memoryview) -> Defects:
         id, reference = _id(key), _read(self._db.references, key, stored, unpack_reference)
         if reference is None:
             yield id, "its record is damaged"
@@ -142,30 +142,30 @@ class _Books:
         if not (_has(txn, self._db.blocks, key) or self._db.cold.has(txn, key)):
             yield id, "it has no block"
 
-    def text(self, txn: Reading, key: bytes, stored: memoryview) -> Found:
+    def text(self, txn: ReadTransaction, key: bytes, stored: memoryview) -> Defects:
         id = _read(self._db.digests, key, stored, unpack_id)
         if id is None:
             yield None, f"the record of the text with digest {key.hex()[:16]} is damaged"
         elif (text := self._field(txn, pack_id(id), "text")) not in (None, key):
             yield id, "there is a text for it and no reference" if not text else "there is another text for it"
 
-    def member(self, txn: Reading, key: bytes, member: memoryview) -> Found:
+    def member(self, txn: ReadTransaction, key: bytes, member: memoryview) -> Defects:
         id = _id(member)
         if id is None or not _has(txn, self._db.sources.handle, key):
             yield id, f"it is listed by the source with digest {key.hex()[:16]}, which is unknown"
         elif (source := self._field(txn, bytes(member), "source")) not in (None, key):
             yield id, "a source lists it and it has no reference" if not source else "another source lists it"
 
-    def source(self, txn: Reading, key: bytes, stored: memoryview) -> Found:
+    def source(self, txn: ReadTransaction, key: bytes, stored: memoryview) -> Defects:
         known, members = _read(self._db.sources, key, stored, unpack_source), members_of(txn, self._db, key)
         if known is None or digest(known.name) != key:
-            # By one of those who have it: to compute that anew writes the record anew.
+            # By one of its members: to compute that memory anew writes the record anew.
             id = int(members[0]) if len(members) else None
             yield id, f"the record of the source with digest {key.hex()[:16]} is damaged"
         elif not known.fits(members):
             yield None, f"source {known.name} does not list the {known.count} references that it counts"
 
-    def embedding(self, txn: Reading, key: bytes, stored: memoryview) -> Found:
+    def embedding(self, txn: ReadTransaction, key: bytes, stored: memoryview) -> Defects:
         id = _id(key)
         if not _sound(self._db.embeddings, key, stored) or (len(stored) - SEAL_BYTES) % 4:
             yield id, "its record is damaged"
@@ -180,17 +180,17 @@ class _Books:
         if not _has(txn, self._db.references.handle, key):
             yield id, "it has no reference"
 
-    def block(self, _: Reading, key: bytes, __: memoryview) -> Found:
+    def block(self, _: ReadTransaction, key: bytes, __: memoryview) -> Defects:
         if _id(key) is None:
             yield None, f"there is one under {key.hex()[:16]}, which is no id"
 
-    def quarantined(self, txn: Reading, key: bytes, stored: memoryview) -> Found:
+    def quarantined(self, txn: ReadTransaction, key: bytes, stored: memoryview) -> Defects:
         if _read(self._db.quarantine, key, stored, unpack_text) is None:
             yield _id(key), "the record of its quarantine is damaged"
         elif not (_has(txn, self._db.blocks, key) or self._db.cold.has(txn, key)):
             yield _id(key), "it is quarantined and has no block"
 
-    def cold(self, txn: Reading, key: bytes, stored: memoryview) -> Found:
+    def cold(self, txn: ReadTransaction, key: bytes, stored: memoryview) -> Defects:
         id = _id(key)
         if id is None or not _sound(self._db.cold, key, stored) or len(stored) != SEAL_BYTES:
             yield id, "the record that it is cold is damaged"
@@ -199,11 +199,11 @@ class _Books:
         elif not _has(txn, self._db.references.handle, key):
             yield id, "it is cold and has no reference"
 
-    def meta(self, _: Reading, key: bytes, stored: memoryview) -> Found:
+    def meta(self, _: ReadTransaction, key: bytes, stored: memoryview) -> Defects:
         if not _sound(self._db.meta, key, stored):
             yield None, f"the record {ascii(key)[2:-1]} of meta is damaged"
 
-    def _field(self, txn: Reading, key: bytes, field: str) -> bytes | None:
+    def _field(self, txn: ReadTransaction, key: bytes, field: str) -> bytes | None:
         """The digest of the text or source of a reference, empty if there is none, None if it is damaged."""
         try:
             reference = self._db.references.read(txn, key, unpack_reference)
@@ -213,7 +213,7 @@ class _Books:
 
 
 def _read(table: Table, key: bytes, stored: memoryview, unpack: Callable[[memoryview], T]) -> T | None:
-    """What a record holds, or None if it is damaged."""
+    """The value of a record, or None if it is damaged."""
     try:
         return table.unpack(key, table.open(key, stored), unpack)
     except RecordError:
@@ -224,7 +224,7 @@ def _sound(table: Table, key: bytes, stored: memoryview) -> bool:
     return _read(table, key, stored, bool) is not None
 
 
-def _has(txn: Reading, database: "lmdb._Database", key: bytes) -> bool:
+def _has(txn: ReadTransaction, database: "lmdb._Database", key: bytes) -> bool:
     return txn.cursor(database).set_key(key)
 
 

@@ -1,8 +1,7 @@
-"""Who may open a home: one process that writes, beside any number that read; and whether its file is to be trusted.
+"""`Claim`: the right to open a home. One process writes and any number read, after the file was found whole.
 
-Whoever opens a home takes ``opening.lock`` first, unless it reads and the file is trusted by its stamp. So the
-one who holds it knows: where ``writer.lock`` is taken, that writer has verified the file; where it is not, no writer
-can come in between.
+A process takes ``opening.lock`` before it opens a home, unless it reads and the stamp fits the file. While it holds the
+lock, either ``writer.lock`` is taken, and that writer has verified the file, or no writer can come in between.
 """
 
 import os
@@ -25,9 +24,9 @@ T = TypeVar("T")
 
 
 class Claim:
-    """What a process holds while it has a home open. The kernel frees it if the process dies.
+    """The locks of a process that has a home open. The kernel frees them if the process dies.
 
-    Raises `BankBusyError` where another may write and this one wants to, and `BankError` for a damaged file.
+    Raises `BankBusyError` if another process writes and this one wants to, and `BankError` for a damaged file.
     """
 
     def __init__(self, files: HomeFiles, *, read_only: bool) -> None:
@@ -35,10 +34,10 @@ class Claim:
         self._writer: FileLock | None = None
         self._reader: int | None = None
         self.verified: bytes | None = None
-        """The state of the file that was verified just now: what LMDB finds in it is still to be looked at."""
+        """The state of the file whose pages were verified just now; its records are still to be checked."""
         files.check()
         self.registers = files.can_register()
-        """Whether LMDB is to note what we read."""
+        """Does LMDB register this process as a reader?"""
         try:
             if not read_only:
                 self._take_writing()
@@ -63,7 +62,7 @@ class Claim:
             self._reader = None
 
     def at_rest(self, work: Callable[[], T]) -> T | None:
-        """Of one that reads: run ``work`` while no process can write, or return None if one may at any time."""
+        """Run ``work`` for a reader while no process can write; None if a process may."""
         if not self.registers:
             return work()
         with _lock(self._files.opening), suppress(Timeout), _lock(self._files.writer).acquire(blocking=False):
@@ -85,7 +84,7 @@ class Claim:
             self.at_rest(self._verify)
 
     def _read_alone(self) -> None:
-        """Read without being noted anywhere, and therefore keep writers out, which might reuse what is being read."""
+        """Read without being registered, and keep writers out, which might reuse the pages that are being read."""
         if os.name == "posix" and self._files.writer.exists():
             self._reader = os.open(self._files.writer, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
@@ -98,9 +97,7 @@ class Claim:
         self._verify()
 
     def _verify(self) -> None:
-        if self._files.is_empty():
-            return
-        if self._files.is_trusted():
+        if self._files.is_empty() or self._files.is_trusted():
             return
         stamped, state = self._files.is_verified(), self._files.state()
         check_structure(self._files.data)

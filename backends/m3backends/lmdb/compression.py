@@ -1,6 +1,6 @@
-"""Blocks compressed at rest, each by itself, so that any of them can be read alone.
+"""Compression of stored blocks, each by itself, so that any block can be read alone.
 
-How a home's blocks are packed is decided once, by the first blocks: see `decide`.
+The first blocks of a home decide how its blocks are packed, once: see `decide`.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,33 +9,36 @@ from typing import Literal
 
 import numpy as np
 import zstandard
+from torch import Tensor
 
-from m3runtime.memory.block import Rows
+from m3runtime.errors import InputError
+from m3runtime.memory.block import HEADER_BYTES, Ids, Rows, headers
+from m3runtime.storage.tier import check_rows
 
 Compression = Literal["none", "zstd"]
 Method = Literal["none", "zstd", "dictionary"]
 
 ENOUGH = 64
-"""Blocks to decide by."""
+"""The number of blocks that decide."""
 _LEVEL = 3
 _FRAME = zstandard.FRAME_HEADER
-"""What a compressed block begins with; others begin with a block's own magic."""
+"""The first bytes of a compressed block; others begin with a block's own magic."""
 _WORTH = 0.99
-"""What a method may leave of the size of the simpler one, to be used in its place."""
+"""A method replaces a simpler one if it leaves at most this share of its size."""
 _SAMPLE_BYTES = 32 << 20
 _DICTIONARY_BYTES = 112 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How blocks are stored: as they are, as zstd frames, or as frames that need the home's dictionary."""
+    """The way blocks are stored: as they are, as zstd frames, or as frames that need the home's dictionary."""
 
     method: Method
     dictionary: bytes = b""
-    """Empty unless that is the method."""
+    """Empty for the other methods."""
 
     def packer(self) -> Callable[[Rows], bytes | memoryview]:
-        """What makes of a block what is stored: never more bytes than it has. For one thread."""
+        """A function from a block to its stored bytes, never more than the block has. For one thread."""
         if self.method == "none":
             return lambda block: block.data
         compressor = zstandard.ZstdCompressor(level=_LEVEL, dict_data=load_dictionary(self.dictionary))
@@ -51,11 +54,27 @@ PLAIN = Packing("none")
 ZSTD = Packing("zstd")
 
 
-def decide(blocks: Sequence[Rows]) -> Packing:
-    """How to pack blocks like these, of which there are at least two.
+def without_padding(ids: Ids, blocks: Tensor, slot_bytes: int) -> list[Rows]:
+    """The bytes of each block, ``uint8[n, slot_bytes]``, on the CPU. Raises `InputError` if its header does not fit."""
+    check_rows(ids, blocks, slot_bytes)
+    if not len(ids):
+        return []
+    if slot_bytes < HEADER_BYTES:
+        raise InputError(f"slots of {slot_bytes} bytes hold no block")
+    rows = blocks.cpu().contiguous().numpy()
+    header = headers(rows)
+    ends = HEADER_BYTES + header["payload"].astype(np.int64)
+    wrong = np.flatnonzero((header["id"] != ids) | (ends > slot_bytes))
+    if len(wrong):
+        raise InputError(f"id {ids[wrong[0]]} comes with bytes that are not its block")
+    return [row[:end] for row, end in zip(rows, ends.tolist(), strict=True)]
 
-    zstd, if it saves at least 1 %; with a dictionary trained on every second of them, if that saves at least 1 % more
-    of the others.
+
+def decide(blocks: Sequence[Rows]) -> Packing:
+    """Choose a packing for blocks like these; there are at least two.
+
+    zstd is chosen if it saves at least 1 %, and a dictionary trained on every second block if it saves at least 1 %
+    more on the others.
     """
     blocks = _some(blocks)
     held_out = blocks[1::2]
@@ -67,7 +86,7 @@ def decide(blocks: Sequence[Rows]) -> Packing:
 
 
 def load_dictionary(dictionary: bytes | memoryview) -> zstandard.ZstdCompressionDict | None:
-    """The dictionary, of which any number of threads may make use. Raises `ValueError` if it is none."""
+    """Load a dictionary, which any number of threads may use. Raises `ValueError` if the bytes are none."""
     if not dictionary:
         return None
     loaded = zstandard.ZstdCompressionDict(bytes(dictionary))
@@ -81,7 +100,7 @@ def load_dictionary(dictionary: bytes | memoryview) -> zstandard.ZstdCompression
 
 
 def dictionary_of(stored: memoryview) -> int:
-    """The number of the dictionary that a stored block needs; 0 for one that needs none, or is damaged."""
+    """The number of the dictionary that a stored block needs; 0 if it needs none or is damaged."""
     if stored[: len(_FRAME)] != _FRAME:
         return 0
     try:
@@ -91,10 +110,10 @@ def dictionary_of(stored: memoryview) -> int:
 
 
 def unpack(stored: memoryview, slot_bytes: int, dictionary: zstandard.ZstdCompressionDict | None = None) -> Rows:
-    """The block that was stored, however it was; nothing (which no check lets pass) for a frame that is damaged.
+    """The block that was stored, compressed or not; empty, which fails every check, for a damaged frame.
 
-    A frame that does not say that it holds at most a slot is damaged, and so is one that needs another dictionary.
-    It is not decompressed to find out.
+    A frame counts as damaged, and is not decompressed, if it does not state a length of at most a slot or needs
+    another dictionary.
     """
     if stored[: len(_FRAME)] != _FRAME:
         return np.asarray(stored)
@@ -108,7 +127,7 @@ def unpack(stored: memoryview, slot_bytes: int, dictionary: zstandard.ZstdCompre
 
 
 def _some(blocks: Sequence[Rows]) -> Sequence[Rows]:
-    """As many as may be looked at, evenly spread, but some."""
+    """An evenly spread sample of at most `_SAMPLE_BYTES`, and at least eight blocks if there are as many."""
     step = sum(len(block) for block in blocks) // _SAMPLE_BYTES + 1
     return blocks[:: max(1, min(step, len(blocks) // 8))]
 

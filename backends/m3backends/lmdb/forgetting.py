@@ -1,8 +1,8 @@
-"""Forgetting, also what is damaged: its traces are looked for where they cannot be known."""
+"""Forgetting, damaged records included: their traces are searched for where no record names them."""
 
 import numpy as np
 
-from m3backends.lmdb.environment import Reading, Writing
+from m3backends.lmdb.environment import ReadTransaction, WriteTransaction
 from m3backends.lmdb.records import (
     SEAL_BYTES,
     Source,
@@ -19,13 +19,13 @@ from m3runtime.errors import RecordError
 from m3runtime.memory.block import Ids
 
 
-def forget(txn: Writing, db: Databases, ids: Ids) -> None:
-    """Remove all that a home has of these ids. Of an id without a sound reference, every text and source is looked at.
+def forget(txn: WriteTransaction, db: Databases, ids: Ids) -> None:
+    """Remove everything that a home has of these ids.
 
-    That takes about a second for each million references.
+    For an id without a sound reference all texts and sources are searched, about a second for a million references.
     """
     lost: dict[bytes, bool] = {}
-    """Ids whose texts and sources are to be looked for, and whether there was a reference of each."""
+    """Maps each id whose texts and sources are to be searched for to: was there a reference?"""
     for key in pack_ids(np.unique(ids)):
         known = _forget_known(txn, db, key)
         there = db.references.delete(txn, key)
@@ -39,8 +39,8 @@ def forget(txn: Writing, db: Databases, ids: Ids) -> None:
         _forget_lost(txn, db, lost)
 
 
-def _forget_known(txn: Writing, db: Databases, key: bytes) -> bool:
-    """Remove the entries of a reference by text and source; false unless it is sound and both were there."""
+def _forget_known(txn: WriteTransaction, db: Databases, key: bytes) -> bool:
+    """Remove the entries of a reference by text and source; false unless it is sound and both were found."""
     try:
         reference = db.references.read(txn, key, unpack_reference)
     except RecordError:
@@ -53,7 +53,7 @@ def _forget_known(txn: Writing, db: Databases, key: bytes) -> bool:
     return _forget_text(txn, db, key, digest(reference.text)) and listed
 
 
-def _forget_text(txn: Writing, db: Databases, key: bytes, text: bytes) -> bool:
+def _forget_text(txn: WriteTransaction, db: Databases, key: bytes, text: bytes) -> bool:
     try:
         if db.digests.read(txn, text, bytes) != key:
             return False
@@ -62,7 +62,7 @@ def _forget_text(txn: Writing, db: Databases, key: bytes, text: bytes) -> bool:
     return db.digests.delete(txn, text)
 
 
-def _forget_lost(txn: Writing, db: Databases, lost: dict[bytes, bool]) -> None:
+def _forget_lost(txn: WriteTransaction, db: Databases, lost: dict[bytes, bool]) -> None:
     texts = [key for key, stored in txn.cursor(db.digests.handle) if stored[SEAL_BYTES:] in lost]
     for text in texts:
         db.digests.delete(txn, text)
@@ -71,8 +71,8 @@ def _forget_lost(txn: Writing, db: Databases, lost: dict[bytes, bool]) -> None:
         _unlist(txn, db, source, unpack_id(key), counted=lost[key])
 
 
-def _leave(txn: Writing, db: Databases, source: bytes, id: int, name: str) -> None:
-    """Take a reference off what its source counts. ``name``, the source's, mends a damaged record."""
+def _leave(txn: WriteTransaction, db: Databases, source: bytes, id: int, name: str) -> None:
+    """Take a reference off its source's count. A damaged record of the source is mended with ``name``."""
     try:
         known = db.sources.read(txn, source, unpack_source)
     except RecordError:
@@ -81,8 +81,8 @@ def _leave(txn: Writing, db: Databases, source: bytes, id: int, name: str) -> No
         _store(txn, db, source, known and known.without(id))
 
 
-def _unlist(txn: Writing, db: Databases, source: bytes, id: int, *, counted: bool) -> None:
-    """Take an id that a source listed off what it counts, if it was ``counted``, or if the others fit only then."""
+def _unlist(txn: WriteTransaction, db: Databases, source: bytes, id: int, *, counted: bool) -> None:
+    """Take an id off the count of a source that listed it, if it was ``counted`` or the others fit only then."""
     left = members_of(txn, db, source)
     try:
         known = db.sources.read(txn, source, unpack_source)
@@ -95,14 +95,14 @@ def _unlist(txn: Writing, db: Databases, source: bytes, id: int, *, counted: boo
         _store(txn, db, source, without)
 
 
-def _store(txn: Writing, db: Databases, source: bytes, known: Source | None) -> None:
+def _store(txn: WriteTransaction, db: Databases, source: bytes, known: Source | None) -> None:
     if known is not None and known.count:
         db.sources.put(txn, source, pack_source(known))
     else:
         db.sources.delete(txn, source)
 
 
-def members_of(txn: Reading | Writing, db: Databases, source: bytes) -> Ids:
-    """The ids that a source lists, as far as they are ids."""
+def members_of(txn: ReadTransaction | WriteTransaction, db: Databases, source: bytes) -> Ids:
+    """The ids that a source lists, without entries that are no ids."""
     cursor = txn.cursor(db.members)
     return unpack_ids(id for id in (cursor.iternext_dup() if cursor.set_key(source) else ()) if len(id) == 8)

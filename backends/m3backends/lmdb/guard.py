@@ -1,4 +1,4 @@
-"""Many threads inside, or one alone."""
+"""`Guard`: a lock that many threads share, or one has alone."""
 
 import threading
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from m3runtime.errors import TierClosedError
 
 
 class Guard:
-    """Any number of threads share it, or one has it alone. Waiting to be alone keeps new ones out.
+    """A shared or exclusive lock. A thread that waits for `alone` keeps new ones out.
 
-    A thread must not enter while it is inside: `alone`, waiting, would lock it out.
+    It is not reentrant: a thread inside that enters again would wait for an `alone` that waits for it.
     """
 
     def __init__(self, closed: str) -> None:
@@ -22,7 +22,7 @@ class Guard:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Raises `TierClosedError` after `alone` with ``closing``."""
+        """Enter with others. Raises `TierClosedError` after `alone` with ``closing``."""
         with self._condition:
             self._condition.wait_for(lambda: not self._alone)
             if self._closed:

@@ -11,10 +11,19 @@ import numpy.typing as npt
 from torch import Tensor
 
 from m3backends.lmdb.audit import audit
-from m3backends.lmdb.compression import ENOUGH, PLAIN, ZSTD, Compression, Packing, decide, load_dictionary
-from m3backends.lmdb.environment import Durability, Environment, Reading, Writing
+from m3backends.lmdb.compression import (
+    ENOUGH,
+    PLAIN,
+    ZSTD,
+    Compression,
+    Packing,
+    decide,
+    load_dictionary,
+    without_padding,
+)
+from m3backends.lmdb.environment import Durability, Environment, ReadTransaction, WriteTransaction
 from m3backends.lmdb.forgetting import forget
-from m3backends.lmdb.reading import LmdbReading
+from m3backends.lmdb.reader import LmdbReader
 from m3backends.lmdb.records import (
     Source,
     digest,
@@ -29,20 +38,20 @@ from m3backends.lmdb.schema import Databases, create_folder, open_databases, sto
 from m3runtime.config.units import Size
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError
-from m3runtime.memory.block import HEADER_BYTES, Found, Ids, Rows, headers
-from m3runtime.storage.abilities import Damage
-from m3runtime.storage.home import Batch
-from m3runtime.storage.tier import check_ids, check_rows
+from m3runtime.memory.block import Found, Ids, Rows
+from m3runtime.storage.home import Batch, Damage
+from m3runtime.storage.tier import check_ids
 
 
-class LmdbHome(LmdbReading):
-    """The home in a folder of its own, ``path``.
+class LmdbHome(LmdbReader):
+    """The home in the folder ``path``, which holds nothing else.
 
-    ``slot_bytes`` is fixed when the folder is made; without it, what is there is opened. ``max_size`` bounds the file
-    in bytes. With ``compression="zstd"`` new blocks are compressed as the first `ENOUGH` blocks showed it to be worth;
-    what is there can be read either way. Every method is one transaction (`embeddings`: one a batch). Thread-safe.
+    ``slot_bytes`` is fixed when the home is made; without it, an existing home is opened. ``max_size`` bounds the file
+    in bytes. With ``compression="zstd"`` new blocks are compressed if the first `ENOUGH` blocks show that it saves
+    space; existing blocks are read either way. Every method is one transaction (`embeddings`: one a batch).
+    Thread-safe.
 
-    ``durability`` says what a call that returned survives. In every mode it survives that the process is killed.
+    ``durability`` is what a call survives once it returned. In every mode it survives that the process is killed.
 
     - ``full``: a power cut, too.
     - ``commit``: a power cut may undo the last calls, each wholly, and tears nothing.
@@ -50,8 +59,8 @@ class LmdbHome(LmdbReading):
       another order than it was told, tear the bank: it is verified when it is opened next, and must then be restored
       or written anew. Closing makes all durable.
 
-    One process, of one opening, writes; any number of others read with ``read_only=True`` beside it, and see each
-    commit as a whole. A home must not be used across a fork: it raises `TierError` then.
+    One process writes, with one open home; any number of others read with ``read_only=True`` at the same time, and see
+    each commit as a whole. A home must not be used across a fork: it raises `TierError` then.
 
     Raises `BankMissingError` if there is nothing to open, `BankFormatError` if another version wrote it,
     `BankMismatchError` if its slots are of another size, `BankBusyError` if it is open for writing already,
@@ -90,13 +99,13 @@ class LmdbHome(LmdbReading):
         self._dictionary = load_dictionary(self._packing.dictionary) if self._packing else None
 
     def write(self, ids: Ids, blocks: Tensor) -> None:
-        """Store blocks that have no reference: they can be read, and nothing will recall them. See `commit`.
+        """Store blocks without references: they can be read, and nothing will recall them.
 
         Ids that are held are passed over. Raises `InputError` for an id that was used and is no longer.
         """
         stored, size = self._packed(ids, blocks)
 
-        def work(txn: Writing) -> None:
+        def work(txn: WriteTransaction) -> None:
             new = [row for row, key in enumerate(pack_ids(ids)) if not self._has(txn, key)]
             self._use(txn, ids[new])
             for row in new:
@@ -105,20 +114,20 @@ class LmdbHome(LmdbReading):
         self._environment.write(work, need=size)
 
     def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
-        """See `Home.commit`."""
+        """Add a batch in one transaction; see `Home.commit`."""
         stored, size = self._packed(batch.ids, batch.blocks)
         self._add(batch.ids, batch.references, batch.embeddings, stored, size, replacing)
 
     def catalogue(self, ids: Ids, references: Sequence[Reference], embeddings: npt.NDArray[np.float32]) -> None:
-        """See `Home.catalogue`."""
+        """Add cold references in one transaction; see `Home.catalogue`."""
         check_ids(ids)
         self._add(ids, references, embeddings, None, 0, None)
 
     def fill(self, ids: Ids, blocks: Tensor) -> Found:
-        """See `Home.fill`."""
+        """Give cold ids their blocks in one transaction; see `Home.fill`."""
         stored, size = self._packed(ids, blocks)
 
-        def work(txn: Writing) -> Found:
+        def work(txn: WriteTransaction) -> Found:
             filled = np.zeros(len(ids), np.bool_)
             for row, key in enumerate(pack_ids(ids)):
                 if self._is_cold(txn, key):
@@ -138,7 +147,7 @@ class LmdbHome(LmdbReading):
         size: int,
         replacing: Ids | None,
     ) -> None:
-        """Add references with what is stored of their blocks, ``size`` bytes of it; they are cold without."""
+        """Add references with the stored form of their blocks, ``size`` bytes; without it they are cold."""
         count = len(ids)
         vectors = np.ascontiguousarray(embeddings, "<f4")
         if len(references) != count or vectors.ndim != 2 or len(vectors) != count:
@@ -148,7 +157,7 @@ class LmdbHome(LmdbReading):
         if len(np.unique(ids)) != count:
             raise InputError("a batch has an id twice")
 
-        def work(txn: Writing) -> None:
+        def work(txn: WriteTransaction) -> None:
             if replacing is not None:
                 forget(txn, self._db, replacing)
             self._use(txn, ids)
@@ -179,40 +188,39 @@ class LmdbHome(LmdbReading):
         self._environment.write(lambda txn: forget(txn, self._db, ids), reserve=True)
 
     def quarantine(self, id: int, reason: str) -> None:
-        """See `Home.quarantine`. Passes over an id that has no block and is not cold."""
+        """Quarantine a bad block; an id that has no block and is not cold is passed over."""
         key = pack_id(id)
 
-        def work(txn: Writing) -> None:
+        def work(txn: WriteTransaction) -> None:
             if self._has(txn, key) or self._db.cold.has(txn, key):
                 self._db.quarantine.put(txn, key, pack_text(reason))
 
         self._environment.write(work, reserve=True)
 
     def set_meta(self, key: str, value: bytes) -> None:
-        """See `Home.set_meta`. A key has 1 to 511 bytes."""
+        """Store a small value durably under a key of 1 to 511 bytes."""
 
-        def work(txn: Writing) -> None:
+        def work(txn: WriteTransaction) -> None:
             self._db.meta.put(txn, pack_text(key), value)
 
         self._environment.write(work, need=len(value), reserve=True)
 
     def audit(self, progress: Callable[[int, int], None] | None = None) -> Iterator[Damage]:
-        """See `Auditable.audit`. The structure of the file is left out while another process has it open for writing.
+        """Audit pages and records, as `Home.audit` says; the pages not while another process has the home for writing.
 
-        Its steps are records. Memory is bounded, but for two bytes for each page of the file.
+        Its steps are records. It takes bounded memory and two bytes for each page of the file.
         """
         return audit(self._environment, self._db, progress)
 
     def _packed(self, ids: Ids, blocks: Tensor) -> tuple[list[bytes | memoryview], int]:
-        """What is stored of each block, and its bytes altogether. Raises `InputError` if the headers do not fit."""
-        rows, ends = self._checked_blocks(ids, blocks)
-        own = [rows[row, :end] for row, end in enumerate(ends.tolist())]
+        """The stored form of each block, and their bytes altogether. Raises `InputError` if the headers do not fit."""
+        own = without_padding(ids, blocks, self.slot_bytes)
         pack = self._how_to_pack(own).packer()
         stored = [pack(block) for block in own]
         return stored, sum(len(one) for one in stored)
 
     def _how_to_pack(self, blocks: list[Rows]) -> Packing:
-        """What was decided for this home; decided now, and stored, if these and those there are enough."""
+        """The packing of this home, decided and stored now if these blocks and the stored ones are enough for that."""
         if self.compression == "none":
             return PLAIN
         with self._deciding:
@@ -227,37 +235,22 @@ class LmdbHome(LmdbReading):
             return self._packing
 
     def _first_blocks(self, count: int) -> list[Rows]:
-        def work(txn: Reading) -> list[Rows]:
+        def work(txn: ReadTransaction) -> list[Rows]:
             stored = islice(txn.cursor(self._db.blocks).iternext(keys=False), max(0, count))
             return [self._unpack(txn, block).copy() for block in stored]
 
         return self._environment.read(work)
 
-    def _checked_blocks(self, ids: Ids, blocks: Tensor) -> tuple[Rows, npt.NDArray[np.int64]]:
-        """Rows on the CPU and where their blocks end. Raises `InputError` if the headers do not fit."""
-        check_rows(ids, blocks, self.slot_bytes)
-        rows = blocks.cpu().contiguous().numpy()
-        if not len(ids):
-            return rows, np.zeros(0, np.int64)
-        if self.slot_bytes < HEADER_BYTES:
-            raise InputError(f"slots of {self.slot_bytes} bytes hold no block")
-        header = headers(rows)
-        ends = HEADER_BYTES + header["payload"].astype(np.int64)
-        wrong = np.flatnonzero((header["id"] != ids) | (ends > self.slot_bytes))
-        if len(wrong):
-            raise InputError(f"id {ids[wrong[0]]} comes with bytes that are not its block")
-        return rows, ends
-
-    def _check_length(self, txn: Writing, dim: int) -> None:
-        """Raise `InputError` unless embeddings of this length fit those there."""
+    def _check_length(self, txn: WriteTransaction, dim: int) -> None:
+        """Raise `InputError` unless embeddings of this length fit the stored ones."""
         first = txn.cursor(self._db.embeddings.handle)
         if first.first():
-            there = len(self._db.embeddings.open(first.key(), first.value())) // 4
-            if there != dim:
-                raise InputError(f"embeddings have {dim} numbers, those there {there}")
+            stored = len(self._db.embeddings.open(first.key(), first.value())) // 4
+            if stored != dim:
+                raise InputError(f"embeddings have {dim} numbers, the stored ones {stored}")
 
-    def _use(self, txn: Writing, ids: Ids) -> None:
-        """Take these ids, which nobody used before."""
+    def _use(self, txn: WriteTransaction, ids: Ids) -> None:
+        """Take these ids. Raises `InputError` if one was used before."""
         if len(ids):
             if int(ids.min()) < (next_id := self._next_id(txn)):
                 raise InputError(f"id {ids.min()} was used before; the next is {next_id}")

@@ -1,7 +1,7 @@
-"""How the LMDB home writes ids, texts, references and sources as bytes, and seals them.
+"""The bytes of ids, texts, references and sources in an LMDB home, and the seals of its records.
 
-Integers are big-endian, so that LMDB's order of keys is the order of ids. Texts may hold lone surrogates,
-as file names do, hence ``surrogatepass``. What reads raises `ValueError` for bytes that are not what they should be.
+Integers are big-endian, so that LMDB's order of keys is the order of ids. Texts may hold lone surrogates, as file
+names do, hence ``surrogatepass``. Functions that read raise `ValueError` for bytes of another form.
 """
 
 import json
@@ -19,7 +19,7 @@ SEAL_BYTES = 8
 
 
 def seal(database: str, key: bytes | memoryview, value: bytes | memoryview) -> bytes:
-    """XXH3-64 over what a record is: ``database``, a zero byte, the key's length (16 bits), the key and the value."""
+    """XXH3-64 over the database's name, a zero byte, the key's length (16 bits), the key and the value."""
     state = xxhash.xxh3_64(database.encode() + b"\0" + len(key).to_bytes(2, "big"))
     state.update(key)
     state.update(value)
@@ -27,25 +27,25 @@ def seal(database: str, key: bytes | memoryview, value: bytes | memoryview) -> b
 
 
 def pack_id(id: int) -> bytes:
-    """Eight bytes that sort as the id does."""
+    """Eight bytes in the order of ids."""
     return id.to_bytes(8, "big")
 
 
 def pack_ids(ids: Ids) -> list[bytes]:
-    """`pack_id` of each."""
+    """The bytes of each id."""
     packed = ids.astype(">u8").tobytes()
     return [packed[at : at + 8] for at in range(0, len(packed), 8)]
 
 
 def unpack_id(key: bytes | memoryview) -> int:
-    """Read what `pack_id` made."""
+    """The id that `pack_id` wrote."""
     if len(key) != 8:
         raise ValueError(f"{len(key)} bytes are no id")
     return int.from_bytes(key, "big")
 
 
 def unpack_ids(keys: Iterable[bytes | memoryview]) -> Ids:
-    """``uint64[n]`` of what `pack_id` made."""
+    """The ids that `pack_id` wrote, ``uint64[n]``."""
     packed = list(keys)
     if not set(map(len, packed)) <= {8}:
         raise ValueError("there are keys that are no ids")
@@ -53,17 +53,17 @@ def unpack_ids(keys: Iterable[bytes | memoryview]) -> Ids:
 
 
 def pack_text(text: str) -> bytes:
-    """The text's bytes."""
+    """UTF-8, lone surrogates included."""
     return text.encode("utf-8", "surrogatepass")
 
 
 def unpack_text(value: bytes | memoryview) -> str:
-    """Read what `pack_text` wrote."""
+    """The text that `pack_text` wrote."""
     return bytes(value).decode("utf-8", "surrogatepass")
 
 
 def digest(text: str) -> bytes:
-    """32 bytes that stand for the text. Cryptographic: nobody can write two texts that share one."""
+    """BLAKE2b of a text, 32 bytes. Cryptographic: nobody can write two texts that share one."""
     return blake2b(pack_text(text), digest_size=32).digest()
 
 
@@ -74,7 +74,7 @@ def pack_reference(reference: Reference) -> bytes:
 
 
 def unpack_reference(value: bytes | memoryview) -> Reference:
-    """Read what `pack_reference` wrote."""
+    """The reference that `pack_reference` wrote."""
     try:
         fields = json.loads(unpack_text(value))
     except RecursionError as error:
@@ -86,7 +86,7 @@ def unpack_reference(value: bytes | memoryview) -> Reference:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A source, and what tells whether all its members, which have no seal, are as they were."""
+    """A source, with the count and sum of its members' ids, which have no seal of their own."""
 
     name: str
     count: int
@@ -94,26 +94,26 @@ class Source:
     """The sum of the ids of its references, modulo 2^64."""
 
     def with_more(self, ids: Iterable[int]) -> "Source":
-        """With these ids, too."""
+        """This source with more ids."""
         more = list(ids)
         return replace(self, count=self.count + len(more), total=(self.total + sum(more)) % 2**64)
 
     def without(self, id: int) -> "Source":
-        """Without this id."""
+        """This source without an id."""
         return replace(self, count=max(self.count - 1, 0), total=(self.total - id) % 2**64)
 
     def fits(self, ids: Ids) -> bool:
-        """Whether these are its ids."""
+        """Are these its ids?"""
         return len(ids) == self.count and int(ids.sum(dtype=np.uint64)) == self.total
 
 
 def pack_source(source: Source) -> bytes:
-    """Count and total of 8 bytes each, and the name."""
+    """Count and total, 8 bytes each, and the name."""
     return source.count.to_bytes(8, "big") + source.total.to_bytes(8, "big") + pack_text(source.name)
 
 
 def unpack_source(value: bytes | memoryview) -> Source:
-    """Read what `pack_source` wrote."""
+    """The source that `pack_source` wrote."""
     if len(value) < 16:
         raise ValueError(f"{len(value)} bytes are no source")
     return Source(unpack_text(value[16:]), int.from_bytes(value[:8], "big"), int.from_bytes(value[8:16], "big"))

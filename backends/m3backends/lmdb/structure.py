@@ -1,4 +1,4 @@
-"""Whether LMDB can be trusted with a file. It trusts its pages: a flipped bit in one can crash or hang the process."""
+"""A check of LMDB's pages by plain Python. LMDB trusts them: a flipped bit in one can crash or hang the process."""
 
 import os
 import struct
@@ -9,17 +9,17 @@ from lmdb.verify import VerifyError, verify
 from m3runtime.errors import BankError
 
 _META = struct.Struct("=16x I I 8x Q I 92x Q Q")
-"""Of the page header and what follows it in format 0.9: magic, version, map size, page size, last page, transaction."""
+"""A meta page of LMDB 0.9: magic, version, map size, page size, last page, transaction."""
 _MAGIC = 0xBEEFC0DE
 _UNWRITTEN = 64 << 20
-"""Bytes of pages that a file may lack at its end: LMDB leaves free ones unwritten if it is killed."""
+"""Bytes of pages that a file may lack at its end: a killed LMDB leaves free ones unwritten."""
 
 
 def check_structure(data: Path) -> None:
-    """Raise `BankError` unless every page is as LMDB needs it. Nobody may write meanwhile.
+    """Raise `BankError` unless every page is as LMDB needs it. No process may write meanwhile.
 
-    Takes about 7 microseconds a record, and 2 bytes of memory for each page. Reads with plain Python and never with
-    LMDB, so no file can harm it.
+    Takes about 7 microseconds a record, and 2 bytes of memory for each page. LMDB itself reads nothing, so no file can
+    harm the process.
     """
     problems = structure_problems(data)
     if problems:
@@ -27,7 +27,7 @@ def check_structure(data: Path) -> None:
 
 
 def structure_problems(data: Path) -> list[str]:
-    """What is wrong with the pages of a file that nobody writes to: nothing, if LMDB can be trusted with it."""
+    """The defects of the pages of a file that no process writes; none if LMDB can be trusted with it."""
     try:
         return _too_large(data) or verify(str(data), subdir=False)  # type: ignore[no-untyped-call]
     except (VerifyError, OSError) as error:
@@ -37,7 +37,7 @@ def structure_problems(data: Path) -> list[str]:
 
 
 def _too_large(data: Path) -> list[str]:
-    """Whether the file states more pages than it can have: memory and time go by that number."""
+    """A complaint if the file states more pages than it can have: memory and time depend on that number."""
     with data.open("rb") as file:
         status = os.fstat(file.fileno())
         size = status.st_size

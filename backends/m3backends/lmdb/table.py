@@ -1,12 +1,10 @@
-"""A database of an LMDB home whose records are sealed: what is read is what was written, or an error."""
-
-# ruff: noqa: ARG002 - what is absent takes the arguments of what is there
+"""`Table`: a database of an LMDB home whose records are sealed. A read returns what was written, or raises."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from m3backends.lmdb.environment import Reading, Writing
+from m3backends.lmdb.environment import ReadTransaction, WriteTransaction
 from m3backends.lmdb.records import SEAL_BYTES, seal, unpack_ids
 from m3runtime.errors import BankFullError, RecordError
 from m3runtime.memory.block import Ids
@@ -18,61 +16,86 @@ T = TypeVar("T")
 
 
 class Table:
-    """One database; its methods work within a transaction, whose memory what they return must not outlive."""
+    """One database. Its methods work within a transaction, and the memoryviews that they return end with it."""
 
-    def __init__(self, bank: Path, name: str, handle: "lmdb._Database", *, by_id: bool) -> None:
+    def __init__(self, bank: Path, name: str, handle: "lmdb._Database | None", *, by_id: bool) -> None:
+        """``handle`` is None for a database that the home lacks: it is empty and full."""
         self.name = name
-        self.handle = handle
+        self._handle = handle
         self._bank = bank
         self._by_id = by_id
 
-    def get(self, txn: Reading | Writing, key: bytes) -> memoryview | None:
+    @property
+    def exists(self) -> bool:
+        """Does the home have this database?"""
+        return self._handle is not None
+
+    @property
+    def handle(self) -> "lmdb._Database":
+        """LMDB's handle. Raises `BankFullError` if the home lacks the database, for which it had no room."""
+        if self._handle is None:
+            raise BankFullError(f"bank {self._bank} is full: it has no room for its records of {self.name} references")
+        return self._handle
+
+    def get(self, txn: ReadTransaction | WriteTransaction, key: bytes) -> memoryview | None:
         """The value, or None. Raises `RecordError` if the record is damaged."""
+        if not self.exists:
+            return None
         stored = txn.get(key, db=self.handle)
         return None if stored is None else self.open(key, stored)
 
-    def has(self, txn: Reading | Writing, key: bytes) -> bool:
-        """Whether there is a record, in whatever state: a cursor, unlike `get`, does not read it."""
-        return txn.cursor(self.handle).set_key(key)
+    def has(self, txn: ReadTransaction | WriteTransaction, key: bytes) -> bool:
+        """Is there a record, sound or not? A cursor, unlike `get`, does not read it."""
+        return self.exists and txn.cursor(self.handle).set_key(key)
 
-    def read(self, txn: Reading | Writing, key: bytes, unpack: Callable[[memoryview], T]) -> T | None:
-        """What ``unpack`` makes of the value, or None. Raises `RecordError` also where it raises `ValueError`."""
+    def read(self, txn: ReadTransaction | WriteTransaction, key: bytes, unpack: Callable[[memoryview], T]) -> T | None:
+        """The value as ``unpack`` reads it, or None. Raises `RecordError` also where ``unpack`` raises `ValueError`."""
         value = self.get(txn, key)
         return None if value is None else self.unpack(key, value, unpack)
 
     def put(
-        self, txn: Writing, key: bytes, value: bytes | memoryview, *, overwrite: bool = True, append: bool = False
+        self,
+        txn: WriteTransaction,
+        key: bytes,
+        value: bytes | memoryview,
+        *,
+        overwrite: bool = True,
+        append: bool = False,
     ) -> bool:
-        """Seal and store; false, and nothing changed, where there is a record that may not be overwritten."""
+        """Seal and store; false, with nothing changed, if there is a record that may not be overwritten."""
         sealed = b"".join((seal(self.name, key, value), value))
         return txn.put(key, sealed, overwrite=overwrite, append=append, db=self.handle)
 
-    def delete(self, txn: Writing, key: bytes) -> bool:
-        """Remove the record, whatever its state; false if there is none."""
-        return txn.delete(key, db=self.handle)
+    def delete(self, txn: WriteTransaction, key: bytes) -> bool:
+        """Remove the record, sound or not; false if there is none."""
+        return self.exists and txn.delete(key, db=self.handle)
 
     def items(
-        self, txn: Reading | Writing, unpack: Callable[[memoryview], T], start: bytes = b""
+        self, txn: ReadTransaction | WriteTransaction, unpack: Callable[[memoryview], T], start: bytes = b""
     ) -> Iterator[tuple[bytes, T]]:
-        """All keys from ``start`` on in order, with their values. Raises `RecordError` at one that is damaged."""
+        """All keys from ``start`` on in order, with their values. Raises `RecordError` at a damaged one."""
         cursor = txn.cursor(self.handle)
         if cursor.set_range(start):
             for key, stored in cursor:
                 yield bytes(key), self.unpack(key, self.open(key, stored), unpack)
 
-    def count(self, txn: Reading | Writing) -> int:
-        """How many records there are."""
+    def count(self, txn: ReadTransaction | WriteTransaction) -> int:
+        """The number of records."""
+        if not self.exists:
+            return 0
         return txn.stat(self.handle)["entries"]
 
-    def ids(self, txn: Reading | Writing) -> Ids:
-        """All keys as ids. The values are not read. Raises `RecordError` where a key is no id."""
+    def ids(self, txn: ReadTransaction | WriteTransaction) -> Ids:
+        """All keys as ids; the values are not read. Raises `RecordError` if a key is no id."""
+        if not self.exists:
+            return unpack_ids(())
         try:
             return unpack_ids(txn.cursor(self.handle).iternext(values=False))
         except ValueError as error:
             raise RecordError(f"bank {self._bank}: {self.name} is damaged: {error}") from error
 
     def open(self, key: bytes | memoryview, stored: bytes | memoryview) -> memoryview:
-        """The value of a record, whose seal is checked. Raises `RecordError`."""
+        """The value of a stored record, after its seal was checked. Raises `RecordError`."""
         value = memoryview(stored)[SEAL_BYTES:]
         if self._by_id and len(key) != 8:
             raise self.damaged(key, "its key is no id")
@@ -81,49 +104,14 @@ class Table:
         return value
 
     def unpack(self, key: bytes | memoryview, value: memoryview, unpack: Callable[[memoryview], T]) -> T:
-        """What ``unpack`` makes of a value. Raises `RecordError` where it raises `ValueError`."""
+        """The value as ``unpack`` reads it. Raises `RecordError` where ``unpack`` raises `ValueError`."""
         try:
             return unpack(value)
         except ValueError as error:
             raise self.damaged(key, str(error)) from error
 
     def damaged(self, key: bytes | memoryview, why: str) -> RecordError:
-        """The error for a damaged record, which names it."""
+        """The error that names a damaged record."""
         id = int.from_bytes(key, "big") if self._by_id and len(key) == 8 else None
         shown = str(id) if id is not None else ascii(bytes(key[:20]))[2:-1]
         return RecordError(f"bank {self._bank}: the record of {shown} in {self.name} is damaged: {why}", id)
-
-
-class Absent(Table):
-    """A database that a home of an earlier release does not have: it is empty, and nothing can be put there."""
-
-    def __init__(self, bank: Path, name: str) -> None:
-        self.name = name
-        self._bank = bank
-        self._by_id = True
-
-    def get(self, txn: Reading | Writing, key: bytes) -> memoryview | None:
-        """None."""
-        return None
-
-    def has(self, txn: Reading | Writing, key: bytes) -> bool:
-        """False."""
-        return False
-
-    def put(
-        self, txn: Writing, key: bytes, value: bytes | memoryview, *, overwrite: bool = True, append: bool = False
-    ) -> bool:
-        """Raises `BankFullError`: opening the home for writing makes the database, unless there is no room for it."""
-        raise BankFullError(f"bank {self._bank} is full: there is no room for its records of {self.name} references")
-
-    def delete(self, txn: Writing, key: bytes) -> bool:
-        """False."""
-        return False
-
-    def count(self, txn: Reading | Writing) -> int:
-        """None."""
-        return 0
-
-    def ids(self, txn: Reading | Writing) -> Ids:
-        """None."""
-        return unpack_ids(())

@@ -11,11 +11,12 @@ from torch import Tensor
 from m3runtime.codecs import files, layout
 from m3runtime.codecs.base import Codec, Distortion, Progress
 from m3runtime.codecs.product.quantiser import Design, Quantiser
-from m3runtime.codecs.product.stages import StagesDesign
-from m3runtime.codecs.product.transform import TransformDesign
+from m3runtime.codecs.product.stages_design import StagesDesign
+from m3runtime.codecs.product.transform_design import TransformDesign
 from m3runtime.errors import CodecError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
+from m3runtime.plugins.loading import require
 
 _HELD_OUT = 8
 """One of so many memories of the sample is kept from training, to measure the distortion on."""
@@ -34,9 +35,9 @@ class _State:
 class ProductCodec(Codec):
     """Vectors are replaced by the nearest of centroids that were learned on the bank's own memories.
 
-    ``bytes`` and ``together`` are those of `.transform.TransformDesign`, the default; the others are those
-    of `.stages.StagesDesign`, which quantises each vector by itself. `fit` needs faiss (``m3runtime[train]``);
-    nothing else does. `encode` runs where the memories lie. Raises `CodecError` for options
+    ``bytes`` and ``together`` are those of `TransformDesign`, the default; the others are those of `StagesDesign`,
+    which quantises each vector by itself. `fit` needs faiss (``m3runtime[train]``); nothing else does. `encode` and
+    `decode` run on the device of their arguments. Thread-safe after `fit` or `load`. Raises `CodecError` for options
     that do not fit the spec, or each other.
     """
 
@@ -74,22 +75,22 @@ class ProductCodec(Codec):
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """Those of the design, every one stated."""
+        """The options of the design, every one stated."""
         return self.design.options
 
     @property
     def trained(self) -> bool:
-        """See `Codec.trained`."""
+        """True after `fit`, `load` or `restore`: see `Codec.trained`."""
         return self._state is not None
 
     @property
     def weighs_errors(self) -> bool:
-        """See `Codec.weighs_errors`: the transform does."""
+        """True for the transform: see `Codec.weighs_errors`."""
         return isinstance(self.design, TransformDesign)
 
     @property
     def fingerprint(self) -> str:
-        """See `Codec.fingerprint`."""
+        """Thirty-two hex digits that identify the codec: see `Codec.fingerprint`."""
         return self._ready().fingerprint
 
     @property
@@ -98,7 +99,7 @@ class ProductCodec(Codec):
         return None if self._state is None else self._state.measured
 
     def payload_bytes(self, tokens: int) -> int:
-        """See `Codec.payload_bytes`. Before training, the most that it can be."""
+        """Bytes of a payload; before training, the most that it can have: see `Codec.payload_bytes`."""
         of = self.design if self._state is None else self._state.quantiser
         return of.fixed_bytes + tokens * of.token_bytes
 
@@ -109,6 +110,7 @@ class ProductCodec(Codec):
         threads; ``progress`` is called from the caller's. Raises `CodecError` if the sample is empty or does not fit,
         `PluginError` if faiss is missing.
         """
+        require("training the product codec", "train")
         sample.check(self.spec)
         if not len(sample):
             raise CodecError("the product codec cannot be trained on no memories")
@@ -127,18 +129,19 @@ class ProductCodec(Codec):
         self._state = _State(state.quantiser, state.fingerprint, measured)
 
     def encode(self, memories: MemoryTensors) -> Tensor:
-        """See `Codec.encode`."""
-        quantiser = self._on(memories.keys.device)
+        """Payloads of memories, ``uint8[n, bytes]`` on the CPU: see `Codec.encode`."""
+        device = memories.keys.device
+        quantiser = self._on(device)
         memories.check(self.spec)
-        rows = torch.zeros(len(memories), self.payload_bytes(self.spec.tokens), dtype=torch.uint8)
+        rows = torch.zeros(len(memories), self.payload_bytes(self.spec.tokens), dtype=torch.uint8, device=device)
         for i, row in enumerate(rows):
             # One memory at a time: a matrix product may round otherwise in a larger batch.
             vectors = layout.vectors(memories, i, self.spec)
             quantiser.encode(vectors, row[: self.payload_bytes(vectors[0].shape[1])])
-        return rows
+        return rows.cpu()
 
     def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> MemoryTensors:
-        """See `Codec.decode`. No bytes are refused, and nothing waits for the device."""
+        """Decode payloads on their device; refuses no bytes and never waits for it: see `Codec.decode`."""
         quantiser = self._on(payloads.device)
         width = layout.width_of(payloads, tokens, self.spec)
         layout.check_length(payloads, self.payload_bytes(width))
@@ -146,13 +149,13 @@ class ProductCodec(Codec):
         return layout.finish(keys, values, tokens, self.spec, dtype, quantiser.peak)
 
     def save(self, path: Path) -> None:
-        """See `Codec.save`."""
+        """Write the codec's file: see `Codec.save`."""
         state = self._ready()
         files.write(path, self, state.quantiser.tensors(), state.measured)
 
     @classmethod
     def load(cls, path: Path, spec: MemorySpec) -> "ProductCodec":
-        """See `Codec.load`."""
+        """Read the codec's file: see `Codec.load`."""
         file = files.read(path, cls.kind, spec)
         codec = file.make(cls, spec)
         try:
@@ -174,7 +177,7 @@ class ProductCodec(Codec):
 
     @property
     def quantiser(self) -> Quantiser:
-        """What does the work, on the CPU. Raises `CodecError` if the codec is not trained."""
+        """The trained quantiser, on the CPU. Raises `CodecError` if the codec is not trained."""
         return self._ready().quantiser
 
     def _ready(self) -> _State:
@@ -201,5 +204,7 @@ def _designed(spec: MemorySpec, stages: Mapping[str, Any], transform: Mapping[st
     if not stages:
         return TransformDesign(spec, **transform)
     if transform:
-        raise CodecError(f"{next(iter(transform))} of the product codec cannot be set beside {next(iter(stages))}")
+        raise CodecError(
+            f"{next(iter(transform))} of the product codec cannot be set together with {next(iter(stages))}"
+        )
     return StagesDesign(spec, **stages)

@@ -9,8 +9,6 @@ index of faiss                            stages of a codec of scope ``model``
 ========================================  =============================================
 """
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +16,15 @@ import torch
 from torch import Tensor
 
 from m3runtime.codecs.product.codec import ProductCodec
-from m3runtime.codecs.product.packing import BITS, Stage, text_of
-from m3runtime.codecs.product.stages import StagesQuantiser
-from m3runtime.codecs.product.tables import Tables
+from m3runtime.codecs.product.stages import BITS, Stage, text_of
+from m3runtime.codecs.product.stages_quantiser import StagesQuantiser, Tables
 from m3runtime.errors import CodecError, InputError, PluginError
 from m3runtime.memory.spec import MemorySpec
 
 try:
     import faiss
 except ImportError as error:
-    raise PluginError("codes of scope model are those of faiss, which is needed: pip install 'm3runtime[train]'") from (
-        error
-    )
+    raise PluginError("exchanging quantisers with faiss needs faiss: pip install 'm3runtime[train]'") from error
 
 _ORTHOGONAL = 1e-3
 """The most that products of a rotation's axes may differ from 0 and 1."""
@@ -68,7 +63,7 @@ def to_faiss(codec: ProductCodec, part: str) -> "faiss.Index":
     quantiser = codec.quantiser
     if part not in ("keys", "values"):
         raise CodecError(f"a codec has keys and values, not {part!r}")
-    if not isinstance(quantiser, StagesQuantiser) or not quantiser.design.exchangeable:
+    if not isinstance(quantiser, StagesQuantiser) or not quantiser.exchangeable:
         raise CodecError("faiss has indexes for codecs of scope model without offset and of two stages at most alone")
     index: faiss.Index = index_of(quantiser.keys if part == "keys" else quantiser.values)
     return index
@@ -105,22 +100,6 @@ def index_of(tables: Tables) -> Any:
     return faiss.IndexPreTransform(turn, index)
 
 
-def encode(indexes: "Sequence[faiss.Index]", vectors: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-    """The codes of one memory, by faiss: of keys and values ``float32[heads, tokens, dim]`` on the CPU.
-
-    They are written to ``uint8[tokens, heads, bytes]``. Always one memory, on one thread for each index: the same
-    vectors always are of the same products then, and give the same codes.
-    """
-
-    def codes(index: "faiss.Index", x: Tensor) -> Tensor:
-        faiss.omp_set_num_threads(1)  # holds for this thread only
-        return torch.from_numpy(index.sa_encode(x.reshape(-1, x.shape[2]).numpy()))
-
-    with ThreadPoolExecutor(min(len(indexes), torch.get_num_threads())) as pool:
-        for found, x, written in zip(pool.map(codes, indexes, vectors), vectors, out, strict=True):
-            written.copy_(found.view(*x.shape[:2], -1).transpose(0, 1))
-
-
 def _read(source: "Path | faiss.Index", part: str) -> tuple[Any, str]:
     """An index, and what to call it in errors."""
     if not isinstance(source, str | Path):
@@ -134,7 +113,7 @@ def _read(source: "Path | faiss.Index", part: str) -> tuple[Any, str]:
 
 
 def _tables(index: Any, dim: int, name: str) -> Tables:
-    """What an index has learned, copied. Raises `CodecError` that begins with ``name``."""
+    """The learned tensors of an index, copied. Raises `CodecError` that begins with ``name``."""
     if index.d != dim:
         raise CodecError(f"{name}: its vectors have {index.d} channels, not {dim} as heads of this model")
     if not index.is_trained:
@@ -172,7 +151,7 @@ def _exactly(index: Any) -> Any:
 
 
 def _rotation(index: Any, name: str) -> Tensor | None:
-    """The rotation before an index, ``float32[1, dim, dim]``; None if there is nothing."""
+    """The rotation before an index, ``float32[1, dim, dim]``; None for an empty chain."""
     steps = [faiss.downcast_VectorTransform(index.chain.at(i)) for i in range(index.chain.size())]
     if not steps:
         return None

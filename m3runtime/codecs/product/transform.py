@@ -1,102 +1,41 @@
-"""The default of the `product` codec: vectors of a token are transformed together, and bytes go where errors cost most.
+"""`Units` and `Transform`: the vectors of a token that are transformed together, and the tensors that do it."""
 
-An error ``e`` of a token's keys and values in one layer costs ``e @ importance @ e``. In coordinates in which that is
-the plain squared error and which are uncorrelated (a Karhunen-Loève transform after whitening by the importance), each
-can be quantised for itself, and `.allocation` says with how many bits. So all heads of a layer share
-what they have in common, a layer that matters gets more bytes than one that does not, and what no query looks at gets
-none.
-"""
-
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from m3runtime.codecs.base import Progress
-from m3runtime.codecs.product.allocation import WIDTHS
-from m3runtime.codecs.product.quantiser import Design, Vectors, check_tensors
-from m3runtime.codecs.product.transform_quantiser import CENTROIDS, TransformQuantiser, kept_by
-from m3runtime.errors import CodecError
 from m3runtime.memory.spec import MemorySpec
 
-TOGETHER = ("layer", "head")
-_SHARE = 48 / 64
-"""Bytes for each channel of a head, key and value together, by default."""
+CENTROIDS = 256
+"""Centroids of a part: a code is a byte."""
+WIDTHS = (1, 2, 3, 4, 6, 8)
+"""How many coordinates can share a code."""
 
 
-class TransformDesign(Design):
-    """A key and a value of one head in ``bytes`` bytes together, on average over layers and heads.
+@dataclass(frozen=True, slots=True)
+class Units:
+    """A token's channels in units: one vector for each layer, or one for each key and each value of a head."""
 
-    The default is 3/16 of what they take in bfloat16: 48 for a head of 64 channels. docs/codecs.md says why.
-
-    With ``together="layer"`` keys and values of all heads of a layer are one vector; with ``head`` each key and each
-    value is one by itself: less to compute, and more bytes for the same error. Raises `CodecError` for options that do
-    not fit the spec.
-    """
-
-    def __init__(self, spec: MemorySpec, bytes: int | None = None, together: str = "layer") -> None:
-        super().__init__(spec)
-        bytes = max(1, round(_SHARE * spec.head_dim)) if bytes is None else bytes
-        if type(bytes) is not int or bytes not in range(1, 2 * spec.head_dim + 1):
-            most = 2 * spec.head_dim
-            raise CodecError(f"bytes of the product codec must be a whole number from 1 to {most}, not {bytes!r}")
-        if together not in TOGETHER:
-            raise CodecError(f"together of the product codec must be one of {', '.join(TOGETHER)}, not {together!r}")
-        self.bytes = bytes
-        self.together = together
-        self.heads = spec.vectors_per_token
-        self.units = len(spec.layers) if together == "layer" else 2 * self.heads
-        self.channels = 2 * self.heads * spec.head_dim // self.units
+    spec: MemorySpec
+    together: str
+    """``layer`` or ``head``."""
 
     @property
-    def options(self) -> Mapping[str, Any]:
-        """See `Design.options`."""
-        return {"bytes": self.bytes, "together": self.together}
+    def heads(self) -> int:
+        """Layers x KV heads."""
+        return self.spec.vectors_per_token
 
     @property
-    def fixed_bytes(self) -> int:
-        """See `Design.fixed_bytes`: none."""
-        return 0
+    def count(self) -> int:
+        """Units of a token."""
+        return len(self.spec.layers) if self.together == "layer" else 2 * self.heads
 
     @property
-    def token_bytes(self) -> int:
-        """See `Design.token_bytes`."""
-        return self.bytes * self.heads
-
-    def fit(
-        self, memories: Sequence[Vectors], importance: Tensor | None, progress: Progress | None
-    ) -> TransformQuantiser:
-        """See `Design.fit`. Without importance, errors cost what they are relative to the vectors of their head."""
-        from m3runtime.codecs.product.transform_training import trained  # the only part that needs faiss
-
-        sample = torch.cat([self.joined(*vectors) for vectors in memories], 1)
-        return TransformQuantiser(self, **trained(sample, self._blocks(importance, sample), self.token_bytes, progress))
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> TransformQuantiser:
-        """See `Design.restore`."""
-        parts = tensors.get("parts")
-        if parts is None or parts.dtype != torch.int32 or parts.ndim != 2 or parts.shape[1] != 3:
-            raise CodecError("tensor 'parts' is not int32 [parts, 3]")
-        listed = parts.tolist()
-        width = [part[2] for part in listed]
-        fit = all(0 <= u < self.units and 0 <= f < f + w <= self.channels and w in WIDTHS for u, f, w in listed)
-        # What is covered is counted only where widths are some that can be: they may be any number of a file.
-        covered = {(u, at) for u, f, w in listed for at in range(f, f + w)} if fit else set()
-        apart = len(covered) == sum(width)  # or what a coordinate is would depend on which part comes last
-        if not fit or not apart or len(listed) > self.token_bytes or listed != sorted(listed, key=_order):
-            raise CodecError("tensor 'parts' does not describe parts of these vectors")
-        rows = sum(kept_by(parts, self.units))
-        wanted: dict[str, tuple[int, ...]] = {
-            "mean": (self.units, self.channels),
-            "forward": (rows, self.channels),
-            "inverse": (rows, self.channels),
-        }
-        wanted |= {f"width{size}": (width.count(size), CENTROIDS, size) for size in WIDTHS}
-        check_tensors({name: tensor for name, tensor in tensors.items() if name != "parts"}, wanted)
-        return TransformQuantiser.of(self, tensors)
-
-    # -- a token's vectors in units -----------------------------------------------------------------------------
+    def channels(self) -> int:
+        """Channels of a unit."""
+        return 2 * self.heads * self.spec.head_dim // self.count
 
     def joined(self, keys: Tensor, values: Tensor) -> Tensor:
         """Vectors ``[layers * kv_heads, tokens, head_dim]`` as ``[units, tokens, channels]`` of the caller's own."""
@@ -122,25 +61,38 @@ class TransformDesign(Design):
         for to, part in zip((keys, values), both, strict=True):
             to[:, unit * heads : (unit + 1) * heads].copy_(part)
 
-    def _blocks(self, importance: Tensor | None, sample: Tensor) -> Tensor:
-        """What errors cost, ``float64[units, channels, channels]``."""
-        n = 2 * self.spec.kv_heads * self.spec.head_dim
-        if importance is None:
-            centred = (sample - sample.mean(1, keepdim=True)).double()
-            power = torch.unflatten(centred.square().mean(1), 1, (-1, self.spec.head_dim))
-            weight = 1 / power.sum(2, keepdim=True).clamp_min(1e-12)
-            return torch.diag_embed(weight.expand_as(power).flatten(1))
-        if importance.shape != (len(self.spec.layers), n, n) or not torch.isfinite(importance).all():
-            raise CodecError(f"importance must be finite [{len(self.spec.layers)}, {n}, {n}]")
-        if self.together == "layer":
-            return importance.double()
-        dim = self.spec.head_dim
-        blocks = importance.view(-1, 2, self.spec.kv_heads, dim, 2, self.spec.kv_heads, dim)
-        own = torch.stack([blocks[:, kind, h, :, kind, h] for kind in (0, 1) for h in range(self.spec.kv_heads)], 1)
-        keys_first = torch.unflatten(own, 1, (2, self.spec.kv_heads)).transpose(0, 1)
-        return keys_first.reshape(self.units, dim, dim).double()
+
+@dataclass(frozen=True, eq=False)
+class Transform:
+    """The learned tensors. A token has a code for each part, in the order of ``parts``."""
+
+    units: Units
+    parts: Tensor  # int32[parts, 3] on the CPU: unit, first coordinate, coordinates; by width, unit, coordinate
+    mean: Tensor  # float32[units, channels]
+    forward: Tensor  # float32[kept coordinates of all units, channels]: x to coordinates
+    inverse: Tensor  # float32[kept coordinates of all units, channels]: coordinates to x
+    tables: tuple[Tensor, ...]  # of each width, float32[parts of that width, 256, width]
+
+    @classmethod
+    def of(cls, units: Units, tensors: Mapping[str, Tensor]) -> "Transform":
+        """Undo `tensors`."""
+        tables = tuple(tensors[f"width{width}"] for width in WIDTHS)
+        return cls(units, tensors["parts"], tensors["mean"], tensors["forward"], tensors["inverse"], tables)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        named = {"parts": self.parts, "mean": self.mean, "forward": self.forward, "inverse": self.inverse}
+        return named | {f"width{width}": table for width, table in zip(WIDTHS, self.tables, strict=True)}
+
+    def to(self, device: torch.device) -> "Transform":
+        """A copy on another device, but for ``parts``."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return self.of(self.units, moved | {"parts": self.parts})
 
 
-def _order(part: Sequence[int]) -> tuple[int, int, int]:
-    unit, first, width = part
-    return width, unit, first
+def kept_by(parts: Tensor, units: int) -> list[int]:
+    """How many coordinates each unit keeps."""
+    kept = [0] * units
+    for unit, first, width in parts.tolist():
+        kept[unit] = max(kept[unit], first + width)
+    return kept

@@ -1,8 +1,13 @@
-"""Training of `m3runtime.codecs.product.transform`: the transforms, where the bytes go, and the centroids."""
+"""Training of a `TransformDesign`: the transforms, how many bytes each coordinate gets, and the centroids.
 
-from collections.abc import Iterator
+Coordinates that cost much when they are wrong get more bytes than others. Rate-distortion theory (reverse
+water-filling; Cover and Thomas, Elements of Information Theory, section 10.3.3) gives a coordinate of variance v the
+bits log2(v / level) / 2, with one level for all. Here a code has eight bits, so what is chosen is how many neighbouring
+coordinates share one: one where 8 bits pay, eight where 1 bit does, and none of those below the level.
+"""
+
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,24 +15,28 @@ import torch
 from torch import Tensor
 
 from m3runtime.codecs.base import Progress
-from m3runtime.codecs.product import training
-from m3runtime.codecs.product.allocation import WIDTHS, divide
+from m3runtime.codecs.product.kmeans import train
+from m3runtime.codecs.product.transform import CENTROIDS, WIDTHS, Transform, Units
 
 _FLOOR = 0.02
 """Share of a unit's mean importance that every direction has: what is measured on few tokens is not quite zero."""
-_CENTROIDS = 256
 _LLOYD_STEPS = 40
-_Transform = tuple[Tensor, Tensor, Tensor, npt.NDArray[np.float64]]
+_PRICE_STEPS = 60
+_LOSSES = dict(zip(WIDTHS, (2.70, 2.37, 1.81, 1.60, 1.41, 1.32), strict=True))
+"""The variance that 256 centroids trained on Gaussian vectors of so many coordinates leave of a variance of 1, over the
+2**(-16 / n) that no quantiser of that rate can beat."""
+Spectrum = npt.NDArray[np.float64]
+"""Variances of the coordinates of one unit, falling."""
 
 
-def trained(sample: Tensor, importance: Tensor, codes: int, progress: Progress | None) -> dict[str, Any]:
-    """What a `TransformQuantiser` is made of.
+def train_transform(units: Units, sample: Tensor, costs: Tensor, codes: int, progress: Progress | None) -> Transform:
+    """The transform of ``sample``, ``float32[units, tokens, channels]``, with at most ``codes`` codes a token.
 
-    ``sample`` is ``float32[units, tokens, channels]``, ``importance`` ``float64[units, channels, channels]``; at most
-    ``codes`` codes a token. Deterministic, whatever the number of threads.
+    ``costs`` is ``float64[units, channels, channels]``: the importance of errors. Deterministic, whatever the number of
+    threads.
     """
     with _one_thread():
-        transforms = [_transform(x, cost) for x, cost in zip(sample, importance, strict=True)]
+        transforms = [_transform(x, cost) for x, cost in zip(sample, costs, strict=True)]
         chosen = divide([spectrum for *_, spectrum in transforms], codes)
         parts = sorted(
             (width, unit, sum(widths[:i])) for unit, widths in enumerate(chosen) for i, width in enumerate(widths)
@@ -47,16 +56,17 @@ def trained(sample: Tensor, importance: Tensor, codes: int, progress: Progress |
 
         tables.append(_centroids(own, width, finished))
         finished(1.0)
-    return {
-        "parts": torch.tensor([[unit, first, width] for width, unit, first in parts], dtype=torch.int32).view(-1, 3),
-        "mean": torch.stack([mean for mean, *_ in transforms]),
-        "forward": torch.cat([forward[:, :n].T for (_, forward, _, _), n in zip(transforms, kept, strict=True)]),
-        "inverse": torch.cat([inverse[:n] for (_, _, inverse, _), n in zip(transforms, kept, strict=True)]),
-        "tables": tuple(tables),
-    }
+    return Transform(
+        units,
+        parts=torch.tensor([[unit, first, width] for width, unit, first in parts], dtype=torch.int32).view(-1, 3),
+        mean=torch.stack([mean for mean, *_ in transforms]),
+        forward=torch.cat([forward[:, :n].T for (_, forward, _, _), n in zip(transforms, kept, strict=True)]),
+        inverse=torch.cat([inverse[:n] for (_, _, inverse, _), n in zip(transforms, kept, strict=True)]),
+        tables=tuple(tables),
+    )
 
 
-def _transform(x: Tensor, importance: Tensor) -> _Transform:
+def _transform(x: Tensor, importance: Tensor) -> tuple[Tensor, Tensor, Tensor, Spectrum]:
     """Mean, ``forward`` and ``inverse`` ``float32[channels, channels]``, and the spectrum.
 
     ``(x - mean) @ forward`` has uncorrelated coordinates whose squared errors add up to the cost.
@@ -78,11 +88,10 @@ def _transform(x: Tensor, importance: Tensor) -> _Transform:
 def _centroids(parts: list[Tensor], width: int, progress: Progress) -> Tensor:
     """``float32[parts, 256, width]`` of vectors ``float32[n, width]`` each."""
     if not parts:
-        return torch.zeros(0, _CENTROIDS, width)
+        return torch.zeros(0, CENTROIDS, width)
     if width == 1:
-        return torch.from_numpy(np.stack([lloyd(part[:, 0].numpy(), _CENTROIDS) for part in parts]))[..., None]
-    (found,) = training.train([(torch.stack(parts), 1)], _CENTROIDS, progress)
-    return found[:, 0].contiguous()
+        return torch.from_numpy(np.stack([lloyd(part[:, 0].numpy(), CENTROIDS) for part in parts]))[..., None]
+    return train(torch.stack(parts), 1, CENTROIDS, progress)[:, 0].contiguous()
 
 
 def lloyd(x: npt.NDArray[np.float32], levels: int) -> npt.NDArray[np.float32]:
@@ -108,6 +117,52 @@ def lloyd(x: npt.NDArray[np.float32], levels: int) -> npt.NDArray[np.float32]:
         centroids = np.sort(np.where(counts, means, centroids))
     found: npt.NDArray[np.float32] = centroids.astype(np.float32)
     return found
+
+
+def divide(spectra: Sequence[Spectrum], codes: int) -> list[list[int]]:
+    """How many coordinates each code of each unit covers, from the greatest on, with at most ``codes`` in all.
+
+    What is left over at a spectrum's end gets no code. Minimises the predicted sum of squared errors: a price of a code
+    is found by bisection at which all units together buy as many as there are.
+    """
+    costs = [_costs(spectrum) for spectrum in spectra]
+    low, high = 1e-12, 2 * max(float(spectrum.sum()) for spectrum in spectra) + 1e-12
+    for _ in range(_PRICE_STEPS):
+        price = (low * high) ** 0.5
+        if sum(len(_bought(cost, price)) for cost in costs) > codes:
+            low = price
+        else:
+            high = price
+    return [_bought(cost, high) for cost in costs]
+
+
+def _costs(spectrum: Spectrum) -> tuple[list[list[float]], list[float]]:
+    """For each width, the error of a code that starts at each coordinate; and of no codes from each on."""
+    sums = np.concatenate([[0.0], np.cumsum(spectrum)])
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.maximum(spectrum, 1e-30)))])
+    of_width = []
+    for width, loss in _LOSSES.items():
+        error = width * loss * 2.0 ** (-16 / width) * np.exp((logs[width:] - logs[:-width]) / width)
+        of_width.append(np.minimum(error, sums[width:] - sums[:-width]).tolist())
+    return of_width, (sums[-1] - sums).tolist()
+
+
+def _bought(cost: tuple[list[list[float]], list[float]], price: float) -> list[int]:
+    """The widths of codes that are worth their price, by dynamic programming from the end."""
+    of_width, nothing = cost
+    count = len(nothing) - 1
+    best, choice = list(nothing), [0] * (count + 1)
+    for at in range(count - 1, -1, -1):
+        for width, errors in zip(WIDTHS, of_width, strict=True):
+            if at < len(errors):
+                total = errors[at] + price + best[at + width]
+                if total < best[at]:
+                    best[at], choice[at] = total, width
+    widths, at = [], 0
+    while at < count and choice[at]:
+        widths.append(choice[at])
+        at += choice[at]
+    return widths
 
 
 @contextmanager

@@ -1,20 +1,18 @@
-"""``m3 bench eviction``: eviction policies on a recorded trace, beside the optimum.
+"""``m3 bench eviction``: eviction policies on a recorded trace, compared with the optimum.
 
 One caching tier in front of all that is slower is replayed, as the hierarchy and the slab treat it.
 Requests are the different ids of each read and each lift. Those that are held when the call comes are hits; the others
-are brought up, and each is admitted unless only pinned blocks could make room. Only a read counts as a use of what is
-held.
+are brought up and admitted. Only a read counts as a use of what is held.
 """
 
 import heapq
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from m3runtime.errors import InputError
-from m3runtime.storage.eviction import EvictionPolicy, ScoreAware, make_policy
+from m3runtime.storage.eviction import EvictionPolicy, make_policy
 from m3runtime.storage.trace import Op, Trace, read_trace
 
 REQUESTS = ("read", "lift")
@@ -26,33 +24,33 @@ Run = Sequence[Op]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one policy did with one capacity."""
+    """The counts of one policy with one capacity."""
 
     policy: str
     slots: int
-    """Blocks that there is room for."""
+    """Capacity in blocks."""
     hits: int
     brought_up: int
     """Requested blocks that were not held."""
 
     @property
     def hit_rate(self) -> float:
-        """Between 0 and 1."""
+        """Hits over requests, in [0, 1]."""
         return self.hits / (self.hits + self.brought_up)
 
 
 @dataclass(frozen=True, slots=True)
 class EvictionBench:
-    """All that was counted."""
+    """The counts of all policies and capacities."""
 
     trace: str
     slot_bytes: int
     runs: int
     requests: int
     blocks: int
-    """Different blocks requested, over runs: no cache avoids bringing up each once."""
+    """Distinct blocks requested in each run, added up: any cache misses each at least once."""
     rows: Sequence[Row]
-    """By capacity, as asked for; of each the policies, then the optimum."""
+    """By capacity in the order given; for each the policies, then the optimum."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -86,12 +84,12 @@ def bench_eviction(path: Path, policies: Sequence[str], capacities: Sequence[int
 
 
 def requests(runs: Iterable[Run]) -> int:
-    """How many blocks are requested."""
+    """The number of requests."""
     return sum(len(set(op.ids)) for run in runs for op in run if op.op in REQUESTS)
 
 
 def replay(run: Run, policy: EvictionPolicy) -> int:
-    """How many requests are hits in a tier of ``policy.slots`` blocks that is empty at first."""
+    """The number of hits in a tier of ``policy.slots`` blocks that starts empty."""
     cache, hits = _Cache(policy), 0
     for op in run:
         if op.op in REQUESTS:
@@ -102,11 +100,10 @@ def replay(run: Run, policy: EvictionPolicy) -> int:
 
 
 def optimum(run: Run, slots: int) -> int:
-    """The most hits that any policy could have, which knows what will be requested (Belady's MIN).
+    """The most hits that any policy can have: those of one that knows all later requests (Belady's MIN).
 
     After each call it keeps, of what was held and what was brought up, the blocks that are requested again soonest. It
-    is free to keep nothing of what was brought up, and pins do not bind it: what it would hold when a pin comes is its
-    own. So it is what no policy can beat, bound by pins or not.
+    may keep nothing of what was brought up, which a policy may not.
     """
     nexts: list[dict[int, int]] = [{} for _ in run]  # for each call when its ids are requested again
     coming: dict[int, int] = {}
@@ -135,22 +132,18 @@ def optimum(run: Run, slots: int) -> int:
 
 
 class _Cache:
-    """The ids that a tier would hold, with the hierarchy's pins."""
+    """The ids that a tier would hold."""
 
     def __init__(self, policy: EvictionPolicy) -> None:
         self.policy = policy
         self.held: set[int] = set()
-        self.pins: Counter[int] = Counter()
-        self.pinned: set[int] = set()
         self.others: dict[str, Callable[[Op], None]] = {
             "score": self.score,
-            "pin": self.pin,
-            "unpin": self.unpin,
             "discard": self.discard,
         }
 
     def request(self, ids: Sequence[int], *, lifting: bool) -> int:
-        """Returns how many of the different ids were held."""
+        """Request ids. Returns how many distinct ones were held."""
         found = self.held.intersection(ids)
         if not lifting:
             for id in filter(found.__contains__, ids):
@@ -164,7 +157,7 @@ class _Cache:
         if id in self.held:
             return
         if len(self.held) >= self.policy.slots:
-            victim = self.policy.victim(lambda other: other not in self.pinned)
+            victim = self.policy.victim()
             if victim is None:
                 return
             self.remove(victim)
@@ -176,32 +169,18 @@ class _Cache:
         self.policy.removed(id)
 
     def score(self, op: Op) -> None:
-        if isinstance(self.policy, ScoreAware):
-            for id, score in zip(op.ids, op.scores or (), strict=True):
-                if id in self.held:
-                    self.policy.scored(id, score)
-
-    def pin(self, op: Op) -> None:
-        self.pins.update(op.ids)
-        self.pinned |= self.held.intersection(op.ids)
-
-    def unpin(self, op: Op) -> None:
-        self.pins.subtract(id for id in op.ids if id in self.pins)
-        for id in op.ids:
-            if self.pins[id] <= 0:
-                del self.pins[id]
-                self.pinned.discard(id)
+        for id, score in zip(op.ids, op.scores or (), strict=True):
+            if id in self.held:
+                self.policy.scored(id, score)
 
     def discard(self, op: Op) -> None:
         for id in sorted(set(op.ids)):
             if id in self.held:
                 self.remove(id)
-            self.pins.pop(id, None)
-            self.pinned.discard(id)
 
 
 def _slots(trace: Trace, capacities: Sequence[int], path: Path) -> list[int]:
-    """Room for how many blocks, each number once."""
+    """The capacities in blocks, each once."""
     if not capacities:
         room = [(tier.capacity or 0) // trace.slot_bytes for tier in trace.tiers]
         fastest = next(filter(None, room), 0)

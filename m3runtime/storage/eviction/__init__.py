@@ -1,7 +1,7 @@
-"""Eviction policies: which block a full caching tier gives up. Plain Python over ids."""
+"""Eviction policies: they choose the block that a full caching tier evicts. Plain Python over ids."""
 
 from m3runtime.errors import ConfigError
-from m3runtime.storage.eviction.base import EvictionPolicy, ScoreAware
+from m3runtime.storage.eviction.base import EvictionPolicy, anything
 from m3runtime.storage.eviction.lru import LruPolicy
 from m3runtime.storage.eviction.s3fifo import S3FifoPolicy
 from m3runtime.storage.eviction.scored import ScoredPolicy
@@ -11,8 +11,8 @@ __all__ = [
     "EvictionPolicy",
     "LruPolicy",
     "S3FifoPolicy",
-    "ScoreAware",
     "ScoredPolicy",
+    "anything",
     "make_policy",
 ]
 

@@ -1,16 +1,20 @@
-"""`EvictionPolicy`: the contract, and what a policy may have beyond it."""
+"""`EvictionPolicy`: the contract of a policy."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+
+
+def anything(_: int) -> bool:
+    """True: every id may be evicted."""
+    return True
 
 
 class EvictionPolicy(ABC):
-    """Orders the ids that a tier holds by how gladly it would lose them.
+    """Chooses which of the ids held is evicted first.
 
-    A policy only names a victim. The tier evicts it and says so with `removed`, so the two never disagree
-    about what is held. Every method is called under the tier's lock: a policy needs none of its own, and
-    must not block. ``slots`` is how many blocks the tier can hold.
+    A policy only names a victim. Its owner, a tier or the store of decoded memory, evicts it and then calls `removed`,
+    so the two never disagree about what is held. Every method is called under the owner's lock: a policy needs none of
+    its own, and must not block. ``slots`` is the number of blocks that the owner can hold.
     """
 
     def __init__(self, slots: int) -> None:
@@ -18,28 +22,23 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def admitted(self, id: int) -> None:
-        """The tier holds ``id`` now. It did not before."""
+        """``id`` is held now. It was not before."""
 
     @abstractmethod
     def touched(self, id: int) -> None:
         """``id``, which is held, was read."""
 
-    @abstractmethod
-    def removed(self, id: int) -> None:
-        """The tier holds ``id`` no longer, evicted or discarded."""
+    def scored(self, id: int, score: float) -> None:  # noqa: B027 - most policies look at no scores
+        """``id``, which is held, was chosen by retrieval with this score in [-1, 1]."""
 
     @abstractmethod
-    def victim(self, evictable: Callable[[int], bool]) -> int | None:
-        """The id to give up first among those that ``evictable`` allows, or None if it allows none."""
+    def removed(self, id: int) -> None:
+        """``id`` is held no longer, evicted or discarded."""
+
+    @abstractmethod
+    def victim(self, is_evictable: Callable[[int], bool] = anything) -> int | None:
+        """The id to evict first among those that ``is_evictable`` allows, or None if it allows none."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many ids are held."""
-
-
-@runtime_checkable
-class ScoreAware(Protocol):
-    """A policy that may have this looks at what retrieval thought of a block."""
-
-    def scored(self, id: int, score: float) -> None:
-        """``id``, which is held, was chosen by retrieval with this score in [-1, 1]."""
+        """The number of ids held."""

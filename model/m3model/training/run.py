@@ -1,4 +1,4 @@
-"""`train`: a Memory³ of any causal language model, from texts, in two stages (Memory³, section 3.6)."""
+"""`TransformersTrainer`: trains a Memory³ of any causal language model in two stages (Memory³, section 3.6)."""
 
 import json
 import shutil
@@ -9,35 +9,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from m3model.loading.fingerprint import tokenizer_fingerprint
 from m3model.loading.models import (
     configuration_of,
-    find_device,
     first_line,
     load,
     quiet,
     source_of,
-    tokenizer_fingerprint,
 )
 from m3model.loading.spec import carried
 from m3model.memory3 import Memory3Config, Memory3ForCausalLM
-from m3model.training.retrieving import retrieve
-from m3model.training.sequences import NOTHING, Prepared, Rows, TrainingSequences, cut_sequences
+from m3model.training.preparing import prepare
+from m3model.training.sequences import NOTHING, Prepared, TrainingSequences
 from m3model.training.stage import Loss, run_stage
-from m3runtime import assembly
 from m3runtime.adapters.training import StageReport, Trainer, TrainReport
 from m3runtime.config.schema import Config
 from m3runtime.config.train import StageConfig, TrainConfig
-from m3runtime.documents.reading import read_documents
-from m3runtime.documents.references import references_of
-from m3runtime.documents.splitting import Splitter
-from m3runtime.errors import ConfigError, InputError
+from m3runtime.device.resolve import resolve
+from m3runtime.errors import ConfigError
 from m3runtime.memory.shape import kept_tokens, memory_layers
-from m3runtime.memory.spec import fingerprint
 from m3runtime.storage.files import sync_folder, write_atomically
 from m3runtime.writing.writer import OnProgress
 
@@ -51,52 +45,47 @@ class TransformersTrainer(Trainer):
     """Trains a `Memory3ForCausalLM` of any causal language model of the transformers library."""
 
     def train(self, config: Config, progress: OnProgress) -> TrainReport:
-        """See `Trainer.train` and the function `train`."""
-        return train(config, progress)
+        """Train in two stages, or resume where a run of the same settings stopped. Finished stages are not repeated.
 
+        Leaves in ``train.out`` a folder for each stage (``warmup``, ``memory``) with the model after it, which
+        ``model.path`` and ``from_pretrained`` take, its tokenizer and its losses; and ``checkpoints`` and
+        ``tensorboard``. Started by torchrun or ``accelerate launch``, it trains on all their processes' devices.
 
-def train(config: Config, progress: OnProgress) -> TrainReport:
-    """Train, or go on where a run of the same settings stopped. What is done already is not done again.
-
-    Leaves in ``train.out`` a folder for each stage (``warmup``, ``memory``) with the model after it, which
-    ``model.path`` and ``from_pretrained`` take, its tokenizer and its losses; and ``checkpoints`` and ``tensorboard``.
-    Started by torchrun or ``accelerate launch``, it trains on all their processes' devices.
-
-    Raises `ConfigError` for settings that do not fit each other or the run that is in ``train.out``, and `InputError`
-    for texts without anything to learn from.
-    """
-    settings = config.train
-    if settings is None:
-        raise ConfigError("train: the section is missing; it says what to learn from and where the model goes")
-    processes = PartialState(cpu=config.model.device == "cpu")
-    tokenizer = _tokenizer(config)
-    # What goes on from a Memory³ has its memories, as far as nothing else is said.
-    config = config.model_copy(update={"memory": carried(configuration_of(config.model.path), config.memory)})
-    with processes.main_process_first():
-        _claim(config, settings, tokenizer)
-        prepared = _prepared(config, settings, tokenizer, progress)
-    reports: list[StageReport] = []
-    model = None
-    for name, stage in (("warmup", settings.warmup), ("memory", settings.memory)):
-        if not stage.steps:
-            continue
-        folder = settings.out / name
-        if not folder.exists():
-            model = model or _start(config, settings, tokenizer, after=reports[-1].path if reports else None)
-            data = TrainingSequences(prepared, reading=name == "memory", begin=tokenizer.bos_token_id)
-            losses = run_stage(name, model, data, settings, stage, partial(progress, name))
-            if processes.is_main_process:
-                _keep(model, tokenizer, losses, folder)
-            processes.wait_for_everyone()
-        reports.append(_report(name, stage, folder))
-    return TrainReport(
-        stages=tuple(reports),
-        path=reports[-1].path,
-        sequences=len(prepared.sequences),
-        tokens=int(prepared.sequences.counts.sum()),
-        references=len(prepared.references),
-        retrieving=float((prepared.retrieved != NOTHING).sum() / max(1, _chunks(config, prepared))),
-    )
+        Raises `ConfigError` for settings that do not fit each other or the run that is in ``train.out``, and
+        `InputError` for texts without anything to learn from.
+        """
+        settings = config.train
+        if settings is None:
+            raise ConfigError("train: the section is missing; it says what to learn from and where the model goes")
+        processes = PartialState(cpu=config.model.device == "cpu")
+        tokenizer = _tokenizer(config)
+        # What goes on from a Memory³ has its memories, as far as nothing else is said.
+        config = config.model_copy(update={"memory": carried(configuration_of(config.model.path), config.memory)})
+        with processes.main_process_first():
+            _claim(config, settings, tokenizer)
+            prepared = prepare(config, settings, tokenizer, progress)
+        reports: list[StageReport] = []
+        model = None
+        for name, stage in (("warmup", settings.warmup), ("memory", settings.memory)):
+            if not stage.steps:
+                continue
+            folder = settings.out / name
+            if not folder.exists():
+                model = model or _start(config, settings, tokenizer, after=reports[-1].path if reports else None)
+                data = TrainingSequences(prepared, reading=name == "memory", begin=tokenizer.bos_token_id)
+                losses = run_stage(name, model, data, settings, stage, partial(progress, name))
+                if processes.is_main_process:
+                    _keep(model, tokenizer, losses, folder)
+                processes.wait_for_everyone()
+            reports.append(_report(name, stage, folder))
+        return TrainReport(
+            stages=tuple(reports),
+            path=reports[-1].path,
+            sequences=len(prepared.sequences),
+            tokens=int(prepared.sequences.counts.sum()),
+            references=len(prepared.references),
+            retrieving=float((prepared.retrieved != NOTHING).sum() / max(1, _chunks(config, prepared))),
+        )
 
 
 def _chunks(config: Config, prepared: Prepared) -> int:
@@ -116,7 +105,7 @@ def _tokenizer(config: Config) -> Any:
 
 
 def _claim(config: Config, settings: TrainConfig, tokenizer: Any) -> None:
-    """Note in ``train.out`` what is trained there. Raises `ConfigError` if that is something else."""
+    """Note in ``train.out`` the settings of its run. Raises `ConfigError` if they are another run's."""
     wanted = {
         **settings.model_dump(mode="json", exclude=_MAY_CHANGE),
         "model": config.model.path,
@@ -142,66 +131,17 @@ def _claim(config: Config, settings: TrainConfig, tokenizer: Any) -> None:
     write_atomically(path, json.dumps(wanted, indent=1, ensure_ascii=False).encode())
 
 
-def _prepared(config: Config, settings: TrainConfig, tokenizer: Any, progress: OnProgress) -> Prepared:
-    """Sequences and what they retrieve, read if a run prepared them already. Raises `ConfigError` for other texts."""
-    documents = list(read_documents(settings.data, text_field=settings.text_field))
-    others = list(read_documents(settings.references, text_field=settings.text_field)) if settings.references else None
-    path = settings.out / f"data-{fingerprint([[d.text for d in documents], [d.text for d in others or ()]])[:16]}.npz"
-    if path.exists():
-        return Prepared.load(path)
-    if any(file.suffixes == [".npz"] for file in settings.out.glob("data-*")):
-        raise ConfigError(
-            f"train.data: the texts are not those that the run in {settings.out} began with; choose another train.out"
-        )
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
-
-    sequences = cut_sequences(
-        (ids(document.text) for document in documents),
-        settings.sequence_tokens,
-        tokenizer.eos_token_id,
-        pack=settings.pack,
-    )
-    chunk = config.recall.chunk_tokens
-    if not settings.memory.steps:
-        nothing = np.full((len(sequences), -(-sequences.ids.shape[1] // chunk)), NOTHING, np.int32)
-        prepared = Prepared(sequences, Rows.of([]), nothing)
-        prepared.save(path)
-        return prepared
-    splitter = Splitter(lambda text: len(ids(text)), max_tokens=config.memory.reference_tokens)
-    texts = [one.text for one in references_of(iter(documents if others is None else others), splitter)]
-    if not texts:
-        raise InputError("train.references: there is no text to retrieve")
-    embedder = assembly.open_embedder(config)
-    try:
-        retrieved = retrieve(
-            sequences,
-            texts,
-            lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-            embedder,
-            assembly.make_index(config, embedder.dim),
-            chunk_tokens=chunk,
-            share=settings.overlap,
-            progress=lambda done, of: progress("retrieve", done, of),
-        )
-    finally:
-        embedder.close()
-    prepared = Prepared(sequences, Rows.of([ids(text) for text in texts]), retrieved)
-    prepared.save(path)
-    return prepared
-
-
 def _start(config: Config, settings: TrainConfig, tokenizer: Any, after: str | None) -> Memory3ForCausalLM:
-    """The model to train: after an earlier stage, with the weights that are there, or with fresh ones."""
+    """The model to train: that of an earlier stage, one with the weights of ``model.path``, or with fresh ones."""
     torch.manual_seed(settings.seed)
+    device = resolve(config.model.device)
     if after is None and settings.start == "config":
         with _loading(config.model.path), quiet():
             classes: Any = AutoModelForCausalLM  # whose methods have no types
             model = classes.from_config(configuration_of(config.model.path), dtype=torch.float32)
     else:
-        model, _ = load(after or config.model.path, "float32", config.model.device)
-    model = model.to(find_device(config.model.device)).train()
+        model, _ = load(after or config.model.path, "float32", device)
+    model = model.to(device).train()
     if isinstance(model, Memory3ForCausalLM):
         model = model.language_model
     return Memory3ForCausalLM.holding(model, memory3_config(model, tokenizer, config))
@@ -230,7 +170,7 @@ def memory3_config(model: Any, tokenizer: Any, config: Config) -> Memory3Config:
 
 
 def _keep(model: Memory3ForCausalLM, tokenizer: Any, losses: list[Loss], folder: Path) -> None:
-    """Write what a stage leaves, whole or not at all."""
+    """Write the folder of a finished stage, whole or not at all."""
     unfinished = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     with quiet():

@@ -1,7 +1,12 @@
-"""The token sequences that a model is trained on, and what each chunk of them retrieves."""
+"""The token sequences that a model is trained on, and the reference that each chunk of them retrieves.
 
-from collections.abc import Iterable, Sequence
+They lie in files that are mapped into memory: a corpus may be larger than the machine's memory.
+"""
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,101 +18,110 @@ from torch.utils.data import Dataset
 
 from m3model.memory3 import NO_LABEL
 from m3runtime.errors import InputError
-from m3runtime.storage.files import write_atomically
 
 Tokens = npt.NDArray[np.int32]
 NOTHING = -1
-"""Of a chunk that retrieves no reference."""
+"""Stands for no reference, where a chunk retrieves none."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows of tokens of different lengths: ``ids`` is int32 ``[n, longest]``, of which row ``i`` has ``counts[i]``."""
+class TokenRows:
+    """Rows of tokens of different lengths: row ``i`` is ``tokens[ends[i - 1] : ends[i]]``."""
 
-    ids: Tokens
-    counts: Tokens
+    tokens: Tokens
+    """int32 ``[tokens of all rows]``."""
+    ends: npt.NDArray[np.int64]
+    """int64 ``[rows]``."""
 
     def __len__(self) -> int:
-        return len(self.counts)
+        return len(self.ends)
 
     def row(self, index: int) -> Tokens:
-        """One row, as long as it is."""
-        return self.ids[index, : self.counts[index]]
+        """One row."""
+        return self.tokens[self.ends[index - 1] if index else 0 : self.ends[index]]
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Tokens of each row."""
+        return np.diff(self.ends, prepend=0)
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[int]]) -> "Rows":
-        """Beside each other."""
-        counts = np.array([len(row) for row in rows], np.int32)
-        ids = np.zeros((len(rows), int(counts.max(initial=0))), np.int32)
-        for place, row in enumerate(rows):
-            ids[place, : len(row)] = row
-        return cls(ids, counts)
+    def write(cls, folder: Path, rows: Iterable[Sequence[int]]) -> None:
+        """Write rows, as they come, into a new folder, for `open`."""
+        folder.mkdir()
+        ends = array("q")
+        with (folder / "tokens").open("wb") as file:
+            for row in rows:
+                file.write(np.asarray(row, "<i4").tobytes())
+                ends.append(len(row) + (ends[-1] if ends else 0))
+        np.save(folder / "ends.npy", np.asarray(ends, np.int64))
+
+    @classmethod
+    def open(cls, folder: Path) -> "TokenRows":
+        """Map the rows that `write` wrote into memory."""
+        ends = np.load(folder / "ends.npy", allow_pickle=False)
+        if not ends.any():  # an empty file cannot be mapped
+            return cls(np.zeros(0, np.int32), ends)
+        return cls(np.memmap(folder / "tokens", "<i4", mode="r"), ends)
 
 
-def cut_sequences(documents: Iterable[Sequence[int]], length: int, end: int | None, *, pack: bool) -> Rows:
-    """Documents' tokens, each document followed by the token ``end``, as sequences of at most ``length`` tokens.
+def cut_sequences(
+    documents: Iterable[Iterable[Sequence[int]]], length: int, end: int | None, *, pack: bool
+) -> Iterator[list[int]]:
+    """Sequences of at most ``length`` tokens of documents, each the pieces of its tokens; the token ``end`` follows it.
 
     With ``pack`` documents follow one another and every sequence is full (what is left over is dropped, unless it is
-    all); else each document begins a sequence of its own. Raises `InputError` if there is nothing to learn from.
+    all); else each document begins a sequence of its own. Raises `InputError` at the end if there was nothing to learn
+    from.
     """
-    rows: list[list[int]] = []
-    flowing: list[int] = []
+    nothing = True
+    rest: list[int] = []
     for document in documents:
-        tokens = [*document, *([] if end is None else [end])]
+        for piece in chain(document, [] if end is None else [[end]]):
+            rest.extend(piece)
+            full = len(rest) // length * length
+            for start in range(0, full if length > 1 else 0, length):
+                nothing = False
+                yield rest[start : start + length]
+            rest = rest[full:]
         if not pack:
-            rows.extend(tokens[start : start + length] for start in range(0, len(tokens), length))
-            continue
-        flowing.extend(tokens)
-        full = len(flowing) // length * length
-        rows.extend(flowing[start : start + length] for start in range(0, full, length))
-        flowing = flowing[full:]
-    if not rows and flowing:
-        rows.append(flowing)
-    rows = [row for row in rows if len(row) > 1]  # of a single token there is nothing to predict
-    if not rows:
+            if len(rest) > 1:  # a single token has nothing to predict
+                nothing = False
+                yield rest
+            rest = []
+    if nothing and len(rest) > 1:
+        nothing = False
+        yield rest
+    if nothing:
         raise InputError("train.data: there is no text of two tokens to learn from")
-    return Rows.of(rows)
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """All that a run is trained on. It depends on texts, tokenizer and embedder, not on the model's weights."""
+    """All that a run is trained on. It depends on texts, tokenizer and embedder, not on the model's weights.
 
-    sequences: Rows
-    references: Rows
+    In a folder: ``sequences`` and ``references`` (`TokenRows`) and ``retrieved.npy``.
+    """
+
+    sequences: TokenRows
+    references: TokenRows
     retrieved: Tokens
-    """int32 ``[sequences, chunks]``: which reference each chunk retrieves, or `NOTHING`."""
-
-    def save(self, path: Path) -> None:
-        """Write it by temporary file and rename."""
-        write_atomically(path, self._write)
-
-    def _write(self, path: Path) -> None:
-        with path.open("wb") as file:  # a path would get the suffix .npz
-            np.savez(
-                file,
-                ids=self.sequences.ids,
-                counts=self.sequences.counts,
-                reference_ids=self.references.ids,
-                reference_counts=self.references.counts,
-                retrieved=self.retrieved,
-            )
+    """int32 ``[sequences, chunks]``: the reference that each chunk retrieves, or `NOTHING`."""
 
     @classmethod
-    def load(cls, path: Path) -> "Prepared":
-        """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as found:
-            return cls(
-                Rows(found["ids"], found["counts"]),
-                Rows(found["reference_ids"], found["reference_counts"]),
-                found["retrieved"],
-            )
+    def open(cls, folder: Path) -> "Prepared":
+        """Map the files of a folder into memory."""
+        return cls(
+            TokenRows.open(folder / "sequences"),
+            TokenRows.open(folder / "references"),
+            np.load(folder / "retrieved.npy", mmap_mode="r", allow_pickle=False),
+        )
 
 
 class TrainingSequences(Dataset[dict[str, Any]]):
     """Sequences, with the references that their chunks retrieved, or without (``reading=False``: the warmup).
 
-    Without memory a sequence begins with ``begin``, its BOS; beside memories the sink has that.
+    Without memory a sequence begins with ``begin``, its BOS; with memories the sink holds that token.
     """
 
     def __init__(self, prepared: Prepared, *, reading: bool, begin: int | None) -> None:
@@ -126,17 +140,21 @@ class TrainingSequences(Dataset[dict[str, Any]]):
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """A batch as `Memory3ForCausalLM.forward` takes it, padded to the longest sequence and reference."""
-        counts = torch.tensor([len(example["ids"]) for example in examples])
-        width = int(counts.max())
-        ids = torch.tensor([example["ids"] + [0] * (width - len(example["ids"])) for example in examples])
-        there = torch.arange(width) < counts[:, None]
+        ids, counts = _padded([example["ids"] for example in examples])
+        there = torch.arange(ids.shape[1]) < counts[:, None]
         batch = {"input_ids": ids, "attention_mask": there.long(), "labels": ids.masked_fill(~there, NO_LABEL)}
         if not self.reading:
             return batch
         retrieved = np.stack([example["retrieved"] for example in examples])
-        lengths = np.where(retrieved == NOTHING, 0, self.prepared.references.counts[retrieved])
-        chosen = self.prepared.references.ids[retrieved, : max(1, int(lengths.max()))]
-        chosen = np.where(np.arange(chosen.shape[2]) < lengths[..., None], chosen, 0)
-        batch["references"] = torch.from_numpy(chosen.astype(np.int64))
-        batch["reference_counts"] = torch.from_numpy(lengths.astype(np.int64))
+        rows = [[] if one == NOTHING else self.prepared.references.row(one).tolist() for one in retrieved.flat]
+        references, lengths = _padded(rows)
+        batch["references"] = references.reshape(*retrieved.shape, -1)
+        batch["reference_counts"] = lengths.reshape(retrieved.shape)
         return batch
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Rows, padded with zeros to the longest (at least 1): int64 ``[rows, longest]``, and their lengths."""
+    width = max(1, *map(len, rows))
+    padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+    return padded, torch.tensor([len(row) for row in rows])

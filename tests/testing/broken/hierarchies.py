@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings
-from torch import Tensor
 
 from m3backends.lmdb.home import LmdbHome
 from m3backends.slabs import PinnedTier
-from m3runtime.memory.block import Found, Ids
+from m3runtime.memory.block import Ids
 from m3runtime.storage.hierarchy import Hierarchy
 from m3runtime.storage.home import Home
 from m3runtime.testing.blocks import SLOT_BYTES
@@ -21,8 +20,9 @@ class ForgetsInTheHomeAlone(Hierarchy):
 
 
 class ServesWhatIsBad(Hierarchy):
-    def _bad(self, ids: Ids, blocks: Tensor, got: Found) -> dict[int, str]:
-        return {}
+    def spoil(self) -> None:
+        for level in self._levels:
+            level._bad = lambda *_: {}  # type: ignore[method-assign]
 
 
 class Machine(HierarchyMachine):
@@ -46,6 +46,8 @@ class Machine(HierarchyMachine):
     def start(self) -> None:
         super().start()
         self.hierarchy.__class__ = self.kind
+        if isinstance(self.hierarchy, ServesWhatIsBad):
+            self.hierarchy.spoil()
 
 
 SETTINGS = settings(

@@ -25,22 +25,28 @@ class FarthestFirst(UsearchIndex):
         return ids[:, ::-1], scores[:, ::-1]
 
 
-class LoadsAnyStamp(UsearchIndex):
-    def save(self, path: Path, stamp: str) -> None:
-        super().save(path, "0" * 32)
+class KeepsWhatItHeldBeforeLoading(UsearchIndex):
+    def load(self, data: memoryview) -> None:
+        held = self.ids()
+        vectors = np.stack([np.eye(self.dim, dtype=np.float32)[id % self.dim] for id in held.tolist()] or [[]])
+        super().load(data)
+        if len(held):
+            self.add(held, vectors)
 
-    def load(self, path: Path, stamp: str) -> None:
-        super().load(path, "0" * 32)
 
-
-class ADamagedFileIsAnEmptyIndex(UsearchIndex):
-    def load(self, path: Path, stamp: str) -> None:
+class WhatItCannotLoadIsAnEmptyIndex(UsearchIndex):
+    def load(self, data: memoryview) -> None:
         try:
-            super().load(path, stamp)
-        except IndexFileError as error:
-            if "digest" not in str(error):
-                raise
+            super().load(data)
+        except IndexFileError:
             self.remove(self.ids())
+
+
+class AppendsToTheFile(UsearchIndex):
+    def save(self, path: Path) -> None:
+        before = path.read_bytes() if path.exists() else b""
+        super().save(path)
+        path.write_bytes(path.read_bytes() + before)
 
 
 class TheLastVectorWins(UsearchIndex):

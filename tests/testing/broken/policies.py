@@ -8,7 +8,7 @@ from m3runtime.testing.eviction import EvictionContract
 from tests.testing.broken.suites import make_suites
 
 
-class NamesWhatIsPinned(LruPolicy):
+class NamesWhatIsLeased(LruPolicy):
     def victim(self, evictable: Callable[[int], bool]) -> int | None:
         found = super().victim(evictable)
         return next(iter(self._order), None) if found is None else found

@@ -6,9 +6,9 @@ import numpy as np
 from torch import Tensor
 
 from m3backends.slabs import PinnedTier
+from m3runtime.device.copies import copy_rows
 from m3runtime.errors import TierError
 from m3runtime.memory.block import Found, Ids
-from m3runtime.storage.slab import gather, runs
 from m3runtime.storage.tier import CachingTier, check_rows
 from m3runtime.testing.slab import SlabTierContract
 from tests.testing.broken.suites import make_suites
@@ -36,15 +36,6 @@ class AnotherIdsBytesOnceInAThousand(PinnedTier):
         return found
 
 
-class EvictsWhatIsPinned(PinnedTier):
-    def _claim(self) -> int | None:
-        pins, self._pins = self._pins, {}
-        try:
-            return super()._claim()
-        finally:
-            self._pins = pins
-
-
 class CopiesOutsideTheLock(PinnedTier):
     def read(self, ids: Ids, out: Tensor) -> Found:
         check_rows(ids, out, self.slot_bytes)
@@ -54,18 +45,8 @@ class CopiesOutsideTheLock(PinnedTier):
             found: Found = slots >= 0
             for id in ids[found].tolist():
                 self._policy.touched(id)
-        for start, end in runs(found):
-            gather(slab, slots[start:end], out[start:end])
+        copy_rows(out, np.flatnonzero(found).tolist(), slab, slots[found].tolist())
         return found
-
-
-class PinsOutsideTheLock(PinnedTier):
-    def pin(self, ids: Ids) -> Found:
-        held = self.contains(ids)
-        for id in ids[held].tolist():
-            with self._lock:
-                self._pins[id] = self._pins.get(id, 0) + 1
-        return held
 
 
 class MissesAsErrors(PinnedTier):
@@ -130,48 +111,6 @@ class CountsAnIdTwice(PinnedTier):
 
     def __len__(self) -> int:
         return super().__len__() + self.twice
-
-
-class DiscardLeavesThePins(PinnedTier):
-    def discard(self, ids: Ids) -> None:
-        pins = dict(self._pins)
-        super().discard(ids)
-        self._pins.update(pins)
-
-
-class PinsBelowZero(PinnedTier):
-    """Counts down what has no pin, so that the next pin only makes up for it."""
-
-    def __init__(self, *, slot_bytes: int, capacity: int) -> None:
-        super().__init__(slot_bytes=slot_bytes, capacity=capacity)
-        self.owed: dict[int, int] = {}
-
-    def unpin(self, ids: Ids) -> None:
-        for id in ids.tolist():
-            if id in self._held and id not in self._pins:
-                self.owed[id] = self.owed.get(id, 0) + 1
-        super().unpin(ids)
-
-    def pin(self, ids: Ids) -> Found:
-        held = super().pin(ids)
-        owed = [id for id in ids.tolist() if self.owed.pop(id, 0)]
-        super().unpin(np.array(owed, np.uint64))
-        return held
-
-
-class PinsDoNotCount(PinnedTier):
-    def unpin(self, ids: Ids) -> None:
-        for id in ids.tolist():
-            self._pins.pop(id, None)
-        super().unpin(ids)
-
-
-class PinsWhatIsNotHeld(PinnedTier):
-    def pin(self, ids: Ids) -> Found:
-        held = super().pin(ids)
-        for id in ids[~held].tolist():
-            self._pins[id] = self._pins.get(id, 0) + 1
-        return held
 
 
 class OverwritesABlock(PinnedTier):

@@ -1,0 +1,226 @@
+"""`LmdbReader`: the half of `LmdbHome` that reads."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import zstandard
+from torch import Tensor
+
+from m3backends.lmdb.compression import dictionary_of, load_dictionary, unpack
+from m3backends.lmdb.environment import Environment, ReadTransaction, WriteTransaction
+from m3backends.lmdb.records import (
+    Source,
+    digest,
+    pack_ids,
+    pack_text,
+    unpack_id,
+    unpack_ids,
+    unpack_number,
+    unpack_reference,
+    unpack_source,
+    unpack_text,
+)
+from m3backends.lmdb.schema import Databases
+from m3runtime.documents.reference import Reference
+from m3runtime.memory.block import HEADER_BYTES, Found, Ids, Rows, length
+from m3runtime.storage.home import Home
+from m3runtime.storage.tier import check_rows
+
+
+class LmdbReader(Home):
+    """The reading methods of `LmdbHome`. Each works on one snapshot, `embeddings` on one for each batch.
+
+    Every record is checked as it is read: a damaged one raises `RecordError`.
+    """
+
+    path: Path
+    _environment: Environment
+    _db: Databases
+    _above: int
+    _dictionary: zstandard.ZstdCompressionDict | None = None
+
+    @property
+    def capacity(self) -> None:
+        """None: the home has no bound in blocks."""
+        return None
+
+    def read(self, ids: Ids, out: Tensor) -> Found:
+        """Copy blocks into rows of ``out``, as `Tier.read` says. Bytes that a damaged block lacks are zeros."""
+        check_rows(ids, out, self.slot_bytes)
+        if out.device.type != "cpu":
+            staging = torch.empty(out.shape, dtype=torch.uint8)
+            found = self.read(ids, staging)
+            rows = torch.from_numpy(np.flatnonzero(found))
+            out[rows.to(out.device)] = staging[rows].to(out.device)
+            return found
+        found, rows_out = np.zeros(len(ids), np.bool_), out.numpy()
+
+        def work(txn: ReadTransaction) -> None:
+            for row, key in enumerate(pack_ids(ids)):
+                if txn.get(key, db=self._db.quarantine.handle) is None:
+                    block = txn.get(key, db=self._db.blocks)
+                    if block is not None:
+                        _fill(rows_out[row], self._unpack(txn, block))
+                        found[row] = True
+
+        self._environment.read(work)
+        return found
+
+    def contains(self, ids: Ids) -> Found:
+        """Which of these ids have a block that is not quarantined?"""
+        return self._environment.read(
+            lambda txn: np.array(
+                [self._has(txn, key) and txn.get(key, db=self._db.quarantine.handle) is None for key in pack_ids(ids)],
+                np.bool_,
+            )
+        )
+
+    def __len__(self) -> int:
+        def work(txn: ReadTransaction) -> int:
+            apart = self._db.quarantine.count(txn)
+            if apart and self._db.cold.count(txn):  # some of those may have no block
+                apart = sum(self._has(txn, key) for key in pack_ids(self._db.quarantine.ids(txn)))
+            return txn.stat(self._db.blocks)["entries"] - apart
+
+        return self._environment.read(work)
+
+    def next_id(self) -> int:
+        """The id above all that were ever used."""
+        return self._environment.read(self._next_id)
+
+    def find(self, texts: Sequence[str]) -> list[int | None]:
+        """The ids of the references with exactly these texts, or None; quarantined ones are found, too."""
+
+        def work(txn: ReadTransaction) -> list[int | None]:
+            return [self._db.digests.read(txn, digest(text), unpack_id) for text in texts]
+
+        return self._environment.read(work)
+
+    def references(self, ids: Ids) -> list[Reference | None]:
+        """The references of ids, or None; those of quarantined ids are found, too."""
+
+        def work(txn: ReadTransaction) -> list[Reference | None]:
+            return [self._db.references.read(txn, key, unpack_reference) for key in pack_ids(ids)]
+
+        return self._environment.read(work)
+
+    def ids(self) -> Ids:
+        """All remembered ids, ascending, without quarantined ones."""
+
+        def work(txn: ReadTransaction) -> Ids:
+            return np.setdiff1d(self._db.references.ids(txn), self._db.quarantine.ids(txn), assume_unique=True)
+
+        return self._environment.read(work)
+
+    def cold(self, ids: Ids | None = None) -> Ids:
+        """The cold ids among all, or among these, ascending."""
+
+        def work(txn: ReadTransaction) -> Ids:
+            asked = self._db.cold.ids(txn) if ids is None else np.unique(ids)
+            return asked[[self._is_cold(txn, key) for key in pack_ids(asked)]]
+
+        return self._environment.read(work)
+
+    def ids_of(self, source: str) -> Ids:
+        """The ids of a source, ascending, quarantined ones included."""
+        key, sources = digest(source), self._db.sources
+
+        def work(txn: ReadTransaction) -> Ids:
+            cursor, known = txn.cursor(self._db.members), sources.read(txn, key, unpack_source)
+            try:
+                members = unpack_ids(cursor.iternext_dup() if cursor.set_key(key) else ())
+            except ValueError as error:
+                raise sources.damaged(key, f"its members are not: {error}") from error
+            if not (known or Source(source, 0, 0)).fits(members):
+                raise sources.damaged(key, "its members are not those it counts")
+            return members
+
+        return self._environment.read(work)
+
+    def sources(self) -> Mapping[str, int]:
+        """The number of references of each source, quarantined ones included."""
+        return self._environment.read(
+            lambda txn: {known.name: known.count for _, known in self._db.sources.items(txn, unpack_source)}
+        )
+
+    def embeddings(self, ids: Ids | None = None, batch: int = 4096) -> Iterator[tuple[Ids, npt.NDArray[np.float32]]]:
+        """Embeddings in batches, as `Home.embeddings` says. Given ids are found in quarantine, too."""
+        wanted = self.ids() if ids is None else ids
+        for start in range(0, len(wanted), batch):
+            some = wanted[start : start + batch]
+
+            def work(txn: ReadTransaction, some: Ids = some) -> tuple[Ids, npt.NDArray[np.float32]]:
+                values = [self._db.embeddings.get(txn, key) for key in pack_ids(some)]
+                known = some[[value is not None for value in values]]
+                return known, self._vectors(known, [value for value in values if value is not None])
+
+            known_ids, vectors = self._environment.read(work)
+            if len(known_ids):
+                yield known_ids, vectors
+
+    def quarantined(self) -> Mapping[int, str]:
+        """Maps each quarantined id to the reason."""
+
+        def work(txn: ReadTransaction) -> dict[int, str]:
+            return {unpack_id(key): reason for key, reason in self._db.quarantine.items(txn, unpack_text)}
+
+        return self._environment.read(work)
+
+    def get_meta(self, key: str) -> bytes | None:
+        """The value that `set_meta` stored, or None."""
+        return self._environment.read(lambda txn: self._db.meta.read(txn, pack_text(key), bytes))
+
+    def stored_bytes(self) -> int:
+        """The size of ``data.mdb``. Room that forgetting leaves is used again and stays in the file."""
+        return self._environment.read(lambda _: self._environment.files.data.stat().st_size)
+
+    def close(self) -> None:
+        """Wait for running calls and close. Closing twice is fine."""
+        self._environment.close()
+
+    def _has(self, txn: ReadTransaction | WriteTransaction, key: bytes) -> bool:
+        """Is a block stored? A cursor, unlike `get`, does not read it."""
+        return txn.cursor(self._db.blocks).set_key(key)
+
+    def _is_cold(self, txn: ReadTransaction | WriteTransaction, key: bytes) -> bool:
+        """Is this id still without its block?"""
+        return self._db.cold.has(txn, key) and not (self._has(txn, key) or self._db.quarantine.has(txn, key))
+
+    def _vectors(self, ids: Ids, values: Sequence[memoryview]) -> npt.NDArray[np.float32]:
+        """``float32[n, dim]`` of the stored embeddings of ids, which must be of one length, and finite."""
+        sizes = np.array([len(value) for value in values], np.int64)
+        wrong = (sizes != sizes[:1]) | (sizes % 4 != 0)
+        vectors = np.zeros((0, 0), np.float32)
+        if len(values) and not wrong.any():
+            vectors = np.frombuffer(b"".join(values), "<f4").astype(np.float32).reshape(len(values), -1)
+            wrong = ~np.isfinite(vectors).all(axis=1)
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise self._db.embeddings.damaged(
+                pack_ids(ids)[row], f"it is not finite, or has {sizes[row]} bytes and others {sizes[0]}"
+            )
+        return vectors
+
+    def _next_id(self, txn: ReadTransaction | WriteTransaction) -> int:
+        next_id = self._db.home.read(txn, b"next_id", unpack_number)
+        if next_id is None:
+            raise self._db.home.damaged(b"next_id", "it is missing")
+        return max(next_id, self._above)
+
+    def _unpack(self, txn: ReadTransaction | WriteTransaction, stored: memoryview) -> Rows:
+        """The block that was stored. The writer may have made the dictionary since this home was opened."""
+        if self._dictionary is None and dictionary_of(stored):
+            self._dictionary = self._db.home.read(txn, b"dictionary", load_dictionary)
+        return unpack(stored, self.slot_bytes, self._dictionary)
+
+
+def _fill(row: Rows, whole: Rows) -> None:
+    """Copy a block into a slot."""
+    stored = whole[: len(row)]
+    row[: len(stored)] = stored
+    # A record cut short must not be completed by the bytes of a former read.
+    if len(stored) < HEADER_BYTES or length(row) != len(whole):
+        row[len(stored) :] = 0

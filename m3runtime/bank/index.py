@@ -1,0 +1,142 @@
+"""`BankIndex`: the upkeep of a bank's index, which is loaded from its file or rebuilt from the home.
+
+The home's record ``index`` states the index's kind and dtype, and the file's length and BLAKE2b digest. A library
+trusts the counts and offsets in an index that it reads, so it is given only a file that the record vouches for. In
+every other case (no record, another digest, another kind) the index is rebuilt from the home's embeddings.
+"""
+
+import json
+import logging
+import mmap
+import os
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from m3runtime.bank import records
+from m3runtime.bank.bank import Bank
+from m3runtime.errors import IndexFileError, RecordError
+from m3runtime.memory.spec import canonical_json
+from m3runtime.retrieval.index import Index
+from m3runtime.storage.files import open_regular, write_atomically
+
+INDEX = "index"
+_RECORD = "index"
+_PIECE = 1 << 24
+
+log = logging.getLogger("m3runtime")
+
+
+class BankIndex:
+    """Loads, rebuilds and saves the index of one bank. One call at a time."""
+
+    def __init__(self, bank: Bank, make: Callable[[], Index], *, kind: str, dtype: str) -> None:
+        """``make`` makes an empty index. One of another ``kind`` or ``dtype`` is rebuilt."""
+        self.path = bank.path / INDEX
+        self._bank = bank
+        self._make = make
+        self._kind, self._dtype = kind, dtype
+
+    def open(self, *, cold: bool) -> tuple[Index, bool]:
+        """The index in line with the home; true if it differs from its file, which `save` then replaces.
+
+        Without ``cold`` it finds no cold references.
+        """
+        rebuilt = False
+        try:
+            index = self.load()
+        except IndexFileError as error:
+            log.info("the index is rebuilt: %s", error)
+            index, rebuilt = self._make(), True
+        added, removed = catch_up(index, self._bank, cold=cold)
+        return index, rebuilt or added + removed > 0
+
+    def update(self) -> None:
+        """Bring the file in line with the home, cold references included.
+
+        Raises `IndexFileError` if it cannot be written, `BankFullError` and `TierReadOnlyError`.
+        """
+        index, changed = self.open(cold=True)
+        if changed:
+            self.save(index)
+
+    def load(self) -> Index:
+        """The index as its file has it. Raises `IndexFileError` if the file is missing or does not match its record.
+
+        The file is mapped, not copied, so this takes the memory of the index and no more.
+        """
+        stated = self._stated()
+        try:
+            with open_regular(self.path) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != stated["bytes"]:
+                    raise IndexFileError(f"{self.path} has {size} bytes, and its record states {stated['bytes']}")
+                # Mapped, so that the bytes that were verified are read, whatever file is renamed to this path.
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        except OSError as error:
+            raise IndexFileError(f"cannot read index {self.path}: {error.strerror}") from error
+        data = memoryview(mapped)
+        if blake2b(data, digest_size=32).hexdigest() != stated["digest"]:
+            raise IndexFileError(f"{self.path} is damaged: its digest is not the one in its record")
+        index = self._make()
+        index.load(data)
+        return index
+
+    def save(self, index: Index) -> None:
+        """Write the file and then its record. A crash in between leaves a file to be rebuilt, never a wrong one.
+
+        Raises `IndexFileError` if the file cannot be written; the old
+        one stays then. Raises `BankFullError` and `TierReadOnlyError` for the record.
+        """
+        about: dict[str, object] = {"kind": self._kind, "dtype": self._dtype}
+
+        def write(temporary: Path) -> None:
+            index.save(temporary)
+            digest = blake2b(digest_size=32)
+            with temporary.open("rb") as file:
+                while piece := file.read(_PIECE):
+                    digest.update(piece)
+                about["bytes"] = file.tell()
+            about["digest"] = digest.hexdigest()
+
+        try:
+            write_atomically(self.path, write)
+        except OSError as error:
+            raise IndexFileError(f"cannot write index {self.path}: {error.strerror}") from error
+        self._bank.home.set_meta(_RECORD, canonical_json(about).encode())
+
+    def _stated(self) -> dict[str, object]:
+        """The record of the file. Raises `IndexFileError` if there is none, or one of another kind or dtype."""
+        try:
+            value = self._bank.home.get_meta(_RECORD)
+            if value is None:
+                raise IndexFileError(f"the bank has no record of {self.path}")
+            stated = json.loads(value)
+        except (RecordError, ValueError, RecursionError) as error:
+            raise IndexFileError(f"the record of {self.path} is damaged: {error}") from error
+        kinds = {"kind": str, "dtype": str, "bytes": int, "digest": str}
+        if not isinstance(stated, dict) or {key: type(value) for key, value in stated.items()} != kinds:
+            raise IndexFileError(f"the record of {self.path} is damaged: it has other fields")
+        for key, ours in (("kind", self._kind), ("dtype", self._dtype)):
+            if stated[key] != ours:
+                raise IndexFileError(f"{self.path} is of {key} {stated[key][:100]!r}, not {ours!r}")
+        return stated
+
+
+def catch_up(index: Index, bank: Bank, *, cold: bool = True) -> tuple[int, int]:
+    """Bring an index in line with the home, the only truth. Returns how many ids were added and removed.
+
+    Without ``cold`` it holds no cold references; leaving them out does not count as removing. Memories whose
+    embedding is damaged or missing cannot be found: they are quarantined.
+    """
+    hidden = np.zeros(0, np.uint64) if cold else bank.home.cold()
+    held, wanted = index.ids(), bank.home.ids()
+    gone, missing = np.setdiff1d(held, wanted), np.setdiff1d(np.setdiff1d(wanted, held), hidden)
+    index.remove(np.concatenate([gone, np.intersect1d(held, hidden)]))
+    damaged: dict[int, str] = {}
+    for ids, vectors in records.embeddings(bank.home, missing, bank.manifest.dim, damaged):
+        index.add(ids, vectors)
+    records.set_apart(bank.home, damaged)
+    return len(missing) - len(damaged), len(gone)

@@ -1,0 +1,170 @@
+"""`Manifest`: the record that says which model, tokenizer, codec and embedder a bank belongs to."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from m3runtime.errors import (
+    BankError,
+    BankFormatError,
+    BankMismatchError,
+    BankMissingError,
+    ConfigError,
+    RecordError,
+)
+from m3runtime.memory.block import BlockStamp
+from m3runtime.memory.spec import MemorySpec, canonical_json, fingerprint
+from m3runtime.storage.home import Home
+
+FORMAT = 1
+"""The one number of the bank's format. How a home arranges its records is its own schema: see the home."""
+_KEY = "manifest"
+_LARGEST_DIM = 1 << 20
+_RESTORE = "restore the bank from a copy, or write it anew"
+_MEND = "configure it as it was, or set `bank` to another folder"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything that a bank was made with. Banks with equal manifests hold interchangeable blocks."""
+
+    model: str
+    """Fingerprint of the model."""
+    model_name: str
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
+    sink: str
+    spec: MemorySpec
+    codec_kind: str
+    codec_options: Mapping[str, Any]
+    codec: str
+    """Fingerprint of the trained codec."""
+    embedder: str
+    """Fingerprint of the embedder."""
+    embedder_name: str
+    dim: int
+    """Length of an embedding."""
+    format: int = FORMAT
+    model_settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """The settings that the model's fingerprint covers; banks of earlier releases have none."""
+
+    @property
+    def stamp(self) -> BlockStamp:
+        """The fingerprint in every block: over all that a block's meaning depends on, and nothing else."""
+        of = [self.format, self.model, self.tokenizer, self.sink, self.spec.to_json(), self.codec_kind, self.codec]
+        return BlockStamp(bank=fingerprint(of), codec=self.codec)
+
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprints of model, tokenizer, embedder, codec and bank, as text for people."""
+
+        def short(name: str) -> str:  # a hub name whole, and of a folder what tells it from others
+            return "/".join(Path(name).parts[-2:])
+
+        return {
+            "model": f"{short(self.model_name)} ({self.model})",
+            "tokenizer": self.tokenizer,
+            "embedder": f"{short(self.embedder_name)} ({self.embedder})",
+            "codec": f"{self.codec_kind} ({self.codec})",
+            "bank": self.stamp.bank,
+        }
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON."""
+        return canonical_json({**asdict(self), "spec": self.spec.to_json()}).encode()
+
+    @classmethod
+    def from_bytes(cls, value: bytes, where: Path) -> "Manifest":
+        """The manifest that `to_bytes` wrote. Raises `BankFormatError` for another format, `BankError` for damage."""
+        try:
+            stated = json.loads(value)
+            if stated["format"] != FORMAT:
+                mend = "install a newer m3runtime" if stated["format"] > FORMAT else "write the bank anew"
+                raise BankFormatError(
+                    f"{where}: bank of format {one_line(stated['format'])}, this release reads {FORMAT}; {mend}"
+                )
+            manifest = cls(**{**stated, "spec": MemorySpec.from_json(stated["spec"])})
+            manifest._check_types()
+        except (ValueError, KeyError, TypeError, ConfigError, RecursionError) as error:
+            raise BankError(f"{where}: the manifest cannot be read: {one_line(error)}; {_RESTORE}") from error
+        return manifest
+
+    @classmethod
+    def read(cls, path: Path, home: Home) -> "Manifest":
+        """The manifest in the home of the bank at ``path``.
+
+        Raises `BankMissingError` if there is none, `BankFormatError`, and `BankError` if it is damaged.
+        """
+        value = cls._stored(path, home)
+        if value is None:
+            raise BankMissingError(f"the bank at {path} was never finished; run `m3 write` again")
+        return cls.from_bytes(value, path)
+
+    @classmethod
+    def is_in(cls, path: Path, home: Home) -> bool:
+        """Does the home of the bank at ``path`` have a manifest? Raises `BankError` if its record is damaged."""
+        return cls._stored(path, home) is not None
+
+    def write(self, home: Home) -> None:
+        """Store the manifest in a home."""
+        home.set_meta(_KEY, self.to_bytes())
+
+    @staticmethod
+    def _stored(path: Path, home: Home) -> bytes | None:
+        try:
+            return home.get_meta(_KEY)
+        except RecordError as error:
+            raise BankError(f"{path}: the manifest cannot be read: {error}; {_RESTORE}") from error
+
+    def _check_types(self) -> None:
+        """Raise `ValueError` for a field of another type than declared: the record may hold any JSON."""
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if type(value) is not (one.type if one.type in (str, int, MemorySpec) else dict):
+                raise ValueError(f"{one.name} cannot be {value!r}")
+            if isinstance(value, str):
+                value.encode()  # a ValueError for a lone surrogate, which JSON can escape
+        if not 1 <= self.dim <= _LARGEST_DIM:
+            raise ValueError(f"dim cannot be {self.dim}")
+        if not re.fullmatch("[0-9a-f]{32}", self.codec):
+            raise ValueError(f"codec is no fingerprint: {self.codec!r}")
+
+    def check_model(self, *, model: str, name: str, tokenizer: str, sink: str, spec: MemorySpec, where: Path) -> None:
+        """Raise `BankMismatchError` that names the difference, unless this model wrote the bank."""
+        if self.model != model:
+            raise BankMismatchError(
+                f"{where}: the bank was written by another model ({self.model_name}, {self.model[:8]}), "
+                f"not {name} ({model[:8]}); {_MEND}"
+            )
+        if self.tokenizer != tokenizer:
+            raise BankMismatchError(f"{where}: the bank was written with another tokenizer; {_MEND}")
+        if self.sink != sink:
+            raise BankMismatchError(f"{where}: the bank was written with the sink {self.sink!r}, not {sink!r}; {_MEND}")
+        if difference := self.spec.difference(spec):
+            raise BankMismatchError(f"{where}: the bank was written with another spec: {difference}; {_MEND}")
+
+    def check_codec(self, *, kind: str, options: Mapping[str, Any], where: Path) -> None:
+        """Raise `BankMismatchError` that names the differing options, unless the bank's codec is of these."""
+        ours = {"kind": self.codec_kind, **self.codec_options}
+        theirs = {"kind": kind, **options}
+        if ours != theirs:
+            differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+            raise BankMismatchError(
+                f"{where}: the bank was written with another codec: "
+                + ", ".join(f"{key} {ours.get(key)} against {theirs.get(key)}" for key in differing)
+                + "; set `codec` as it was, or write into another bank"
+            )
+
+    def check_embedder(self, *, embedder: str, name: str, where: Path) -> None:
+        """Raise `BankMismatchError` unless this embedder computed the bank's embeddings."""
+        if self.embedder != embedder:
+            raise BankMismatchError(
+                f"{where}: the bank was written with another embedder ({self.embedder_name}), not {name}; {_MEND}"
+            )
+
+
+def one_line(value: object) -> str:
+    """At most 200 printable ASCII characters of a value, for messages about what a file states."""
+    return " ".join(ascii(str(value)[:200])[1:-1].split())

@@ -1,1 +1,0 @@
-"""Compiled loops of the codecs: numba on CPUs, Triton on CUDA."""

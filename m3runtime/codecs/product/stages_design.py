@@ -1,0 +1,179 @@
+"""`StagesDesign`: each vector is cut into parts, and each part is replaced by its nearest centroid, in stages."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3runtime.codecs.base import Progress
+from m3runtime.codecs.files import check_tensors
+from m3runtime.codecs.product.quantiser import Design, Vectors
+from m3runtime.codecs.product.stages import BITS, Stage, parse, text_of
+from m3runtime.codecs.product.stages_quantiser import StagesQuantiser, Tables, offset_codes, offset_of
+from m3runtime.codecs.product.stages_training import train_stages
+from m3runtime.errors import CodecError
+from m3runtime.memory.spec import MemorySpec
+
+SCOPES = ("head", "layer", "model")
+ROTATIONS = ("none", "pca", "opq")
+PRESETS = ("memory3",)
+_MOST_BITS = 14
+"""Bits of a stage of the preset: a codebook of 16,384 centroids, the paper's largest."""
+
+
+class StagesDesign(Design):
+    """Each vector is quantised by itself, in stages: see `m3runtime.codecs.product.stages.Stage`.
+
+    ``keys`` and ``values`` are stages such as ``2x14+8x10``, each of the residual of those before it; ``key_bytes: 32``
+    stands for ``keys: 32x8``. Centroids are learned for each layer and KV head (``scope="head"``), each layer (a
+    smaller codec, for samples of few references) or the whole ``model``, for keys and values apart. Vectors are
+    rotated before they are cut: to their principal axes, dealt to the parts evenly (``pca``), or as OPQ finds best
+    (``opq``). With ``offset``, the mean of the keys of each memory is subtracted first and lies in the payload's fixed
+    part, one byte for each channel. Any bytes decode to finite numbers.
+
+    ``preset="memory3"`` is the quantiser of the Memory³ paper: see `_memory3` for head dims unlike its own. Raises
+    `CodecError` for options that contradict each other or do not fit the spec.
+    """
+
+    def __init__(
+        self,
+        spec: MemorySpec,
+        key_bytes: int | None = None,
+        value_bytes: int | None = None,
+        scope: str | None = None,
+        *,
+        keys: str | None = None,
+        values: str | None = None,
+        rotation: str | None = None,
+        offset: bool | None = None,
+        preset: str | None = None,
+    ) -> None:
+        super().__init__(spec)
+        given: dict[str, Any] = {
+            "key_bytes": key_bytes,
+            "value_bytes": value_bytes,
+            "scope": scope,
+            "keys": keys,
+            "values": values,
+            "rotation": rotation,
+            "offset": offset,
+        }
+        chosen = {name: value for name, value in given.items() if value is not None}
+        if preset is not None:
+            _one_of("preset", preset, PRESETS)
+            if chosen:
+                raise CodecError(
+                    f"{next(iter(chosen))} of the product codec cannot be set together with preset {preset}"
+                )
+            chosen = _memory3(spec.head_dim)
+        self.keys = _stages(chosen, "keys", "key_bytes", 32, spec.head_dim)
+        self.values = _stages(chosen, "values", "value_bytes", 16, spec.head_dim)
+        self.scope: str = _one_of("scope", chosen.get("scope", "head"), SCOPES)
+        self.rotation: str = _one_of("rotation", chosen.get("rotation", "pca"), ROTATIONS)
+        taken_off = chosen.get("offset", True)
+        if not isinstance(taken_off, bool):
+            raise CodecError(f"offset of the product codec must be true or false, not {taken_off!r}")
+        self.offset = taken_off
+        self.heads = spec.vectors_per_token
+        # Neighbouring heads that share what was learned.
+        self.sharing = {"head": 1, "layer": spec.kv_heads, "model": self.heads}[self.scope]
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The options, every one stated: see `Design.options`."""
+        return {
+            "keys": text_of(self.keys),
+            "values": text_of(self.values),
+            "rotation": self.rotation,
+            "scope": self.scope,
+            "offset": self.offset,
+        }
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Most bytes before the tokens: see `Design.fixed_bytes`."""
+        return self.heads * self.spec.head_dim if self.offset else 0
+
+    @property
+    def token_bytes(self) -> int:
+        """Most bytes of a token: see `Design.token_bytes`."""
+        return self.heads * sum(stage.bytes for stage in (*self.keys, *self.values))
+
+    def fit(
+        self,
+        memories: Sequence[Vectors],
+        importance: Tensor | None,  # noqa: ARG002 - centroids minimise plain squared error
+        progress: Progress | None,
+    ) -> StagesQuantiser:
+        """Train a quantiser: see `Design.fit`. Too few vectors for a set of centroids are repeated with noise."""
+        all_keys = [keys for keys, _ in memories]
+        offset = None
+        if self.offset:
+            means = torch.stack([keys.mean(1) for keys in all_keys])
+            # Room on both sides for memories unlike those of the sample.
+            room = torch.cat(all_keys, 1).std(1, correction=0)
+            low = means.amin(0) - room
+            offset = torch.stack([low, (means.amax(0) + room - low) / 255])
+            all_keys = [keys - offset_of(offset_codes(keys, offset), offset)[:, None] for keys in all_keys]
+        groups = self.heads // self.sharing
+
+        def grouped(vectors: list[Tensor]) -> Tensor:  # of [heads, tokens, dim] -> [groups, all tokens, dim]
+            return torch.cat(vectors, 1).reshape(groups, -1, self.spec.head_dim)
+
+        all_values = [values for _, values in memories]
+        jobs = [(grouped(all_keys), self.keys), (grouped(all_values), self.values)]
+        keys, values = train_stages(jobs, self.rotation, progress)
+        return StagesQuantiser(self.heads, keys, values, offset)
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> StagesQuantiser:
+        """The quantiser of learned tensors: see `Design.restore`."""
+        groups, dim = self.heads // self.sharing, self.spec.head_dim
+        wanted: dict[str, tuple[int, ...]] = {"offset": (2, self.heads, dim)} if self.offset else {}
+        for name, stages in (("keys", self.keys), ("values", self.values)):
+            for i, stage in enumerate(stages):
+                wanted[f"{name}.{i}"] = (groups, stage.parts, stage.centroids, dim // stage.parts)
+            if self.rotation != "none":
+                wanted[f"{name}.rotation"] = (groups, dim, dim)
+            if self.rotation == "pca":
+                wanted[f"{name}.mean"] = (groups, dim)
+        check_tensors(tensors, wanted)
+        keys, values = Tables.of("keys", self.keys, tensors), Tables.of("values", self.values, tensors)
+        return StagesQuantiser(self.heads, keys, values, tensors.get("offset"))
+
+
+def _stages(options: Mapping[str, Any], name: str, short: str, default: int, head_dim: int) -> tuple[Stage, ...]:
+    """The stages that ``keys: 16x8`` or ``key_bytes: 16`` mean."""
+    if name in options:
+        if short in options:
+            raise CodecError(f"{short} of the product codec cannot be set together with {name}")
+        return parse(options[name], f"{name} of the product codec", head_dim)
+    size = options.get(short, default)
+    allowed = [size for size in range(1, head_dim + 1) if head_dim % size == 0]
+    if size not in allowed:
+        sizes = ", ".join(map(str, allowed))
+        raise CodecError(f"{short} must divide head_dim {head_dim}: one of {sizes}, not {size!r}")
+    return (Stage(int(size), 8),)
+
+
+def _memory3(head_dim: int) -> dict[str, Any]:
+    """The paper's OPQ20_80,Residual2x14,PQ8x10, of 14 bytes: as it is for any number of channels that 8 divides.
+
+    For others, each stage has the number of parts, among those that divide the channels, that makes the most of the
+    paper's bits (28 and 80) in codebooks no larger than its largest; of equals, the one nearest to the paper's.
+    """
+    stages = text_of([_fitting(2, 14, head_dim), _fitting(8, 10, head_dim)])
+    return {"keys": stages, "values": stages, "rotation": "opq", "scope": "model", "offset": False}
+
+
+def _fitting(parts: int, bits: int, head_dim: int) -> Stage:
+    """The stage whose bits come nearest to so many parts and bits, for this head dim: see `_memory3`."""
+    most = parts * bits
+    can_be = [Stage(n, min(_MOST_BITS, most // n)) for n in range(1, most // BITS[0] + 1) if head_dim % n == 0]
+    return max(can_be, key=lambda stage: (stage.parts * stage.bits, -abs(stage.parts - parts)))
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise CodecError(f"{name} of the product codec must be one of {', '.join(allowed)}, not {value!r}")
+    return str(value)

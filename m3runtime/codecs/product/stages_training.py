@@ -1,0 +1,127 @@
+"""Training of a `StagesDesign`: rotations, and the centroids of each stage on the residuals of those before it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from m3runtime.codecs.base import Progress
+from m3runtime.codecs.product.kernels.nearest import nearest, scorer
+from m3runtime.codecs.product.kernels.rotate import rotate_
+from m3runtime.codecs.product.kmeans import MOST_VECTORS, each, new_noise, quantiser, sampled, settled
+from m3runtime.codecs.product.stages import Stage
+from m3runtime.codecs.product.stages_quantiser import Tables
+
+_MOST_TOGETHER = 2**17
+"""For all groups, where that gives each more: the vectors of a whole model are more varied than those of a head."""
+_MOST_DISTANCES = 2**30
+"""From vectors to centroids, for all groups, where that is fewer: k-means takes a minute then."""
+_FOR_EACH_CENTROID = 4
+"""For each group, as many vectors for a centroid, whatever it takes."""
+_ROTATION_STEPS = 10
+"""Iterations of OPQ from the principal axes. faiss takes 50 from a random rotation, and ends with more error."""
+
+
+def train_stages(
+    jobs: Sequence[tuple[Tensor, tuple[Stage, ...]]], rotation: str, progress: Progress | None
+) -> list[Tables]:
+    """The tables of each job: vectors ``float32[groups, vectors, dim]`` and the stages that quantise them.
+
+    ``rotation`` is ``none``, ``pca`` or ``opq``. Deterministic, whatever the number of threads.
+    """
+    noise, work = new_noise(), []
+    for vectors, stages in jobs:
+        centroids = max(stage.centroids for stage in stages)
+        groups = sampled(vectors, centroids, _most(centroids, len(vectors)), noise)
+        work += [(group, stages, rotation) for group in groups]
+    done = iter(each(lambda item: _trained(*item), work, progress))
+    tables = []
+    for vectors, stages in jobs:
+        of_groups = [next(done) for _ in vectors]
+        names = of_groups[0].tensors("")
+        stacked = {name: torch.cat([group.tensors("")[name] for group in of_groups]) for name in names}
+        tables.append(Tables.of("", stages, stacked))
+    return tables
+
+
+def _most(centroids: int, groups: int) -> int:
+    """How many vectors of each of so many groups train the stages of a quantiser."""
+    together = min(_MOST_TOGETHER, _MOST_DISTANCES // centroids)
+    return max(MOST_VECTORS, _FOR_EACH_CENTROID * centroids, together // groups)
+
+
+def _trained(vectors: Tensor, stages: tuple[Stage, ...], rotation: str) -> Tables:
+    """The tables of one group of vectors ``float32[n, dim]``."""
+    axes = mean = None
+    if rotation == "pca":
+        mean, axes = principal(vectors, max(stage.parts for stage in stages))
+        vectors = vectors - mean
+    elif rotation == "opq":
+        axes = _optimised(vectors, _rotated_parts(stages, vectors.shape[1]))
+    if axes is not None:
+        vectors = rotate_(vectors.clone()[None, None], axes[None])[0, 0]
+    centroids: list[Tensor] = []
+    for stage in stages:
+        if centroids:
+            vectors = _residual(vectors, stages[len(centroids) - 1], centroids[-1])
+        centroids.append(quantiser(vectors, stage.parts, stage.centroids))
+    of_group = tuple(table[None] for table in centroids)
+    return Tables(stages, of_group, None if axes is None else axes[None], None if mean is None else mean[None])
+
+
+def _residual(vectors: Tensor, stage: Stage, table: Tensor) -> Tensor:
+    """Vectors ``[n, dim]`` minus the nearest centroids of a stage, ``[parts, centroids, dim / parts]``."""
+    numbers = torch.empty(len(vectors), stage.parts, dtype=torch.int32)
+    nearest(vectors[None], stage.places(1, vectors.shape[1]), scorer(table), numbers)
+    return vectors - table[torch.arange(stage.parts), numbers.long()].flatten(1)
+
+
+def _rotated_parts(stages: Sequence[Stage], dim: int) -> int:
+    """For how many parts OPQ optimises: those of a single stage, else parts of 4 channels as the paper's OPQ20_80.
+
+    Or of as nearly 4 as divides them.
+    """
+    if len(stages) == 1:
+        return stages[0].parts
+    return min((parts for parts in range(1, dim + 1) if dim % parts == 0), key=lambda parts: abs(parts - dim / 4))
+
+
+def _optimised(vectors: Tensor, parts: int) -> Tensor:
+    """The rotation of OPQ, ``float32[dim, dim]``.
+
+    It starts from the principal axes, as Ge et al. do, and not at random like faiss.
+    """
+    import faiss
+
+    dim = vectors.shape[1]
+    rotation = faiss.OPQMatrix(dim, parts, dim)
+    _, axes = principal(vectors, parts)
+    faiss.copy_array_to_vector(axes.T.contiguous().flatten().numpy(), rotation.A)
+    made = settled(faiss.ProductQuantizer(dim, parts, 8))
+    rotation.pq = made  # which does not keep it alive
+    rotation.niter = _ROTATION_STEPS
+    rotation.max_train_points = MOST_VECTORS
+    rotation.train(vectors.numpy())
+    return torch.from_numpy(faiss.vector_to_array(rotation.A).copy()).view(dim, dim).T.contiguous()
+
+
+def principal(vectors: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """Mean ``[dim]`` of vectors, and their principal axes as columns, ``[dim, dim]``.
+
+    The axes are dealt to parts so that the products of the variances in all parts are about the same, which is best
+    for a product quantiser of Gaussian vectors: section 3.2 of Ge et al., "Optimized Product Quantization", 2013.
+    ``vectors`` are ``float32[n, dim]``, at least one.
+    """
+    count, dim = vectors.shape
+    mean = vectors.mean(0)
+    centred = (vectors - mean).double()
+    variances, axes = torch.linalg.eigh(centred.T @ centred / count)
+    floor = 1e-12 * variances[-1].clamp_min(1e-30)
+    gains = (variances / floor).clamp_min(1).log2().tolist()  # positive: no part is better for having fewer
+    dealt: list[list[int]] = [[] for _ in range(parts)]
+    sums = [0.0] * parts
+    for axis in range(dim - 1, -1, -1):  # the greatest variance is the last
+        part = min((part for part in range(parts) if len(dealt[part]) < dim // parts), key=sums.__getitem__)
+        dealt[part].append(axis)
+        sums[part] += gains[axis]
+    return mean, axes[:, [axis for part in dealt for axis in part]].float()

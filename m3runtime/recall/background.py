@@ -1,0 +1,69 @@
+"""`Background`: threads for work that nobody must wait for. An error stays with the work that met it."""
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from m3runtime.errors import M3Error, TierClosedError
+
+log = logging.getLogger("m3runtime")
+
+
+class Background:
+    """Two pools of threads: one prefetches, the other one loads what recalls wait for until their deadline.
+
+    Errors are counted, and raised only by the future of their own work: no other stream's call ever sees them. An
+    error that is no `M3Error` is a mistake in a program and is logged with its traceback. Thread-safe.
+    """
+
+    def __init__(self, threads: int, prepare: Callable[[], object]) -> None:
+        """Each pool has ``threads`` threads, which call ``prepare`` first."""
+        self._ahead = ThreadPoolExecutor(threads, "m3-ahead", prepare)
+        self._urgent = ThreadPoolExecutor(threads, "m3-urgent", prepare)
+        self._lock = threading.Lock()
+        self._running: set[Future[None]] = set()
+        self._failed = 0
+        self._last_error = ""
+
+    def submit(self, work: Callable[[], None], *, urgent: bool = False) -> "Future[None]":
+        """Do the work in the background. Raises `TierClosedError` after `close`."""
+        pool = self._urgent if urgent else self._ahead
+        with self._lock:
+            try:
+                future = pool.submit(work)
+            except RuntimeError:  # how a pool says that it was shut down
+                raise TierClosedError("the runtime is closed") from None
+            self._running.add(future)
+        future.add_done_callback(self._finished)
+        return future
+
+    def failures(self) -> tuple[int, str]:
+        """How much work has failed so far, and the last error."""
+        with self._lock:
+            return self._failed, self._last_error
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Wait until no work is left, for ``timeout`` seconds at most. Returns whether none is."""
+        while True:
+            with self._lock:
+                running = set(self._running)
+            if not running:
+                return True
+            if wait(running, timeout).not_done:
+                return False
+
+    def close(self) -> None:
+        """Cancel what has not begun and wait for the rest: no thread is left. Closing twice is fine."""
+        for pool in (self._ahead, self._urgent):
+            pool.shutdown(cancel_futures=True)
+
+    def _finished(self, future: "Future[None]") -> None:
+        error = None if future.cancelled() else future.exception()
+        if error is not None and not isinstance(error, M3Error):
+            log.error("an error in the background", exc_info=error)
+        with self._lock:
+            self._running.discard(future)
+            if error is not None:
+                self._failed += 1
+                self._last_error = str(error) or type(error).__name__

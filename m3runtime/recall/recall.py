@@ -1,0 +1,177 @@
+"""`Recall`: chooses and delivers the memories of chunks. The way of a chunk reads top-down in this file."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from m3runtime.config.schema import RecallConfig
+from m3runtime.memory.block import as_ids
+from m3runtime.observe.metrics import Meter, RecallStats, Stages
+from m3runtime.recall.background import Background
+from m3runtime.recall.batching import Batched
+from m3runtime.recall.cold_start import ColdStart
+from m3runtime.recall.delivery import Delivered, Delivery
+from m3runtime.recall.hints import Hint, Hints, with_owed
+from m3runtime.recall.loader import Loader
+from m3runtime.recall.recalled import Recalled, StreamState
+from m3runtime.retrieval.retriever import Match, Retriever, log_weights
+
+
+class Recall:
+    """Recalls for the streams of one runtime. Thread-safe; a stream's own calls come one at a time."""
+
+    def __init__(
+        self,
+        config: RecallConfig,
+        retriever: Retriever,
+        loader: Loader,
+        cold_start: ColdStart,
+        background: Background,
+        meter: Meter,
+        stats: RecallStats,
+    ) -> None:
+        self.hints = Hints(self._search_for_hints, loader, background, meter, memories=config.memories)
+        self.delivery = Delivery(loader, background, meter)
+        self._config = config
+        self._retriever = retriever
+        self._loader = loader
+        self._store = loader.store
+        self._cold_start = cold_start
+        self._meter = meter
+        self._stats = stats
+        self._search = Batched(self._search_together)
+
+    def __call__(self, streams: Sequence[StreamState], texts: Sequence[str], *, waits: bool) -> list[Recalled]:
+        """Recall for streams of one dtype; see `m3runtime.runtime.Runtime.recall`."""
+        began = time.perf_counter()
+        numbers = tuple(stream.number for stream in streams)
+        stages = self._meter.recall(numbers)
+        self.hints.begin_recall(numbers)
+        found = self._search((texts, stages))
+        most = self._config.memories
+        chosen = [with_owed(matches, stream.owed, most) for stream, matches in zip(streams, found, strict=True)]
+        searched = time.perf_counter()
+        self._release_stale(streams, chosen)
+        delivered = self._gather(chosen, streams[0].dtype, stages, waits=waits)
+        try:
+            with stages.stage("deliver"):
+                recalled = self._deliver(streams, chosen, delivered, stages)
+        finally:
+            self._store.release([*delivered.leases.values(), *delivered.pending])
+        ended = time.perf_counter()
+        stages.seconds["recall"] = ended - began
+        self._meter.timeline.note("recall", began, ended, numbers, len(delivered.leases))
+        stages.count()
+        self._stats.count(
+            chunks=len(streams),
+            memories=sum(map(len, recalled)),
+            kept=sum(id in delivered.hits for one in recalled for id in one.ids),
+            late=sum(len(one.late) for one in recalled),
+            search_s=searched - began,
+            fetch_s=ended - searched - stages.seconds.get("encode", 0.0),
+            waited_s=stages.seconds.get("wait", 0.0),
+        )
+        return recalled
+
+    def hint(self, streams: Sequence[StreamState], texts: Sequence[str]) -> None:
+        """Prefetch what recalls by these texts would choose. Raises `TierClosedError` after the end."""
+        self.hints.add(
+            [
+                Hint(stream.number, text, stream.dtype, frozenset(stream.leases), tuple(stream.owed))
+                for stream, text in zip(streams, texts, strict=True)
+            ]
+        )
+
+    def release(self, stream: StreamState) -> None:
+        """Release the memories of a stream, its hint and its guesses."""
+        self.hints.end(stream.number)
+        self._store.release(stream.leases.values())
+        stream.leases, stream.owed = {}, []
+
+    # -- step by step ------------------------------------------------------------------------------------------
+
+    def _search_together(self, requests: Sequence[tuple[Sequence[str], Stages]]) -> list[list[list[Match]]]:
+        """Embed and search the texts of several calls at once."""
+        began = time.perf_counter()
+        texts = [text for texts, _ in requests for text in texts]
+        found = iter(self._retriever.search(texts, timed=requests[0][1].stage))
+        ended = time.perf_counter()
+        for _, stages in requests[1:]:  # their threads waited for it
+            stages.seconds["embed"] = ended - began
+            stages.timeline.note("embed", began, ended, stages.streams)
+        return [[next(found) for _ in texts] for texts, _ in requests]
+
+    def _search_for_hints(self, texts: Sequence[str], stages: Stages) -> list[list[Match]]:
+        return self._cold_start.without_cold(self._retriever.search(texts, timed=stages.stage))
+
+    def _release_stale(self, streams: Sequence[StreamState], chosen: Sequence[Sequence[Match]]) -> None:
+        """Release what streams read no more, so that it makes room for what they will read."""
+        for stream, matches in zip(streams, chosen, strict=True):
+            stale = stream.leases.keys() - {match.id for match in matches}
+            self._store.release([stream.leases.pop(id) for id in stale])
+
+    def _gather(
+        self, chosen: Sequence[Sequence[Match]], dtype: torch.dtype, stages: Stages, *, waits: bool
+    ) -> Delivered:
+        """Lease the parts of all matches, loading what is missing."""
+        ids = list(dict.fromkeys(match.id for matches in chosen for match in matches))
+        cold, blocks = self._cold_start.fill(ids, stages)
+        with stages.stage("bring"):
+            delivered = self.delivery.gather(cold, dtype, stages, blocks=blocks)  # just encoded: never late
+            try:
+                deadline = None if waits else time.perf_counter() + self._config.deadline
+                rest = self.delivery.gather((id for id in ids if id not in cold), dtype, stages, deadline=deadline)
+                rest.leases |= delivered.leases
+                rest.hits |= delivered.hits
+                delivered = rest
+                if waits:  # then there is time to see what another process forgot
+                    self._loader.forget_strangers(list(rest.hits))
+            except BaseException:
+                self._store.release([*delivered.leases.values(), *delivered.pending])
+                raise
+        return delivered
+
+    def _deliver(
+        self, streams: Sequence[StreamState], chosen: Sequence[list[Match]], delivered: Delivered, stages: Stages
+    ) -> list[Recalled]:
+        """Give each stream its memories, and leases on them in place of those of its last recall."""
+        scores = {match.id: match.score for matches in chosen for match in matches}
+        if scores:  # for the tiers, which hold the blocks by now
+            self._loader.hierarchy.score(as_ids(list(scores)), np.array(list(scores.values()), np.float32))
+        live = {id for id, lease in delivered.leases.items() if lease.entry.state == "ready"}  # not forgotten since
+        return [
+            self._give(
+                stream,
+                [match for match in matches if match.id in live],
+                [match for match in matches if match.id in delivered.late],
+                delivered,
+                stages,
+            )
+            for stream, matches in zip(streams, chosen, strict=True)
+        ]
+
+    def _give(
+        self, stream: StreamState, given: list[Match], late: list[Match], delivered: Delivered, stages: Stages
+    ) -> Recalled:
+        leases = [delivered.leases[match.id] for match in given]
+        old = stream.leases
+        stream.leases = {lease.id: lease for lease in self._store.share(leases)}
+        self._store.release(old.values())
+        stream.owed = late if self._config.when_late == "next_chunk" else []
+        ids, late_ids = tuple(match.id for match in given), tuple(match.id for match in late)
+        self.hints.end_recall(stream.number, chosen=[*ids, *late_ids], late=late_ids, dtype=stream.dtype)
+        bank = self._loader.bank
+        return Recalled(
+            ids=ids,
+            scores=tuple(match.score for match in given),
+            references=tuple(lease.loaded.reference for lease in leases),
+            late=late_ids,
+            spec=bank.manifest.spec,
+            device=self._loader.device,
+            dtype=stream.dtype,
+            parts=tuple(lease.loaded.part for lease in leases),
+            log_weights=log_weights(given, self._config.score_temperature),
+            stages=stages.seconds,
+        )

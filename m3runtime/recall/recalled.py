@@ -1,0 +1,74 @@
+"""`Recalled`: the memories that a recall delivered; and `StreamState`: what a runtime keeps for one stream."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+
+from m3runtime.documents.reference import Reference
+from m3runtime.memory.spec import MemorySpec
+from m3runtime.recall.store import Lease, Part
+from m3runtime.retrieval.retriever import Match
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """The memories that were chosen for a chunk and delivered, best first."""
+
+    ids: tuple[int, ...]
+    scores: tuple[float, ...]
+    references: tuple[Reference, ...]
+    late: tuple[int, ...]
+    """Ids that were chosen and not ready by the deadline: see ``recall.when_late``."""
+    spec: MemorySpec
+    device: torch.device
+    dtype: torch.dtype
+    parts: tuple[Part, ...] = field(repr=False)
+    """One for each id, on the device. They count as leased until the stream's next recall."""
+    log_weights: tuple[float, ...]
+    """Added to the attention logits of each memory's keys; zeros if ``recall.score_temperature`` is null."""
+    stages: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False)
+    """Seconds of each of `m3runtime.observe.metrics.RECALL_STAGES`, for all streams of the call together."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all memories together, per KV head."""
+        return sum(keys.shape[2] for keys, _ in self.parts)
+
+    def layer(self, index: int) -> Part:
+        """Keys and values of model layer ``index``, memories in a row: each ``[kv_heads, tokens, head_dim]``.
+
+        Raises `KeyError` if that is no memory layer.
+        """
+        if index not in self.spec.layers:
+            raise KeyError(f"layer {index} is no memory layer; those are {self.spec.layers}")
+        at = self.spec.layers.index(index)
+        if not self.parts:
+            nothing = torch.zeros(self.spec.kv_heads, 0, self.spec.head_dim, dtype=self.dtype, device=self.device)
+            return nothing, nothing
+        return (
+            torch.cat([keys[at] for keys, _ in self.parts], dim=1),
+            torch.cat([values[at] for _, values in self.parts], dim=1),
+        )
+
+    def without_parts(self) -> Self:
+        """A record of this recall for later: it keeps no device memory alive."""
+        return replace(self, parts=())
+
+
+@dataclass(eq=False, slots=True)
+class StreamState:
+    """The leases and debts of one stream. It changes only inside a recall of the stream, or at its end."""
+
+    number: int
+    """Tells the streams of a runtime apart."""
+    dtype: torch.dtype
+    """The dtype that the stream's memories are decoded to."""
+    leases: dict[int, Lease] = field(default_factory=dict)
+    """On the memories of the last recall, by id."""
+    owed: list[Match] = field(default_factory=list)
+    """Matches that were late for the last chunk, for the next one."""

@@ -1,0 +1,331 @@
+"""`MemoryStore`: the decoded memories of one device, bounded in bytes; the one owner of decoded memory.
+
+An entry passes through these states::
+
+    wanted ──claim──▶ loading ──settle──▶ ready ──evicted, forgotten──▶ gone
+       └──────────────── failed, or nobody wants it any more ─────────▶ gone
+
+The store reads and decodes nothing itself: whoever claims an entry loads it and settles it (`m3runtime.recall.loader`).
+Everybody else waits for its future. The module needs torch for types alone.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from m3runtime.documents.reference import Reference
+from m3runtime.errors import TierClosedError
+from m3runtime.observe.metrics import StoreCounts
+from m3runtime.storage.eviction import make_policy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Part = tuple["Tensor", "Tensor"]
+"""Keys and values of one decoded memory on the device, each ``[layers, kv_heads, tokens, head_dim]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A part, its reference, and the event after which the part may be read (None: at once)."""
+
+    part: Part
+    reference: Reference
+    ready: "torch.Event | None" = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        return sum(tensor.nbytes for tensor in self.part)
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """One memory in one dtype. Its fields belong to the store and change under the store's lock."""
+
+    id: int
+    dtype: "torch.dtype"
+    handle: int
+    """Its id for the eviction policy. No handle is used twice."""
+    size: int
+    """Bytes that it takes; until it is ready, the most that it may take."""
+    state: Literal["wanted", "loading", "ready", "gone"] = "wanted"
+    loaded: Loaded | None = None
+    done: "Future[None]" = field(default_factory=Future)
+    """Done when the entry is ready or gone; has the error if its load failed."""
+    leases: int = 0
+    guesses: int = 0
+    is_used: bool = False
+    """Did a recall ever lease it?"""
+
+
+class Lease:
+    """The right to read one part: a leased part is not evicted. `MemoryStore.release` ends it.
+
+    A **guess** is the lease of a prefetch. It protects the part from other prefetches, not from a recall that needs
+    the room. A lease that is dropped without release, by a stream that nobody closed or by an interrupt, gives itself
+    back.
+    """
+
+    __slots__ = ("_dropped", "entry", "is_guess", "is_live")
+
+    def __init__(self, entry: Entry, dropped: "deque[tuple[Entry, bool]]", *, is_guess: bool) -> None:
+        self.entry = entry
+        self.is_guess = is_guess
+        self.is_live = True
+        self._dropped = dropped
+
+    @property
+    def id(self) -> int:
+        """The memory's id."""
+        return self.entry.id
+
+    @property
+    def loaded(self) -> Loaded:
+        """The part, for a lease of an entry that is ready."""
+        assert self.entry.loaded is not None, "only a ready part can be read"
+        return self.entry.loaded
+
+    def __del__(self) -> None:
+        if self.is_live:  # no lock here: garbage is collected at any instruction, also of whoever holds it
+            self._dropped.append((self.entry, self.is_guess))
+
+
+class MemoryStore:
+    """A cache of parts by id and dtype, of at most ``capacity`` bytes.
+
+    Leased, guessed, loading and idle parts count alike. A part without leases stays until the eviction policy names it.
+    A recall evicts idle parts first, then guesses. Thread-safe: one lock covers the bookkeeping. Nothing is read,
+    decoded or waited for while it is held.
+    """
+
+    def __init__(
+        self, capacity: int, part_bytes: "Callable[[torch.dtype], int]", *, slots: int, eviction: str = "lru"
+    ) -> None:
+        """``part_bytes`` gives the most bytes of one part in a dtype; ``slots`` is about how many parts fit.
+
+        Raises `ConfigError` for an unknown ``eviction`` policy (see `m3runtime.storage.eviction`).
+        """
+        self.capacity = capacity
+        self._part_bytes = part_bytes
+        self._policy = make_policy(eviction, slots)
+        self._lock = threading.Lock()
+        self._entries: dict[tuple[int, torch.dtype], Entry] = {}
+        self._ready: dict[int, Entry] = {}  # by handle: what the policy knows
+        self._handles = 0
+        self._dropped: deque[tuple[Entry, bool]] = deque()
+        self._closed = False
+        self._counts = StoreCounts(capacity)
+
+    # -- leases ------------------------------------------------------------------------------------------------
+
+    def lease(self, ids: Iterable[int], dtype: "torch.dtype", *, guess: bool = False) -> tuple[list[Lease], list[int]]:
+        """Lease these memories, loaded or not. Also returns the ids that there is no room for.
+
+        A memory that is not in the store is admitted as wanted; the caller sees to it that somebody claims it. A guess
+        evicts only idle parts. Raises `TierClosedError` after `close`.
+        """
+        leases: list[Lease] = []
+        beyond: list[int] = []
+        with self._lock:
+            if self._closed:
+                raise TierClosedError("the memory store is closed")
+            self._collect_dropped()
+            new = []
+            for id in ids:  # held ones first: making room for another must not evict them
+                if (entry := self._entries.get((id, dtype))) is None:
+                    new.append(id)
+                    continue
+                leases.append(self._add_lease(entry, guess=guess))
+                if entry.state == "ready":
+                    self._policy.touched(entry.handle)
+                    self._count(hits=not guess)
+            for id in new:
+                size = self._part_bytes(dtype)
+                if self._make_room(size, guess=guess):
+                    leases.append(self._add_lease(self._admit(id, dtype, size), guess=guess))
+                else:
+                    beyond.append(id)
+        return leases, beyond
+
+    def share(self, leases: Iterable[Lease]) -> list[Lease]:
+        """Another lease of each leased part, for another stream."""
+        with self._lock:
+            return [self._add_lease(lease.entry, guess=False) for lease in leases]
+
+    def release(self, leases: Iterable[Lease]) -> None:
+        """End leases. Releasing one twice is fine. A wanted entry that nobody leases any more is gone."""
+        with self._lock:
+            for lease in leases:
+                if lease.is_live:
+                    lease.is_live = False
+                    self._end(lease.entry, is_guess=lease.is_guess)
+
+    # -- loading -----------------------------------------------------------------------------------------------
+
+    def claim(self, leases: Iterable[Lease]) -> list[Entry]:
+        """The entries that nobody loads yet. The caller must `settle` or `fail` each of them."""
+        with self._lock:
+            mine = [lease.entry for lease in leases if lease.entry.state == "wanted"]
+            for entry in mine:
+                entry.state = "loading"
+            return mine
+
+    def keep_wanted(self, entries: Sequence[Entry]) -> list[Entry]:
+        """The claimed entries that somebody still leases; the others are gone and need not be loaded."""
+        with self._lock:
+            unwanted = [entry for entry in entries if not (entry.leases or entry.guesses)]
+            for entry in unwanted:
+                self._remove(entry)
+                self._reclaim(entry)
+        for entry in unwanted:
+            entry.done.set_result(None)
+        return [entry for entry in entries if entry not in unwanted]
+
+    def settle(self, entry: Entry, loaded: Loaded | None) -> None:
+        """Hand over the result of loading a claimed entry. None: the memory is not remembered, or its block is bad."""
+        with self._lock:
+            is_held = self._entries.get((entry.id, entry.dtype)) is entry  # else it was forgotten meanwhile
+            if loaded is None:
+                self._remove(entry)
+            else:
+                self._count(bytes=loaded.nbytes - entry.size, decoded=1)
+                entry.size, entry.loaded = loaded.nbytes, loaded
+                entry.state = "ready" if is_held else "gone"
+            if entry.state == "ready":
+                self._ready[entry.handle] = entry
+                self._policy.admitted(entry.handle)
+            self._reclaim(entry)
+        entry.done.set_result(None)
+
+    def fail(self, entries: Iterable[Entry], error: BaseException) -> None:
+        """Remove wanted or loading entries that will not be loaded. Their waiters get the error."""
+        failed = []
+        with self._lock:
+            for entry in entries:
+                if entry.state in ("wanted", "loading"):
+                    self._remove(entry)
+                    self._reclaim(entry)
+                    failed.append(entry)
+        for entry in failed:
+            entry.done.set_exception(error)
+
+    # -- the end of a memory -----------------------------------------------------------------------------------
+
+    def forget(self, ids: Iterable[int]) -> None:
+        """Remove every part of these memories: no later `lease` finds one, even if its load is under way."""
+        forgotten = set(ids)
+        with self._lock:
+            for key, entry in list(self._entries.items()):
+                if entry.id not in forgotten:
+                    continue
+                if entry.state == "ready":
+                    self._remove(entry)
+                    self._reclaim(entry)
+                else:  # its loader settles it
+                    del self._entries[key]
+
+    def close(self) -> None:
+        """Remove everything. A later `lease` raises; loads under way are settled by their loaders."""
+        with self._lock:
+            self._closed = True
+            wanted = [entry for entry in self._entries.values() if entry.state == "wanted"]
+            for entry in wanted:
+                self._remove(entry)
+                self._reclaim(entry)
+            left = {entry.id for entry in self._entries.values()}
+        for entry in wanted:
+            entry.done.set_exception(TierClosedError("the memory store is closed"))
+        self.forget(left)
+
+    def counts(self) -> StoreCounts:
+        """A snapshot."""
+        with self._lock:
+            self._collect_dropped()
+            return replace(self._counts, parts=len(self._ready))
+
+    def check_integrity(self) -> None:
+        """Raise `AssertionError` unless the counters agree with the entries. For tests: it walks over all entries."""
+        with self._lock:
+            self._collect_dropped()
+            held = list(self._entries.values())
+            assert all(self._entries[entry.id, entry.dtype] is entry for entry in held)
+            assert {entry.handle for entry in held if entry.state == "ready"} == set(self._ready)
+            assert len(self._policy) == len(self._ready)
+            assert sum(entry.size for entry in held) <= self._counts.bytes <= self.capacity
+            assert sum(bool(entry.leases) for entry in held) <= self._counts.leased
+            assert sum(bool(entry.guesses) for entry in held) <= self._counts.guessed
+            assert all(entry.leases or entry.guesses for entry in held if entry.state == "wanted")
+
+    # -- bookkeeping, under the lock ---------------------------------------------------------------------------
+
+    def _count(self, **more: int) -> None:
+        self._counts = replace(self._counts, **{name: getattr(self._counts, name) + by for name, by in more.items()})
+
+    def _end(self, entry: Entry, *, is_guess: bool) -> None:
+        if is_guess:
+            entry.guesses -= 1
+            self._count(guessed=-(not entry.guesses))
+        else:
+            entry.leases -= 1
+            self._count(leased=-(not entry.leases))
+        if entry.state == "wanted" and not (entry.leases or entry.guesses):
+            self._remove(entry)
+            entry.done.cancel()  # nobody waits
+        self._reclaim(entry)
+
+    def _collect_dropped(self) -> None:
+        while self._dropped:
+            entry, is_guess = self._dropped.popleft()
+            self._end(entry, is_guess=is_guess)
+
+    def _add_lease(self, entry: Entry, *, guess: bool) -> Lease:
+        if guess:
+            self._count(guessed=not entry.guesses)
+            entry.guesses += 1
+        else:
+            self._count(leased=not entry.leases)
+            entry.leases += 1
+            entry.is_used = True
+        return Lease(entry, self._dropped, is_guess=guess)
+
+    def _admit(self, id: int, dtype: "torch.dtype", size: int) -> Entry:
+        self._handles += 1
+        self._count(bytes=size)
+        entry = self._entries[id, dtype] = Entry(id, dtype, self._handles, size)
+        return entry
+
+    def _make_room(self, size: int, *, guess: bool) -> bool:
+        """Evict until ``size`` bytes fit: idle parts first, then, for a recall, guessed ones."""
+        if size > self.capacity:
+            return False
+        while self._counts.bytes + size > self.capacity:
+            handle = self._policy.victim(lambda handle: not (self._ready[handle].leases or self._ready[handle].guesses))
+            if handle is None and not guess:
+                handle = self._policy.victim(lambda handle: not self._ready[handle].leases)
+            if handle is None:
+                return False
+            entry = self._ready[handle]
+            self._count(evicted=1)
+            self._remove(entry)
+            self._reclaim(entry)
+        return True
+
+    def _remove(self, entry: Entry) -> None:
+        """Let nobody find an entry any more. Who leases it may go on reading."""
+        if self._entries.get((entry.id, entry.dtype)) is entry:
+            del self._entries[entry.id, entry.dtype]
+        if self._ready.pop(entry.handle, None) is not None:
+            self._policy.removed(entry.handle)
+            self._count(wasted_bytes=0 if entry.is_used else entry.size)
+        entry.state = "gone"
+
+    def _reclaim(self, entry: Entry) -> None:
+        """Let go of the part and its bytes, once nobody finds the entry and no recall leases it."""
+        if entry.state == "gone" and not entry.leases and entry.size:
+            self._count(bytes=-entry.size)
+            entry.size, entry.loaded = 0, None

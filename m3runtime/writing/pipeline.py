@@ -1,0 +1,95 @@
+"""`Pipeline`: takes groups of references through model, codec, embedder and home, in up to three threads."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+from m3runtime.adapters.base import Adapter
+from m3runtime.device.side_stream import SideStream
+from m3runtime.retrieval.embedder import Embedder
+from m3runtime.writing.encoding import Group, Store, batches
+from m3runtime.writing.worker import Job, Worker
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_BATCHES_AHEAD = 2
+"""Most batches of memories that wait to be encoded: on an accelerator they take its memory."""
+
+PHASES = ("split", "codec", "model", "encode", "embed", "commit", "index")
+"""Phases of writing: split documents, train or load the codec, compute memories, encode them, embed, commit, index."""
+
+
+class Clock:
+    """Seconds by phase. Each phase is the work of one thread at a time."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the seconds of the block for this phase."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - began
+
+
+class Pipeline:
+    """Runs groups through the phases from ``model`` to ``commit``. A few groups are in memory at a time.
+
+    The model runs in the caller's thread. While it computes a group, another thread commits the one before. With
+    ``parallel`` a third thread encodes and embeds the last batches of the model in the meantime.
+    """
+
+    def __init__(self, adapter: Adapter, embedder: Embedder, clock: Clock, *, batch_size: int, parallel: bool) -> None:
+        self._adapter = adapter
+        self._embedder = embedder
+        self._clock = clock
+        self._batch_size = batch_size
+        self._parallel = parallel
+        self._stream = SideStream(adapter.device)
+
+    def run(self, groups: "Iterable[tuple[Store, Group]]", computed: Callable[[int], None]) -> None:
+        """Compute, encode, embed and store each group in one transaction.
+
+        ``computed`` is called with the references that have passed the model (or were catalogued, which needs no
+        model). Raises what a phase raises; groups are stored in order, and none after one that failed.
+        """
+        count = 0
+        with ExitStack() as workers:
+            commits = workers.enter_context(Worker(ahead=1))
+            encode: Callable[[Job], object] = lambda job: job()  # noqa: E731 - in turn, in this thread
+            if self._parallel:
+                encode = workers.enter_context(Worker(ahead=_BATCHES_AHEAD)).do
+            for store, group in groups:
+                computed(count)
+                if store is not Group.fill:
+                    encode(self._timed("embed", partial(group.embed, self._embedder)))
+                for rows in batches(group.references, self._batch_size) if store is not Group.catalogue else ():
+                    with self._clock.phase("model"):
+                        memories = self._adapter.encode(group.texts(rows))
+                    put = partial(group.put, rows, memories)
+                    encode(self._timed("encode", put, (memories.keys, memories.values)))
+                    del put, memories  # the worker's now, or gone: the model needs the room
+                    computed(count := count + len(rows))
+                encode(partial(commits.do, partial(self._store, store, group)))
+                if store is Group.catalogue:
+                    computed(count := count + len(group.references))
+
+    def _timed(self, phase: str, work: Job, tensors: "Sequence[Tensor]" = ()) -> Job:
+        """A job that does the work once the device has computed ``tensors``."""
+        return partial(self._after, self._stream.mark(), phase, work, tensors)
+
+    def _after(self, ready: "torch.Event | None", phase: str, work: Job, tensors: "Sequence[Tensor]") -> None:
+        with self._clock.phase(phase), self._stream.use():
+            self._stream.arrive(ready, tensors)
+            work()
+
+    def _store(self, store: Store, group: Group) -> None:
+        with self._clock.phase("commit"):
+            store(group)
