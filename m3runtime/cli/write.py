@@ -21,10 +21,10 @@ def write(
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Write texts into the bank, which is made if it is not there.
+    """Write texts into the bank; makes the bank if there is none.
 
-    Can be interrupted at any moment and run again: it goes on, and doubles nothing. What was only catalogued is encoded
-    when it is written without --catalogue.
+    Can be interrupted at any moment and run again: it resumes, and writes nothing twice. References that were only
+    catalogued are encoded when they are written without --catalogue. A corpus may be larger than the machine's memory.
     """
     settings = configuration(config, set)
     from m3runtime.documents.reading import find_files, read_documents
