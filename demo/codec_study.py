@@ -25,6 +25,7 @@ from m3runtime import assembly
 from m3runtime.adapters.answers import Prompt
 from m3runtime.cli.progress import stages
 from m3runtime.config.schema import Config
+from m3runtime.device.resolve import resolve
 from m3runtime.documents.reading import read_documents
 from m3runtime.documents.reference import Reference
 from m3runtime.lab.evaluation.laboratory import Choice, Laboratory
@@ -197,6 +198,7 @@ def study(config: Config, adapter: TransformersAdapter, some: Set, progress: Any
     others = _encoded(adapter, some.others, lambda done, of: progress(f"{some.name}: sample", done, of))
     sample = join([others[n] for n in sorted(random.Random(0).sample(sorted(others), min(SAMPLE, len(others))))])
     importance = adapter.importance(some.others[:: max(1, len(some.others) // WEIGHED)][:WEIGHED])
+    assert importance is not None
     results = []
     for variant in cv.variants(everywhere=not outputs):
         stage = f"{some.name}: {variant.name}"
@@ -254,7 +256,7 @@ def texts(adapter: TransformersAdapter, config: Config, corpus: Path) -> Set:
 
 def main(config: Config, corpus: Path, out: Path, command: str) -> None:
     """Measure, and write the report into ``out``."""
-    adapter = TransformersAdapter.open(config.model, config.memory)
+    adapter = TransformersAdapter.open(config.model, config.memory, resolve(config.model.device))
     with stages({}, shown=sys.stderr.isatty()) as progress:
         sets = [facts(adapter, config), texts(adapter, config, corpus)]
         found = {some.name: study(config, adapter, some, progress, outputs=some.name == "facts") for some in sets}

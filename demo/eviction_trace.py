@@ -1,4 +1,4 @@
-"""Records the traces of docs/eviction.md and replays them: ``python demo/eviction_trace.py``. Takes minutes.
+"""Record the traces of docs/eviction.md and replay them: ``python demo/eviction_trace.py``. Takes minutes.
 
 Retrieval is real: MiniLM over the topics of the Python language reference, cut into references, and queries that are
 consecutive chunks of 64 tokens of the same topics, in eight streams that take turns. The memories are empty: no policy
@@ -37,7 +37,7 @@ FOLDER = Path(__file__).parent.parent / ".demo/eviction"
 STREAMS = 8
 CHUNK = 64
 SESSIONS = 600
-"""Of the trace ``popular``; each reads at most `LONGEST` chunks."""
+"""Sessions of the trace ``popular``; each reads at most `LONGEST` chunks."""
 LONGEST = 16
 SHARES = (0.05, 0.1, 0.2, 0.4)
 """Capacities, as shares of the bank."""
@@ -80,7 +80,7 @@ def cut(tokenizer: AutoTokenizer, text: str) -> Iterator[str]:
 
 
 def popular(names: list[str], chunks: dict[str, list[str]], drawing: random.Random) -> Iterator[list[str]]:
-    """Sessions: the n-th of these topics is asked for n times as rarely as the first, from anywhere in it on."""
+    """Sessions that start anywhere in a topic; the n-th topic is n times as rare as the first."""
     weights = [1 / rank for rank in range(1, len(names) + 1)]
     for name in drawing.choices(names, weights, k=SESSIONS):
         start = drawing.randrange(len(chunks[name]))
@@ -100,7 +100,7 @@ def configuration(trace: Path | None) -> Config:
 
 
 class Known(Embedder):
-    """The embedder of the bank, for queries that were all embedded at once: most are asked more than once."""
+    """The embedder of the bank with all queries embedded in advance, because most occur more than once."""
 
     def __init__(self, embedder: Embedder, vectors: Mapping[str, Embeddings]) -> None:
         self._embedder = embedder
@@ -125,7 +125,7 @@ class Known(Embedder):
 
 
 def write_bank(embedder: Embedder, splitter: Splitter) -> tuple[int, int]:
-    """A bank of all topics. Returns how many references it holds, and the bytes of a slot."""
+    """Write a bank of all topics; returns its number of references and the bytes of a slot."""
     config, codec = configuration(None), RawCodec(SPEC)
     documents = [Document(name, text) for name, text in sorted(topics.items())]
     with closing(ReferenceSpool(documents, splitter)) as spool:
@@ -155,7 +155,7 @@ def write_bank(embedder: Embedder, splitter: Splitter) -> tuple[int, int]:
 
 
 def record(name: str, sessions: list[list[str]], known: Mapping[str, Embeddings]) -> None:
-    """Streams take turns, a chunk each; one whose session is over begins the next."""
+    """Recall with streams that take turns, a chunk each; a stream begins the next session when one ends."""
     waiting = iter(sessions)
     with Runtime.open(configuration(FOLDER / f"{name}.jsonl")) as runtime:
         runtime.retriever.embedder = Known(runtime.retriever.embedder, known)

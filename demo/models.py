@@ -1,4 +1,4 @@
-"""The two real models of the demo and the tests, taken out of packages: no model hub is asked."""
+"""The two real models of the demo and the tests, taken from Python packages without a model hub."""
 
 import tempfile
 from importlib.util import find_spec
@@ -44,9 +44,11 @@ def _package_folder(package: str) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+
     from m3model.loading.models import load, quiet
 
-    model, tokenizer = load(str(gguf), "float32", "cpu")
+    model, tokenizer = load(str(gguf), "float32", torch.device("cpu"))
     # The weights are plain float32 now; marked as quantised, they would not be saved.
     del model.config.quantization_config
     model.hf_quantizer = None

@@ -1,6 +1,6 @@
-"""Makes the figures of docs/quality.md: ``python demo/quality.py NAME``, or ``make quality`` for all of them.
+"""Make the figures of docs/quality.md: ``python demo/quality.py NAME``, or ``make quality`` for all of them.
 
-Each is one ``m3 eval`` command on the demo's models, which this prints and runs. Stopped and run again, it goes on.
+Each is one ``m3 eval`` command on the demo's models, which is printed and run. A stopped run resumes.
 """
 
 import os
@@ -22,7 +22,7 @@ SMALL = ("--references", "80", "--questions", "60", "--unanswerable", "0")
 # Where the sweep starts from: the demo's settings came from it.
 START = ("--set", "memory.attention_temperature=0.85", "--set", "generate.prompt=question")
 LONGEST = 25_000
-"""Characters of a topic: a few longer ones would be half of the corpus."""
+"""Most characters of a topic; the few longer ones would be half of the corpus."""
 RUNS: dict[str, tuple[str, ...]] = {
     "facts": ("facts",),
     "statements": ("facts", "--statements", *SMALL),
@@ -36,7 +36,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 
 
 def main(names: Sequence[str]) -> None:
-    """Run the named evaluations, and keep their reports beside the documentation."""
+    """Run the named evaluations, and copy their reports into the documentation."""
     unknown = sorted(set(names) - set(RUNS))
     if unknown:
         sys.exit(f"quality.py: no evaluation is called {unknown[0]}; there are {', '.join(RUNS)}")
@@ -59,12 +59,12 @@ def main(names: Sequence[str]) -> None:
 
 
 def configuration() -> Config:
-    """The demo's."""
+    """The demo's configuration."""
     return Config.load("demo/m3.yaml", environ={}, overrides={"embedder.path": str(models.minilm())})
 
 
 def run() -> None:
-    """Run ``m3`` with what ``sys.argv`` says; go on if it did well."""
+    """Run ``m3`` with ``sys.argv``; exit if it fails."""
     try:
         cli.main()
     except SystemExit as exit:
@@ -81,7 +81,7 @@ def keep(name: str) -> None:
 
 
 def write_corpus() -> None:
-    """The Python language reference, as the standard library carries it: one file for each topic but the longest."""
+    """Write the Python language reference from the standard library, one file for each topic but the longest."""
     shutil.rmtree(CORPUS, ignore_errors=True)
     CORPUS.mkdir(parents=True)
     for topic, text in topics.items():

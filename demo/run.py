@@ -1,10 +1,11 @@
-"""The main job, shown: write a corpus into memories, and answer from them.
+"""The demo: write a corpus into memories, and answer from them. Run it with ``make demo``.
 
-Each question is answered three times by the same model: with nothing, with the references that were found as text in
-the prompt, and with the memories of the same references. Run it with ``make demo``.
+The same model answers each question three times: without references, with the recalled references as text in the
+prompt, and with the memories of the same references.
 """
 
 import json
+import re
 import shutil
 import statistics
 import time
@@ -23,7 +24,6 @@ from m3runtime import assembly
 from m3runtime.adapters.answers import Answer, Prompt
 from m3runtime.cli.write import write
 from m3runtime.config.schema import Config
-from m3runtime.lab.evaluation.judging import is_right
 from m3runtime.runtime import Runtime
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +38,7 @@ console = Console(width=118, highlight=False)
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer in one mode. ``first_s`` includes retrieval where there is any."""
+    """One answer in one mode. ``first_s`` includes retrieval, if the mode has any."""
 
     answer: Answer
     right: bool
@@ -81,11 +81,16 @@ def main() -> None:
 
 
 def write_chapters(folder: Path) -> Path:
-    """Real text around the handbook: chapters of the language reference out of the standard library."""
+    """Write real text around the handbook: chapters of the language reference, from the standard library."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in CHAPTERS:
         (folder / f"{name}.txt").write_text(topics[name])
     return folder
+
+
+def is_right(text: str, accepted: Sequence[str]) -> bool:
+    """True if an accepted answer occurs in the text as whole words."""
+    return any(re.search(rf"(?<!\w){re.escape(one)}(?!\w)", text, re.IGNORECASE) for one in accepted)
 
 
 def asker(mode: str, adapter: TransformersAdapter, runtime: Runtime) -> Callable[[str, Sequence[str]], Reply]:

@@ -99,10 +99,10 @@ def open_embedder(config: Config, device: "torch.device | None" = None) -> Embed
     return construct(kind, options, "embedder", path=config.embedder.path)  # type: ignore[no-any-return]
 
 
-def open_adapter(config: Config) -> "Adapter":
-    """Load the model."""
+def open_adapter(config: Config, device: "torch.device | None" = None) -> "Adapter":
+    """Load the model on ``device`` (default: the configuration's). Raises `ConfigError` if there is none."""
     kind: type[Adapter] = load("adapters", config.model.adapter)
-    return kind.open(config.model, config.memory)
+    return kind.open(config.model, config.memory, device or resolve(config.model.device))
 
 
 def make_index(config: Config, dim: int) -> Index:

@@ -8,12 +8,12 @@ if TYPE_CHECKING:
     from m3runtime.recall.recalled import Recalled
 
 Form = Literal["question", "reference", "chat", "plain"]
-"""How a question is put to a model: see ``generate.prompt``."""
+"""The form of a question to a model: see ``generate.prompt``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a sequence begins with.
+    """The beginning of a sequence.
 
     ``query`` is what memories are searched for while the prompt is read, if that is not the prompt's own text: a
     question without the words of its template, for example.
@@ -25,18 +25,18 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What was generated after a prompt."""
+    """The text generated after a prompt."""
 
     text: str
     tokens: tuple[int, ...]
     """Generated token ids, a stop token left out."""
     stopped_by: Literal["token", "text", "length"]
     chunks: "tuple[Recalled, ...]" = field(repr=False)
-    """What was recalled, in order: for each chunk of the prompt, then for each chunk of 64 generated tokens."""
+    """The recalls, in order: of each chunk of the prompt, then of each chunk of generated tokens."""
     first_token_s: float
     """Seconds from the call to the first token, recall included."""
     tokens_per_s: float
-    """Tokens a second after the first; 0 if there was only one."""
+    """Tokens a second after the first; 0 for a single token."""
 
     @property
     def memories(self) -> "Mapping[int, float]":
@@ -50,12 +50,12 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How likely a model found a continuation."""
+    """The likelihood that a model gave a continuation."""
 
     log_probs: tuple[float, ...]
     """Natural logarithm of the probability of each of its tokens, given what stands before it."""
     chunks: "tuple[Recalled, ...]" = field(repr=False)
-    """As of an `Answer`."""
+    """The recalls, as in `Answer.chunks`."""
 
 
 OnText = Callable[[int, str], None]

@@ -1,11 +1,12 @@
 """The `Adapter` contract: joins a language model to the runtime."""
 
-# ruff: noqa: ARG002 - an adapter that leaves methods out has the arguments of those that have them
+# ruff: noqa: ARG002, ARG003 - an adapter that leaves methods out has the arguments of those that have them
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from m3runtime.adapters.answers import Answer, Form, OnText, Prompt, Score
 from m3runtime.bank.manifest import Manifest
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from m3runtime.config.schema import GenerateConfig, MemoryConfig, ModelConfig
+    from m3runtime.memory.shape import ModelShape
     from m3runtime.stream import Stream
 
 
@@ -31,30 +33,48 @@ class Adapter(ABC):
 
     spec: MemorySpec
     name: str
-    """What the model is called, for people."""
+    """The model's name, for people."""
     model_fingerprint: str
+    """Equal for models that compute the same memories; a bank records it."""
+    model_settings: Mapping[str, Any] = MappingProxyType({})
+    """The settings that the fingerprint covers, as JSON has them. A bank records them, to name a difference later."""
     tokenizer_fingerprint: str
     sink: str
     """The constant prefix that stands before all memories, and before each reference while it is encoded."""
 
     @classmethod
     @abstractmethod
-    def open(cls, model: "ModelConfig", memory: "MemoryConfig") -> "Adapter":
-        """Load the model. Raises `ConfigError` with one line if there is none, or it cannot have such memories."""
+    def open(cls, model: "ModelConfig", memory: "MemoryConfig", device: "torch.device") -> "Adapter":
+        """Load the model on ``device``.
+
+        ``model`` and ``memory`` are these sections of the configuration. ``device`` is what ``model.device`` names,
+        resolved: an accelerator has an index. Raises `ConfigError` with one line if there is no such model, or it
+        cannot have such memories.
+        """
+
+    @classmethod
+    def shape(cls, model: "ModelConfig") -> "ModelShape":
+        """The shape of a model that is not loaded. Raises `ConfigError` with one line if it cannot be told."""
+        raise ConfigError(f"model.adapter: {model.adapter} does not tell the shape of a model; say it with --shape")
+
+    @classmethod
+    def carried(cls, model: "ModelConfig", memory: "MemoryConfig") -> "MemoryConfig":
+        """The memory settings in force: a model that was trained to read memories carries its own."""
+        return memory
 
     @property
     @abstractmethod
     def device(self) -> "torch.device":
-        """Where the model runs and memories are decoded."""
+        """The device of the model, and of the memories it reads; an accelerator has an index."""
 
     @property
     @abstractmethod
     def dtype(self) -> "torch.dtype":
-        """What the model's attention computes in."""
+        """The dtype of keys and values in the model's attention."""
 
     @abstractmethod
     def count_tokens(self, text: str) -> int:
-        """Tokens that a reference of this text has, the sink's left out. Callable from any thread."""
+        """The number of tokens of a reference of this text, without the sink's. Callable from any thread."""
 
     def cut(self, text: str, tokens: int) -> list[str]:
         """A text in consecutive pieces of ``tokens`` tokens each, the last with fewer; joined they are the text.
@@ -70,6 +90,15 @@ class Adapter(ABC):
 
         Raises `InputError` for a reference that is blank or has more than ``spec.reference_tokens`` tokens.
         """
+
+    def importance(self, references: Sequence[str]) -> "torch.Tensor | None":
+        """The mean cost of an error in a token's keys and values over these references, or None if it is not known.
+
+        ``float32[layers, n, n]`` on the CPU, ``n`` of ``2 * kv_heads * head_dim``: symmetric matrices over keys of all
+        heads, then values. Codecs that learn spend their bytes by it, see `m3runtime.codecs.base.Codec.fit`. Raises
+        `InputError` as `encode` does.
+        """
+        return None
 
     def generate(
         self,
@@ -88,7 +117,7 @@ class Adapter(ABC):
     def score(
         self, prompts: Sequence[Prompt], continuations: Sequence[str], streams: "Sequence[Stream] | None"
     ) -> list[Score]:
-        """How likely each continuation is after its prompt: memories are recalled as if it were being generated.
+        """The likelihood of each continuation after its prompt; memories are recalled as if it were being generated.
 
         Raises `InputError` for a prompt or a continuation without tokens.
         """
@@ -101,7 +130,7 @@ class Adapter(ABC):
         streams: "Sequence[Stream] | None",
         settings: "GenerateConfig",
     ) -> list[tuple[Answer, Score | None]]:
-        """What `generate` and `score` give; adapters that can read the prompts once for both.
+        """The results of `generate` and `score`; an adapter may read the prompts once for both.
 
         A continuation that is None is not scored.
         """
@@ -130,7 +159,7 @@ class Adapter(ABC):
         raise self._cannot_talk()
 
     def close(self) -> None:  # noqa: B027 - an adapter whose model belongs to a stack gives nothing back
-        """Give back the model."""
+        """Drop the model."""
 
     def check(self, manifest: Manifest, where: Path) -> None:
         """Raise `BankMismatchError` that names the difference, unless this adapter can read the bank at ``where``."""

@@ -10,10 +10,10 @@ from m3runtime.adapters.base import Adapter
 
 @dataclass(frozen=True, slots=True)
 class PlainRun:
-    """What a model wrote by itself after a batch of prompts."""
+    """The continuations of a batch of prompts by a model alone."""
 
     tokens: tuple[tuple[int, ...], ...]
-    """Of each prompt, exactly as many as were asked for."""
+    """The tokens after each prompt, exactly as many as requested."""
     first_token_s: float
     """Seconds from the call to the first tokens."""
     seconds: float
@@ -44,4 +44,4 @@ class Comparable(Protocol):
     """An adapter whose model can also be run without anything of ours."""
 
     def baseline(self) -> Baseline:
-        """That model, of which one call at a time may run: the adapter's or the baseline's."""
+        """The model as its library runs it. One call at a time: the adapter's or the baseline's."""

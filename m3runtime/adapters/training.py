@@ -31,7 +31,7 @@ class TrainReport:
     """The folder of the trained model, for ``model.path``."""
     sequences: int
     tokens: int
-    """Of all sequences."""
+    """The number of tokens in all sequences."""
     references: int
     retrieving: float
     """Share of chunks that retrieved a reference."""

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class Manifest:
     dim: int
     """Length of an embedding."""
     format: int = FORMAT
+    model_settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """The settings that the model's fingerprint covers; banks of earlier releases have none."""
 
     @property
     def stamp(self) -> BlockStamp:
@@ -118,10 +120,10 @@ class Manifest:
 
     def _check_types(self) -> None:
         """Raise `ValueError` for a field of another type than declared: the record may hold any JSON."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not (field.type if field.type in (str, int, MemorySpec) else dict):
-                raise ValueError(f"{field.name} cannot be {value!r}")
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if type(value) is not (one.type if one.type in (str, int, MemorySpec) else dict):
+                raise ValueError(f"{one.name} cannot be {value!r}")
             if isinstance(value, str):
                 value.encode()  # a ValueError for a lone surrogate, which JSON can escape
         if not 1 <= self.dim <= _LARGEST_DIM:

@@ -1,4 +1,4 @@
-"""The command ``m3``. Nothing heavy is imported before a command runs."""
+"""The command ``m3``. Heavy libraries are imported only when a command runs."""
 
 import sys
 from io import TextIOWrapper
@@ -17,30 +17,28 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("write")(write.write)
-app.command("ask")(ask.ask)
-app.command("chat")(ask.chat)
-app.command("search")(bank.search)
-app.command("inspect")(bank.inspect)
-app.command("forget")(bank.forget)
-app.command("verify")(verify.verify)
-app.command("config")(config.config)
-app.command("plan")(plan.plan)
-app.command("train")(train.train)
-app.command("top")(top.top)
-app.add_typer(evaluation.app)
-app.add_typer(codec.app)
-app.add_typer(bench.app)
+_PANELS = {
+    "Use a bank": (write.write, ask.ask, ask.chat, bank.search),
+    "Keep a bank": (bank.inspect, bank.forget, verify.verify, config.config, plan.plan, top.top, codec.app),
+    "Lab: evaluate, measure, train": (evaluation.app, bench.app, train.train),
+}
+"""The commands by the panel of `m3 --help` that lists them."""
+for _panel, _commands in _PANELS.items():
+    for _command in _commands:
+        if isinstance(_command, typer.Typer):
+            app.add_typer(_command, rich_help_panel=_panel)
+        else:
+            app.command(rich_help_panel=_panel)(_command)
 
 USER_ERRORS = (ConfigError, InputError, PluginError, BankError, CodecError)
-"""What the user can mend; these end in exit code 2, other failures in 1."""
+"""Errors that the user can correct: exit code 2. Other failures have exit code 1."""
 _INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run ``m3``. Errors are one line on standard error."""
+    """Run ``m3``. An error is printed as one line on standard error."""
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text; JSON escapes them alike
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:
         with interrupts.heard():
             app(standalone_mode=True)
@@ -48,7 +46,7 @@ def main() -> None:
         _complain(str(error))
         sys.exit(2 if isinstance(error, USER_ERRORS) else 1)
     except SystemExit as error:
-        if error.code == _INTERRUPTED:  # typer's own, without a word
+        if error.code == _INTERRUPTED:  # typer exits without a message
             _complain("interrupted; nothing is half-written")
         raise
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""``m3 ask`` and ``m3 chat``."""
+"""``m3 ask`` and ``m3 chat``: answer from a bank."""
 
 import sys
 from contextlib import ExitStack
@@ -25,7 +25,7 @@ def ask(
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Answer a question once, and print which memories were read."""
+    """Answer one question, and list the memories that were read."""
     with _Talk(config, set, no_memory=no_memory, lasting=False) as talk:
         prompt = talk.adapter.render(question, talk.settings.generate.prompt)
         answer = talk.answer(prompt, shown=not json)
@@ -36,9 +36,9 @@ def ask(
 
 
 def chat(config: ConfigFile = None, no_memory: NoMemory = False, set: Set = None, json: Json = False) -> None:
-    """Talk with the model, line by line, until the end of input. Memories are searched for by each message.
+    """Chat with the model, line by line, until the end of input.
 
-    With --json, each answer is one line of JSON.
+    Each message recalls memories. With --json, each answer is one line of JSON.
     """
     with _Talk(config, set, no_memory=no_memory, lasting=True) as talk:
         messages: list[dict[str, str]] = []

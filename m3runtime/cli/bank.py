@@ -1,4 +1,4 @@
-"""``m3 search``, ``m3 inspect`` and ``m3 forget``."""
+"""``m3 search``, ``m3 inspect`` and ``m3 forget``: look into a bank, and remove memories from it."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,7 @@ def search(
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Print the references nearest to a text, without a model and whatever their scores."""
+    """Print the references nearest to a text, whatever their scores; no model is needed."""
     settings = configuration(config, set)
     if not text.strip():
         raise InputError("there is nothing to search for: the text is blank")
@@ -45,7 +45,7 @@ def inspect(
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Print the content and origin of a bank, or one of its memories."""
+    """Print the contents and the origin of a bank, or one of its memories."""
     settings = configuration(config, set)
     from m3runtime import assembly
 
@@ -74,7 +74,7 @@ def forget(
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Forget memories and their references, for good: in the bank, its index and every tier that outlives a process."""
+    """Delete memories and their references for good: from the bank, its index and every persistent tier."""
     settings = configuration(config, set)
     if not ids and not source and not quarantined:
         raise InputError("nothing to forget is given: name ids, --source or --quarantined")

@@ -1,23 +1,22 @@
-"""``m3 bench``: how fast, how exactly, and how well blocks are kept."""
+"""``m3 bench``: speed, errors and hit rates, each against a baseline."""
 
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from m3runtime.cli import bench_speed, bench_write
+from m3runtime.cli import bench_recall, bench_speed, bench_write
 from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json, show_size
 from m3runtime.cli.progress import stages
 from m3runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from m3runtime.adapters.base import Adapter
-    from m3runtime.config.schema import Config
     from m3runtime.lab.bench.codec import CodecBench
     from m3runtime.lab.bench.eviction import EvictionBench
 
-app = typer.Typer(name="bench", help="Measure speed, errors and hit rates beside a baseline.", no_args_is_help=True)
+app = typer.Typer(
+    name="bench", help="Measure speed, errors and hit rates against a baseline in the same run.", no_args_is_help=True
+)
 
 _STAGES = {
     "memories": "Computing memories",
@@ -25,37 +24,33 @@ _STAGES = {
     "codec": "Training the codec",
     "decoding": "Measuring times",
 }
-
+"""Names of stages for progress bars."""
 
 app.command("decode")(bench_speed.decode)
 app.command("tiers")(bench_speed.tiers)
-app.command("recall")(bench_speed.recall)
+app.command("recall")(bench_recall.recall)
 app.command("write")(bench_write.write)
-
-
-@app.callback()
-def bench() -> None:
-    """Measure speed, errors and hit rates beside a named baseline in the same run."""
 
 
 @app.command()
 def codec(
     corpus: Annotated[
         list[Path] | None,
-        typer.Option("--corpus", help="Texts to take memories of; may be repeated. Default: those of the bank."),
+        typer.Option("--corpus", help="Texts to encode; may be repeated. Default: the references of the bank."),
     ] = None,
     config: ConfigFile = None,
-    references: Annotated[int, typer.Option(min=16, help="References to take memories of.")] = 128,
-    decoded: Annotated[int, typer.Option(min=1, help="Memories that are decoded at once.")] = 5,
-    layers: Annotated[int, typer.Option(min=0, help="Layers that squared errors are measured on; 0: none.")] = 2,
-    rounds: Annotated[int, typer.Option(min=5, help="How often everything is timed, in turns.")] = 15,
-    threads: Annotated[int, typer.Option(min=0, help="Threads on a CPU; 0: as many as torch takes.")] = 0,
+    references: Annotated[int, typer.Option(min=16, help="Number of references.")] = 128,
+    decoded: Annotated[int, typer.Option(min=1, help="Memories decoded in one call.")] = 5,
+    layers: Annotated[int, typer.Option(min=0, help="Layers whose squared errors are measured; 0: none.")] = 2,
+    rounds: Annotated[int, typer.Option(min=5, help="Timed rounds; all contenders take turns in each.")] = 15,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: the default of torch.")] = 0,
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Codecs: squared error at equal bytes and speed of decoding beside faiss, and bytes at rest.
+    """Measure squared error, decoding speed and size of codecs against faiss.
 
-    Everything is measured in one run, on the same vectors and threads. The bank is not changed.
+    Everything is measured in one run, on the same vectors and threads; errors are compared at equal bytes. The bank is
+    not changed.
     """
     settings = configuration(config, set)
     from m3runtime import assembly
@@ -64,12 +59,13 @@ def codec(
     plugins.require("m3 bench codec", "train")
     import torch
 
+    from m3runtime.lab.bench.banks import reference_texts
     from m3runtime.lab.bench.codec import BenchSettings, bench_codec
 
     asked = BenchSettings(references, decoded, layers, rounds, threads or torch.get_num_threads())
     adapter = assembly.open_adapter(settings)
     with stages(_STAGES, shown=not json) as progress:
-        found = bench_codec(settings, adapter, _texts(settings, adapter, corpus), asked, progress)
+        found = bench_codec(settings, adapter, reference_texts(settings, adapter, corpus or []), asked, progress)
     if json:
         print_json(found.to_json())
     else:
@@ -78,20 +74,21 @@ def codec(
 
 @app.command()
 def eviction(
-    trace: Annotated[Path, typer.Option("--trace", help="A trace, as `recall.trace` in the configuration records it.")],
+    trace: Annotated[Path, typer.Option("--trace", help="A trace that `recall.trace` recorded.")],
     capacity: Annotated[
         list[str] | None,
         typer.Option(
             metavar="SIZE",
-            help="Room in the tier, such as 2GiB; may be repeated. Default: the fastest tier's, a quarter, four times.",
+            help="Capacity of the tier, such as 2GiB; may be repeated. Default: a quarter, once and four times that of "
+            "the fastest tier.",
         ),
     ] = None,
     policy: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A policy; may be repeated. Default: each.")
+        list[str] | None, typer.Option(metavar="NAME", help="Name of a policy; may be repeated. Default: all.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Eviction policies: hit rates on a recorded trace beside the optimum for the same room (Belady's MIN).
+    """Measure hit rates of eviction policies on a recorded trace against the optimum (Belady's MIN).
 
     Nothing is timed: the same trace gives the same figures.
     """
@@ -108,27 +105,6 @@ def eviction(
         print_json(found.to_json())
     else:
         _show_eviction(found)
-
-
-def _texts(config: "Config", adapter: "Adapter", corpus: list[Path] | None) -> list[str]:
-    """The references of a corpus, or those of the bank."""
-    from m3runtime import assembly
-    from m3runtime.bank.bank import Bank
-    from m3runtime.documents.reading import read_documents
-    from m3runtime.documents.references import ReferenceSpool
-    from m3runtime.documents.splitting import Splitter
-
-    if corpus:
-        splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
-        with closing(ReferenceSpool(read_documents(corpus), splitter)) as references:
-            return [one.text for one in references]
-    if not Bank.exists(config.bank, assembly.open_home(config, read_only=True)):
-        raise InputError(f"there is no bank at {config.bank}; give texts with --corpus")
-    bank = assembly.open_bank(config, read_only=True)
-    try:
-        return [one.text for one in bank.home.references(bank.home.ids()) if one is not None]
-    finally:
-        bank.close()
 
 
 def _show(found: "CodecBench") -> None:
@@ -165,7 +141,7 @@ def _show_eviction(found: "EvictionBench") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("room", "blocks", "policy", "hit rate", "brought up", "bytes", title="One tier before slower ones")
+    table = Table("capacity", "blocks", "policy", "hit rate", "lifted", "bytes", title="One tier before slower ones")
     for row, following in zip(found.rows, [*found.rows[1:], None], strict=True):
         table.add_row(
             show_size(row.slots * found.slot_bytes),

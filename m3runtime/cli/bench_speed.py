@@ -1,4 +1,4 @@
-"""``m3 bench decode``, ``tiers`` and ``recall``: how fast memories are read, and what decoding loses by it."""
+"""``m3 bench decode`` and ``m3 bench tiers``: the cost of memories while decoding, and the speed of the tiers."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,42 +11,44 @@ from m3runtime.cli.progress import stages
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from m3runtime.lab.bench.decode import Batch, DecodeBench
-    from m3runtime.lab.bench.recall import RecallBench
+    from m3runtime.lab.bench.decode import BatchBench, DecodeBench
     from m3runtime.lab.bench.tiers import TierBench
 
 Corpus = Annotated[
     list[Path] | None,
     typer.Option("--corpus", help="Texts for a temporary bank; may be repeated. Default: the configured bank."),
 ]
-References = Annotated[int, typer.Option(min=1, help="References of a temporary bank, at most.")]
+References = Annotated[int, typer.Option(min=1, help="Most references in a temporary bank.")]
 _WRITING = {"codec": "Training the codec", "memories": "Writing memories"}
-Threads = Annotated[int, typer.Option(min=0, help="Threads on a CPU; 0: as many as torch takes.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: the default of torch.")]
 
 
 def decode(
     corpus: Corpus = None,
     config: ConfigFile = None,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each sequence gets, without an early end.")] = 256,
+    new_tokens: Annotated[int, typer.Option(min=2, help="New tokens of each sequence; no sequence ends early.")] = 256,
     batch: Annotated[
-        list[int] | None, typer.Option(min=1, help="Sequences at once; may be repeated. Default: 1 and 8.")
+        list[int] | None, typer.Option(min=1, help="Batch size; may be repeated. Default: 1 and 8.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often everything is timed, in turns.")] = 7,
-    memories: Annotated[int, typer.Option(min=1, help="Memories that every chunk gets.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; all contenders take turns in each.")] = 7,
+    memories: Annotated[int, typer.Option(min=1, help="Memories of each chunk.")] = 5,
     references: References = 128,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Only the baseline and ours with memories: a third of the time.")
+        bool,
+        typer.Option("--quick", help="Compare only the baseline and decoding with memories, in a third of the time."),
     ] = False,
     threads: Threads = 0,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw one run's chunks and recalls, such as run.png.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the chunks and recalls of one run into a picture, such as run.png."),
     ] = None,
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Decoding with memories beside the model's own library without them: throughput and time to the first token.
+    """Compare decoding with memories to the model's own library without them.
 
-    Every chunk gets its memories whatever its text is: recall.min_score and recall.margin are left aside.
+    Throughput and the time to the first token are measured. Every chunk gets its memories, whatever its text is:
+    recall.min_score and recall.margin are not applied.
     """
     settings = configuration(config, set)
     from m3runtime import assembly
@@ -76,17 +78,17 @@ def tiers(
     corpus: Corpus = None,
     config: ConfigFile = None,
     blocks: Annotated[
-        list[int] | None, typer.Option(min=1, help="Blocks at once; may be repeated. Default: 1, 5 and 32.")
+        list[int] | None, typer.Option(min=1, help="Blocks read in one call; may be repeated. Default: 1, 5 and 32.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often everything is timed, in turns.")] = 15,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; all contenders take turns in each.")] = 15,
     references: References = 64,
     threads: Threads = 0,
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Each tier, and the whole way up to keys and values, beside plain reads, writes and copies of the same bytes.
+    """Compare each tier, and the whole path to keys and values, with plain reads, writes and copies of the same bytes.
 
-    The bank is not changed; a temporary folder beside it is written to, so that both are on one drive.
+    The bank is not changed. Temporary files are written to a folder next to it, on the same drive.
     """
     settings = configuration(config, set)
     import torch
@@ -103,43 +105,10 @@ def tiers(
         _show_tiers(found)
 
 
-def recall(
-    config: ConfigFile = None,
-    sizes: Annotated[
-        list[int] | None,
-        typer.Option("--size", min=1, help="Memories of a bank; may be repeated. Default: 1000, 10000 and 100000."),
-    ] = None,
-    huge: Annotated[bool, typer.Option("--huge", help="Also over a million memories, which takes a while.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Texts that every bank is asked for, in turns.")] = 30,
-    memories: Annotated[int, typer.Option(min=1, help="Memories that are recalled.")] = 5,
-    threads: Threads = 0,
-    set: Set = None,
-    json: Json = False,
-) -> None:
-    """Recall, stage by stage, over banks of more and more memories, and over the configured bank if it is there.
-
-    The banks are made up, with small blocks, in a temporary folder: of 100000 memories in a minute, in 0.5 GB.
-    """
-    settings = configuration(config, set)
-    import torch
-
-    from m3runtime.lab.bench.recall import HUGE, SIZES, RecallSettings, bench_recall
-
-    chosen = (*(sizes or SIZES), *([HUGE] if huge else []))
-    asked = RecallSettings(chosen, rounds, memories, threads or torch.get_num_threads())
-    names = {f"bank {size:,}": f"Making {size:,} memories" for size in chosen}
-    with stages({**names, "recall": "Recalling"}, shown=not json) as progress:
-        found = bench_recall(settings, asked, progress)
-    if json:
-        print_json(found.to_json())
-    else:
-        _show_recall(found)
-
-
 def _show_decode(found: "DecodeBench") -> None:
     from rich.console import Console
 
-    from m3runtime.lab.evaluation.report import environment
+    from m3runtime.lab.results import environment
 
     console = Console()
     for batch in found.batches:
@@ -151,7 +120,7 @@ def _show_decode(found: "DecodeBench") -> None:
     )
 
 
-def _show_batch(console: "Console", batch: "Batch") -> None:
+def _show_batch(console: "Console", batch: "BatchBench") -> None:
     from rich.table import Table
 
     from m3runtime.lab.bench.decode_runs import MEMORIES, PLAIN
@@ -179,8 +148,8 @@ def _show_batch(console: "Console", batch: "Batch") -> None:
             f"{each.late} late in {each.chunks} chunks"
         )
     console.print(
-        f"{ends.kept:.0%} of a chunk's memories were there already, {ends.foreseen:.0%} of the others were foreseen; "
-        f"{ends.hit_rate:.0%} of {ends.guesses} guesses were right"
+        f"the chunk before had {ends.kept:.0%} of a chunk's memories; {ends.foreseen:.0%} of the others were "
+        f"prefetched; {ends.hit_rate:.0%} of {ends.guesses} prefetched memories were used"
     )
     for name, is_same in batch.same_tokens.items():
         console.print(f"{name}: {'the same tokens' if is_same else 'OTHER TOKENS'}")
@@ -190,13 +159,13 @@ def _show_tiers(found: "TierBench") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from m3runtime.lab.evaluation.report import environment
+    from m3runtime.lab.results import environment
 
     console = Console()
     for blocks in dict.fromkeys(row.blocks for row in found.rows):
         rows = [row for row in found.rows if row.blocks == blocks]
         title = f"{blocks} blocks, {show_size(rows[0].bytes)}" if blocks > 1 else f"1 block, {show_size(rows[0].bytes)}"
-        table = Table("", "median (quartiles)", "a second", "speed beside", "", title=title)
+        table = Table("", "median (quartiles)", "per second", "relative speed", "baseline", title=title)
         for row in rows:
             speed = ("", "") if row.baseline == row.name else (row.speed.show(2), row.baseline)
             table.add_row(row.name, str(row.seconds), show_size(row.bytes / row.seconds.median), *speed)
@@ -205,34 +174,4 @@ def _show_tiers(found: "TierBench") -> None:
     console.print(
         f"{' > '.join(found.tiers)}, on {found.device}; {found.settings.threads} threads; "
         f"{found.settings.rounds} rounds; page cache warm{cold}; bank: {found.bank}; {environment()['machine']}"
-    )
-
-
-def _show_recall(found: "RecallBench") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from m3runtime.lab.bench.recall import OURS, PARTS, WHOLE
-    from m3runtime.lab.evaluation.report import environment
-
-    console = Console()
-    table = Table("memories", *PARTS, WHOLE, title="Milliseconds, median (quartiles); share of the embedding's time")
-    for row in found.rows:
-        cells = []
-        for stage in (*PARTS, WHOLE):
-            spread = row.stages[stage]
-            share = f"\n{row.of_embedding[stage].median:.2f}" if stage in row.of_embedding else ""
-            cells.append(f"{1e3 * spread.median:.2f} ({1e3 * spread.low:.2f} to {1e3 * spread.high:.2f}){share}")
-        name = row.name if row.name == f"{row.memories:,}" else f"{row.name}, {row.memories:,}"
-        table.add_row(name, *cells)
-    console.print(table)
-    first, last = found.built[0], found.built[-1]
-    for stage in (WHOLE, OURS):
-        console.print(
-            f"{stage}: {found.growth[stage].show(2)} times as long at {last.memories:,} as at {first.memories:,}"
-        )
-    console.print(
-        f"{last.memories:,} memories were made in {last.home_s:.0f} s and indexed in {last.index_s:.0f} s; "
-        f"on {found.device}; {found.settings.threads} threads; {found.settings.rounds} texts; no caching tiers, page "
-        f"cache warm; {found.embedder}; {environment()['machine']}"
     )

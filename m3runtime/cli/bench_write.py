@@ -1,4 +1,4 @@
-"""``m3 bench write``: how fast memories are written beside the model by itself."""
+"""``m3 bench write``: the speed of writing memories against the speed of the model alone."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,19 +15,21 @@ if TYPE_CHECKING:
 def write(
     corpus: Annotated[
         list[Path] | None,
-        typer.Option("--corpus", help="Texts to take references of; may be repeated. Default: those of the bank."),
+        typer.Option(
+            "--corpus", help="Texts to take references from; may be repeated. Default: the references of the bank."
+        ),
     ] = None,
     config: ConfigFile = None,
-    references: Annotated[int, typer.Option(min=1, help="References that are written, at most.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="How often everything is timed, in turns.")] = 5,
-    threads: Annotated[int, typer.Option(min=0, help="Threads on a CPU; 0: as many as torch takes.")] = 0,
+    references: Annotated[int, typer.Option(min=1, help="Most references to write.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; all contenders take turns in each.")] = 5,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: the default of torch.")] = 0,
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Writing memories beside the model that only reads the same references, in batches of the same size.
+    """Compare writing memories with the model alone reading the same references in batches of the same size.
 
-    They are written into a temporary bank beside the configured one, which is not changed. Training the codec
-    is left out.
+    They are written into a temporary bank next to the configured one, which is not changed. Training the codec is not
+    timed.
     """
     settings = configuration(config, set)
     import torch
@@ -63,7 +65,7 @@ def _show(found: "WriteBench") -> None:
     console = Console()
     console.print(times)
     console.print(shares)
-    how = "beside the model" if found.beside else "in turn with the model"
+    how = "in parallel with the model" if found.overlapping else "in turn with the model"
     console.print(
         f"encoding and embedding {how}; {found.model}, {found.dtype} on {found.device}, "
         f"{found.settings.threads} threads; batch {found.batch}"

@@ -1,4 +1,4 @@
-"""``m3 eval calibrate``."""
+"""``m3 eval calibrate``: choose the settings of recall on the bank itself."""
 
 import os
 from collections.abc import Mapping
@@ -20,19 +20,20 @@ _KEYS = ("memories", "min_score", "margin")
 def calibrate(
     config: ConfigFile = None,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for the report, and for what a stopped run goes on from.")
+        Path,
+        typer.Option("--out", "-o", help="Folder for the report and the state of a stopped run."),
     ] = Path("eval-calibrate"),
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Equal seeds make equal statements.")] = 0,
-    statements: Annotated[int, typer.Option("--statements", min=8, help="Statements to complete.")] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Answers that the model scores at once.")] = 8,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the file as it would be, and leave it.")] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the statements.")] = 0,
+    statements: Annotated[int, typer.Option("--statements", min=8, help="Number of statements to complete.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Answers in one batch.")] = 8,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the changed file, and do not write it.")] = False,
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Choose memories, min_score and margin of recall on statements from your bank, and write them into your file.
+    """Choose recall.memories, min_score and margin on statements from your bank, and write them into your file.
 
-    Can be stopped at any moment and run again with the same --out: it goes on. The bank is not touched; of the file,
-    these three values change, and the evidence stands beside them as a comment.
+    It can be stopped at any moment and run again with the same --out: it resumes. The bank is not changed; in the file,
+    only these three values change, each with the evidence as a comment.
     """
     loaded = load(config, set)
     from datetime import date

@@ -1,4 +1,4 @@
-"""``m3 codec``: trained codecs as files of their own."""
+"""``m3 codec``: trained codecs as separate files."""
 
 from collections.abc import Mapping
 from contextlib import closing
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="codec",
-    help="Train a codec by hand, look into one, exchange quantisers with faiss.",
+    help="Train codecs by hand, describe them, and exchange quantisers with faiss.",
     no_args_is_help=True,
 )
 
-Force = Annotated[bool, typer.Option("--force", help="Replace files that are there already.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 
 
 @app.command()
@@ -36,9 +36,9 @@ def fit(
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Train the configured codec on a sample of a corpus, for `codec.file`.
+    """Train the configured codec on a sample of a corpus, and save it for `codec.file`.
 
-    It is the codec that `m3 write` would train for a new bank of this corpus.
+    The result is the codec that `m3 write` would train for a new bank of this corpus.
     """
     settings = configuration(config, set)
     if not corpus:
@@ -59,7 +59,7 @@ def fit(
     adapter = assembly.open_adapter(settings)
     codec = assembly.make_codec(settings, adapter.spec)
     if codec.trained:
-        raise InputError(f"a codec of kind {settings.codec.kind} learns nothing: there is nothing to fit")
+        raise InputError(f"a codec of kind {settings.codec.kind} learns nothing and cannot be fitted")
     splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
     with closing(ReferenceSpool(documents, splitter, whole=whole)) as references:
         sample = reservoir(range(len(references)), sample_size(adapter.spec))
@@ -77,7 +77,7 @@ def report(
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Print what a codec is, how small it makes memories and what it loses. Needs no model."""
+    """Print the kind, the compression and the error of a codec; no model is needed."""
     if file is not None:
         from m3runtime.writing.codec_files import load_any
 
@@ -105,7 +105,7 @@ def import_(
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Make a product codec of two quantisers that faiss trained, for memories of the configured model."""
+    """Make a product codec from two faiss indexes, for memories of the configured model."""
     settings = configuration(config, set)
     _check_free(out, force=force, inputs={"--keys": keys, "--values": values})
     from m3runtime import assembly
@@ -133,7 +133,7 @@ def export(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Write a codec's quantisers as indexes of faiss, whose codes are the codec's own, byte for byte."""
+    """Export the quantisers of a codec as faiss indexes with the same codes, byte for byte."""
     _check_free(keys, force=force, inputs={"the codec": file})
     _check_free(values, force=force, inputs={"the codec": file, "--keys": keys})
     from m3runtime.codecs import files
@@ -169,9 +169,9 @@ def _check_free(path: Path, *, force: bool, inputs: Mapping[str, Path] | None = 
     if path.is_dir():
         raise InputError(f"{path}: is a folder; name a file")
     if not path.parent.is_dir():
-        raise InputError(f"{path}: there is no folder {path.parent}; make it first")
+        raise InputError(f"{path}: the folder {path.parent} does not exist; make it first")
     if path.exists() and not force:
-        raise InputError(f"{path}: is there already; --force replaces it")
+        raise InputError(f"{path}: exists already; --force replaces it")
 
 
 def _print(codec: "Codec", path: Path, *, json: bool) -> None:
@@ -191,7 +191,7 @@ def _print(codec: "Codec", path: Path, *, json: bool) -> None:
 
 
 def _facts(codec: "Codec", path: Path) -> dict[str, Any]:
-    """What there is to say of a codec, as JSON values."""
+    """The facts about a codec, as JSON values."""
     spec, reference = codec.spec, codec.payload_bytes(codec.spec.tokens)
     plain = 2 * 2 * spec.vectors_per_token * spec.head_dim * spec.tokens  # keys and values of two bytes each
     measured = getattr(codec, "measured", None)  # not of the contract: codecs that learn nothing need not have it

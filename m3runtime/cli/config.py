@@ -1,4 +1,4 @@
-"""``m3 config``."""
+"""``m3 config``: print the configuration in force."""
 
 from json import dumps
 
@@ -8,7 +8,7 @@ from m3runtime.cli.options import ConfigFile, Json, Set, load, print_json
 
 
 def config(config: ConfigFile = None, set: Set = None, json: Json = False) -> None:
-    """Print the configuration in force, and where each value came from."""
+    """Print the configuration in force, and the origin of each value."""
     from m3runtime import assembly
     from m3runtime.storage.defaults import default_tiers
 

@@ -1,4 +1,4 @@
-"""``m3 eval``: what memory does to answers."""
+"""``m3 eval``: the effect of memories on answers."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,21 +14,19 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="eval",
-    help="Measure, on your own model, whether memories answer as well as text in the prompt.",
+    help="Compare, on your own model, answers from memories with answers from text in the prompt.",
     no_args_is_help=True,
 )
 
-Out = Annotated[
-    Path, typer.Option("--out", "-o", help="Folder for the report, and for what a stopped run goes on from.")
-]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Equal seeds ask equal questions.")]
-References = Annotated[int, typer.Option("--references", min=1, help="Invented references.")]
-Questions = Annotated[int, typer.Option("--questions", min=1, help="Questions that the references answer.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Questions that the model reads at once.")]
-Statements = Annotated[bool, typer.Option("--statements", help="Statements to complete, instead of questions.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and the state of a stopped run.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the questions.")]
+References = Annotated[int, typer.Option("--references", min=1, help="Number of invented references.")]
+Questions = Annotated[int, typer.Option("--questions", min=1, help="Number of questions that the references answer.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Questions in one batch.")]
+Statements = Annotated[bool, typer.Option("--statements", help="Ask for the end of statements instead of questions.")]
 
 _STAGES = {"codec": "Training the codec", "memories": "Writing memories", "timing": "Measuring times"}
-"""The other stages are modes, and the settings of a sweep."""
+"""Names of stages for progress bars; the other stages are modes, and the settings of a sweep."""
 
 
 @app.command()
@@ -38,16 +36,15 @@ def facts(
     seed: Seed = 0,
     references: References = 320,
     questions: Questions = 200,
-    unanswerable: Annotated[int, typer.Option(min=0, help="Questions whose answer is nowhere.")] = 50,
+    unanswerable: Annotated[int, typer.Option(min=0, help="Number of questions that no reference answers.")] = 50,
     statements: Statements = False,
     batch: Batch = 16,
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Questions about invented facts: nothing, text in the prompt and memory side by side.
+    """Ask questions about invented facts: without references, with them as text, and with memories.
 
-    Can be stopped at any moment and run again with the same --out: it goes on. The bank of your configuration is not
-    touched.
+    It can be stopped at any moment and run again with the same --out: it resumes. The configured bank is not changed.
     """
     settings = configuration(config, set)
     from m3runtime import assembly
@@ -81,17 +78,17 @@ def sweep(
     references: References = 160,
     questions: Questions = 100,
     corpus: Annotated[
-        list[Path] | None, typer.Option("--corpus", help="Real text, to try chunk lengths on; may be repeated.")
+        list[Path] | None, typer.Option("--corpus", help="Real text to try chunk lengths on; may be repeated.")
     ] = None,
-    axis: Annotated[list[str] | None, typer.Option(help="Try this setting alone; may be repeated.")] = None,
+    axis: Annotated[list[str] | None, typer.Option(help="Try only this setting; may be repeated.")] = None,
     batch: Batch = 16,
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Try one setting after the other, and say which to use and why.
+    """Try one setting after the other, and recommend a value for each.
 
-    Takes long; can be stopped at any moment and run again with the same --out. Measure what it recommends with
-    `m3 eval facts` and another seed: the best of many is flattered by the questions that it was chosen by.
+    This takes long. It can be stopped at any moment and run again with the same --out. Measure the recommended settings
+    with `m3 eval facts` and another seed: on the questions that they were chosen by, they look better than they are.
     """
     settings = configuration(config, set)
     from m3runtime import assembly
@@ -127,17 +124,17 @@ def text(
     config: ConfigFile = None,
     out: Out = Path("eval-text"),
     seed: Seed = 0,
-    passages: Annotated[int, typer.Option(min=2, help="Held-out passages.")] = 40,
-    chunks: Annotated[int, typer.Option(min=1, help="Scored chunks of a passage.")] = 3,
-    share: Annotated[float, typer.Option(min=0, max=1, help="Drop references of which a passage has more.")] = 2 / 3,
-    batch: Annotated[int, typer.Option(min=1, help="Passages that the model reads at once.")] = 8,
+    passages: Annotated[int, typer.Option(min=2, help="Number of held-out passages.")] = 40,
+    chunks: Annotated[int, typer.Option(min=1, help="Scored chunks of each passage.")] = 3,
+    share: Annotated[float, typer.Option(min=0, max=1, help="Most of a reference that a passage may have.")] = 2 / 3,
+    batch: Annotated[int, typer.Option(min=1, help="Passages in one batch.")] = 8,
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Real text: how likely held-out passages are, alone, with references as text, and with memories.
+    """Score held-out passages of real text: alone, with references as text, and with memories.
 
-    Other parts of their documents are in the bank. Can be stopped at any moment and run again with the same --out. The
-    bank of your configuration is not touched.
+    References are the other parts of the passages' documents. It can be stopped at any moment and run again with the
+    same --out. The configured bank is not changed.
     """
     settings = configuration(config, set)
     from m3runtime import assembly

@@ -1,4 +1,4 @@
-"""Ctrl-C is answered wherever it lands, even where Python cannot raise."""
+"""`heard`: repeat a Ctrl-C that came where Python cannot raise."""
 
 import _thread
 import signal
@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _SOON = 0.01
-"""Seconds after which an interrupt that was lost comes again: what lost it has long returned by then."""
+"""Seconds until a lost interrupt is repeated; the finaliser that lost it has returned by then."""
 
 
 @contextmanager
 def heard() -> Iterator[None]:
-    """Let an interrupt that Python could not raise come again, until one is raised.
+    """Repeat an interrupt that Python could not raise, until one is raised.
 
     A `KeyboardInterrupt` in a finaliser (``__del__``, the callback of a weak reference) is reported and dropped, and
-    the command would go on as if nobody had interrupted it. Libraries have many finalisers: one that compiles with LLVM
-    spends much of its time in them. For the main thread; `sys.unraisablehook` is what it was when the block ends.
+    the command would continue. Libraries have many finalisers: one that compiles with LLVM spends much of its time in
+    them. Call it in the main thread. `sys.unraisablehook` is restored at the end of the block.
     """
     before, ended, main = sys.unraisablehook, False, threading.main_thread().ident
     assert main is not None
@@ -26,11 +26,11 @@ def heard() -> Iterator[None]:
     def come_again() -> None:
         time.sleep(_SOON)
         if not ended:
-            signal.pthread_kill(main, signal.SIGINT)  # a true one: it also wakes what waits
+            signal.pthread_kill(main, signal.SIGINT)  # a real signal also ends a wait
 
     def hook(lost: "sys.UnraisableHookArgs") -> None:
         if issubclass(lost.exc_type, KeyboardInterrupt):
-            # `Thread.start` takes locks that the code which was interrupted may hold.
+            # `Thread.start` takes locks that the interrupted code may hold.
             _thread.start_new_thread(come_again, ())
         else:
             before(lost)

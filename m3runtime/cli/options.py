@@ -1,4 +1,4 @@
-"""Options that every command has, and how they are read."""
+"""Options of all commands, the configuration that they select, and output."""
 
 import json
 from pathlib import Path
@@ -18,11 +18,12 @@ ConfigFile = Annotated[
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value: --set recall.memories=3.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def load(file: Path | None, settings: list[str] | None) -> "Loaded[Config]":
-    """The configuration in force. Raises `ConfigError`, or `InputError` for a ``--set`` without a value."""
+    """The configuration with the origin of each value. Raises `ConfigError`, or `InputError` for a bad ``--set``."""
     from m3runtime.config.loading import load_config
     from m3runtime.config.schema import Config
 
@@ -36,19 +37,24 @@ def load(file: Path | None, settings: list[str] | None) -> "Loaded[Config]":
 
 
 def configuration(file: Path | None, settings: list[str] | None) -> "Config":
-    """As `load`, without where values came from."""
+    """The configuration in force; see `load`."""
     return load(file, settings).config
 
 
 def print_json(value: Any) -> None:
-    """One line of JSON on standard output."""
+    """Print one line of JSON on standard output."""
     typer.echo(json.dumps(value, ensure_ascii=False))
 
 
 def show_size(size: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
+    """A size in bytes with three significant digits. Units are powers of 1024, which the paper calls PB and TB."""
+    power = 0
+    while float(f"{size:.3g}") >= 1000 and power < len(_UNITS) - 1:
+        size, power = size / 1024, power + 1
+    return f"{short(size)} {_UNITS[power]}"
+
+
+def short(number: float) -> str:
+    """A number with three significant digits."""
+    rounded = float(f"{number:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:g}"

@@ -1,4 +1,4 @@
-"""Progress bars, one for each stage of a command."""
+"""`stages`: progress bars, one for each stage of a command."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,13 +12,13 @@ OnProgress = Callable[[str, int, int], None]
 
 @contextmanager
 def stages(names: Mapping[str, str], *, shown: bool) -> Iterator[OnProgress]:
-    """A function to call with a stage, what is done of it, and all of it; ``names`` says what stages are called."""
+    """A function to call with a stage, the steps done, and all its steps. ``names`` has the titles of stages."""
     bar, tasks = _bar(shown=shown), dict[str, int]()
     with ExitStack() as showing:
 
         def progress(stage: str, done: int, total: int) -> None:
             if not tasks:
-                showing.enter_context(bar)  # not before: it leaves a blank line if there was nothing to show
+                showing.enter_context(bar)  # not earlier: an unused bar leaves a blank line
             if stage not in tasks:
                 tasks[stage] = bar.add_task(names.get(stage, stage), total=total, completed=done, begun_at=done)
             bar.update(tasks[stage], completed=done)  # type: ignore[arg-type]
@@ -32,11 +32,11 @@ def _bar(*, shown: bool) -> "Progress":
     from rich.text import Text
 
     class Rate(ProgressColumn):
-        """Steps a second."""
+        """Steps per second."""
 
         def render(self, task: "Task") -> Text:
             speed = task.finished_speed or task.speed
-            if speed is None and task.elapsed:  # one step is not enough for rich
+            if speed is None and task.elapsed:  # rich needs more than one step
                 speed = (task.completed - task.fields["begun_at"]) / task.elapsed
             return Text(f"{speed:.1f}/s" if speed else "")
 

@@ -1,4 +1,4 @@
-"""``m3 top``: what a running process recalls, live."""
+"""``m3 top``: the metrics of a running process, live."""
 
 import os
 import time
@@ -27,25 +27,25 @@ DEFAULT_PORT = 9464
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What an endpoint said at one time."""
+    """The metrics of an endpoint at one time."""
 
     at: float
     values: Mapping[str, float]
-    """Without labels, by name without ``m3_`` and ``_total``."""
+    """Metrics without labels, by name without ``m3_`` and ``_total``."""
     by_label: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Of one label (tier or stage), by name and label; the buckets of latencies are left out."""
+    """Metrics with one label (tier or stage), by name and label, without the buckets of latencies."""
 
 
 def top(
     config: ConfigFile = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65_535, help="Default: `metrics.port`, or 9464.")] = None,
-    address: Annotated[str | None, typer.Option(help="Default: `metrics.address`, or 127.0.0.1.")] = None,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings.")] = 1.0,
-    once: Annotated[bool, typer.Option("--once", help="Print one reading and end.")] = False,
+    port: Annotated[int | None, typer.Option(min=1, max=65_535, help="Port. Default: `metrics.port`, or 9464.")] = None,
+    address: Annotated[str | None, typer.Option(help="Address. Default: `metrics.address`, or 127.0.0.1.")] = None,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two samples.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one sample, and exit.")] = False,
     set: Set = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one reading as JSON and end.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one sample as JSON, and exit.")] = False,
 ) -> None:
-    """Watch what a running process recalls, which was started with `metrics.port` set."""
+    """Watch the recalls of a running process that was started with `metrics.port` set."""
     configured = _configured(config, set)
     where = f"{address or configured.address}:{port or configured.port or DEFAULT_PORT}"
     sample = read(where)
@@ -68,7 +68,7 @@ def top(
 
 
 def _configured(file: Path | None, settings: list[str] | None) -> "MetricsConfig":
-    """The section of the configuration, where there is one: watching needs none."""
+    """The section ``metrics`` of the configuration, or its defaults if there is no configuration."""
     from m3runtime.config.schema import MetricsConfig
 
     if file is None and not settings and "M3_CONFIG" not in os.environ and not Path("m3.yaml").exists():
@@ -77,25 +77,25 @@ def _configured(file: Path | None, settings: list[str] | None) -> "MetricsConfig
 
 
 def read(where: str) -> Sample:
-    """Ask an endpoint. Raises `InputError` if nobody listens there, or something else than a runtime."""
+    """Read an endpoint. Raises `InputError` if nothing listens there, or it is not a runtime."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(f"http://{where}/metrics", timeout=5) as answer:
             text = answer.read(1 << 22).decode("utf-8", "replace")
-    except (OSError, ValueError, HTTPException) as error:  # of which urllib's own errors are kinds
+    except (OSError, ValueError, HTTPException) as error:  # urllib's own errors are subclasses
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise InputError(
-            f"nobody answers at {where} ({reason}); start the process with M3_METRICS__PORT={DEFAULT_PORT}, "
-            "or name its port by --port"
+            f"nothing answers at {where} ({reason}); start the process with M3_METRICS__PORT={DEFAULT_PORT}, "
+            "or give its port with --port"
         ) from error
     sample = parse(text)
     if "recall_chunks" not in sample.values:
-        raise InputError(f"what answers at {where} is no runtime of m3")
+        raise InputError(f"the process at {where} is not a runtime of m3")
     return sample
 
 
 def parse(text: str) -> Sample:
-    """Read Prometheus' text format, what there is of ours."""
+    """The metrics of a runtime in Prometheus' text format."""
     values: dict[str, float] = {}
     by_label: dict[str, dict[str, float]] = defaultdict(dict)
     for line in text.splitlines():
@@ -116,7 +116,7 @@ def parse(text: str) -> Sample:
 
 
 def shown(where: str, now: Sample, before: Sample | None) -> "Group":
-    """A reading as tables; rates are those since ``before``, or since the process began to count."""
+    """A sample as tables. Rates are since ``before``, or since the process started."""
     from rich.console import Group
     from rich.text import Text
 
@@ -167,22 +167,22 @@ def _tiers(now: Sample, before: Sample | None) -> Any:
 def _stages(now: Sample, before: Sample | None) -> Any:
     from rich.table import Table
 
-    table = Table("stage", "in recalls", "each", "beside", "each", box=None)
-    recall, beside = "recall_stage_seconds", "lookahead_stage_seconds"
-    counts = [now.by_label.get(f"{name}_count", {}) for name in (recall, beside)]
+    table = Table("stage", "in recalls", "each", "in background", "each", box=None)
+    recall, background = "recall_stage_seconds", "lookahead_stage_seconds"
+    counts = [now.by_label.get(f"{name}_count", {}) for name in (recall, background)]
     for stage in dict.fromkeys([*counts[0], *counts[1]]):
         table.add_row(
             stage,
             f"{counts[0].get(stage, 0):.0f}",
             _mean(recall, stage, now, before),
             f"{counts[1].get(stage, 0):.0f}",
-            _mean(beside, stage, now, before),
+            _mean(background, stage, now, before),
         )
     return table
 
 
 def _mean(name: str, label: str, now: Sample, before: Sample | None) -> str:
-    """Of the calls since ``before``, or of all if there were none."""
+    """The mean of the calls since ``before``, or of all calls if there were none."""
 
     def of(sample: Sample | None, what: str) -> float:
         return 0.0 if sample is None else sample.by_label.get(f"{name}_{what}", {}).get(label, 0.0)

@@ -1,4 +1,4 @@
-"""``m3 train``."""
+"""``m3 train``: train a model to read memories."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -19,9 +19,10 @@ def train(
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Train a model to read memories, as the section ``train`` says: warmup without them, then with them.
+    """Train a model to read memories, as the section `train` of the configuration says.
 
-    Can be stopped at any moment and run again: it goes on at its last checkpoint. torchrun starts it on several GPUs:
+    A warmup without memories comes first, then training with them. It can be stopped at any moment and run again: it
+    resumes at its last checkpoint. torchrun starts it on several GPUs:
     torchrun --nproc-per-node 4 --no-python m3 train.
     """
     settings = configuration(config, set)

@@ -1,4 +1,4 @@
-"""``m3 verify``."""
+"""``m3 verify``: check a bank, and repair it."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,9 +38,10 @@ def verify(
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Read all of a bank and report its damage. The exit code is 1 if there is any, or is left after --repair.
+    """Check every part of a bank for damage, and repair it with --repair.
 
-    Needs no model without --repair, changes nothing, and can run while others read and write.
+    The exit code is 1 if anything is damaged, and with --repair if anything still is. Without --repair it needs no
+    model, changes nothing, and can run while others read and write.
     """
     settings = configuration(config, set)
     if (no_model or drop) and not repair:

@@ -1,4 +1,4 @@
-"""``m3 write``."""
+"""``m3 write``: write texts into a bank."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -21,9 +21,9 @@ def write(
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Write texts into the bank; makes the bank if there is none.
+    """Write texts into the bank, and create the bank if it does not exist.
 
-    Can be interrupted at any moment and run again: it resumes, and writes nothing twice. References that were only
+    It can be interrupted at any moment and run again: it resumes, and stores nothing twice. References that were only
     catalogued are encoded when they are written without --catalogue. A corpus may be larger than the machine's memory.
     """
     settings = configuration(config, set)

@@ -48,12 +48,12 @@ class Codec(ABC):
 
     @property
     def trained(self) -> bool:
-        """Whether `encode` and `decode` can be used. Codecs that learn nothing always are."""
+        """True if `encode` and `decode` can be used: always, for codecs that learn nothing."""
         return True
 
     @property
     def weighs_errors(self) -> bool:
-        """Whether `fit` makes use of an importance."""
+        """True if `fit` uses an importance."""
         return False
 
     def fit(  # noqa: B027 - most learn nothing
@@ -63,7 +63,8 @@ class Codec(ABC):
 
         ``importance`` says what errors cost, where that is known: ``float32[layers, n, n]`` on the CPU with ``n`` of
         ``2 * kv_heads * head_dim``, one matrix for each memory layer over the channels of a token, keys of all heads
-        first, then values. An error ``e`` costs ``e @ importance @ e``. See `m3runtime.adapters.abilities.Weighing`.
+        first, then values. An error ``e`` costs ``e @ importance @ e``. See
+        `m3runtime.adapters.base.Adapter.importance`.
         """
 
     @abstractmethod

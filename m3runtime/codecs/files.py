@@ -41,12 +41,12 @@ _MOST_HEAD = 4 << 20
 _MOST = 8 << 30
 """Bytes of a file at most, whatever its spec."""
 _MOST_STAGES = 4
-"""Of a quantiser, for `_most_bytes`."""
+"""Stages of the largest quantiser, for `_most_bytes`."""
 
 
 @dataclass(frozen=True, slots=True)
 class CodecFile:
-    """What a codec's file holds, after every check: see `read`."""
+    """The content of a codec's file, after every check: see `read`."""
 
     path: Path
     options: Mapping[str, Any]
@@ -60,17 +60,29 @@ class CodecFile:
         except (TypeError, CodecError, RecursionError) as error:
             raise CodecError(f"{self.path}: options do not fit: {_short(error)}") from error
 
-    def expect(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise `CodecError` unless the tensors are exactly these, float32 and finite."""
-        if self.tensors.keys() != shapes.keys():
-            raise CodecError(f"{self.path}: holds tensors {_short(sorted(self.tensors))}, not {sorted(shapes)}")
-        for name, shape in shapes.items():
-            tensor = self.tensors[name]
-            if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
-                found = f"{tensor.dtype} {tuple(tensor.shape)}"
-                raise CodecError(f"{self.path}: tensor {name!r} is {found}, not torch.float32 {shape}")
-            if not torch.isfinite(tensor).all():
-                raise CodecError(f"{self.path}: tensor {name!r} is not finite")
+
+def load_untrained(codec: type[C], path: Path, spec: MemorySpec) -> C:
+    """Read the file of a codec that learns nothing. Raises `CodecError` as `read` does, and if it holds tensors."""
+    file = read(path, codec.kind, spec)
+    made = file.make(codec, spec)
+    try:
+        check_tensors(file.tensors, {})
+    except CodecError as error:
+        raise CodecError(f"{path}: {error}") from error
+    return made
+
+
+def check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `CodecError` unless these tensors are all that is wanted, of these shapes, float32 and finite."""
+    if tensors.keys() != wanted.keys():
+        raise CodecError(f"it holds tensors {_short(sorted(tensors))}, not {sorted(wanted)}")
+    for name, shape in wanted.items():
+        tensor = tensors[name]
+        if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise CodecError(f"tensor {name!r} is {found}, not torch.float32 {shape}")
+        if not torch.isfinite(tensor).all():
+            raise CodecError(f"tensor {name!r} is not finite")
 
 
 def codec_fingerprint(codec: Codec, tensors: Mapping[str, Tensor] | None = None) -> str:
@@ -131,7 +143,7 @@ def read(path: Path, kind: str, spec: MemorySpec) -> CodecFile:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write all of a file or nothing, over what was there. Raises `CodecError` if the drive does not take it."""
+    """Write all of a file or nothing, in place of an older one. Raises `CodecError` if the drive does not take it."""
     try:
         write_atomically(path, data)
     except OSError as error:
@@ -139,7 +151,7 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def _checked(path: Path) -> tuple[CodecFile, str, MemorySpec]:
-    """What a file holds after every check, and the kind and spec that it states."""
+    """The content of a file after every check, and the kind and spec that it states."""
     data, end, head = _read(path)
     version, digest, record = head["format"], _escaped(head["digest"]), head["codec"]
     if version != FORMAT:
@@ -189,7 +201,7 @@ def _read(path: Path) -> tuple[bytes, int, dict[str, Any]]:
 
 
 def _head(text: bytes, path: Path) -> tuple[int, dict[str, Any]]:
-    """Of the header's JSON, how many bytes of tensors follow, and our part."""
+    """The bytes of tensors that a header announces, and our part of its JSON."""
     try:
         entries = json.loads(text, object_pairs_hook=_unique)
         head = json.loads(entries.pop("__metadata__")[_KEY], object_pairs_hook=_unique)

@@ -1,4 +1,4 @@
-"""What every codec shares: the token-major payload, the vectors of one memory, and the checks at both ends.
+"""Helpers of every codec: the token-major payload, the vectors of one memory, and the checks at both ends.
 
 ::
 
@@ -44,7 +44,7 @@ def vectors(memories: MemoryTensors, i: int, spec: MemorySpec) -> tuple[Tensor, 
 
 
 def finite(x: Tensor) -> bool:
-    """Whether all values are finite; true for none. One pass, where ``isfinite().all()`` takes several."""
+    """True if all values are finite, and for no values. One pass, where ``isfinite().all()`` takes several."""
     return not x.numel() or bool(torch.stack(torch.aminmax(x)).isfinite().all())
 
 

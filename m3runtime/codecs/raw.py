@@ -38,15 +38,18 @@ class RawCodec(Codec):
 
     @property
     def fingerprint(self) -> str:
-        """See `Codec.fingerprint`."""
+        """Thirty-two hex digits that identify the codec: see `Codec.fingerprint`."""
         return files.codec_fingerprint(self)
 
     def payload_bytes(self, tokens: int) -> int:
-        """See `Codec.payload_bytes`."""
+        """Bytes of the payload of so many tokens: see `Codec.payload_bytes`."""
         return tokens * 2 * self._token_bytes
 
     def encode(self, memories: MemoryTensors) -> Tensor:
-        """See `Codec.encode`. Raises `CodecError` also for a value too large for ``dtype``."""
+        """Payloads of memories, ``uint8[n, bytes]`` on the CPU: see `Codec.encode`.
+
+        Raises `CodecError` also for a value too large for ``dtype``.
+        """
         memories.check(self.spec)
         rows = torch.zeros(len(memories), self.payload_bytes(self.spec.tokens), dtype=torch.uint8)
         for i, row in enumerate(rows):
@@ -58,7 +61,10 @@ class RawCodec(Codec):
         return rows
 
     def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> MemoryTensors:
-        """See `Codec.decode`. Raises `BlockError` if a memory holds a value that is not finite."""
+        """Memories of payloads, on the payloads' device: see `Codec.decode`.
+
+        Raises `BlockError` if a memory holds a value that is not finite.
+        """
         width = layout.width_of(payloads, tokens, self.spec)
         layout.check_length(payloads, self.payload_bytes(width))
 
@@ -75,12 +81,10 @@ class RawCodec(Codec):
         return layout.finish(keys, values, tokens, self.spec, dtype, torch.finfo(self._dtype).max)
 
     def save(self, path: Path) -> None:
-        """See `Codec.save`."""
+        """Write the codec's file: see `Codec.save`."""
         files.write(path, self)
 
     @classmethod
     def load(cls, path: Path, spec: MemorySpec) -> "RawCodec":
-        """See `Codec.load`."""
-        file = files.read(path, cls.kind, spec)
-        file.expect({})
-        return file.make(cls, spec)
+        """Read the codec's file: see `Codec.load`."""
+        return files.load_untrained(cls, path, spec)

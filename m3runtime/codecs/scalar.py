@@ -50,15 +50,18 @@ class ScalarCodec(Codec):
 
     @property
     def fingerprint(self) -> str:
-        """See `Codec.fingerprint`."""
+        """Thirty-two hex digits that identify the codec: see `Codec.fingerprint`."""
         return files.codec_fingerprint(self)
 
     def payload_bytes(self, tokens: int) -> int:
-        """See `Codec.payload_bytes`."""
+        """Bytes of the payload of so many tokens: see `Codec.payload_bytes`."""
         return 2 * self._range_bytes + tokens * (self._key_bytes + self._value_bytes)
 
     def encode(self, memories: MemoryTensors) -> Tensor:
-        """See `Codec.encode`. Raises `CodecError` also for a value too large for a float16."""
+        """Payloads of memories, ``uint8[n, bytes]`` on the CPU: see `Codec.encode`.
+
+        Raises `CodecError` also for a value too large for a float16.
+        """
         memories.check(self.spec)
         rows = torch.zeros(len(memories), self.payload_bytes(self.spec.tokens), dtype=torch.uint8)
         for i, row in enumerate(rows):
@@ -74,7 +77,10 @@ class ScalarCodec(Codec):
         return rows
 
     def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> MemoryTensors:
-        """See `Codec.decode`. Raises `BlockError` if a range is not finite."""
+        """Memories of payloads, on the payloads' device: see `Codec.decode`.
+
+        Raises `BlockError` if a range is not finite.
+        """
         width = layout.width_of(payloads, tokens, self.spec)
         layout.check_length(payloads, self.payload_bytes(width))
         fixed = payloads[:, : 2 * self._range_bytes].clone(memory_format=torch.contiguous_format)
@@ -92,15 +98,13 @@ class ScalarCodec(Codec):
         return layout.finish(pair[0], pair[1], tokens, self.spec, dtype, _PEAK)
 
     def save(self, path: Path) -> None:
-        """See `Codec.save`."""
+        """Write the codec's file: see `Codec.save`."""
         files.write(path, self)
 
     @classmethod
     def load(cls, path: Path, spec: MemorySpec) -> "ScalarCodec":
-        """See `Codec.load`."""
-        file = files.read(path, cls.kind, spec)
-        file.expect({})
-        return file.make(cls, spec)
+        """Read the codec's file: see `Codec.load`."""
+        return files.load_untrained(cls, path, spec)
 
 
 def _packed_bytes(channels: int, bits: int) -> int:

@@ -1,1 +1,1 @@
-"""Where the runtime computes: device, side streams, threads."""
+"""Devices, streams, threads and copies: where the runtime computes."""

@@ -1,6 +1,8 @@
 """`PageLocked`: RAM of an exact size that a CUDA device reads at full speed."""
 
 import mmap
+import sys
+from contextlib import suppress
 
 import torch
 
@@ -18,7 +20,7 @@ class PageLocked:
         # Outside of inference mode, where the tensor could be written in that mode alone.
         with torch.inference_mode(False):
             if size:
-                self.bytes = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)  # begins with a page
+                self.bytes = torch.frombuffer(_mapped(size), dtype=torch.uint8)
             else:
                 self.bytes = torch.empty(0, dtype=torch.uint8)
         self._is_registered = False
@@ -34,3 +36,14 @@ class PageLocked:
             self._is_registered = False
             with torch.cuda.device(self._device):
                 torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())  # type: ignore[no-untyped-call]
+
+
+def _mapped(size: int) -> mmap.mmap:
+    """Memory that begins with a page and is given back with the last tensor over it."""
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if sys.platform == "linux":
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)  # fewer pages to lock
+    return memory

@@ -1,4 +1,4 @@
-"""`SideStream`: work on a GPU beside the stream that decodes."""
+"""`SideStream`: work on a GPU in parallel with the stream that decodes."""
 
 import threading
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ class SideStream:
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """Let the block queue its work on the calling thread's stream."""
+        """Queue the work of a ``with`` block on the calling thread's own stream."""
         if self._device.type != "cuda":
             yield
             return
@@ -27,7 +27,7 @@ class SideStream:
             yield
 
     def mark(self) -> torch.Event | None:
-        """What has been queued so far on the current stream, to be waited for by another; None if nothing waits."""
+        """An event after all that the current stream has queued so far; None on a CPU, where nothing waits."""
         if self._device.type != "cuda":
             return None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -35,7 +35,7 @@ class SideStream:
         return event
 
     def arrive(self, event: torch.Event | None, tensors: Iterable[Tensor]) -> None:
-        """Let the current stream wait until ``event``, and use these tensors from then on. The CPU does not wait."""
+        """Let the current stream wait for ``event``, and use these tensors from then on. The CPU does not wait."""
         if event is None:
             return
         stream = torch.cuda.current_stream(self._device)

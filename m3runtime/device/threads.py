@@ -9,7 +9,7 @@ _CHANGING = threading.Lock()
 
 
 def compute_on(threads: int) -> None:
-    """Let the calling thread compute on so many threads; all others compute as before.
+    """Let the calling thread compute on this many threads; all others compute as before.
 
     OpenMP and MKL keep that number for each thread, and so does what the codecs start threads by. But torch also gives
     the number that was set last to every thread that computes for the first time, so it is set back, by a thread that
@@ -24,7 +24,7 @@ def compute_on(threads: int) -> None:
 
 
 def prepare(device: torch.device, cores: int) -> None:
-    """Let the calling thread compute on ``device`` and on so many cores. Each thread of a runtime begins with it.
+    """Let the calling thread compute on ``device`` and on this many cores. Every thread of a runtime calls it first.
 
     Which accelerator is the current one is a property of each thread, and a new thread begins with the first.
     """

@@ -52,7 +52,7 @@ Found = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class BlockStamp:
-    """What all blocks of a bank have in common: fingerprints of bank and codec, as hex."""
+    """The fingerprints of bank and codec, as hex, that all blocks of a bank share."""
 
     bank: str
     codec: str

@@ -1,4 +1,4 @@
-"""`ModelShape`: what a model's memories weigh and cost depends on, without the model."""
+"""`ModelShape`: the sizes of a model that decide what its memories weigh and cost, without the model."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -27,9 +27,9 @@ class ModelShape:
     """Width of the MLP."""
     vocabulary: int
     gated: bool = True
-    """Whether the MLP has three matrices, as Llama's, or two."""
+    """True if the MLP has three matrices, as Llama's; else it has two."""
     dtype: str = "bfloat16"
-    """What its weights are stored in."""
+    """Dtype of the stored weights."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -42,17 +42,17 @@ class ModelShape:
 
     @property
     def attention_weights(self) -> int:
-        """Of one layer: the projections of queries, keys, values and outputs."""
+        """Weights of the projections of queries, keys, values and outputs of one layer."""
         queries, pairs = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return 2 * self.hidden * queries + 2 * self.hidden * pairs
 
     @property
     def mlp_weights(self) -> int:
-        """Of one layer."""
+        """Weights of the MLP of one layer."""
         return (3 if self.gated else 2) * self.hidden * self.mlp
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The sizes as plain JSON values."""
         return asdict(self)
 
 

@@ -30,7 +30,7 @@ class MemorySpec:
     reference_tokens: int
     """Most tokens of a reference; also the width of the interval of positions that memories share."""
     dtype: str
-    """What the model computed the memories in: ``float32``, ``float16`` or ``bfloat16``."""
+    """Dtype in which the model computed the memories: ``float32``, ``float16`` or ``bfloat16``."""
 
     def __post_init__(self) -> None:
         if not self.layers or any(b <= a for a, b in zip(self.layers, self.layers[1:], strict=False)):
@@ -49,7 +49,7 @@ class MemorySpec:
 
     @property
     def dense(self) -> bool:
-        """Whether a memory keeps every token of its reference."""
+        """True if a memory keeps every token of its reference."""
         return self.tokens == self.reference_tokens
 
     @property
@@ -58,7 +58,7 @@ class MemorySpec:
         return len(self.layers) * self.kv_heads
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values; `from_json` reads it back."""
+        """The spec as plain JSON values; `from_json` reads it back."""
         return {**asdict(self), "layers": list(self.layers)}
 
     @classmethod
@@ -74,7 +74,7 @@ class MemorySpec:
             raise ConfigError(f"not a memory spec: {error}") from error
 
     def difference(self, other: "MemorySpec") -> str:
-        """What differs between two specs, for an error message; empty if nothing does."""
+        """The difference of two specs, for an error message; empty for equal ones."""
         mine, theirs = self.to_json(), other.to_json()
         return ", ".join(f"{key} {mine[key]} against {theirs[key]}" for key in mine if mine[key] != theirs[key])
 

@@ -1,4 +1,4 @@
-"""What a runtime did, counted and timed: as values, for `m3runtime.observe.prometheus`, and as a timeline."""
+"""`Metrics`: counters and latencies of a runtime; `Timeline`: its last events."""
 
 import threading
 import time
@@ -91,20 +91,20 @@ class StoreCounts:
 
 @dataclass(frozen=True, slots=True)
 class TierMetrics:
-    """One tier."""
+    """The metrics of one tier."""
 
     stats: TierStats
     read: Latency
-    """Calls that read from it."""
+    """Durations of calls that read from the tier."""
     blocks: int | None
-    """Blocks held now; None if it cannot say."""
+    """Blocks in the tier now, or None if it cannot tell."""
     capacity: int | None
-    """Bytes of blocks held at most, or None for a tier without a bound."""
+    """Capacity in bytes, or None for a tier without a bound."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """A snapshot of a runtime."""
+    """A snapshot of a runtime's counters and latencies."""
 
     recall: RecallCounts
     lookahead: LookaheadCounts
@@ -114,55 +114,55 @@ class Metrics:
     lookahead_stages: Mapping[str, Latency]
     """By stage, see `LOOKAHEAD_STAGES`."""
     tiers: tuple[TierMetrics, ...]
-    """Fastest first, the home last."""
+    """The tiers, fastest first, the home last."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that took a while. ``start`` and ``end`` are those of `time.perf_counter`."""
+    """A timed piece of work. ``start`` and ``end`` are values of `time.perf_counter`."""
 
     name: str
-    """A stage; those beside decoding begin with ``ahead.``."""
+    """The name of a stage; names of background work begin with ``ahead.``."""
     start: float
     end: float
     thread: str
     streams: tuple[int, ...]
-    """Numbers of the streams that it was done for."""
+    """Numbers of the streams that the work was done for."""
     blocks: int = 0
-    """How many blocks it was about."""
+    """Number of blocks."""
 
 
 class Timeline:
-    """The last events, at most ``most`` of them; with 0 none are noted. Thread-safe."""
+    """The last ``most`` events; 0 keeps none. Thread-safe."""
 
     def __init__(self, most: int = 0) -> None:
         self.on = most > 0
         self._events: deque[Event] = deque(maxlen=most)  # appending to one is atomic
 
     def note(self, name: str, start: float, end: float, streams: tuple[int, ...] = (), blocks: int = 0) -> None:
-        """Add an event of the calling thread, also one of another's making, such as a decoding step."""
+        """Add an event of the calling thread, such as a decoding step of an engine."""
         if self.on:
             self._events.append(Event(name, start, end, threading.current_thread().name, streams, blocks))
 
     def events(self) -> tuple[Event, ...]:
-        """What is noted now, in the order in which it ended."""
+        """The events, in the order in which they ended."""
         return tuple(self._events.copy())
 
 
 @dataclass(slots=True)
 class Stages:
-    """Times one recall, or one piece of work beside decoding, stage by stage. For one thread."""
+    """Times one recall, or one piece of background work, stage by stage. For one thread."""
 
     timers: Mapping[str, Timer]
     timeline: Timeline
     prefix: str = ""
     streams: tuple[int, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
-    """By stage so far."""
+    """Seconds by stage so far."""
 
     @contextmanager
     def stage(self, name: str, blocks: int = 0) -> Iterator[None]:
-        """The block is this stage, or more of it."""
+        """Add the duration of the block to a stage."""
         start = time.perf_counter()
         try:
             yield
@@ -172,13 +172,13 @@ class Stages:
             self.timeline.note(self.prefix + name, start, end, self.streams, blocks)
 
     def count(self) -> None:
-        """Add what was timed to the latencies."""
+        """Add the times of the stages to the latencies."""
         for name, seconds in self.seconds.items():
             self.timers[name].add(seconds)
 
 
 class Meter:
-    """Collects what `Metrics` are made of. Thread-safe."""
+    """Collects the latencies and the timeline of a runtime. Thread-safe."""
 
     def __init__(self, timeline: int = 0) -> None:
         self.timeline = Timeline(timeline)
@@ -186,15 +186,15 @@ class Meter:
         self._lookahead = {name: Timer() for name in LOOKAHEAD_STAGES}
 
     def recall(self, streams: tuple[int, ...]) -> Stages:
-        """Stages of one recall."""
+        """The stages of one recall."""
         return Stages(self._recall, self.timeline, streams=streams)
 
     def lookahead(self, streams: tuple[int, ...] = ()) -> Stages:
-        """Stages of work beside decoding."""
+        """The stages of background work."""
         return Stages(self._lookahead, self.timeline, "ahead.", streams)
 
     def latencies(self) -> tuple[dict[str, Latency], dict[str, Latency]]:
-        """Of recall and of what is done beside decoding, by stage."""
+        """Latencies of recall and of background work, by stage."""
         recall, lookahead = (
             {name: timer.latency() for name, timer in timers.items()} for timers in (self._recall, self._lookahead)
         )
@@ -209,13 +209,13 @@ class RecallStats:
         self._counts = RecallCounts()
 
     def count(self, **more: float) -> None:
-        """Add to counts, by name."""
+        """Increase counts, by name."""
         with self._lock:
             self._counts = replace(
                 self._counts, **{name: getattr(self._counts, name) + value for name, value in more.items()}
             )
 
     def snapshot(self) -> RecallCounts:
-        """The counts now."""
+        """The current counts."""
         with self._lock:
             return self._counts

@@ -62,14 +62,14 @@ _TIER = {
 
 
 class Collector(_Collector):
-    """Turns snapshots of `Metrics` into metric families. It is in no registry by itself."""
+    """Converts snapshots of `Metrics` to metric families. It does not register itself."""
 
     def __init__(self, snapshot: Callable[[], Metrics]) -> None:
         """``snapshot`` is called at every scrape, from the threads of the endpoint."""
         self._snapshot = snapshot
 
     def describe(self) -> list[Metric]:
-        """Nothing: registering it takes no snapshot."""
+        """No families, so that registering takes no snapshot."""
         return []
 
     def collect(self) -> Iterator[Metric]:
@@ -90,12 +90,12 @@ class Collector(_Collector):
         for name, text in _STORE_NOW.items():
             yield GaugeMetricFamily(f"m3_store_{name}", text, value=getattr(metrics.store, name))
         yield _histogram("m3_recall_stage_seconds", "Stages of recalls.", "stage", metrics.recall_stages)
-        yield _histogram("m3_lookahead_stage_seconds", "Work beside decoding.", "stage", metrics.lookahead_stages)
+        yield _histogram("m3_lookahead_stage_seconds", "Background work, by stage.", "stage", metrics.lookahead_stages)
         yield from _tiers(metrics)
 
 
 class Endpoint:
-    """Serves metrics over HTTP until it is closed. Raises `ConfigError` if it cannot listen there."""
+    """Serves metrics over HTTP until it is closed. Raises `ConfigError` if it cannot listen on the address."""
 
     def __init__(self, snapshot: Callable[[], Metrics], address: str, port: int) -> None:
         registry = CollectorRegistry()
@@ -108,7 +108,7 @@ class Endpoint:
         self.port = int(self._server.server_port)
 
     def close(self) -> None:
-        """Listen no longer; no thread is left. Closing twice is fine."""
+        """Stop to listen, and end all threads. Closing twice is fine."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -121,7 +121,7 @@ class Endpoint:
 
 
 def serve(snapshot: Callable[[], Metrics], address: str, port: int) -> Endpoint | None:
-    """An `Endpoint`; None, with a warning in the log, where another process listens, which may be one of ours."""
+    """An `Endpoint`, or None with a warning in the log if another process listens on the port."""
     try:
         return Endpoint(snapshot, address, port)
     except ConfigError as error:

@@ -1,1 +1,1 @@
-"""Planning: size and cost of a bank before it is written."""
+"""Planning: the size and the cost of a bank before it is written."""

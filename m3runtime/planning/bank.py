@@ -1,20 +1,21 @@
-"""What a bank will weigh, what tiers hold of it, what it costs to write and read, and what a drive allows.
+"""`plan`: the size and the cost of a bank, the share of it that tiers hold, and the reads that a drive allows.
 
-Everything is computed from sizes; nothing is loaded, written or timed.
+Everything is computed from sizes. Nothing is loaded, written or timed.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from m3runtime import assembly
-from m3runtime.adapters.abilities import Sizing
+from m3runtime.adapters.base import Adapter
 from m3runtime.bank.bank import slot_bytes
 from m3runtime.config.units import parse_size
 from m3runtime.errors import ConfigError
 from m3runtime.memory.shape import ModelShape, memory_spec
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.planning.cost import Cost, cost
+from m3runtime.planning.drive import Drive, Reads, reads
 from m3runtime.plugins.loading import load
 from m3runtime.storage.defaults import default_tiers
 from m3runtime.writing import codec_files
@@ -22,59 +23,46 @@ from m3runtime.writing import codec_files
 if TYPE_CHECKING:
     from m3runtime.config.schema import Config
 
-PAGE = 4096
-"""Bytes that a drive reads at least."""
-_HALF = 2
+_BFLOAT16 = 2
 """Bytes of a bfloat16."""
-_FLOAT = 4
-"""Bytes of a number of an embedding, as a home stores it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Drive:
-    """What a drive can do, as far as that is said. ``speed`` is tokens a second of one stream."""
-
-    bandwidth: int | None = None
-    """Bytes a second."""
-    iops: int | None = None
-    """Reads a second, of any size."""
-    speed: float | None = None
+_FLOAT32 = 4
+"""Bytes of a float32: homes store embeddings as such."""
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What is planned for."""
+    """The bank and the hardware to plan for."""
 
     references: int
-    """All full: ``memory.reference_tokens`` tokens."""
+    """Number of references. Each is taken to have ``memory.reference_tokens`` tokens."""
     text_bytes: int
-    """Bytes of one reference's text."""
+    """Bytes of the text of one reference."""
     dim: int
-    """Numbers of an embedding."""
+    """Dimensions of an embedding."""
     capacities: tuple[int, ...] = ()
-    """Bytes of tiers to be tried besides the configured ones."""
-    drive: Drive = Drive()
+    """Capacities in bytes of further tiers, in addition to the configured ones."""
+    drive: Drive = field(default_factory=Drive)
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryBytes:
-    """Bytes of the memory of one full reference, step by step."""
+    """The size of the memory of one full reference in bytes, after each step."""
 
     raw: int
-    """Every layer, token and query head in bfloat16: the paper counts as if no heads shared keys and values."""
+    """Every layer, token and query head in bfloat16. The paper counts so, as if no heads shared keys and values."""
     cache: int
-    """The same of every KV head: what a model's cache of the reference takes."""
+    """Every layer, token and KV head in bfloat16: the size of the model's own KV cache of the reference."""
     kept: int
-    """The layers, KV heads and tokens of the spec, in bfloat16."""
+    """The layers, KV heads and tokens of the spec in bfloat16."""
     payload: int
-    """What the codec makes of that. A codec that is still to be trained may make less."""
+    """The encoded memory; an upper bound for a codec that is not trained yet."""
     block: int
-    """The payload and its header: what every tier holds."""
+    """The payload with its header, as every tier holds it."""
 
 
 @dataclass(frozen=True, slots=True)
 class BankBytes:
-    """Bytes of what a bank's home stores for all references. Not counted: the home's own books, and the index."""
+    """The size of a bank's home in bytes, without its internal structures and the index."""
 
     blocks: int
     texts: int
@@ -84,54 +72,37 @@ class BankBytes:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How many memories a caching tier holds: whole slots."""
+    """The number of memories that a caching tier holds, in whole slots."""
 
     tier: str
     capacity: int
     memories: int
     share: float
-    """Of the bank, at most 1."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reads:
-    """What a drive allows if no tier above it holds anything: every memory of every chunk is read, once each."""
-
-    read_bytes: int
-    """Of one block, in whole pages."""
-    limit: str
-    """``bandwidth`` or ``iops``: what runs out first."""
-    reads_per_s: float
-    recalls_per_s: float
-    """Of a whole chunk's memories each."""
-    tokens_per_s: float
-    """Of all streams together."""
-    streams: float | None
-    """Of the speed that was said."""
+    """The share of the bank, at most 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All of it."""
+    """The result of `plan`."""
 
     model: str
     shape: ModelShape
     spec: MemorySpec
     codec: Mapping[str, Any]
-    """Kind and options."""
+    """Kind and options of the codec."""
     references: int
     memories: int
-    """Of a chunk."""
+    """Memories of each chunk."""
     chunk_tokens: int
     memory: MemoryBytes
     bank: BankBytes
     tiers: tuple[Room, ...]
     cost: Cost
     reads: Reads | None
-    """None: nothing was said of a drive."""
+    """None if the limits of the drive are not known."""
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; FLOP are whole numbers."""
+        """All figures as JSON values, unrounded."""
         ends = {"over_text": self.cost.over_text, "under_parameters": self.cost.under_parameters}
         return {
             **asdict(self),
@@ -141,23 +112,19 @@ class Plan:
 
 
 def sized(config: "Config") -> "tuple[Config, ModelShape]":
-    """The shape of the configured model, which is not loaded, and the configuration with the memories that it carries.
+    """The configuration with the model's own memory settings, and the shape of the model, which is not loaded.
 
-    Raises `ConfigError` if the shape cannot be told.
+    Raises `ConfigError` if the adapter cannot tell the shape.
     """
-    kind = load("adapters", config.model.adapter)
-    if not isinstance(kind, Sizing):
-        raise ConfigError(
-            f"model.adapter: {config.model.adapter} does not tell the shape of a model; say it with --shape"
-        )
+    kind: type[Adapter] = load("adapters", config.model.adapter)
     shape = kind.shape(config.model)
     return config.model_copy(update={"memory": kind.carried(config.model, config.memory)}), shape
 
 
 def plan(config: "Config", shape: ModelShape, need: Need, name: str) -> Plan:
-    """Plan for a model of this shape, called ``name``, and otherwise the configuration.
+    """Plan a bank of a model of this shape, called ``name``, with the memory, codec and tiers of the configuration.
 
-    Raises `ConfigError` for layers that the model does not have, and a codec that does not fit.
+    Raises `ConfigError` if a memory layer is not in the model, or the codec does not fit the memories.
     """
     spec = memory_spec(
         config.memory,
@@ -168,16 +135,16 @@ def plan(config: "Config", shape: ModelShape, need: Need, name: str) -> Plan:
     )
     codec = codec_files.configured(config, spec)
     block = slot_bytes(codec)
-    of_token = 2 * shape.layers * shape.head_dim * _HALF  # a key and a value of every layer
+    of_token = 2 * shape.layers * shape.head_dim * _BFLOAT16  # a key and a value of every layer
     memory = MemoryBytes(
         raw=of_token * shape.heads * spec.reference_tokens,
         cache=of_token * shape.kv_heads * spec.reference_tokens,
-        kept=2 * spec.vectors_per_token * spec.tokens * spec.head_dim * _HALF,
+        kept=2 * spec.vectors_per_token * spec.tokens * spec.head_dim * _BFLOAT16,
         payload=codec.payload_bytes(spec.tokens),
         block=block,
     )
     n, recall = need.references, config.recall
-    stored = (n * block, n * need.text_bytes, n * need.dim * _FLOAT)
+    stored = (n * block, n * need.text_bytes, n * need.dim * _FLOAT32)
     return Plan(
         model=name,
         shape=shape,
@@ -194,24 +161,8 @@ def plan(config: "Config", shape: ModelShape, need: Need, name: str) -> Plan:
     )
 
 
-def reads(drive: Drive, block: int, memories: int, chunk_tokens: int) -> Reads | None:
-    """What a drive allows: a block of so many bytes is one request for whole pages, a chunk so many blocks."""
-    size = -(-block // PAGE) * PAGE
-    limits = {}
-    if drive.bandwidth is not None:
-        limits["bandwidth"] = drive.bandwidth / size
-    if drive.iops is not None:
-        limits["iops"] = float(drive.iops)
-    if not limits:
-        return None
-    limit = min(limits, key=limits.__getitem__)
-    recalls = limits[limit] / memories
-    tokens = recalls * chunk_tokens
-    return Reads(size, limit, limits[limit], recalls, tokens, None if drive.speed is None else tokens / drive.speed)
-
-
 def _rooms(config: "Config", need: Need, block: int) -> tuple[Room, ...]:
-    """Of the caching tiers that state a capacity, configured or default, and of those to be tried."""
+    """The caching tiers that state a capacity, configured or default, and those of `Need.capacities`."""
     caching = (config.tiers or default_tiers(assembly.device(config)))[:-1]
     named = []
     for place, tier in enumerate(caching):
@@ -225,7 +176,7 @@ def _rooms(config: "Config", need: Need, block: int) -> tuple[Room, ...]:
 
 
 def _computed_in(config: "Config", shape: ModelShape) -> str:
-    """The dtype that ``model.dtype`` means on this machine."""
+    """The name of the dtype that ``model.dtype`` selects on this machine."""
     if config.model.dtype != "auto":
         return config.model.dtype
     return "float32" if assembly.device(config).type == "cpu" else shape.dtype

@@ -10,4 +10,4 @@ class Persistent(Protocol):
     """A caching tier whose blocks outlive the process. One without this is empty when it is opened."""
 
     def ids(self) -> Ids:
-        """All ids held, in any order: what was forgotten meanwhile is discarded when a hierarchy takes the tier."""
+        """All ids held, in any order. A hierarchy discards those that the home has forgotten when it takes the tier."""

@@ -52,32 +52,32 @@ class Cache(Level):
             return self._unlisted is None and not self._discards
 
     def contains(self, ids: Ids) -> Found:
-        """Which of these could be read from it now."""
+        """Which ids the tier can answer with now."""
         if self.is_usable():
             with self._counting():
                 return self.tier.contains(ids)
         return np.zeros(len(ids), np.bool_)
 
     def write(self, ids: Ids, blocks: Tensor) -> bool:
-        """See `Tier.write`. False if the tier did not take them."""
+        """Hold these blocks. False if the tier failed."""
         with self._counting():
             self.tier.write(ids, blocks)
             return True
         return False
 
     def forget(self, ids: Set[int]) -> None:
-        """Discard these, now or before anything else."""
+        """Discard these ids, now or before the tier is asked for anything else."""
         self._discards |= ids
         self.is_usable()
 
     def score(self, ids: Ids, scores: Scores) -> None:
-        """See `CachingTier.score`."""
+        """Pass on scores; see `CachingTier.score`."""
         if self.is_usable():
             with self._counting():
                 self.caching.score(ids, scores)
 
     def close(self) -> None:
-        """See `Tier.close`."""
+        """Close the tier; see `Tier.close`."""
         with self._counting():
             self.tier.close()
 
@@ -96,7 +96,7 @@ class Cache(Level):
         return None
 
     def _list(self) -> None:
-        """Owe the discard of what the tier brought along and the home does not have."""
+        """Owe the discard of all blocks that the tier was opened with and the home does not have."""
         if self._unlisted is not None:
             with self._counting():
                 held = self._unlisted.ids()

@@ -25,7 +25,7 @@ LIFT_BLOCKS = 32
 
 
 class Recorder(Protocol):
-    """Is told what a hierarchy is asked for, before it does it. Called from any thread."""
+    """Learns of each call to a hierarchy before it takes effect. Called from any thread; must not block for long."""
 
     def record(self, op: str, ids: Ids, scores: Scores | None = None) -> None:
         """``op`` is ``read``, ``lift``, ``score`` or ``discard``."""
@@ -78,7 +78,7 @@ class Hierarchy:
         return self._read(ids, out, lifting=False)
 
     def lift(self, ids: Ids) -> Found:
-        """Copy blocks up to the fastest caching tier with room. Returns which any of them holds then."""
+        """Copy blocks up to the fastest caching tier with room. Returns which ids a caching tier holds then."""
         self._open()
         ids = np.asarray(ids)
         self._record("lift", ids)
@@ -92,14 +92,14 @@ class Hierarchy:
         return self.held(ids)
 
     def score(self, ids: Ids, scores: Scores) -> None:
-        """Tell the caching tiers what retrieval thought of these, for policies that look at it."""
+        """Pass retrieval scores to the caching tiers, for policies that look at them."""
         self._open()
         self._record("score", ids, scores)
         for cache in self._caches:
             cache.score(ids, scores)
 
     def held(self, ids: Ids) -> Found:
-        """Which of these a caching tier holds now, so that reading them does not touch the home."""
+        """Which ids a caching tier holds now, so that reading them does not touch the home."""
         self._open()
         held = np.zeros(len(ids), np.bool_)
         for cache in self._caches:
@@ -107,13 +107,13 @@ class Hierarchy:
         return held
 
     def near(self, ids: Ids) -> Found:
-        """Which of these the fastest caching tier with room holds now: where `lift` copies blocks to."""
+        """Which ids the fastest caching tier with room holds now: where `lift` copies blocks to."""
         self._open()
         target = self._target
         return np.zeros(len(ids), np.bool_) if target is None else target.contains(ids)
 
     def discard(self, ids: Ids) -> None:
-        """Forget blocks, in the home first. Once it returned no tier will ever answer with them."""
+        """Forget blocks, in the home first. Once this returned, no tier ever answers with them."""
         self._open()
         self._record("discard", ids)
         self._truth.discard(ids)
@@ -130,7 +130,7 @@ class Hierarchy:
         return tuple(level.tally.stats() for level in self._levels)
 
     def latencies(self) -> tuple[Latency, ...]:
-        """How long calls that read from each tier took, the home's last. A snapshot."""
+        """The durations of the calls that read from each tier, the home's last. A snapshot."""
         return tuple(level.tally.reads.latency() for level in self._levels)
 
     def close(self) -> None:

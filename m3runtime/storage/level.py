@@ -1,4 +1,4 @@
-"""`Level`: one tier as the hierarchy uses it. What it reads is checked, timed and counted."""
+"""`Level`: one tier as the hierarchy uses it. Reads are checked, timed and counted."""
 
 import threading
 import time
@@ -16,21 +16,21 @@ from m3runtime.storage.tier import Tier
 
 
 class Tally:
-    """Counts what one tier does. Thread-safe."""
+    """The counts of one tier. Thread-safe."""
 
     def __init__(self, name: str) -> None:
         self.reads = Timer()
-        """Calls that read from the tier, checks of what came included."""
+        """Durations of the calls that read from the tier, checks of digests included."""
         self._stats = TierStats(name)
         self._lock = threading.Lock()
 
     def add(self, **more: int) -> None:
-        """Raise these counts by these numbers."""
+        """Add to these counts."""
         with self._lock:
             self._stats = replace(self._stats, **{key: getattr(self._stats, key) + by for key, by in more.items()})
 
     def stats(self) -> TierStats:
-        """A snapshot."""
+        """A snapshot of the counts."""
         with self._lock:
             return self._stats
 
@@ -48,7 +48,7 @@ class Level(ABC):
         self._stamp = stamp
 
     def read(self, ids: Ids, out: Tensor, *, lifting: bool) -> Found | None:
-        """Which of these the tier filled with the right bytes; None if it cannot answer. Raises what the home raises.
+        """Which rows the tier filled with the right bytes; None if it cannot answer. Raises what the home raises.
 
         Counted as `lifted` while ``lifting``. Rows that are not found have no meaning afterwards.
         """

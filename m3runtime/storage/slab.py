@@ -69,11 +69,11 @@ class SlabTier(CachingTier):
 
     @property
     def capacity(self) -> int:
-        """Bytes of blocks held at most: whole slots."""
+        """The most bytes of blocks held: whole slots."""
         return self._slots * self.slot_bytes
 
     def read(self, ids: Ids, out: Tensor) -> Found:
-        """See `Tier.read`. Rows on an accelerator are filled in the order of its current stream, rows in RAM at once.
+        """Copy held blocks into ``out``; see `Tier.read`. Rows in RAM are filled when it returns.
 
         A slab on an accelerator is read into RAM through a buffer on the device.
         """
@@ -104,7 +104,7 @@ class SlabTier(CachingTier):
         return found
 
     def write(self, ids: Ids, blocks: Tensor) -> None:
-        """See `Tier.write`. Blocks that are held already are passed over.
+        """Hold these blocks; see `Tier.write`. Blocks that are held already are ignored.
 
         Blocks on another device are first copied to the slab's, whole. On an accelerator the slots are filled in the
         order of its current stream. No block is admitted where every slot is being read by another device.
@@ -138,7 +138,7 @@ class SlabTier(CachingTier):
                             self._remove(id)
 
     def discard(self, ids: Ids) -> None:
-        """See `Tier.discard`."""
+        """Drop these blocks; see `Tier.discard`."""
         with self._lock:
             self._open()
             for id in ids.tolist():
@@ -146,13 +146,13 @@ class SlabTier(CachingTier):
                     self._remove(id)
 
     def contains(self, ids: Ids) -> Found:
-        """See `Tier.contains`."""
+        """Which ids are held; see `Tier.contains`."""
         with self._lock:
             self._open()
             return np.array([id in self._held for id in ids.tolist()], np.bool_)
 
     def score(self, ids: Ids, scores: Scores) -> None:
-        """See `CachingTier.score`."""
+        """Pass scores to the eviction policy; see `CachingTier.score`."""
         with self._lock:
             self._open()
             for id, score in zip(ids.tolist(), scores.tolist(), strict=True):
@@ -160,12 +160,12 @@ class SlabTier(CachingTier):
                     self._policy.scored(id, score)
 
     def stats(self) -> SlabStats:
-        """A snapshot; also of a closed tier."""
+        """A snapshot of the counts, also of a closed tier."""
         with self._lock:
             return SlabStats(self._hits, self._misses, self._evictions)
 
     def close(self) -> None:
-        """See `Tier.close`. Waits until copies from and to the slab have ended."""
+        """Release the slab once the copies from and to it have ended; see `Tier.close`."""
         with self._lock:
             self._slab = None
             self._held.clear()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, device
 
 Scores = npt.NDArray[np.float32]
-"""What retrieval thought of ids: one score in [-1, 1] for each."""
+"""Retrieval scores of ids, each in [-1, 1]."""
 
 
 def check_ids(ids: Ids) -> None:
@@ -44,41 +44,42 @@ class Tier(ABC):
 
     @abstractmethod
     def read(self, ids: Ids, out: "Tensor") -> Found:
-        """Copy blocks into rows of ``out`` (``uint8[n, slot_bytes]``, on a device this tier can copy to).
+        """Copy blocks into rows of ``out``: ``uint8[n, slot_bytes]``, on any device that the tier can copy to.
 
-        Row ``i`` is filled where the result is true and left as it was where it is false.
+        Row ``i`` is filled where the result is true and untouched where it is false. Rows on an accelerator are filled
+        in the order of its current stream.
         """
 
     @abstractmethod
     def write(self, ids: Ids, blocks: "Tensor") -> None:
-        """Take blocks, rows of ``uint8[n, slot_bytes]``. A caching tier may evict, or not admit one.
+        """Hold blocks, rows of ``uint8[n, slot_bytes]``. A caching tier may evict others, or not admit one.
 
         After an error each block is held whole or not at all.
         """
 
     @abstractmethod
     def discard(self, ids: Ids) -> None:
-        """Hold these no longer. Unknown ids are passed over."""
+        """Drop these blocks. Unknown ids are ignored."""
 
     @abstractmethod
     def contains(self, ids: Ids) -> Found:
-        """Which of these are held now. Does not count as a use."""
+        """Which ids are held now: ``bool[n]``. Not a use."""
 
     def __contains__(self, id: int) -> bool:
         return bool(self.contains(np.array([id], np.uint64))[0])
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many blocks are held."""
+        """The number of blocks held."""
 
     @property
     @abstractmethod
     def capacity(self) -> int | None:
-        """Bytes of blocks held at most, or None for a tier without a bound."""
+        """The most bytes of blocks held, or None for a tier without a bound."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what the tier holds."""
+        """Release all memory and files. Closing twice is fine."""
 
     def __enter__(self) -> Self:
         return self
@@ -95,7 +96,7 @@ class CachingTier(Tier):
     """May held bytes change (a drive, a network)? The hierarchy then checks every digest."""
 
     def score(self, ids: Ids, scores: Scores) -> None:
-        """Retrieval chose these with these scores in [-1, 1]. Ids that are not held are passed over.
+        """Note the retrieval scores of ids that were chosen. Ids that are not held are ignored.
 
-        For tiers whose eviction looks at scores; others do nothing.
+        Only tiers whose eviction looks at scores override it.
         """

@@ -1,31 +1,31 @@
-"""Traces: what a hierarchy was asked for, recorded as it went, to be replayed elsewhere.
+"""Traces: the calls to a hierarchy, recorded as they are made, to be replayed on other tiers or policies.
 
 A trace is a file of JSON lines. The first is its header::
 
     {"m3_trace": 1, "slot_bytes": 553024, "tiers": [{"name": "pinned", "capacity": 1073419584}]}
 
-``m3_trace`` is the version of the format, ``tiers`` are the caching tiers, fastest first, with the bytes that each
-holds at most. The very same line again begins another *run*, that of another process, whose tiers are taken to be empty
-at first. Each other line is a call, in the order in which they were made::
+``m3_trace`` is the version of the format. ``tiers`` are the caching tiers, fastest first, with their capacity in bytes.
+The same line again begins another *run*, that of another process, whose tiers start empty. Each other line is a call,
+in the order of the calls::
 
     {"op": "read", "ids": [17, 4]}
     {"op": "score", "ids": [17, 4], "scores": [0.71, 0.55]}
 
 =======  ====================================================================================
-op       what the hierarchy was asked for
+op       meaning
 =======  ====================================================================================
-read     to deliver these blocks
-lift     to bring them up ahead of need
-score    to note what retrieval thought of them; ``scores`` has one for each id
-discard  to forget them
+read     these blocks were wanted for decoding
+lift     these blocks were prefetched into a faster tier
+score    retrieval chose these ids with these ``scores``, one for each id
+discard  these ids were forgotten
 =======  ====================================================================================
 
-Traces of earlier releases also have the ops pin and unpin, which are passed over. A trace of one tier
+Older traces also have the ops pin and unpin, which are ignored. A trace of one tier
 (`m3runtime.testing.recording`) also has the ops write and contains; ``found`` is what a call answered, one truth for
 each id, and ``error`` the name of the exception that it raised.
 
-Each line is in the file before the call is made, so a process that was killed leaves a trace of all that it did. A last
-line that is torn is passed over; anything else that is not as above is an error.
+Each line is in the file before the call is made, so a process that was killed leaves a trace of all its calls. A torn
+last line is ignored; any other malformed line is an error.
 """
 
 import json
@@ -75,24 +75,24 @@ class Op:
             raise ValueError("scores and found need one value for each id")
 
     def to_line(self) -> bytes:
-        """As it stands in a file."""
+        """The op as a line of a file."""
         return _line({key: value for key, value in asdict(self).items() if value is not None})
 
 
 @dataclass(frozen=True, slots=True)
 class TracedTier:
-    """A caching tier of a hierarchy that was recorded."""
+    """A caching tier of the recorded hierarchy."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _CHECKED
 
     name: str
     capacity: _Size | None
-    """Bytes of blocks."""
+    """Capacity in bytes; None without a bound."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a trace is of."""
+    """The first line of a trace."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _CHECKED
 
@@ -103,7 +103,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A recording, read."""
+    """The content of a trace."""
 
     slot_bytes: int
     tiers: tuple[TracedTier, ...]
@@ -115,7 +115,7 @@ class Trace:
 class TraceWriter:
     """Records into a file; a `m3runtime.storage.hierarchy.Recorder`. Thread-safe, for one process at a time.
 
-    A trace of equal tiers and slots that is there already gets another run. Raises `InputError` if the file cannot be
+    An existing trace of equal tiers and slots gets another run. Raises `InputError` if the file cannot be
     written, or holds anything else. If it cannot be written later on, recording ends with a warning in the log, and
     nobody is held up.
     """
@@ -136,11 +136,11 @@ class TraceWriter:
             raise InputError(f"cannot record into {path}: {error.strerror or 'it is not a regular file'}") from error
 
     def record(self, op: str, ids: Ids, scores: Scores | None = None) -> None:
-        """See `m3runtime.storage.hierarchy.Recorder.record`."""
+        """Add a call; see `m3runtime.storage.hierarchy.Recorder.record`."""
         self.write(Op(op, tuple(ids.tolist()), None if scores is None else tuple(scores.tolist())))  # type: ignore[arg-type]
 
     def write(self, op: Op) -> None:
-        """Add a call. After `close` it is passed over."""
+        """Add a call. Ignored after `close`."""
         line = op.to_line()
         with self._lock:
             if self._file.closed:

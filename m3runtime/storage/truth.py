@@ -22,7 +22,7 @@ class Truth(Level):
         self.home = home
 
     def remembered(self, ids: Ids) -> Found | None:
-        """Which of these the home has. None if it cannot say: what needs to know can do without."""
+        """Which ids the home has; None if it fails."""
         try:
             return self.home.contains(ids)
         except (TierError, BankError):
@@ -30,7 +30,7 @@ class Truth(Level):
             return None
 
     def discard(self, ids: Ids) -> None:
-        """See `Home.discard`. Raises what the home raises."""
+        """Forget these blocks in the home. Raises what the home raises."""
         try:
             self.home.discard(ids)
         except (TierError, BankError):
@@ -38,7 +38,7 @@ class Truth(Level):
             raise
 
     def quarantine(self, id: int, reason: str) -> None:
-        """See `Home.quarantine`. A home that cannot do it goes on missing the block: every reading is checked."""
+        """Quarantine a block. Where the home cannot, the block stays a miss, since every reading is checked."""
         try:
             self.home.quarantine(id, reason)
         except TierReadOnlyError:

@@ -22,7 +22,7 @@ class CachingTierContract(TierContract):
     """
 
     outlives: bool = False
-    """Whether the tier is to be `Persistent`."""
+    """Is the tier to be `Persistent`?"""
 
     @abstractmethod
     def make(self, *, slot_bytes: int, capacity: int) -> CachingTier:
@@ -30,7 +30,7 @@ class CachingTierContract(TierContract):
 
     @pytest.fixture
     def tier(self) -> Iterator[Tier]:
-        """See `TierContract.tier`."""
+        """A new tier with room for 16 blocks; see `TierContract.tier`."""
         with self.make(slot_bytes=SLOT_BYTES, capacity=16 * SLOT_BYTES) as tier:
             yield tier
 
@@ -41,10 +41,11 @@ class CachingTierContract(TierContract):
             yield tier
 
     def calls(self, tier: Tier, ids: Ids) -> Sequence[Callable[[], object]]:
-        """See `TierContract.calls`."""
+        """Every method once; see `TierContract.calls`."""
         assert isinstance(tier, CachingTier)
         calls = [*super().calls(tier, ids)]
-        calls.append(lambda: tier.score(ids, np.zeros(len(ids), np.float32)))
+        if type(tier).score is not CachingTier.score:  # which does nothing
+            calls.append(lambda: tier.score(ids, np.zeros(len(ids), np.float32)))
         if isinstance(tier, Persistent):
             calls.append(tier.ids)
         return calls
@@ -111,7 +112,7 @@ class CachingTierContract(TierContract):
             assert len(small) == 3
 
     def test_a_long_random_life(self) -> None:
-        """What is found is right, and what is held makes room for what is new."""
+        """Found blocks are right, and held blocks make room for new ones."""
         random = Random(0)
         everything = make_ids(*range(24))
         with self.make(slot_bytes=SLOT_BYTES, capacity=6 * SLOT_BYTES) as tier:

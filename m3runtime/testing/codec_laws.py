@@ -1,4 +1,4 @@
-"""What the laws of a codec need: how to make one, and memories to encode."""
+"""The base of a codec's laws: how to make one, and memories to encode."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -41,7 +41,7 @@ def rows(memories: MemoryTensors, which: slice) -> MemoryTensors:
 
 
 def identical(a: MemoryTensors, b: MemoryTensors) -> bool:
-    """Whether two batches are equal bit by bit."""
+    """True if two batches are equal bit by bit."""
     same = torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
     return same and torch.equal(a.tokens, b.tokens) and a.keys.dtype == b.keys.dtype
 
@@ -58,9 +58,9 @@ class CodecLaws(ABC):
     """
 
     trains: ClassVar[bool] = False
-    """Whether the codec must be trained before use."""
+    """True if the codec must be trained before use."""
     worst: ClassVar[Distortion]
-    """The most distortion on the memories of `make_memories`, white noise on an offset: the hardest there are."""
+    """The most distortion on the memories of `make_memories`, white noise on an offset: the hardest to encode."""
 
     @classmethod
     @abstractmethod

@@ -43,7 +43,7 @@ Kind = Literal["error", "lost_reply", "no_space", "short_read", "stale", "other_
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ADDING = frozenset({"commit", "catalogue", "fill"})
-"""What adds to a home: such a call that raises must have written nothing."""
+"""Calls that add to a home: one that raises must have written nothing."""
 _DIGEST_AT = 48  # of a header: what precedes it stays, as a home may refuse a block of another id or length
 
 
@@ -52,7 +52,7 @@ class Fault:
     """One kind of fault, and which calls it strikes.
 
     A share ``rate`` of the calls of ``methods``, and the calls ``at``, counted from 1 since the schedule was given
-    this fault. No methods are those of the table above. Raises `InputError` for a kind that there is not.
+    this fault. No methods are those of the table above. Raises `InputError` for an unknown kind.
     """
 
     kind: Kind
@@ -65,7 +65,7 @@ class Fault:
             raise InputError(f"a fault is one of {', '.join(KINDS)}, not {self.kind!r}")
 
     def covers(self, method: str) -> bool:
-        """Whether it may strike calls of this method."""
+        """May it strike calls of this method?"""
         if self.methods:
             return method in self.methods
         match self.kind:

@@ -49,7 +49,7 @@ class HierarchyMachine(RuleBasedStateMachine):
     """
 
     rot: bool = True
-    """Whether faults may damage bytes of the caching tiers. If not, they only fail, and need not be checked."""
+    """May faults damage bytes of the caching tiers? If not, they only fail, and need not be checked."""
 
     def make_tiers(self) -> Sequence[CachingTier]:
         """Caching tiers as a new process has them, slots of `SLOT_BYTES`, fastest first; a few blocks each find most.
@@ -132,7 +132,7 @@ class HierarchyMachine(RuleBasedStateMachine):
         return self.schedules[place].injected[self.before[place] :]
 
     def torn(self, place: int) -> set[int]:
-        """What a tier was given damaged, at any time: no reading of it can be right."""
+        """Ids whose blocks a tier was given damaged, at any time: no reading of them can be right."""
         return {
             injection.id
             for injection in self.schedules[place].injected
@@ -140,7 +140,7 @@ class HierarchyMachine(RuleBasedStateMachine):
         }
 
     def read_wrong_twice(self) -> set[int]:
-        """What the home's faults may have made it look damaged for good."""
+        """Ids that the home's faults may have made look damaged for good."""
         reads = Counter(injection.id for injection in self.schedules[-1].injected if injection.method == "read")
         return {id for id, times in reads.items() if id is not None and times > 1}
 
@@ -228,6 +228,7 @@ class HierarchyMachine(RuleBasedStateMachine):
         """Blocks given straight to a tier make it evict others; what it holds after that is right."""
         if not self.tiers:
             return
+        self.drain()  # a fault notes a torn block when it is held already
         place = number % len(self.tiers)
         tier, given = self.tiers[place], make_ids(*self.committed.intersection(wanted))
         tier.write(given, make_blocks(given))

@@ -26,7 +26,7 @@ class PersistentTierContract(CachingTierContract):
         """
 
     def held(self, tier: Tier) -> set[int]:
-        """What the tier holds, after all that it tells of that was found to agree."""
+        """The ids that the tier holds, after its methods were found to agree on them."""
         assert isinstance(tier, Persistent)
         ids = tier.ids()
         assert ids.dtype == np.uint64

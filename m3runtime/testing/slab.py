@@ -11,14 +11,14 @@ class SlabTierContract(CachingTierContract):
     """Subclass it as ``TestMyTier`` and say how to make the tier. The back door is the slab and its table."""
 
     def raw_read(self, tier: Tier, id: int) -> bytes | None:
-        """See `TierContract.raw_read`."""
+        """The slot of ``id``; see `TierContract.raw_read`."""
         assert isinstance(tier, SlabTier)
         assert tier._slab is not None
         slot = tier._held.get(id)
         return None if slot is None else bytes(tier._slab[slot].tolist())
 
     def raw_write(self, tier: Tier, id: int, block: bytes) -> None:
-        """See `TierContract.raw_write`. The slot is the next free one; table and policy are told."""
+        """Fill the next free slot, and tell table and policy; see `TierContract.raw_write`."""
         assert isinstance(tier, SlabTier)
         assert tier._slab is not None
         if id not in tier._held:

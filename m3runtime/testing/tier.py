@@ -15,7 +15,7 @@ __all__ = ["UNKNOWN", "TierContract", "check_read", "read", "together", "write"]
 
 
 class TierContract(StorageLaws):
-    """What every tier keeps. Use `CachingTierContract` or `HomeContract`, which say how to make one.
+    """The laws of every tier. Use `CachingTierContract` or `HomeContract`, which say how to make one.
 
     Its themes: reading and writing (here), and `StorageLaws`.
     """

@@ -1,4 +1,4 @@
-"""What the laws of a tier need: how to make one, its back door, and calls of all its methods."""
+"""Base of the laws of a tier: how to make one, its back door, and calls of all its methods."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ UNKNOWN = 77
 
 
 def read(tier: Tier, ids: Ids) -> tuple[Found, Tensor]:
-    """What is found, and the rows on the CPU. Rows hold 0xEE before."""
+    """Which ids are found, and the rows on the CPU, which hold 0xEE before."""
     out = torch.full((len(ids), tier.slot_bytes), 0xEE, dtype=torch.uint8)
     return tier.read(ids, out), out
 
@@ -72,7 +72,7 @@ class TierLaws(ABC):
 
     @abstractmethod
     def raw_write(self, tier: Tier, id: int, block: bytes) -> None:
-        """Put these bytes into the open tier's storage as the block of ``id``, whatever they are; there is room.
+        """Put these bytes into the open tier's storage as the block of ``id``, whatever they are. The tier has room.
 
         Where the tier keeps a table or a policy of what it holds, tell those too.
         """

@@ -14,7 +14,7 @@ from m3runtime.testing.tier_laws import TierLaws, check_read, write
 
 
 class StorageLaws(TierLaws):
-    """What one method does to the storage, another sees; a closed tier refuses; threads do not notice each other."""
+    """One method sees what another does to the storage; a closed tier refuses; threads do not notice each other."""
 
     # Through the back door
 
@@ -45,7 +45,7 @@ class StorageLaws(TierLaws):
         assert self.raw_read(tier, 1) is not None
 
     def test_a_block_cut_short_is_not_completed_by_what_the_row_held(self, tier: Tier) -> None:
-        """What a short read leaves in a row may be the block that an earlier call read into it: right by accident."""
+        """A short read into a row that held the same block before would be right by accident."""
         if isinstance(tier, CachingTier) and not tier.can_rot:
             pytest.skip("what this tier holds cannot change")
         ids = make_ids(*range(1, 9))

@@ -18,7 +18,7 @@ InnerT = TypeVar("InnerT", bound=Tier)
 
 
 class Wrapped(Tier, Generic[InnerT]):
-    """What both have in common. ``inner`` may be a wrapper too: they compose in any order."""
+    """The base of both. ``inner`` may be a wrapper too: they compose in any order."""
 
     def __init__(self, inner: InnerT) -> None:
         self.inner = inner

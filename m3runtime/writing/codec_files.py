@@ -20,7 +20,7 @@ def load_any(path: Path) -> Codec:
     kind, spec = files.stated(path)
     if kind not in (known := available("codecs")):
         called = " ".join(str(kind).split())[:100]
-        raise PluginError(f"{path}: no plug-in is called {called} as its codec is; there are {', '.join(known)}")
+        raise PluginError(f"{path}: its codec is of kind {called}, which no plug-in has; known are {', '.join(known)}")
     codec: type[Codec] = load("codecs", kind)
     return codec.load(path, spec)
 
@@ -28,7 +28,7 @@ def load_any(path: Path) -> Codec:
 def configured(config: Config, spec: MemorySpec) -> Codec:
     """The codec of ``codec.file``, or else the configured one, untrained if it learns.
 
-    Without options beside it, the file's own hold. Raises `ConfigError` that names the file, unless it can be read and
+    Without configured options, the file's own hold. Raises `ConfigError` that names the file, unless it can be read and
     is of the kind and options that are configured, and of this spec.
     """
     path = config.codec.file

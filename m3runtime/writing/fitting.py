@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from m3runtime.adapters.abilities import Weighing
 from m3runtime.adapters.base import Adapter
 from m3runtime.codecs import Codec
 from m3runtime.memory.spec import MemorySpec
@@ -46,13 +45,12 @@ def fit_codec(
         report(start)
         memories.append(adapter.encode(texts[start : start + batch_size]))
     report(len(texts))
-    importance = None
-    if weighed and isinstance(adapter, Weighing):
-        found = []
-        for start in range(0, len(weighed), batch_size):
-            found.append(adapter.importance(weighed[start : start + batch_size]))
-            report(len(texts) + min(start + batch_size, len(weighed)))
-        importance = torch.stack(found).mean(0)
+    found = []
+    for start in range(0, len(weighed), batch_size):
+        if (cost := adapter.importance(weighed[start : start + batch_size])) is not None:
+            found.append(cost)
+        report(len(texts) + min(start + batch_size, len(weighed)))
+    importance = torch.stack(found).mean(0) if found else None
     before = len(texts) + len(weighed)
     codec.fit(join(memories), importance, lambda share: report(before + len(texts) * share))
 

@@ -150,6 +150,7 @@ class Writer:
             embedder=self.embedder.fingerprint,
             embedder_name=self.config.embedder.path,
             dim=self.embedder.dim,
+            model_settings=dict(adapter.model_settings),
         )
         return Bank.create(self.config.bank, open_home, manifest, codec)
 

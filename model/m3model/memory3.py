@@ -1,8 +1,8 @@
 """`Memory3ForCausalLM`: any causal language model of the transformers library, with the spec of its memories.
 
-It is registered with the library's auto classes, so that ``AutoModelForCausalLM.from_pretrained`` loads what
-``save_pretrained`` wrote (once this module was imported; the adapter does). Given references, its forward pass is that
-of Memory³'s continual training (section 3.6): references are encoded by the model itself, and the text reads them.
+After `register`, ``AutoModelForCausalLM.from_pretrained`` loads what ``save_pretrained`` wrote. Given references, the
+forward pass is that of Memory³'s continual training (section 3.6): the model itself encodes the references, and the
+text reads them.
 """
 
 from typing import Any
@@ -12,14 +12,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from m3model.attention.implementation import IMPLEMENTATION
-from m3model.attention.passes import Encoding, Pair, Reading, ReadMemories, until_encoded
+from m3model.attention.implementation import IMPLEMENTATION, prepare
+from m3model.attention.layout import Pair
+from m3model.attention.passes import EncodingPass, ReadingPass, ReadMemories, until_encoded
+from m3model.attention.rope import check_positions, fixed_positions
 from m3model.attention.selection import most_attended, observed
 from m3model.attention.versions import CACHE_NAMES, cache_name
-from m3model.engine.session import prepare
 
 NO_LABEL = -100
-"""Of a token that no loss is taken of."""
+"""The label of a token without a loss."""
 
 
 class Memory3Config(PreTrainedConfig):  # type: ignore[no-untyped-call]  # its __init_subclass__ is untyped
@@ -108,7 +109,7 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
         raise ValueError("a Memory³ model cannot be trained with gradient checkpointing")
 
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
-        """As `activation_checkpointing_enable`, by its older name."""
+        """`activation_checkpointing_enable` by its older name."""
         self.activation_checkpointing_enable()
 
     def get_decoder(self) -> Any:
@@ -174,11 +175,11 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     def _alone(self, ids: Tensor | None, attention_mask: Tensor | None, past: Any) -> dict[str, Any]:
-        """What the attention for memories needs where there are none: no sink, and positions from 0."""
+        """The arguments of a forward pass without memories: no sink, and positions from 0."""
         if ids is None or past is not None:
             raise ValueError("once this model has read references, the adapter generates; `generate` does not")
         valid = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        reading = Reading(self.config.text_config.num_hidden_layers, 0, valid, self._places(ids, 0))
+        reading = ReadingPass(self.config.text_config.num_hidden_layers, 0, valid, self._places(ids, 0))
         own = {cache_name(self): reading, "m3_cache": reading}
         return {**own, "position_ids": reading.positions, "use_cache": True}
 
@@ -194,13 +195,13 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
         lengths, ids = distinct[:, 0], distinct[:, 1:]
         sink = self._sink(len(ids))
         steps = torch.arange(width, device=ids.device)
-        valid = steps < lengths.clamp_min(1)[:, None]  # a reference that is not there is encoded as its padding
+        valid = steps < lengths.clamp_min(1)[:, None]  # a missing reference is encoded as its padding
         last = (lengths - 1).clamp_min(0)[:, None]
         positions = torch.cat(
             [self._places(sink, 0), sink.shape[1] + torch.minimum(steps.expand(len(ids), -1), last)], dim=1
         )
         layers = self.config.memory_layers
-        encoding = Encoding(self.config.text_config.num_hidden_layers, sink.shape[1], valid, positions, layers)
+        encoding = EncodingPass(self.config.text_config.num_hidden_layers, sink.shape[1], valid, positions, layers)
         selects = self.config.tokens_per_head < width
         with observed(self, layers if selects else ()) as scores, until_encoded():
             self._run(torch.cat([sink, ids], dim=1), encoding, keep=1)
@@ -223,16 +224,17 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
         valid = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         sink = self._sink(batch)
         start = sink.shape[1] + self.config.reference_tokens
+        check_positions(start + length, fixed_positions(self.config.get_text_config()))
         positions = torch.cat([self._places(sink, 0), self._places(ids, start)], dim=1)
         age = chunk_of[:, None] - torch.arange(chunks, device=ids.device)  # [T, chunks]
         near = (age >= 0) & (age < self.config.memories)
-        reading = Reading(
+        reading = ReadingPass(
             self.config.text_config.num_hidden_layers, sink.shape[1], valid, positions, memories.seen_by(near)
         )
         keep = torch.arange(sink.shape[1], sink.shape[1] + length, device=ids.device)
         return self._run(torch.cat([sink, ids], dim=1), reading, keep=keep)
 
-    def _run(self, ids: Tensor, cache: Encoding | Reading, keep: int | Tensor) -> Tensor:
+    def _run(self, ids: Tensor, cache: EncodingPass | ReadingPass, keep: int | Tensor) -> Tensor:
         output = self.language_model(
             input_ids=ids,
             position_ids=cache.positions,
@@ -266,13 +268,13 @@ class EncodedReferences:
     def seen_by(self, near: Tensor) -> ReadMemories:
         """For tokens that see the memories of some chunks, ``bool[T, chunks]``."""
         batch, chunks = self.places.shape
-        parts = {layer: (self._beside(keys), self._beside(values)) for layer, (keys, values) in self.parts.items()}
+        parts = {layer: (self._by_row(keys), self._by_row(values)) for layer, (keys, values) in self.parts.items()}
         width = next(iter(self.parts.values()))[0].shape[2]
         exists = torch.arange(width, device=near.device) < self.tokens[self.places][..., None]  # [B, chunks, K]
         seen = near[None, :, :, None] & exists[:, None]
         return ReadMemories(parts, seen.reshape(batch, near.shape[0], chunks * width))
 
-    def _beside(self, one: Tensor) -> Tensor:
+    def _by_row(self, one: Tensor) -> Tensor:
         """``[n, kv_heads, K, D]`` to what each text reads, ``[B, kv_heads, chunks * K, D]``."""
         return one[self.places].transpose(1, 2).flatten(2, 3)
 
@@ -282,5 +284,7 @@ def _given(arguments: dict[str, Any]) -> Any:
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
-AutoConfig.register("memory3", Memory3Config, exist_ok=True)
-AutoModelForCausalLM.register(Memory3Config, Memory3ForCausalLM, exist_ok=True)
+def register() -> None:
+    """Let ``AutoConfig`` and ``AutoModelForCausalLM`` know the model. Calling it again is fine."""
+    AutoConfig.register(Memory3Config.model_type, Memory3Config, exist_ok=True)
+    AutoModelForCausalLM.register(Memory3Config, Memory3ForCausalLM, exist_ok=True)

@@ -8,7 +8,9 @@ from pydantic import ValidationError
 
 from m3model.adapter import TransformersAdapter
 from m3runtime.adapters.answers import Answer, OnText, Prompt
-from m3runtime.config.schema import GenerateConfig, MemoryConfig, ModelConfig
+from m3runtime.adapters.base import Adapter
+from m3runtime.assembly import open_adapter
+from m3runtime.config.schema import GenerateConfig
 from m3runtime.errors import ConfigError, InputError
 from m3runtime.plugins.messages import not_known, reason
 from m3runtime.runtime import Runtime
@@ -22,23 +24,32 @@ class MemoryModel:
     Without a runtime it is the model as it is.
     """
 
-    def __init__(self, adapter: TransformersAdapter, runtime: Runtime | None = None) -> None:
-        """Raises `BankMismatchError` if the runtime's bank was written by another model, tokenizer, sink or spec."""
+    def __init__(self, adapter: Adapter, runtime: Runtime | None = None) -> None:
+        """Join an opened model with a runtime, which it also encodes for if ``recall.cold_start`` asks for that.
+
+        Raises `BankMismatchError` if the runtime's bank was written by another model, tokenizer, sink or spec, and
+        `ConfigError` if the runtime computes on another device.
+        """
         self.adapter = adapter
         self.runtime = runtime
-        if runtime is not None:
-            adapter.check(runtime.bank.manifest, runtime.bank.path)
-            if runtime.encoder is None:
-                runtime.encoder = adapter
+        if runtime is None:
+            return
+        adapter.check(runtime.bank.manifest, runtime.bank.path)
+        if adapter.device != runtime.device:
+            raise ConfigError(
+                f"model.device: the model is on {adapter.device}, but the runtime computes on {runtime.device}; "
+                "open both on one device"
+            )
+        if runtime.encoder is None:
+            runtime.encoder = adapter
 
     @classmethod
-    def from_pretrained(
-        cls, path: str, *, runtime: Runtime | None = None, dtype: str = "auto", device: str = "auto"
-    ) -> Self:
-        """Load a model from a folder, a hub name or a GGUF file. Raises `ConfigError` or `BankMismatchError`."""
-        memory = runtime.config.memory if runtime is not None else MemoryConfig()
-        model = ModelConfig.model_validate({"path": path, "dtype": dtype, "device": device})
-        return cls(TransformersAdapter.open(model, memory), runtime)
+    def open(cls, runtime: Runtime) -> Self:
+        """Load the model of the runtime's configuration, in its dtype, on the runtime's device.
+
+        Raises `ConfigError` with one line if there is none, and `BankMismatchError` if the bank is another model's.
+        """
+        return cls(open_adapter(runtime.config, runtime.device), runtime)
 
     def generate(self, question: str | Sequence[str], *, on_text: OnText | None = None, **settings: Any) -> Any:
         """Answer a question, or several at once: an `Answer`, or a list of them.

@@ -151,7 +151,7 @@ class TextAdapter(Adapter):
         self._inside = threading.Lock()
 
     @classmethod
-    def open(cls, model: object, memory: object) -> "TextAdapter":
+    def open(cls, model: object, memory: object, device: object) -> "TextAdapter":
         return cls()
 
     def count_tokens(self, text: str) -> int:

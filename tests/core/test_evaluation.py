@@ -1,6 +1,7 @@
 """What evaluations share: journals, statistics, judging, reports."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from m3runtime.lab.evaluation.journal import Journal
 from m3runtime.lab.evaluation.judging import is_invented, is_right
 from m3runtime.lab.evaluation.laboratory import Choice
 from m3runtime.lab.evaluation.plots import Plot, Series, draw
-from m3runtime.lab.evaluation.report import Report, Table, plain
-from m3runtime.lab.evaluation.statistics import Estimate, mean, ratio
+from m3runtime.lab.evaluation.report import Report, Table
+from m3runtime.lab.evaluation.statistics import Estimate, difference, mean, ratio
+from m3runtime.lab.results import Spread, plain
 
 VALUES = st.lists(st.floats(-100, 100), min_size=1, max_size=30)
 RECORDS = st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.text(), st.lists(st.floats(-1, 1))))
@@ -41,6 +43,27 @@ class TestJournal:
             journal.add({"one more": [1]})
         with Journal(path, "ours") as journal:
             assert journal.done == {**ends[whole], "one more": [1]}
+
+    @given(st.lists(st.integers(0, 99), max_size=20, unique=True), st.sets(st.integers(0, 99)), st.integers(1, 6))
+    def test_what_is_missing_is_computed_in_the_batches_of_a_first_run(
+        self, tmp_path_factory: pytest.TempPathFactory, tasks: list[int], done: set[int], size: int
+    ) -> None:
+        def compute(batch: Sequence[int]) -> list[list[int]]:
+            computed.append(batch)
+            return [list(batch)] * len(batch)  # a result that depends on its batch
+
+        batches = [tasks[start : start + size] for start in range(0, len(tasks), size)]
+        whole = {str(task): batch for batch in batches for task in batch}
+        known = {key: batch for key, batch in whole.items() if int(key) in done}
+        computed: list[Sequence[int]] = []
+        seen: list[tuple[int, int]] = []
+        with Journal(tmp_path_factory.mktemp("journal") / "it.jsonl", "ours") as journal:
+            journal.add(known)
+            journal.fill(tasks, size, str, compute, lambda done, total: seen.append((done, total)))
+            assert journal.done == whole
+        assert computed == [batch for batch in batches if not done.issuperset(batch)]
+        assert seen[-1] == (len(tasks), len(tasks))
+        assert len(seen) == len(computed) + 1
 
     def test_a_file_of_something_else_is_left_alone(self, tmp_path: Path) -> None:
         path = tmp_path / "it.jsonl"
@@ -186,3 +209,15 @@ def test_a_report_that_cannot_be_drawn_leaves_the_old_one(tmp_path: Path) -> Non
 def test_plain_values_are_json() -> None:
     value = plain({"choice": Choice(1, 0.5), "path": Path("a/b"), "rows": ((1, 2), [3])})
     assert json.loads(json.dumps(value)) == value
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=1, max_size=9))
+def test_rounds_are_compared_in_pairs(rounds: list[tuple[float, float]]) -> None:
+    ours, theirs = zip(*rounds, strict=True)
+    spread = Spread.ratio(ours, theirs)
+    assert spread.low <= spread.median <= spread.high
+    assert spread.median == pytest.approx(np.median([one / other for one, other in rounds]))
+    assert spread.rounds == len(rounds)
+    assert difference(ours, theirs).value == pytest.approx(np.mean(ours) - np.mean(theirs))
+    with pytest.raises(ValueError, match="zip"):
+        Spread.ratio(ours, theirs[1:])

@@ -200,10 +200,10 @@ def test_one_line_where_nobody_listens_or_somebody_else(tmp_path: Path, monkeypa
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(InputError, match=f"nobody answers at 127.0.0.1:{port} .*--port") as caught:
+    with pytest.raises(InputError, match=f"nothing answers at 127.0.0.1:{port} .*--port") as caught:
         top.read(f"127.0.0.1:{port}")
     assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="nobody answers at no host:1"):
+    with pytest.raises(InputError, match="nothing answers at no host:1"):
         top.read("no host:1")
 
     class Other(BaseHTTPRequestHandler):
@@ -218,7 +218,7 @@ def test_one_line_where_nobody_listens_or_somebody_else(tmp_path: Path, monkeypa
     with HTTPServer(("127.0.0.1", 0), Other) as server:
         thread = threading.Thread(target=server.handle_request)
         thread.start()
-        with pytest.raises(InputError, match="is no runtime of m3"):
+        with pytest.raises(InputError, match="is not a runtime of m3"):
             top.read(f"127.0.0.1:{server.server_port}")
         thread.join()
 

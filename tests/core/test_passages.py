@@ -165,5 +165,5 @@ def test_too_little_text_says_how_much_is_needed() -> None:
     with pytest.raises(InputError, match="room for 0 held-out passages"):
         held_out([])
     copied = Document("a", " ".join(["one two three four"] * 10))
-    with pytest.raises(InputError, match="nothing of the texts is left to be remembered"):
+    with pytest.raises(InputError, match="no text is left to remember"):
         held_out([copied], passages=1)

@@ -1,3 +1,5 @@
+"""Sizes and costs that `m3runtime.planning` computes."""
+
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3runtime.adapters.abilities import Sizing
 from m3runtime.codecs.raw import RawCodec
 from m3runtime.config.schema import Config, MemoryConfig, ModelConfig
 from m3runtime.errors import ConfigError
@@ -15,8 +16,10 @@ from m3runtime.memory.block import HEADER_BYTES
 from m3runtime.memory.shape import MODELS, ModelShape, described, memory_layers, memory_spec
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
-from m3runtime.planning.bank import PAGE, Drive, Need, plan, reads, sized
+from m3runtime.planning.bank import Need, plan, sized
 from m3runtime.planning.cost import cost
+from m3runtime.planning.drive import PAGE, Drive, reads
+from tests.core.recalling import TextAdapter
 
 PAPER = MODELS["memory3-2.4b"]
 SPEC = MemorySpec(tuple(range(22)), 8, 8, 80, 128, "bfloat16")
@@ -274,8 +277,8 @@ def test_the_middle_of_the_paper_s_model() -> None:
 # Models that are not loaded
 
 
-class Told:
-    """An adapter, as far as planning needs one."""
+class Told(TextAdapter):
+    """An adapter that tells shapes, and that its models carry their memories."""
 
     @classmethod
     def shape(cls, model: ModelConfig) -> ModelShape:
@@ -286,12 +289,11 @@ class Told:
         return memory.model_copy(update={"tokens_per_head": 8})
 
 
-class Silent:
+class Silent(TextAdapter):
     """An adapter that tells no shapes."""
 
 
 def test_an_adapter_tells_the_shape() -> None:
-    assert isinstance(Told, Sizing)
     settings = config(model={"path": "models/7", "adapter": f"{__name__}:Told"})
     carrying, shape = sized(settings)
     assert shape == replace(PAPER, layers=7)

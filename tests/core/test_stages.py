@@ -106,8 +106,11 @@ def test_the_preset_fits_any_head_dim(head_dim: int) -> None:
         ({"values": "4x17"}, "a stage has 8 to 16 bits, not 17 as in 4x17"),
         ({"keys": "4x8+3x8"}, "the parts of a stage must divide head_dim 16, not as in 3x8"),
         ({"keys": "0x8"}, "the parts of a stage must divide head_dim 16, not as in 0x8"),
-        ({"keys": "4x8", "key_bytes": 4}, "key_bytes of the product codec cannot be set beside keys"),
-        ({"preset": "memory3", "scope": "head"}, "scope of the product codec cannot be set beside preset memory3"),
+        ({"keys": "4x8", "key_bytes": 4}, "key_bytes of the product codec cannot be set together with keys"),
+        (
+            {"preset": "memory3", "scope": "head"},
+            "scope of the product codec cannot be set together with preset memory3",
+        ),
         ({"preset": "memory4"}, "preset of the product codec must be one of memory3, not 'memory4'"),
         ({"rotation": "some"}, "rotation of the product codec must be one of none, pca, opq, not 'some'"),
         ({"offset": 1}, "offset of the product codec must be true or false, not 1"),
@@ -174,10 +177,8 @@ def test_numba_and_torch_look_up_the_same_bits(
     codes = slab[..., 2:-1]
     added = torch.randn(n, 4, dim, generator=random) if add else None
     one, other = torch.full((2, n, 4, 3, dim), torch.nan)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(look_up, "compiled", lambda: False)
-        look_up.look_up(codes, some, tables, one, added)
-    look_up.look_up(codes, some, tables, other, added)
+    look_up.by_torch(codes, some, tables, one, added)
+    look_up.by_numba(codes, some, tables, other, added)
     assert torch.isfinite(one).all()
     assert torch.equal(one, other)
 

@@ -215,7 +215,7 @@ def test_bytes_that_cannot_be_are_refused(size: object) -> None:
 def test_options_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(CodecError, match="one of layer, head, not 'model'"):
         ProductCodec(SPEC, together="model")
-    with pytest.raises(CodecError, match="bytes of the product codec cannot be set beside key_bytes"):
+    with pytest.raises(CodecError, match="bytes of the product codec cannot be set together with key_bytes"):
         ProductCodec(SPEC, key_bytes=8, bytes=12)
 
 

@@ -167,7 +167,7 @@ def test_people_get_a_table(place: Place) -> None:
     result = place.m3("bench", "eviction", "--trace", "trace.jsonl")
     assert result.code == 0
     assert result.err == ""
-    for word in (*POLICIES, OPTIMUM, "hit rate", "1.0 KiB", "120 requests of 12 blocks; runs: 1"):
+    for word in (*POLICIES, OPTIMUM, "hit rate", "1 KiB", "120 requests of 12 blocks; runs: 1"):
         assert word in result.out
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from m3runtime import assembly
 from m3runtime.config.schema import Config
-from m3runtime.lab.bench.recall import CONFIGURED, OURS, PARTS, WHOLE
+from m3runtime.lab.bench.recall import OURS, PARTS, WHOLE
 from m3runtime.lab.bench.synthetic import around, build, centres, queries
 from tests.end_to_end.commands import Place
 
@@ -47,7 +47,7 @@ def test_a_made_up_bank_is_whole(place: Place, tmp_path: Path) -> None:
 def test_the_report_adds_up(written_once: Place) -> None:
     found = written_once.m3("bench", "recall", "--size", "20", "--size", "60", "--rounds", "1", "--json").json
     rows = {row["name"]: row for row in found["rows"]}
-    assert list(rows) == ["20", "60", CONFIGURED]
+    assert list(rows) == ["20", "60"]
     assert [rows[name]["memories"] for name in ("20", "60")] == [20, 60]
     for row in rows.values():
         stages = {name: spread["median"] for name, spread in row["stages"].items()}
@@ -67,5 +67,44 @@ def test_people_get_a_table_without_a_bank_too(place: Place) -> None:
     assert result.code == 0, result.err
     for told in ("embed", "deliver", "times as long at 20 as at 20", "1 threads"):
         assert told in " ".join(result.out.split())
-    assert CONFIGURED.split()[0] not in result.out
     assert not place.bank.exists()
+
+
+def test_the_configured_bank_cold_and_warm(written_once: Place) -> None:
+    before = written_once.contents()
+    found = written_once.m3("bench", "recall", "--bank", "--memories", "1", "--json").json
+    cold, warm = found["rows"]
+    assert (cold["name"], warm["name"]) == ("cold", "warm")
+    # Six references recall each another one: the first is for warming up, and one more is cold in each round.
+    assert found["settings"]["rounds"] == cold["stages"]["recall"]["rounds"] == warm["stages"]["recall"]["rounds"] == 4
+    assert cold["memories"] == warm["memories"] == 6
+    assert found["warm_other"] == 0
+    assert found["memory_tokens"]["median"] > 0
+    for row in (cold, warm):
+        assert row["of_embedding"]["recall"]["low"] > 1
+        assert row["stages"]["embed"]["low"] > 0
+    assert cold["stages"]["decode"]["low"] > 0
+    assert written_once.contents() == before
+
+
+def test_the_configured_bank_for_people(written_once: Place) -> None:
+    result = written_once.m3("bench", "recall", "--bank", "--memories", "1", "--rounds", "3", "--threads", "1")
+    assert result.code == 0, result.err
+    for told in ("cold, 6", "warm, 6", "times the embedding of the query", "cold over warm", "chose other memories: 0"):
+        assert told in " ".join(result.out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--bank", "--size", "20"), "leave them out with --bank"),
+        (("--bank", "--huge"), "leave them out with --bank"),
+        (("--bank", "--memories", "5", "--json"), "recall fewer memories with --memories"),
+    ],
+)
+def test_it_says_why_a_bank_cannot_be_measured(written_once: Place, arguments: tuple[str, ...], complaint: str) -> None:
+    assert complaint in written_once.m3("bench", "recall", *arguments).complaint
+
+
+def test_without_a_bank_it_says_so(place: Place) -> None:
+    assert str(place.bank) in place.m3("bench", "recall", "--bank").complaint

@@ -33,7 +33,7 @@ def test_a_corpus_is_read_and_written_and_ratios_add_up(place: Place) -> None:
     assert found["shares"]["model"]["median"] > 0
     assert (found["settings"]["references"], found["settings"]["rounds"], found["batch"]) == (9, 2, 4)
     assert 9 * 21 <= found["tokens"] <= 9 * 24
-    assert found["beside"] is False
+    assert found["overlapping"] is False
     assert {"torch", "machine"} <= set(found["environment"])
     assert sorted(place.folder.iterdir()) == before
 

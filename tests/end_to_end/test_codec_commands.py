@@ -101,7 +101,7 @@ class TestFit:
     def test_into_the_configured_file(self, fitted: Place, said: dict[str, Any]) -> None:
         fitted.configure(codec={"file": "codecs/new"})
         arguments = ("codec", "fit", "--corpus", "facts", "--json")
-        assert "there is no folder" in fitted.m3(*arguments).complaint
+        assert "does not exist; make it first" in fitted.m3(*arguments).complaint
         (fitted.folder / "codecs").mkdir()
         assert fitted.m3(*arguments).json["fingerprint"] == said["fingerprint"]
         assert load_any(fitted.folder / "codecs/new").fingerprint == said["fingerprint"]
@@ -113,8 +113,8 @@ class TestFit:
             (["--corpus", "facts"], "say what file to make: --out FILE, or set `codec.file`"),
             (["--corpus", "nothing", "--out", "a"], "nothing is neither a file nor a folder"),
             (["--corpus", "facts", "--out", "facts"], "facts: is a folder; name a file"),
-            (["--corpus", "facts", "--out", "no/a"], "no/a: there is no folder no; make it first"),
-            (["--corpus", "facts", "--out", "own.safetensors"], "own.safetensors: is there already; --force replaces"),
+            (["--corpus", "facts", "--out", "no/a"], "no/a: the folder no does not exist; make it first"),
+            (["--corpus", "facts", "--out", "own.safetensors"], "own.safetensors: exists already; --force replaces"),
             (["--corpus", "word.txt", "--out", "a"], "word.txt: a text of one word is no reference"),
             (["--corpus", "empty.txt", "--out", "a"], "there is no text in empty.txt"),
             (["--corpus", "facts", "--out", "a", "--set", "codec.keys=x"], "codec."),
@@ -260,7 +260,7 @@ class TestReport:
             kind = "antigravity:Codec"
 
         Odd(SPEC).save(tmp_path / "odd")
-        with pytest.raises(PluginError, match="odd: no plug-in is called antigravity:Codec as its codec is"):
+        with pytest.raises(PluginError, match="odd: its codec is of kind antigravity:Codec, which no plug-in has"):
             load_any(tmp_path / "odd")
 
 
@@ -290,12 +290,12 @@ class TestExchange:
 
     def test_files_are_replaced_only_by_force(self, fitted: Place) -> None:
         fitted.text("values.faiss", "mine")
-        assert "values.faiss: is there already; --force replaces it" in fitted.m3(*EXPORT).complaint
+        assert "values.faiss: exists already; --force replaces it" in fitted.m3(*EXPORT).complaint
         assert "keys.faiss" not in names(fitted)
         assert (fitted.folder / "values.faiss").read_text() == "mine"
         assert fitted.m3(*EXPORT, "--force").code == 0
         fitted.text("made.safetensors", "mine")
-        assert "made.safetensors: is there already" in fitted.m3(*IMPORT).complaint
+        assert "made.safetensors: exists already" in fitted.m3(*IMPORT).complaint
         assert fitted.m3(*IMPORT, "--force").code == 0
 
     @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ class TestExchange:
         [
             (["own.safetensors", "--keys", "a", "--values", "./a"], "a: cannot be both --keys and what is made"),
             (["own.safetensors", "--keys", "own.safetensors", "--values", "a"], "cannot be both the codec and"),
-            (["own.safetensors", "--keys", "a", "--values", "no/a"], "no/a: there is no folder no"),
+            (["own.safetensors", "--keys", "a", "--values", "no/a"], "no/a: the folder no does not exist"),
             (["none", "--keys", "a", "--values", "b"], "none: cannot be read"),
             (["raw", "--keys", "a", "--values", "b"], "raw: a codec of kind raw; faiss has indexes for"),
             (["heads", "--keys", "a", "--values", "b"], "heads: faiss has indexes for codecs of scope model"),

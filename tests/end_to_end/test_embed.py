@@ -33,7 +33,8 @@ M3 = "from m3runtime.cli import main; main()"
 
 
 def python(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    environ = {**os.environ, "PYTHONPATH": str(folder), "PYTHONWARNINGS": "error"}
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    environ = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "error"}
     return subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=environ, capture_output=True, text=True, check=False, timeout=120
     )

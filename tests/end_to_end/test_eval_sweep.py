@@ -85,7 +85,7 @@ def test_one_setting_alone_and_chunk_lengths_on_real_text(place: Place) -> None:
 
 def test_an_unknown_setting_is_refused(place: Place) -> None:
     complaint = place.m3("eval", "sweep", "--axis", "memory", *SIZES, "--json").complaint
-    assert "--axis memory is not known; there are prompt, " in complaint
+    assert "--axis memory is not known; known are prompt, " in complaint
 
 
 def test_a_stopped_sweep_ends_alike(place: Place, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):
     cli.app(["write", "--help"])
 if m3runtime.codecs.product.kernels.sharing.compiled():
     from m3runtime.codecs.product.kernels import by_numba
-    by_numba.nearest_of(8), by_numba.gather_of(bytes=True)
+    by_numba.nearest_of(8), by_numba.scatter()
 
 BEGINS = {"Writer._codec": "codec", "Bank.create": "creation", "Pipeline.run": "commits", "BankIndex.save": "index",
           "_Repair.mend": "repair", "_Repair._compute": "computing", "Hierarchy.discard": "forgetting",

@@ -130,16 +130,19 @@ class TestConfigured:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--model", "memory4"], "m3: --model memory4 is not known; there are memory3-2.4b. Say a shape with --shape"),
+        (
+            ["--model", "memory4"],
+            "m3: --model memory4 is not known; known are memory3-2.4b. Describe a shape with --shape",
+        ),
         (["--shape", "layer=3"], "m3: --shape: layer is not known; did you mean layers?"),
         (["--shape", "layers=3"], "m3: --shape: hidden, heads, mlp, vocabulary are missing"),
         (["--references", "1.5"], "m3: --references must be a whole number such as 1000 or 1e8"),
         (["--references", "0"], "m3: --references must be a whole number"),
         (["--drive", "fast"], "m3: --drive must be a size such as"),
-        (["--drive", "0"], "m3: --drive must be more than nothing"),
+        (["--drive", "0"], "m3: --drive must be above 0"),
         (["--iops", "-3"], "m3: --iops must be a whole number"),
         (["--capacity", "much"], "m3: --capacity must be a size such as"),
-        (["--speed", "3"], "m3: --speed says how many streams a drive serves"),
+        (["--speed", "3"], "m3: --speed tells how many streams a drive serves"),
         (["--speed", "0", "--iops", "9"], "m3: --speed must be above 0, not 0.0"),
         (["--set", "memory.layers=0-4"], "m3: memory.layers: the model has layers 0 to 3, not [0, 1, 2, 3, 4]"),
         (["--set", "codec.bits=5"], "m3: codec.bits of the scalar codec must be 4 or 8, not 5"),

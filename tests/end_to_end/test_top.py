@@ -18,4 +18,4 @@ def test_a_runtime_that_is_told_so_can_be_watched_until_it_is_closed(written: Pl
         with runtime.stream() as stream:
             recalled = stream.recall("What does the harbour lamp burn?", wait=True)
         assert written.m3("top", "--json").json["recall_memories"] == len(recalled) > 0
-    assert "nobody answers at 127.0.0.1:" in written.m3("top", "--once").complaint
+    assert "nothing answers at 127.0.0.1:" in written.m3("top", "--once").complaint

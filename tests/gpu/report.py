@@ -57,8 +57,12 @@ class Check(Generic[T]):
     seconds: float
 
 
-def run(checks: Sequence[Check[T]], given: T, ends: float) -> dict[str, list[Figure]]:
-    """The figures of each check, in order, until the instant ``ends`` (of `time.monotonic`)."""
+def run(checks: Sequence[Check[T]], given: T, ends: float, method: str = "fork") -> dict[str, list[Figure]]:
+    """The figures of each check, in order, until the instant ``ends`` (of `time.monotonic`).
+
+    A process is started by ``method``: a fork does not import torch again, but cannot use a device that its parent has
+    used.
+    """
     found: dict[str, list[Figure]] = {}
     for check in checks:
         began, left = time.monotonic(), ends - time.monotonic()
@@ -66,7 +70,7 @@ def run(checks: Sequence[Check[T]], given: T, ends: float) -> dict[str, list[Fig
             found[check.name] = [Figure(check.name, error="skipped: no time left")]
             continue
         say(f"{check.name} ...")
-        found[check.name] = list(_apart(check, given, min(check.seconds, left)))
+        found[check.name] = list(_apart(check, given, min(check.seconds, left), method))
         found[check.name].append(Figure("seconds that it took", time.monotonic() - began, "s"))
     return found
 
@@ -108,11 +112,11 @@ def short(found: dict[str, list[Figure]]) -> list[str]:
     return [f"{check}: {one.name}" for check, all in found.items() for one in all if one.verdict in {"SHORT", "FAILED"}]
 
 
-def _apart(check: Check[T], given: T, seconds: float) -> Iterator[Figure]:
-    """Run one check in a fork. Its figures are taken as they come, so that a check that hangs leaves those it had."""
-    forking = multiprocessing.get_context("fork")  # a new interpreter would import torch again for each check
-    receiving, sending = forking.Pipe(duplex=False)
-    process = forking.Process(target=_child, args=(check, given, sending))
+def _apart(check: Check[T], given: T, seconds: float, method: str) -> Iterator[Figure]:
+    """Run one check in a process. Its figures are taken as they come: a check that hangs leaves those it had."""
+    context = multiprocessing.get_context(method)
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(check, given, sending))
     process.start()
     sending.close()
     ends = time.monotonic() + seconds

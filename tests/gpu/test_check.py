@@ -13,12 +13,14 @@ from tests.gpu import install, report
 from tests.gpu.report import Check, Figure
 
 ROOT = Path(__file__).parents[2]
+CHECKS = ("suite", "write", "codec", "tiers", "recall", "sharing", "preset")
+"""All but the one that `m3 bench decode` has tests of its own for."""
 
 
 def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     ended = subprocess.run(
-        [sys.executable, "tests/gpu/check.py", "--tiny", "--device", "cpu", "--out", tmp_path],
+        [sys.executable, "tests/gpu/check.py", "--tiny", "--device", "cpu", "--out", tmp_path, "--only", *CHECKS],
         cwd=ROOT,
         env={**environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -28,9 +30,7 @@ def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stdout[-5000:] + ended.stderr[-5000:]
     found = json.loads((tmp_path / "check.json").read_text())
     assert found["short"] == []
-    assert set(found["checks"]) == {
-        "machine", "suite", "write", "codec", "tiers", "recall", "sharing", "preset", "decoding"
-    }  # fmt: skip
+    assert list(found["checks"]) == ["machine", *CHECKS]
     assert (tmp_path / "check.txt").read_text().strip() in ended.stdout
 
 

@@ -183,7 +183,7 @@ def test_page_locked_memory_is_exact(device: torch.device) -> None:
 
 def test_more_page_locked_memory_than_there_is_is_one_clear_line(device: torch.device) -> None:
     with pytest.raises(ConfigError, match=r"^tier pinned: no \d+ bytes to lock on cpu: ") as caught:
-        PinnedTier(slot_bytes=MIB, capacity=1 << 50, device=device)
+        PinnedTier(slot_bytes=MIB, capacity=1 << 58, device=device)
     assert "\n" not in str(caught.value)
     torch.zeros(3, device=device).add_(1).cpu()  # the device goes on
 

@@ -79,7 +79,7 @@ def _main(folder: Path) -> None:
     for module in ("usearch.index", "lmdb.home", "slabs"):
         import_module(f"m3backends.{module}")
     kernels = import_module("m3runtime.codecs.product.kernels.by_numba")
-    kernels.gather_of(bytes=True)  # compiled once, not in every child
+    kernels.scatter()  # compiled once, not in every child
     import_module("tests.hostile.banks")
     pristine = folder / "pristine"
     made = _forked("tests.hostile.cases:make", None, pristine, 120.0)

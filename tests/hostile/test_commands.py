@@ -41,7 +41,13 @@ CHOSEN = {
         "a spec of more heads",
         "another kind",
     ),
-    test_index_file: ("a pipe", "a folder", "a hole of 100 GB in it", "2^61 slots", "a neighbour that is not there"),
+    test_index_file: (
+        "a pipe",
+        "a folder",
+        "a hole of 100 GB behind it",
+        "2^32 - 1 rows",
+        "zeros and a record that fits",
+    ),
     test_manifest: ("gone", "deep JSON", "2^40 heads", "a model's name with lines", "format 2"),
     test_records: (
         "references: a bit flipped in the middle",

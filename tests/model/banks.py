@@ -69,6 +69,7 @@ def make_runtime(
     home: type[LmdbHome] = LmdbHome,
     blocks: int = 6,
     generate: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
     **recall: Any,
 ) -> Runtime:
     """A bank that remembers ``texts`` exactly, under a page-locked tier with room for ``blocks`` blocks."""
@@ -76,7 +77,7 @@ def make_runtime(
     config = Config.model_validate(
         {
             "bank": path,
-            "model": {"path": "given"},
+            "model": model or {"path": "given"},
             "embedder": {"path": "given"},
             "memory": adapter.memory.model_dump(),
             "recall": {**defaults, **recall},
@@ -96,6 +97,7 @@ def make_runtime(
         embedder=embedder.fingerprint,
         embedder_name="trigrams",
         dim=embedder.dim,
+        model_settings=dict(adapter.model_settings),
     )
     bank = Bank.create(path, home, manifest, codec)
     memories = adapter.encode(texts)

@@ -59,6 +59,31 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3-sliding": {"sliding_window": WINDOW},
     "olmo2": {},
 }
+_FACTORS = [1.0, 1.1, 1.3, 1.6, 2.0, 2.5, 3.1, 3.8]
+ROPES: dict[str, dict[str, Any]] = {
+    "llama-linear": {"rope_type": "linear", "factor": 4.0},
+    "llama-llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "qwen2-yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "phi3-partial": {"rope_type": "default", "partial_rotary_factor": 0.5},
+    "phi-partial": {"rope_type": "default", "partial_rotary_factor": 0.25},
+    "phi3-longrope": {"rope_type": "longrope", "short_factor": _FACTORS, "long_factor": [4 * x for x in _FACTORS]},
+    "llama-dynamic": {"rope_type": "dynamic", "factor": 2.0},
+}
+FIXED_POSITIONS = 128
+"""Positions within which the frequencies of `BOUNDED` do not change."""
+BOUNDED = ["phi3-longrope", "llama-dynamic"]
+_VARIANTS = {
+    **FAMILIES,
+    **{name: {"rope_parameters": {"rope_theta": 10_000.0, **rope}} for name, rope in ROPES.items()},
+}
+_VARIANTS["phi3-longrope"]["original_max_position_embeddings"] = FIXED_POSITIONS
+_VARIANTS["llama-dynamic"]["max_position_embeddings"] = FIXED_POSITIONS + 1
 SLIDING = [name for name in FAMILIES if "sliding" in name or name.startswith("gemma")]
 
 
@@ -87,7 +112,7 @@ def make_model(family: str, seed: int = 0) -> Any:
     """A model in stock eager attention, whose attention is far from uniform. Copy it before changing it."""
     vocabulary = len(make_tokenizer())
     special = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": None}
-    options = {**_SIZE, **FAMILIES[family], "vocab_size": vocabulary, **special}
+    options = {**_SIZE, **copy.deepcopy(_VARIANTS[family]), "vocab_size": vocabulary, **special}
     config = AutoConfig.for_model(family.partition("-")[0], **options)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

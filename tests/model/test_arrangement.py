@@ -37,7 +37,7 @@ def test_a_moved_key_is_the_key_of_a_token_that_stands_there(family: str) -> Non
 
     def keys_at(offset: int) -> Tensor:
         session = Session(adapter.model, batch=1, offset=offset)
-        session.forward(tokens, logits=False)
+        session.feed(tokens)
         return torch.stack([session.cache.context(layer)[0][0] for layer in range(adapter.layout.layers)])
 
     arrange = adapter.session(1).arrange
@@ -66,7 +66,7 @@ def test_in_sequence_the_best_memory_stays_and_others_stand_before_it(family: st
 def test_a_sink_of_its_own_stands_before_each_memory(options: dict[str, Any]) -> None:
     once, each = make_adapter("llama", **options), make_adapter("llama", sinks="each", **options)
     sink = Session(once.model, batch=1)
-    sink.forward(torch.tensor([once.sink_ids]), logits=False)
+    sink.feed(torch.tensor([once.sink_ids]))
     layers = once.spec.layers
     keys, values = (torch.stack([sink.cache.context(layer)[kind][0] for layer in layers]) for kind in range(2))
     memories = parts(once)

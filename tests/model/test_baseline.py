@@ -2,7 +2,7 @@
 
 import pytest
 
-from m3model.engine.session import IMPLEMENTATION
+from m3model.attention.implementation import IMPLEMENTATION
 from m3runtime.adapters.answers import Prompt
 from m3runtime.adapters.comparison import Comparable
 from m3runtime.config.schema import GenerateConfig

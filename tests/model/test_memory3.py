@@ -18,6 +18,7 @@ from m3model.transformers import TransformersAdapter
 from m3runtime.config.schema import MemoryConfig, ModelConfig
 from tests.model.families import FAMILIES, LAYERS, REFERENCE_TOKENS, make_model, make_tokenizer, windows, with_masks
 
+CPU = torch.device("cpu")
 CHUNK = 6
 MEMORIES = 2
 SINK = (0, 11, 12)
@@ -274,12 +275,12 @@ def test_saved_and_loaded_by_the_auto_classes(family: str, tmp_path: Path) -> No
     with torch.no_grad():
         torch.testing.assert_close(again(**inputs).logits, wanted, atol=0, rtol=0)
 
-    adapter = TransformersAdapter.open(ModelConfig(path=str(tmp_path)), MemoryConfig())
+    adapter = TransformersAdapter.open(ModelConfig(path=str(tmp_path)), MemoryConfig(), CPU)
     carried = TransformersAdapter.carried(ModelConfig(path=str(tmp_path)), MemoryConfig())
     assert (carried.layers, carried.tokens_per_head, carried.reference_tokens) == ((1, 2), 4, REFERENCE_TOKENS)
     spec = adapter.spec
     assert (spec.layers, spec.tokens, spec.reference_tokens) == ((1, 2), 4, REFERENCE_TOKENS)
-    tried = TransformersAdapter.open(ModelConfig(path=str(tmp_path)), MemoryConfig(layers="all"))
+    tried = TransformersAdapter.open(ModelConfig(path=str(tmp_path)), MemoryConfig(layers="all"), CPU)
     assert tried.spec.layers == tuple(range(LAYERS))
 
 

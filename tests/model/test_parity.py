@@ -1,5 +1,6 @@
 """The parity law: a memory gives the logits of the same text in the context."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,12 +16,16 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 from m3model.attention.implementation import attend
 from m3model.engine.session import Session
 from m3model.transformers import TransformersAdapter
-from m3runtime.config.schema import MemoryConfig
+from m3runtime.adapters.answers import Prompt
+from m3runtime.config.schema import GenerateConfig, MemoryConfig
 from m3runtime.errors import ConfigError, InputError
 from m3runtime.recall.store import Part
 from tests.model.families import (
+    BOUNDED,
     FAMILIES,
+    FIXED_POSITIONS,
     REFERENCE_TOKENS,
+    ROPES,
     SLIDING,
     WINDOW,
     make_adapter,
@@ -246,6 +251,69 @@ def test_a_cache_takes_only_what_fits_it() -> None:
     session.forward(torch.tensor([[1], [2]]))
     with pytest.raises(RuntimeError, match="before anything else"):
         session.cache.put_sink(*adapter._sink)
+
+
+# -- RoPE and dtypes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("way", [whole, token_by_token])
+def test_every_kind_of_rope_keeps_the_law(rope: str, way: Way) -> None:
+    adapter, model = make_adapter(rope), make_model(rope)
+    texts = [random_text(adapter.tokenizer, length, seed=length) for length in (REFERENCE_TOKENS, 9)]
+    for chosen in [texts[:1], texts]:
+        assert gap(read(adapter, chosen, way), expect(adapter, chosen, model)) < TOLERANCE
+
+
+@pytest.mark.parametrize("rope", BOUNDED)
+def test_positions_beyond_which_all_keys_change_are_refused(rope: str) -> None:
+    adapter, model = make_adapter(rope), make_model(rope)
+    long = context_of(adapter).repeat(4)
+    within, beyond = long[: FIXED_POSITIONS - adapter.offset], long[: FIXED_POSITIONS - adapter.offset + 1]
+    session = adapter.session(1, context=4)
+    session.read([parts(adapter, [random_text(adapter.tokenizer, REFERENCE_TOKENS, seed=1)])])
+    session.all_logits(within[None])
+    with pytest.raises(InputError, match=rf"needs {FIXED_POSITIONS + 1} positions") as caught:
+        session.forward(beyond[None, -1:])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="positions"):
+        adapter.generate([Prompt("lamp")], None, GenerateConfig(max_new_tokens=FIXED_POSITIONS))
+    # A longer text changes what the stock model makes of all tokens before its end.
+    ids = long[None, : FIXED_POSITIONS + 2]
+    with torch.no_grad():
+        short, grown = model(ids[:, :-2]).logits[0], model(ids).logits[0, :-2]
+    assert gap(short, grown) > 100 * TOLERANCE
+
+
+def test_an_unknown_kind_of_rope_is_refused() -> None:
+    model = copy.deepcopy(make_model("llama"))
+    model.config.rope_parameters["rope_type"] = "spiral"
+    with pytest.raises(ConfigError, match=r"RoPE of type 'spiral'.*use a model with") as caught:
+        make_adapter(model=model)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen2-sliding", "gemma2", "qwen2-yarn", "phi3-partial"])
+def test_half_precision_keeps_the_law_to_its_rounding(family: str, dtype: torch.dtype) -> None:
+    """In half precision no number is right to 1e-4, so the dtype itself is the measure.
+
+    A memory is as near to the float32 logits of its text as the text is in half precision: at most 1.5 times as far, in
+    root mean square (rounding varies with the order of sums). A mistake is further off by many times as much.
+    """
+    adapter, model = make_adapter(model=copy.deepcopy(make_model(family)).to(dtype)), make_model(family)
+    text = random_text(adapter.tokenizer, REFERENCE_TOKENS, seed=1)
+    right = expect(adapter, [text], model)
+    rounded = rms(expect(adapter, [text], copy.deepcopy(model).to(dtype)), right)
+    for way in WAYS:
+        assert rms(read(adapter, [text], way), right) < 1.5 * rounded
+    moved = adapter.session(1, context=4)
+    moved.read([[(keys.roll(1, 2), values) for keys, values in parts(adapter, [text])]])
+    assert rms(whole(moved, context_of(adapter)), right) > 4 * rounded
+
+
+def rms(one: Tensor, other: Tensor) -> float:
+    return float((one.float() - other.float()).square().mean().sqrt())
 
 
 # -- weighing memories ----------------------------------------------------------------------------------------------

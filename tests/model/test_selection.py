@@ -282,9 +282,7 @@ def test_a_bank_of_few_tokens_is_read(tmp_path: Path) -> None:
         with make_runtime(adapter, tmp_path / name, texts) as runtime:
             sizes.append(runtime.bank.home.slot_bytes)
             answers.append(MemoryModel(adapter, runtime).generate(texts[0], prompt="plain", max_new_tokens=12))
-            recalled = {}
-            for chunk in answers[-1].chunks:
-                recalled.update(zip(chunk.ids, chunk.parts, strict=True))
+            recalled = runtime.fetch(list(answers[-1].memories), adapter.dtype)
             assert len(recalled) >= 2
             wanted = adapter.encode(texts)
             for id, (keys, values) in recalled.items():

@@ -11,12 +11,12 @@ from transformers.utils import logging
 
 from m3model.loading.sizing import shape_of
 from m3model.transformers import TransformersAdapter
-from m3runtime.adapters.abilities import Sizing
 from m3runtime.config.schema import MemoryConfig, ModelConfig
 from m3runtime.errors import ConfigError
 from m3runtime.memory.shape import ModelShape, memory_spec
 from tests.model.families import FAMILIES, make_model, make_tokenizer
 
+CPU = torch.device("cpu")
 SIZE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -63,7 +63,7 @@ def test_it_is_the_spec_of_the_adapter(tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
     shutil.copy(tmp_path / "whole/config.json", tmp_path / "bare")
     memory = MemoryConfig.model_validate({"preset": "memory3"})
-    adapter = TransformersAdapter.open(ModelConfig(path=str(tmp_path / "whole"), device="cpu"), memory)
+    adapter = TransformersAdapter.open(ModelConfig(path=str(tmp_path / "whole")), memory, CPU)
     shape = shape_of(ModelConfig(path=str(tmp_path / "bare")))
     assert adapter.spec == memory_spec(
         memory, layers=shape.layers, kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype="float32"
@@ -105,10 +105,6 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         shape_of(ModelConfig(path=str(tmp_path)))
     with pytest.raises(ConfigError, match=r"^model\.path: no such file: none\.gguf$"):
         shape_of(ModelConfig(path="none.gguf"))
-
-
-def test_the_adapter_tells_shapes() -> None:
-    assert isinstance(TransformersAdapter, Sizing)
 
 
 @pytest.mark.real_model

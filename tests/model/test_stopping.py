@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from m3model import adapter as adapters
 from m3model.attention.cache import MemoryCache
+from m3model.engine import encoding
 from m3model.transformers import TransformersAdapter
 from tests.model.families import FAMILIES, LAYERS, make_adapter
 
@@ -41,7 +41,7 @@ def test_memories_are_those_of_a_whole_pass(
     def going_on(_: MemoryCache, __: int) -> Iterator[None]:
         yield
 
-    monkeypatch.setattr(adapters, "stopping_after", going_on)
+    monkeypatch.setattr(encoding, "stopping_after", going_on)
     assert layers_run(adapter) == list(range(LAYERS))
     whole = adapter.encode(TEXTS)
     for kind in ("keys", "values", "tokens"):

@@ -52,7 +52,7 @@ def test_the_tier_passes_the_suite_and_the_machine(example: Path) -> None:
     )
     assert ended.returncode == 0, ended.stdout[-5000:]
     passed = int(ended.stdout.rpartition(" passed")[0].rpartition("\n")[2].split()[-1])
-    assert passed >= 50
+    assert passed >= 40
 
 
 def test_the_configuration_plugs_it_in(importable: Path) -> None:

@@ -35,9 +35,9 @@ class _State:
 class ProductCodec(Codec):
     """Vectors are replaced by the nearest of centroids that were learned on the bank's own memories.
 
-    ``bytes`` and ``together`` are those of `.transform.TransformDesign`, the default; the others are those
-    of `.stages.StagesDesign`, which quantises each vector by itself. `fit` needs faiss (``m3runtime[train]``);
-    nothing else does. `encode` runs where the memories lie. Raises `CodecError` for options
+    ``bytes`` and ``together`` are those of `TransformDesign`, the default; the others are those of `StagesDesign`,
+    which quantises each vector by itself. `fit` needs faiss (``m3runtime[train]``); nothing else does. `encode` and
+    `decode` run on the device of their arguments. Thread-safe after `fit` or `load`. Raises `CodecError` for options
     that do not fit the spec, or each other.
     """
 
@@ -75,22 +75,22 @@ class ProductCodec(Codec):
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """Those of the design, every one stated."""
+        """The options of the design, every one stated."""
         return self.design.options
 
     @property
     def trained(self) -> bool:
-        """See `Codec.trained`."""
+        """True after `fit`, `load` or `restore`: see `Codec.trained`."""
         return self._state is not None
 
     @property
     def weighs_errors(self) -> bool:
-        """See `Codec.weighs_errors`: the transform does."""
+        """True for the transform: see `Codec.weighs_errors`."""
         return isinstance(self.design, TransformDesign)
 
     @property
     def fingerprint(self) -> str:
-        """See `Codec.fingerprint`."""
+        """Thirty-two hex digits that identify the codec: see `Codec.fingerprint`."""
         return self._ready().fingerprint
 
     @property
@@ -99,7 +99,7 @@ class ProductCodec(Codec):
         return None if self._state is None else self._state.measured
 
     def payload_bytes(self, tokens: int) -> int:
-        """See `Codec.payload_bytes`. Before training, the most that it can be."""
+        """Bytes of a payload; before training, the most that it can have: see `Codec.payload_bytes`."""
         of = self.design if self._state is None else self._state.quantiser
         return of.fixed_bytes + tokens * of.token_bytes
 
@@ -129,7 +129,7 @@ class ProductCodec(Codec):
         self._state = _State(state.quantiser, state.fingerprint, measured)
 
     def encode(self, memories: MemoryTensors) -> Tensor:
-        """See `Codec.encode`."""
+        """Payloads of memories, ``uint8[n, bytes]`` on the CPU: see `Codec.encode`."""
         device = memories.keys.device
         quantiser = self._on(device)
         memories.check(self.spec)
@@ -141,7 +141,7 @@ class ProductCodec(Codec):
         return rows.cpu()
 
     def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> MemoryTensors:
-        """See `Codec.decode`. No bytes are refused, and nothing waits for the device."""
+        """Decode payloads on their device; refuses no bytes and never waits for it: see `Codec.decode`."""
         quantiser = self._on(payloads.device)
         width = layout.width_of(payloads, tokens, self.spec)
         layout.check_length(payloads, self.payload_bytes(width))
@@ -149,13 +149,13 @@ class ProductCodec(Codec):
         return layout.finish(keys, values, tokens, self.spec, dtype, quantiser.peak)
 
     def save(self, path: Path) -> None:
-        """See `Codec.save`."""
+        """Write the codec's file: see `Codec.save`."""
         state = self._ready()
         files.write(path, self, state.quantiser.tensors(), state.measured)
 
     @classmethod
     def load(cls, path: Path, spec: MemorySpec) -> "ProductCodec":
-        """See `Codec.load`."""
+        """Read the codec's file: see `Codec.load`."""
         file = files.read(path, cls.kind, spec)
         codec = file.make(cls, spec)
         try:
@@ -177,7 +177,7 @@ class ProductCodec(Codec):
 
     @property
     def quantiser(self) -> Quantiser:
-        """What does the work, on the CPU. Raises `CodecError` if the codec is not trained."""
+        """The trained quantiser, on the CPU. Raises `CodecError` if the codec is not trained."""
         return self._ready().quantiser
 
     def _ready(self) -> _State:
@@ -204,5 +204,7 @@ def _designed(spec: MemorySpec, stages: Mapping[str, Any], transform: Mapping[st
     if not stages:
         return TransformDesign(spec, **transform)
     if transform:
-        raise CodecError(f"{next(iter(transform))} of the product codec cannot be set beside {next(iter(stages))}")
+        raise CodecError(
+            f"{next(iter(transform))} of the product codec cannot be set together with {next(iter(stages))}"
+        )
     return StagesDesign(spec, **stages)

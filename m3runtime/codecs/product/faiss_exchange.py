@@ -113,7 +113,7 @@ def _read(source: "Path | faiss.Index", part: str) -> tuple[Any, str]:
 
 
 def _tables(index: Any, dim: int, name: str) -> Tables:
-    """What an index has learned, copied. Raises `CodecError` that begins with ``name``."""
+    """The learned tensors of an index, copied. Raises `CodecError` that begins with ``name``."""
     if index.d != dim:
         raise CodecError(f"{name}: its vectors have {index.d} channels, not {dim} as heads of this model")
     if not index.is_trained:
@@ -151,7 +151,7 @@ def _exactly(index: Any) -> Any:
 
 
 def _rotation(index: Any, name: str) -> Tensor | None:
-    """The rotation before an index, ``float32[1, dim, dim]``; None if there is nothing."""
+    """The rotation before an index, ``float32[1, dim, dim]``; None for an empty chain."""
     steps = [faiss.downcast_VectorTransform(index.chain.at(i)) for i in range(index.chain.size())]
     if not steps:
         return None

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from m3runtime.codecs.base import Progress
-from m3runtime.errors import CodecError
 from m3runtime.memory.spec import MemorySpec
 
 Vectors = tuple[Tensor, Tensor]
@@ -28,7 +27,7 @@ class Quantiser(ABC):
 
     @abstractmethod
     def tensors(self) -> Mapping[str, Tensor]:
-        """What was learned, by name, on the CPU: what the codec's file holds."""
+        """The learned tensors by name, as the codec's file holds them."""
 
     @abstractmethod
     def to(self, device: torch.device) -> Self:
@@ -86,16 +85,3 @@ class Design(ABC):
 
         Raises `CodecError` if they are not what this design learns.
         """
-
-
-def check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise `CodecError` unless these tensors are there, alone, of these shapes, ``float32`` and finite."""
-    if set(tensors) != set(wanted):
-        raise CodecError(f"it holds {sorted(tensors)}, not {sorted(wanted)}")
-    for name, shape in wanted.items():
-        tensor = tensors[name]
-        if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
-            found = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise CodecError(f"tensor {name!r} is {found}, not torch.float32 {shape}")
-        if not torch.isfinite(tensor).all():
-            raise CodecError(f"tensor {name!r} is not finite")

@@ -31,12 +31,12 @@ class Stage:
 
     @property
     def centroids(self) -> int:
-        """Of each part."""
+        """Centroids of each part."""
         return 1 << self.bits
 
     @property
     def bytes(self) -> int:
-        """Of the code of one vector."""
+        """Bytes of the code of one vector."""
         return (self.parts * self.bits + 7) // 8
 
     def places(self, groups: int, dim: int) -> Tensor:
@@ -67,7 +67,7 @@ def parse(text: object, name: str, head_dim: int) -> tuple[Stage, ...]:
 
 
 def text_of(stages: Sequence[Stage]) -> str:
-    """What `parse` reads."""
+    """The text that `parse` reads."""
     return "+".join(map(str, stages))
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from m3runtime.codecs.base import Progress
-from m3runtime.codecs.product.quantiser import Design, Vectors, check_tensors
+from m3runtime.codecs.files import check_tensors
+from m3runtime.codecs.product.quantiser import Design, Vectors
 from m3runtime.codecs.product.stages import BITS, Stage, parse, text_of
 from m3runtime.codecs.product.stages_quantiser import StagesQuantiser, Tables, offset_codes, offset_of
 from m3runtime.codecs.product.stages_training import train_stages
@@ -18,7 +19,7 @@ SCOPES = ("head", "layer", "model")
 ROTATIONS = ("none", "pca", "opq")
 PRESETS = ("memory3",)
 _MOST_BITS = 14
-"""Of a stage of the preset: a codebook of 16,384 centroids, the paper's largest."""
+"""Bits of a stage of the preset: a codebook of 16,384 centroids, the paper's largest."""
 
 
 class StagesDesign(Design):
@@ -62,7 +63,9 @@ class StagesDesign(Design):
         if preset is not None:
             _one_of("preset", preset, PRESETS)
             if chosen:
-                raise CodecError(f"{next(iter(chosen))} of the product codec cannot be set beside preset {preset}")
+                raise CodecError(
+                    f"{next(iter(chosen))} of the product codec cannot be set together with preset {preset}"
+                )
             chosen = _memory3(spec.head_dim)
         self.keys = _stages(chosen, "keys", "key_bytes", 32, spec.head_dim)
         self.values = _stages(chosen, "values", "value_bytes", 16, spec.head_dim)
@@ -78,7 +81,7 @@ class StagesDesign(Design):
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """See `Design.options`."""
+        """The options, every one stated: see `Design.options`."""
         return {
             "keys": text_of(self.keys),
             "values": text_of(self.values),
@@ -89,12 +92,12 @@ class StagesDesign(Design):
 
     @property
     def fixed_bytes(self) -> int:
-        """See `Design.fixed_bytes`."""
+        """Most bytes before the tokens: see `Design.fixed_bytes`."""
         return self.heads * self.spec.head_dim if self.offset else 0
 
     @property
     def token_bytes(self) -> int:
-        """See `Design.token_bytes`."""
+        """Most bytes of a token: see `Design.token_bytes`."""
         return self.heads * sum(stage.bytes for stage in (*self.keys, *self.values))
 
     def fit(
@@ -103,7 +106,7 @@ class StagesDesign(Design):
         importance: Tensor | None,  # noqa: ARG002 - centroids minimise plain squared error
         progress: Progress | None,
     ) -> StagesQuantiser:
-        """See `Design.fit`. Too few vectors for a set of centroids are repeated with noise."""
+        """Train a quantiser: see `Design.fit`. Too few vectors for a set of centroids are repeated with noise."""
         all_keys = [keys for keys, _ in memories]
         offset = None
         if self.offset:
@@ -124,7 +127,7 @@ class StagesDesign(Design):
         return StagesQuantiser(self.heads, keys, values, offset)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> StagesQuantiser:
-        """See `Design.restore`."""
+        """The quantiser of learned tensors: see `Design.restore`."""
         groups, dim = self.heads // self.sharing, self.spec.head_dim
         wanted: dict[str, tuple[int, ...]] = {"offset": (2, self.heads, dim)} if self.offset else {}
         for name, stages in (("keys", self.keys), ("values", self.values)):
@@ -143,7 +146,7 @@ def _stages(options: Mapping[str, Any], name: str, short: str, default: int, hea
     """The stages that ``keys: 16x8`` or ``key_bytes: 16`` mean."""
     if name in options:
         if short in options:
-            raise CodecError(f"{short} of the product codec cannot be set beside {name}")
+            raise CodecError(f"{short} of the product codec cannot be set together with {name}")
         return parse(options[name], f"{name} of the product codec", head_dim)
     size = options.get(short, default)
     allowed = [size for size in range(1, head_dim + 1) if head_dim % size == 0]
@@ -164,7 +167,7 @@ def _memory3(head_dim: int) -> dict[str, Any]:
 
 
 def _fitting(parts: int, bits: int, head_dim: int) -> Stage:
-    """See `_memory3`."""
+    """The stage whose bits come nearest to so many parts and bits, for this head dim: see `_memory3`."""
     most = parts * bits
     can_be = [Stage(n, min(_MOST_BITS, most // n)) for n in range(1, most // BITS[0] + 1) if head_dim % n == 0]
     return max(can_be, key=lambda stage: (stage.parts * stage.bits, -abs(stage.parts - parts)))

@@ -139,12 +139,12 @@ class StagesQuantiser(Quantiser):
 
     @property
     def token_bytes(self) -> int:  # type: ignore[override]
-        """See `Quantiser`."""
+        """Bytes of the codes of a token: see `Quantiser`."""
         return self.heads * (self.keys.code_bytes + self.values.code_bytes)
 
     @cached_property
     def peak(self) -> float:  # type: ignore[override]
-        """See `Quantiser`."""
+        """The greatest value that any bytes decode to: see `Quantiser`."""
         keys = self.keys.peak()
         if self.offset is not None:
             low, step = self.offset.abs()
@@ -152,17 +152,17 @@ class StagesQuantiser(Quantiser):
         return max(keys, self.values.peak())
 
     def tensors(self) -> dict[str, Tensor]:
-        """See `Quantiser.tensors`."""
+        """The learned tensors by name: see `Quantiser.tensors`."""
         named = self.keys.tensors("keys") | self.values.tensors("values")
         return named if self.offset is None else named | {"offset": self.offset}
 
     def to(self, device: torch.device) -> "StagesQuantiser":
-        """See `Quantiser.to`."""
+        """A copy on another device: see `Quantiser.to`."""
         offset = None if self.offset is None else self.offset.to(device)
         return replace(self, keys=self.keys.to(device), values=self.values.to(device), offset=offset)
 
     def encode(self, vectors: Vectors, payload: Tensor) -> None:
-        """See `Quantiser.encode`. Runs on ``torch.get_num_threads()`` threads on a CPU."""
+        """Write the codes of one memory, on ``torch.get_num_threads()`` threads on a CPU: see `Quantiser.encode`."""
         keys, values = vectors
         key_codes, value_codes = self._codes(payload[None], keys.shape[1])
         if self.offset is not None:
@@ -173,7 +173,7 @@ class StagesQuantiser(Quantiser):
         self.values.encode(values, value_codes[0])
 
     def decode(self, payloads: Tensor, width: int) -> Vectors:
-        """See `Quantiser.decode`."""
+        """Vectors of payloads, on their device: see `Quantiser.decode`."""
         key_codes, value_codes = self._codes(payloads, width)
         add = None
         if self.offset is not None:

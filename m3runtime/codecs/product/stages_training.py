@@ -19,7 +19,7 @@ _MOST_DISTANCES = 2**30
 _FOR_EACH_CENTROID = 4
 """For each group, as many vectors for a centroid, whatever it takes."""
 _ROTATION_STEPS = 10
-"""Of OPQ, from the principal axes. faiss by itself takes 50 from a random rotation, and ends with more error."""
+"""Iterations of OPQ from the principal axes. faiss takes 50 from a random rotation, and ends with more error."""
 
 
 def train_stages(

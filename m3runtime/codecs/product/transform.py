@@ -9,7 +9,7 @@ from torch import Tensor
 from m3runtime.memory.spec import MemorySpec
 
 CENTROIDS = 256
-"""Of a code: its number is a byte."""
+"""Centroids of a part: a code is a byte."""
 WIDTHS = (1, 2, 3, 4, 6, 8)
 """How many coordinates can share a code."""
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from m3runtime.codecs.base import Progress
-from m3runtime.codecs.product.quantiser import Design, Vectors, check_tensors
+from m3runtime.codecs.files import check_tensors
+from m3runtime.codecs.product.quantiser import Design, Vectors
 from m3runtime.codecs.product.transform import CENTROIDS, WIDTHS, Transform, Units, kept_by
 from m3runtime.codecs.product.transform_quantiser import TransformQuantiser
 from m3runtime.codecs.product.transform_training import train_transform
@@ -49,29 +50,32 @@ class TransformDesign(Design):
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """See `Design.options`."""
+        """The options, every one stated: see `Design.options`."""
         return {"bytes": self.bytes, "together": self.units.together}
 
     @property
     def fixed_bytes(self) -> int:
-        """See `Design.fixed_bytes`: none."""
+        """Most bytes before the tokens: see `Design.fixed_bytes`."""
         return 0
 
     @property
     def token_bytes(self) -> int:
-        """See `Design.token_bytes`."""
+        """Most bytes of a token: see `Design.token_bytes`."""
         return self.bytes * self.units.heads
 
     def fit(
         self, memories: Sequence[Vectors], importance: Tensor | None, progress: Progress | None
     ) -> TransformQuantiser:
-        """See `Design.fit`. Without importance, errors cost what they are relative to the vectors of their head."""
+        """Train a quantiser: see `Design.fit`.
+
+        Without importance, an error costs its square relative to the mean square of its head's vectors.
+        """
         sample = torch.cat([self.units.joined(*vectors) for vectors in memories], 1)
         costs = self._blocks(importance, sample)
         return TransformQuantiser(train_transform(self.units, sample, costs, self.token_bytes, progress))
 
     def restore(self, tensors: Mapping[str, Tensor]) -> TransformQuantiser:
-        """See `Design.restore`."""
+        """The quantiser of learned tensors: see `Design.restore`."""
         parts = tensors.get("parts")
         if parts is None or parts.dtype != torch.int32 or parts.ndim != 2 or parts.shape[1] != 3:
             raise CodecError("tensor 'parts' is not int32 [parts, 3]")

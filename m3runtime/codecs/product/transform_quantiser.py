@@ -53,15 +53,15 @@ class TransformQuantiser(Quantiser):
         return float((self.transform.mean.abs() + added).max())
 
     def tensors(self) -> dict[str, Tensor]:
-        """See `Quantiser.tensors`."""
+        """The learned tensors by name: see `Quantiser.tensors`."""
         return self.transform.tensors()
 
     def to(self, device: torch.device) -> "TransformQuantiser":
-        """See `Quantiser.to`."""
+        """A copy on another device: see `Quantiser.to`."""
         return TransformQuantiser(self.transform.to(device))
 
     def encode(self, vectors: Vectors, payload: Tensor) -> None:
-        """See `Quantiser.encode`. Runs on ``torch.get_num_threads()`` threads on a CPU."""
+        """Write the codes of one memory, on ``torch.get_num_threads()`` threads on a CPU: see `Quantiser.encode`."""
         x = self.transform.units.joined(*vectors)
         x -= self.transform.mean[:, None]
         coordinates = torch.bmm(x, self._padded_forward)  # [units, tokens, kept]
@@ -73,7 +73,7 @@ class TransformQuantiser(Quantiser):
         payload.view(numbers.shape).copy_(numbers)
 
     def decode(self, payloads: Tensor, width: int) -> Vectors:
-        """See `Quantiser.decode`."""
+        """Vectors of payloads, on their device: see `Quantiser.decode`."""
         units = self.transform.units
         shape = (len(payloads), units.heads, width, units.spec.head_dim)
         keys, values = (torch.empty(shape, device=payloads.device) for _ in range(2))
@@ -106,16 +106,16 @@ class TransformQuantiser(Quantiser):
         n, width, _ = codes.shape
         most = self._gather.shape[1]
         if codes.device.type == "cpu" and compiled():
-            from m3runtime.codecs.product.kernels.by_numba import gather_of
+            from m3runtime.codecs.product.kernels.by_numba import scatter
 
-            step = most + _APART  # not a power of two apart, or rows would drive each other out of the cache
-            out = torch.zeros(n, rows * step)
+            # Not a power of two apart, or rows would drive each other out of the cache.
+            out = torch.zeros(n * rows, most + _APART)
             for kept, parts, starts, gapless in self._of_units:
                 if not gapless:
                     out.zero_()
-                of = (codes.numpy(), parts, starts, self._flat.numpy(), out.numpy(), step)
-                share_out(partial(gather_of(bytes=True), *of), n * width, n * width * kept)
-                yield out.view(-1, _TILE, step)[:, :, :kept]
+                of = (codes.numpy(), parts, starts, self._flat.numpy(), out.numpy())
+                share_out(partial(scatter(), *of), n * width, n * width * kept)
+                yield out.view(-1, _TILE, out.shape[1])[:, :, :kept]
             return
         every = codes.new_zeros(self.transform.units.count, n, rows, most, dtype=torch.float32)
         for i in range(n):
@@ -189,7 +189,7 @@ class TransformQuantiser(Quantiser):
         return torch.cat([table.flatten() for table in self.transform.tables])
 
     @cached_property
-    def _of_units(self) -> list[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64], bool]]:
+    def _of_units(self) -> list[tuple[int, npt.NDArray[np.int32], npt.NDArray[np.int64], bool]]:
         """For each unit: its coordinates, its parts and their starts as the kernel takes them; True without gaps."""
         parts = self.transform.parts.long()
         sizes = parts[:, 2] * CENTROIDS
@@ -198,7 +198,7 @@ class TransformQuantiser(Quantiser):
         for unit, kept in enumerate(self._kept):
             own = (parts[:, 0] == unit).nonzero()[:, 0]
             places = torch.column_stack([own, parts[own, 1:]]).contiguous()
-            found.append((kept, places.numpy(), starts[own].numpy(), int(places[:, 2].sum()) == kept))
+            found.append((kept, places.int().numpy(), starts[own].numpy(), int(places[:, 2].sum()) == kept))
         return found
 
     @cached_property

@@ -1,9 +1,8 @@
-"""``m3 bench codec``: squared error at equal bytes, speed of decoding, and bytes at rest, on memories of real texts."""
+"""``m3 bench codec``: squared error at equal bytes, decoding speed, and size at rest, on memories of real texts."""
 
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from m3runtime.errors import InputError
 from m3runtime.lab.bench.codec_error import Error, errors
 from m3runtime.lab.bench.codec_speed import Speed, decode_speed, filled
 from m3runtime.lab.bench.timing import threads
-from m3runtime.lab.evaluation.report import environment, plain
+from m3runtime.lab.results import environment, plain
 from m3runtime.memory.block import HEADER_BYTES
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
@@ -29,19 +28,19 @@ from m3runtime.writing.fitting import OnReference, fit_codec, join
 from m3runtime.writing.writer import OnProgress
 
 LEAST = 256
-"""Tokens of a sample: faiss trains as many centroids."""
+"""Fewest tokens of a sample, because faiss trains as many centroids."""
 ZSTD_LEVEL = 3
 
 
 @dataclass(frozen=True, slots=True)
 class BenchSettings:
-    """What is measured, and how often."""
+    """The settings of ``m3 bench codec``."""
 
     references: int = 128
     decoded: int = 5
-    """Memories that are decoded at once: those of a chunk."""
+    """MemoryTensors decoded in one call, as for a chunk."""
     layers: int = 2
-    """Memory layers, evenly spread, whose vectors squared errors are measured on; 0 for no errors."""
+    """Memory layers, evenly spread, to measure squared errors on; 0 for no errors."""
     rounds: int = 15
     threads: int = 2
     seed: int = 0
@@ -49,30 +48,30 @@ class BenchSettings:
 
 @dataclass(frozen=True, slots=True)
 class AtRest:
-    """Bytes of a block, on average over held-out memories."""
+    """The mean size of a block of held-out memories, in bytes."""
 
     codec: str
     bytes: float
     zstd: float
-    """The same, each block compressed by itself."""
+    """The mean size if each block is compressed alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class CodecBench:
-    """All that was measured."""
+    """The results of ``m3 bench codec``."""
 
     settings: BenchSettings
     device: str
     config: Mapping[str, Any]
     fingerprints: Mapping[str, str]
-    """Of the model and of the configured codec."""
+    """Fingerprints of the model and of the configured codec."""
     errors: Mapping[int, Sequence[Error]]
-    """By bytes of a vector: faiss', then ours."""
+    """Errors by bytes of a vector: faiss first, then ours."""
     speed: Speed
     at_rest: Sequence[AtRest]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values, with the ratios that claims are made of."""
+        """All figures and their ratios, with software and machine, as JSON values."""
         return {
             "settings": plain(self.settings),
             "device": self.device,
@@ -85,7 +84,7 @@ class CodecBench:
             "decoding": plain(self.speed),
             "decoding_ratios": speedups(self.speed),
             "at_rest": plain(self.at_rest),
-            "environment": environment() | {name: _version(name) for name in ("numba", "triton", "zstandard")},
+            "environment": environment(),
         }
 
 
@@ -96,7 +95,7 @@ def ratios(listed: Sequence[Error]) -> list[tuple[str, float]]:
 
 
 def speedups(speed: Speed) -> dict[str, float]:
-    """How many times as fast as faiss' on the same codes ours is, float32, and how far from a copy of the result."""
+    """Ratios of decoding times in float32: faiss over ours on the same codes, and ours over a copy of the result."""
     found = {}
     for name, spread in speed.times.items():
         scope = name.removeprefix("faiss sa_decode, ")
@@ -110,9 +109,9 @@ def speedups(speed: Speed) -> dict[str, float]:
 def bench_codec(
     config: Config, adapter: Adapter, texts: Sequence[str], settings: BenchSettings, progress: OnProgress
 ) -> CodecBench:
-    """Compute memories of some of these references, train on three quarters of them, and measure on the others.
+    """Encode some of these references, train on three quarters of them, and measure on the others.
 
-    Raises `InputError` if these are too few.
+    Raises `InputError` if there are too few.
     """
     drawn = random.Random(settings.seed).sample(sorted(texts), min(settings.references, len(texts)))
     cut = len(drawn) * 3 // 4
@@ -153,15 +152,8 @@ def bench_codec(
     return CodecBench(settings, str(adapter.device), config.model_dump(mode="json"), prints, found, speed, at_rest)
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
-
-
 def quarter(spec: MemorySpec, sample: MemoryTensors, scope: str) -> ProductCodec:
-    """Codes of a quarter of a byte a channel, which faiss can decode as they are."""
+    """A trained codec of a quarter of a byte per channel, whose codes faiss can decode too."""
     size = spec.head_dim // 4
     codec = ProductCodec(spec, key_bytes=size, value_bytes=size, scope=scope, rotation="none", offset=False)
     codec.fit(sample)
@@ -189,7 +181,7 @@ def _encode(adapter: Adapter, texts: Sequence[str], batch: int, progress: OnRefe
 
 
 def fewer_layers(spec: MemorySpec, count: int) -> tuple[MemorySpec, Tensor]:
-    """The spec of a few layers, evenly spread, and which they are among all."""
+    """The spec of ``count`` evenly spread layers, and their places among all."""
     all_of_them = len(spec.layers)
     count = min(count, all_of_them)
     chosen = [(2 * i + 1) * all_of_them // (2 * count) for i in range(count)]
@@ -197,7 +189,7 @@ def fewer_layers(spec: MemorySpec, count: int) -> tuple[MemorySpec, Tensor]:
 
 
 def rows(memories: MemoryTensors, which: slice, layers: Tensor | None = None) -> MemoryTensors:
-    """Some of these memories, and some layers of them."""
+    """A slice of memories, with some of their layers."""
     keys, values = memories.keys[which], memories.values[which]
     if layers is not None:
         keys, values = keys[:, layers], values[:, layers]

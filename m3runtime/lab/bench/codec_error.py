@@ -1,4 +1,4 @@
-"""Squared error of codecs at equal bytes, beside faiss' quantisers on the same vectors."""
+"""`errors`: squared error of codecs at equal bytes, against faiss' quantisers on the same vectors."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,12 +31,12 @@ FAISS: Mapping[str, Callable[[int, int], Any]] = {
     ),
     "RQ{bytes}x8": lambda dim, size: faiss.IndexResidualQuantizer(dim, size, 8),
 }
-"""Indexes for vectors of a dim in so many bytes, by faiss' names: product quantiser, the same rotated, residual."""
+"""Makers of faiss indexes by dimensions and bytes of a vector: product quantiser, rotated product, residual."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """A configuration of the product codec that takes so many bytes for a vector, on average over keys and values."""
+    """Options of the product codec by mean bytes of a vector, over keys and values."""
 
     name: str
     options: Callable[[int], dict[str, Any]]
@@ -51,11 +51,11 @@ OURS = (
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """Squared error of held-out vectors over their squared distance from the mean, averaged over heads."""
+    """Squared error of held-out vectors over their squared distance to the mean, averaged over heads."""
 
     codec: str
     bytes: float
-    """Of a vector, on average over keys and values."""
+    """Mean bytes of a vector, over keys and values."""
     keys: float
     values: float
 
@@ -68,9 +68,10 @@ class Error:
 def errors(
     sample: MemoryTensors, held_out: MemoryTensors, spec: MemorySpec, threads: int, progress: Callable[[int, int], None]
 ) -> dict[int, list[Error]]:
-    """For an eighth, a quarter and a half of a byte a channel: faiss' quantisers, then ours.
+    """Errors at an eighth, a quarter and a half of a byte per channel, of faiss' quantisers and of ours.
 
-    Both are memories of ``spec``, on the CPU. Each of faiss' is trained for every layer and KV head by itself.
+    ``sample`` and ``held_out`` are memories of ``spec`` on the CPU. faiss' quantisers are trained for each layer and KV
+    head alone.
     """
     sizes = [spec.head_dim // 8, spec.head_dim // 4, spec.head_dim // 2]
     steps, done = len(sizes) * (len(FAISS) + len(OURS)), 0
@@ -111,7 +112,7 @@ def _of_faiss(
 
 
 def _quiet(index: Any, dim: int, parts: int) -> Any:
-    """Let it not warn of few vectors: they are as many as a head has. The result must outlive the training."""
+    """Silence the warning about few vectors: a head has no more. Keep the result until the training ends."""
     inner = faiss.ProductQuantizer(dim, parts, 8)
     inner.cp.min_points_per_centroid = 1
     if isinstance(index, faiss.IndexPreTransform):
@@ -125,7 +126,7 @@ def _quiet(index: Any, dim: int, parts: int) -> Any:
 
 
 def _heads(memories: MemoryTensors) -> Sequence[Vectors]:
-    """The vectors of all memories, by key or value, layer and head: keys first."""
+    """The vectors of all memories, one array per layer and head; keys first, then values."""
     found: list[Vectors] = []
     for x in (memories.keys, memories.values):
         rows = [x[i, :, :, :own].flatten(0, 1) for i, own in enumerate(memories.tokens.tolist())]

@@ -1,4 +1,4 @@
-"""How fast codes become keys and values: ours in one call, beside faiss on the same codes and threads."""
+"""`decode_speed`: decoding speed of codecs, against faiss on the same codes and threads."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -12,26 +12,27 @@ from m3runtime.codecs import Codec
 from m3runtime.codecs.product.codec import ProductCodec
 from m3runtime.codecs.product.faiss_exchange import index_of, to_faiss
 from m3runtime.codecs.product.stages_quantiser import StagesQuantiser
-from m3runtime.lab.bench.timing import Spread, alternate
+from m3runtime.lab.bench.timing import alternate
+from m3runtime.lab.results import Spread
 from m3runtime.memory.tensors import MemoryTensors
 
 COPY = "copy of the result"
 BUFFER = 256 << 20
-"""Bytes of the larger copy, beyond any cache."""
+"""Bytes of the larger copy, which exceed any cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Times to decode the same memories."""
+    """The times to decode the same memories."""
 
     memories: int
     tokens: int
     bytes: int
-    """Written, as float32."""
+    """Bytes of the decoded memories in float32."""
     times: Mapping[str, Spread]
 
     def limit(self, name: str) -> float:
-        """Seconds that the bytes which a contender writes take to be copied."""
+        """Seconds to copy as many bytes as a contender writes."""
         return self.times[f"{COPY}, 16 bits" if "float16" in name else COPY].median
 
 
@@ -44,10 +45,10 @@ def decode_speed(
     threads: int,
     progress: Callable[[int], None],
 ) -> Speed:
-    """Time decoding of full memories (`filled`), all layers and heads, keys and values, in one call.
+    """Time decoding of full memories (`filled`) with all layers and heads, keys and values, in one call.
 
-    ``quarter`` are trained codecs of a quarter of a byte a channel, without rotation and offset: of scope ``model``
-    and of scope ``head``. ``others`` are decoded to float32 beside them. faiss decodes on the CPU alone.
+    ``quarter`` has trained codecs of a quarter of a byte per channel, without rotation and offset, by scope (``model``,
+    ``head``). ``others`` are decoded to float32. faiss decodes on the CPU.
     """
     tokens = memories.tokens
     contenders: dict[str, Callable[[], object]] = {}
@@ -74,7 +75,7 @@ def decode_speed(
 
 
 def filled(memories: MemoryTensors, tokens: int) -> MemoryTensors:
-    """Memories of ``tokens`` tokens each: their own, again and again. So nobody decodes what another leaves out."""
+    """Memories of ``tokens`` tokens each, their own repeated, so that all contenders decode equally much."""
     again = [torch.arange(tokens) % own for own in memories.tokens.tolist()]
     keys, values = (
         torch.stack([x[i, :, :, which] for i, which in enumerate(again)]) for x in (memories.keys, memories.values)
@@ -94,9 +95,10 @@ def _by_faiss(codec: ProductCodec, payloads: Tensor, threads: int) -> Callable[[
 
 
 def same_codes(codec: ProductCodec, payloads: Tensor) -> list[tuple[Any, Any]]:
-    """Indexes of faiss and their codes, ``uint8[vectors, bytes]``: all keys, then all values of these payloads.
+    """Faiss indexes and the codes for them, ``uint8[vectors, bytes]``: all keys, then all values of the payloads.
 
-    One index for the whole model, or one for each layer and head; a codec of other codes than faiss' is refused.
+    There is one index for the whole model, or one for each layer and head, by the codec's scope. The codec must have
+    codes that faiss knows.
     """
     quantiser = codec.quantiser
     assert isinstance(quantiser, StagesQuantiser)

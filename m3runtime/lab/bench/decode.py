@@ -1,9 +1,9 @@
-"""``m3 bench decode``: what reading memories costs while a model decodes, beside its own library without them."""
+"""``m3 bench decode``: the cost of reading memories while a model decodes, against its own library without them."""
 
 import random
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,126 +16,122 @@ from m3runtime.errors import InputError
 from m3runtime.lab.bench.banks import bank_for
 from m3runtime.lab.bench.decode_runs import KINDS, MEMORIES, NOTHING, PLAIN, TEXT, WITHOUT_LOOKAHEAD, Contenders, Run
 from m3runtime.lab.bench.timeline import draw_timeline
-from m3runtime.lab.bench.timing import Spread, threads, turns
-from m3runtime.lab.evaluation.report import environment, plain
+from m3runtime.lab.bench.timing import threads, turns
+from m3runtime.lab.results import Result, Spread
 from m3runtime.writing.writer import OnProgress
 
 PROMPT_TOKENS = 20
 _PRE_ROUNDS = 2
 _TRIED = 64
-"""Tokens by which variants are told apart where prompts hold the references."""
+"""New tokens of a run that compares variants of the baseline with references in the prompt."""
 _TIMELINE = 100_000
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeSettings:
-    """What is measured, and how often."""
+    """The settings of ``m3 bench decode``."""
 
     new_tokens: int = 256
     batches: tuple[int, ...] = (1, 8)
     rounds: int = 7
     memories: int = 5
     references: int = 128
-    """Of the temporary bank of a corpus, at most."""
+    """Most references in the temporary bank of a corpus."""
     threads: int = 2
-    """That the model computes on."""
+    """CPU threads of the model."""
     seed: int = 0
     quick: bool = False
-    """Whether only `PLAIN` and `MEMORIES` take turns, and the tokens of other ways are not compared."""
+    """Run only `PLAIN` and `MEMORIES`, and do not compare tokens?"""
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The contenders."""
+        """Names of the contenders."""
         return (PLAIN, MEMORIES) if self.quick else KINDS
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
-    """One way to decode, over all rounds."""
+class DecodeTimes:
+    """The times of one contender over all rounds."""
 
     tokens_per_s: Spread
-    """Of all sequences together, after the first token of each."""
+    """Tokens per second of all sequences together, after the first token of each."""
     call_tokens_per_s: Spread
-    """The same over the whole call, reading the prompt and the first recall included."""
+    """Tokens per second over the whole call, with reading the prompt and the first recall."""
     first_token_s: Spread
     kept: Spread
-    """``tokens_per_s`` over that of `PLAIN` in the same round."""
+    """``tokens_per_s`` over the figure of `PLAIN` in the same round."""
     call_kept: Spread
-    """``call_tokens_per_s``, likewise."""
+    """``call_tokens_per_s`` over the figure of `PLAIN` in the same round."""
     first_token_of_text: Spread | None
-    """``first_token_s`` over that of `TEXT` in the same round, if that takes part."""
+    """``first_token_s`` over the figure of `TEXT` in the same round; None if `TEXT` does not take part."""
 
 
 @dataclass(frozen=True, slots=True)
 class Boundaries:
-    """What happened at the ends of chunks, over all counted rounds; the prompt's own recall is left out."""
+    """Recalls at the ends of chunks, over all counted rounds, without the recall for the prompt."""
 
     chunks: int
     late: int
-    """Memories that had not arrived by the deadline, in chunks of the prompt too."""
+    """Memories that had not arrived by the deadline, also in chunks of the prompt."""
     waited: float
-    """Share of decoding time spent on waiting for what others were bringing."""
+    """Share of decoding time spent waiting for memories that other threads load."""
     recalling: float
-    """Share of decoding time spent inside recalls: embedding, search, reading, decoding, waiting."""
+    """Share of decoding time spent in recalls: embedding, search, reading, decoding of memories, waiting."""
     stages: Mapping[str, float]
     """Median seconds of each stage of a recall."""
     kept: float
-    """Share of a chunk's memories that the one before had as well."""
+    """Share of a chunk's memories that the chunk before had too."""
     guesses: int
-    """Memories that were guessed; the last guess of a run may be of a chunk that did not come."""
+    """Prefetched memories; the last ones of a run may be for a chunk that did not come."""
     hit_rate: float
-    """Share of them that a chunk recalled."""
+    """Share of prefetched memories that a chunk recalled."""
     foreseen: float
-    """Share of the memories that a chunk had and the one before had not which were guessed."""
+    """Share of prefetched memories among those that a chunk had and the chunk before had not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What the bytes that a step must read allow, if nothing else took time."""
+    """The throughput that memory bandwidth allows, if nothing else takes time."""
 
     weight_bytes: int
     memory_tokens: float
-    """Tokens of memory that a sequence attends to, on average."""
+    """Mean number of memory tokens that a sequence attends to."""
     memory_bytes: float
-    """Keys and values of memories that a step reads for one sequence."""
+    """Bytes of memory keys and values that a step reads for one sequence."""
     kept: float
-    """Weights over weights and memories of the whole batch."""
+    """Bytes of the weights over bytes of the weights and of the memories of the batch."""
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """All that was measured at one batch size."""
+class BatchBench:
+    """The results of one batch size."""
 
     batch: int
     variants: Mapping[str, Mapping[str, float | str]]
-    """For `PLAIN` and `TEXT`: tokens a second of each variant of the baseline before the first round, or its error."""
+    """For `PLAIN` and `TEXT`: tokens per second of each variant of the baseline before round 1, or its error."""
     chosen: Mapping[str, str]
-    """The fastest of them, which takes part in the rounds."""
-    contenders: Mapping[str, Contender]
+    """The fastest variant, which takes part in the rounds."""
+    contenders: Mapping[str, DecodeTimes]
     boundaries: Mapping[str, Boundaries]
     bound: Bound
     same_tokens: Mapping[str, bool]
-    """Whether the tokens are those with lookahead and caching tiers, if late blocks are waited for; not if quick."""
+    """True for ways that give the same tokens as lookahead and caching tiers, with waiting; empty if quick."""
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeBench:
-    """All that was measured."""
+class DecodeBench(Result):
+    """The results of ``m3 bench decode``."""
 
     settings: DecodeSettings
     model: str
     device: str
     dtype: str
     bank: str
-    """Where it is and what it holds, for people."""
+    """Path and contents of the bank, for people."""
     config: Mapping[str, Any]
     fingerprints: Mapping[str, str]
     prompt_tokens: int
-    batches: Sequence[Batch]
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {**plain(asdict(self)), "environment": environment()}
+    batches: Sequence[BatchBench]
 
 
 def bench_decode(
@@ -146,7 +142,7 @@ def bench_decode(
     plot: Path | None,
     progress: OnProgress,
 ) -> DecodeBench:
-    """Measure every contender on the same prompts, in turns; each round has prompts of its own.
+    """Measure every contender on the same prompts, in turns; each round has other prompts.
 
     Raises `InputError` if the adapter has no baseline, or there is neither bank nor corpus.
     """
@@ -178,13 +174,13 @@ def bench_decode(
 
 
 def measured(config: Config, memories: int) -> Config:
-    """The configuration that is measured: as it is, but every chunk gets so many memories, whatever is written."""
+    """The configuration to measure: every chunk gets ``memories`` memories, whatever its text is."""
     recall = config.recall.model_copy(update={"memories": memories, "min_score": -1.0, "margin": None, "trace": None})
     return config.model_copy(update={"recall": recall})
 
 
 def draw_prompts(adapter: Adapter, texts: Sequence[str], tokens: int, seed: int) -> list[Prompt]:
-    """The first tokens of texts, as many of each; of shorter texts all, if no text has as many."""
+    """Prompts of the first ``tokens`` tokens of texts, or of whole texts if all are shorter."""
     heads = sorted({adapter.cut(text, tokens)[0] for text in texts if text.strip()})
     full = [head for head in heads if adapter.count_tokens(head) == tokens] or heads
     if not full:
@@ -195,7 +191,7 @@ def draw_prompts(adapter: Adapter, texts: Sequence[str], tokens: int, seed: int)
 
 def _batch(
     contenders: Contenders, prompts: Sequence[Prompt], size: int, settings: DecodeSettings, progress: OnProgress
-) -> Batch:
+) -> BatchBench:
     rounds = settings.rounds
     asked = [[prompts[(number * size + row) % len(prompts)] for row in range(size)] for number in range(rounds + 1)]
     prompted = {PLAIN: asked}
@@ -206,7 +202,7 @@ def _batch(
     chosen: dict[str, str] = {}
     names = contenders.baseline.variants
     tries = len(prompted) * _PRE_ROUNDS * len(names)
-    # What is compared with is chosen by whole runs; for the prompts with text it is reading them that counts.
+    # The baseline is chosen by whole runs; with text in the prompt, reading the prompt takes most of the time.
     tried = {PLAIN: settings.new_tokens, TEXT: min(_TRIED, settings.new_tokens)}
     for place, (kind, some) in enumerate(prompted.items()):
         room = contenders.room(some, settings.new_tokens)
@@ -230,7 +226,7 @@ def _batch(
         if number:
             runs[name].append(run)
     progress(f"rounds {size}", rounds + 1, rounds + 1)
-    return Batch(
+    return BatchBench(
         batch=size,
         variants=variants,
         chosen=chosen,
@@ -241,27 +237,23 @@ def _batch(
     )
 
 
-def contender(runs: Mapping[str, Sequence[Run]], name: str) -> Contender:
-    """Sum up one contender's counted rounds, beside those of the others: runs of equal place are of one round."""
+def contender(runs: Mapping[str, Sequence[Run]], name: str) -> DecodeTimes:
+    """The times of one contender; runs at equal places are of one round."""
     own, plainly, text = runs[name], runs[PLAIN], runs.get(TEXT)
-    return Contender(
-        tokens_per_s=Spread.of([run.tokens_per_s for run in own]),
-        call_tokens_per_s=Spread.of([run.call_tokens_per_s for run in own]),
-        first_token_s=Spread.of([run.first_token_s for run in own]),
-        kept=Spread.of([one.tokens_per_s / other.tokens_per_s for one, other in zip(own, plainly, strict=True)]),
-        call_kept=Spread.of(
-            [one.call_tokens_per_s / other.call_tokens_per_s for one, other in zip(own, plainly, strict=True)]
-        ),
-        first_token_of_text=Spread.of(
-            [one.first_token_s / other.first_token_s for one, other in zip(own, text, strict=True)]
-        )
-        if text
-        else None,
+    speeds, calls = [run.tokens_per_s for run in own], [run.call_tokens_per_s for run in own]
+    firsts = [run.first_token_s for run in own]
+    return DecodeTimes(
+        tokens_per_s=Spread.of(speeds),
+        call_tokens_per_s=Spread.of(calls),
+        first_token_s=Spread.of(firsts),
+        kept=Spread.ratio(speeds, [run.tokens_per_s for run in plainly]),
+        call_kept=Spread.ratio(calls, [run.call_tokens_per_s for run in plainly]),
+        first_token_of_text=Spread.ratio(firsts, [run.first_token_s for run in text]) if text else None,
     )
 
 
 def boundaries(runs: Sequence[Run]) -> Boundaries:
-    """Sum up what happened between chunks."""
+    """Summarise the recalls between chunks."""
     decoding = sum(run.decoding_s for run in runs)
     recalls = [stages for run in runs for stages in run.recalls]
     names = list(dict.fromkeys(name for stages in recalls for name in stages))
@@ -283,7 +275,7 @@ def boundaries(runs: Sequence[Run]) -> Boundaries:
 
 
 def bound(contenders: Contenders, runs: Sequence[Run], size: int) -> Bound:
-    """What these runs had to read, ``size`` sequences at once."""
+    """The bound on these runs, with ``size`` sequences at once."""
     spec, dtype = contenders.bank.manifest.spec, contenders.adapter.dtype
     tokens = statistics.fmean(run.memory_tokens for run in runs)
     read = 2 * spec.vectors_per_token * spec.head_dim * dtype.itemsize * tokens

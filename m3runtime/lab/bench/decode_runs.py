@@ -1,4 +1,4 @@
-"""The contenders of ``m3 bench decode``, and one run of each."""
+"""`Contenders`: the ways to decode that ``m3 bench decode`` compares."""
 
 import math
 import time
@@ -36,19 +36,19 @@ class Run:
     """One call of a contender."""
 
     tokens: tuple[tuple[int, ...], ...]
-    """Of each sequence."""
+    """Tokens of each sequence."""
     first_token_s: float
     seconds: float
-    """Of the whole call."""
+    """Seconds of the whole call."""
     recalls: tuple[Mapping[str, float], ...] = ()
-    """Seconds of each stage of each recall while decoding: those at the ends of chunks."""
+    """Seconds of each stage of each recall at the end of a chunk, while decoding."""
     ids: tuple[tuple[tuple[int, ...], ...], ...] = ()
-    """Of each sequence the ids that each of its chunks read, from the last chunk of the prompt on."""
+    """For each sequence, the ids that each chunk read, from the last chunk of the prompt on."""
     late: int = 0
     guesses: int = 0
     hits: int = 0
     memory_tokens: float = 0.0
-    """Tokens of memory that a step attends to, on average over steps and sequences."""
+    """Mean number of memory tokens that a step of a sequence attends to."""
 
     @property
     def decoding_s(self) -> float:
@@ -57,12 +57,12 @@ class Run:
 
     @property
     def tokens_per_s(self) -> float:
-        """After the first token of each sequence."""
+        """Tokens per second after the first token of each sequence."""
         return sum(len(row) - 1 for row in self.tokens) / self.decoding_s
 
     @property
     def call_tokens_per_s(self) -> float:
-        """Over the whole call."""
+        """Tokens per second over the whole call."""
         return sum(map(len, self.tokens)) / self.seconds
 
 
@@ -70,7 +70,7 @@ class Contenders:
     """All ways to decode, on one loaded model and one open bank. One run at a time."""
 
     def __init__(self, config: Config, adapter: Adapter, *, timeline: int) -> None:
-        """``timeline`` is how many events a run for a picture keeps. Raises what opening the bank does."""
+        """``timeline`` is the number of events to keep for a picture. Raises what opening the bank raises."""
         assert isinstance(adapter, Comparable)
         self.config = config = config.without_cold_start()
         self.adapter = adapter
@@ -128,16 +128,16 @@ class Contenders:
         self._open.close()
 
     def texts(self) -> list[str]:
-        """Those of the bank's references."""
+        """The texts of the bank's references."""
         return [one.text for one in self.bank.home.references(self.bank.home.ids()) if one is not None]
 
     @property
     def form(self) -> Form:
-        """How prompts are put: as they are, if memories do not stand inside the chat template."""
+        """The form of prompts: plain, unless memories stand inside the chat template."""
         return "chat" if self.config.memory.place == "turn" else "plain"
 
     def with_text(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """The same prompts, each with the references that it recalls as text in it."""
+        """The same prompts, each with the references that it recalls as text."""
         runtime, found = self._runtimes[MEMORIES], []
         questions = [prompt.query or prompt.text for prompt in prompts]
         for question, matches in zip(questions, runtime.search(questions), strict=True):
@@ -148,12 +148,12 @@ class Contenders:
     # -- the baseline -------------------------------------------------------------------------------------------
 
     def room(self, batches: Sequence[Sequence[Prompt]], new_tokens: int) -> int:
-        """Tokens that a cache must have room for, over all these."""
+        """Tokens that a cache must have room for, for any of these batches."""
         longest = max(self.adapter.count_tokens(prompt.text) for some in batches for prompt in some)
         return longest + 1 + new_tokens  # one for BOS
 
     def try_variant(self, prompts: Sequence[Prompt], new_tokens: int, variant: str, room: int) -> float | str:
-        """Tokens a second of one call, or why the variant cannot be run."""
+        """Tokens per second of one call, or the reason why the variant cannot run here."""
         try:
             run = self.baseline.generate(prompts, new_tokens, variant, room)
         except (RuntimeError, ValueError, ImportError) as error:
@@ -161,26 +161,28 @@ class Contenders:
         return len(prompts) * new_tokens / run.seconds
 
     def choose(self, kind: str, variant: str, room: int) -> None:
-        """Let `PLAIN` or `TEXT` be this variant from now on."""
+        """Set the variant of `PLAIN` or `TEXT`."""
         self._variants[kind] = variant, room
 
     # -- runs ---------------------------------------------------------------------------------------------------
 
     def cool(self) -> None:
-        """Empty the caching tiers."""
+        """Empty the caching tiers and the stores of decoded memories."""
         ids = self.bank.home.ids()
+        for runtime in (*self._runtimes.values(), *self._waiting.values(), self._drawn):
+            runtime.store.forget(ids.tolist())
         for tier in self._tiers.tiers[:-1]:
             tier.discard(ids)
 
     def run(self, kind: str, prompts: Sequence[Prompt], new_tokens: int) -> Run:
-        """One call, by the likeliest tokens, without an early end."""
+        """One greedy call without an early end."""
         if kind in self._variants:
             plain = self.baseline.generate(prompts, new_tokens, *self._variants[kind])
             return Run(plain.tokens, plain.first_token_s, plain.seconds)
         return self._generate(self._runtimes.get(kind), prompts, new_tokens, nothing=kind == NOTHING)
 
     def same_tokens(self, prompts: Sequence[Prompt], new_tokens: int) -> dict[str, bool]:
-        """Whether late blocks being waited for, tokens depend neither on lookahead nor on caching tiers."""
+        """True for each way that gives the same tokens and memories, if late blocks are waited for."""
         found = {}
         for name, runtime in self._waiting.items():
             self.cool()
@@ -189,8 +191,8 @@ class Contenders:
         return {name: (run.tokens, run.ids) == (wanted.tokens, wanted.ids) for name, run in found.items()}
 
     def timeline(self, prompts: Sequence[Prompt], new_tokens: int) -> tuple[Run, list[Event]]:
-        """One run of `MEMORIES`, and what happened in it, the chunks among it; it begins at 0."""
-        self._generate(self._drawn, prompts, min(new_tokens, 8))  # what is slow the first time
+        """One run of `MEMORIES` and its events, with chunks; times are seconds from its begin."""
+        self._generate(self._drawn, prompts, min(new_tokens, 8))  # warm up
         self.cool()
         began = time.perf_counter()
         run = self._generate(self._drawn, prompts, new_tokens)
@@ -210,7 +212,9 @@ class Contenders:
         with ExitStack() as closing:
             streams = None
             if runtime is not None:
-                runtime.retriever = self._retriever(_ABOVE_ALL if nothing else -1.0)  # which remembers no vectors
+                runtime.retriever = self._retriever(
+                    _ABOVE_ALL if nothing else -1.0
+                )  # with an empty cache of query embeddings
                 before = runtime.metrics().lookahead
                 streams = [closing.enter_context(runtime.stream(self.adapter.dtype)) for _ in prompts]
             began = time.perf_counter()
@@ -235,11 +239,11 @@ class Contenders:
         )
 
     def _chunks(self, answer: Answer, new_tokens: int) -> Sequence[Recalled]:
-        """What the steps of decoding read, chunk after chunk: the first was recalled for the prompt's last chunk."""
+        """The memories that decoding reads, by chunk; the first were recalled for the last chunk of the prompt."""
         return answer.chunks[-math.ceil(new_tokens / self.config.recall.chunk_tokens) :]
 
     def _attended(self, chunks: Sequence[Recalled], new_tokens: int) -> float:
-        """Tokens of memory, on average over the steps after the first token."""
+        """Mean number of memory tokens over the steps after the first token."""
         size = self.config.recall.chunk_tokens
         steps = [min((place + 1) * size, new_tokens) - max(1, place * size) for place in range(len(chunks))]
         return sum(count * chunk.tokens for count, chunk in zip(steps, chunks, strict=True)) / max(1, sum(steps))

@@ -1,4 +1,4 @@
-"""``m3 bench eviction``: eviction policies on a recorded trace, beside the optimum.
+"""``m3 bench eviction``: eviction policies on a recorded trace, compared with the optimum.
 
 One caching tier in front of all that is slower is replayed, as the hierarchy and the slab treat it.
 Requests are the different ids of each read and each lift. Those that are held when the call comes are hits; the others
@@ -24,33 +24,33 @@ Run = Sequence[Op]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one policy did with one capacity."""
+    """The counts of one policy with one capacity."""
 
     policy: str
     slots: int
-    """Blocks that there is room for."""
+    """Capacity in blocks."""
     hits: int
     brought_up: int
     """Requested blocks that were not held."""
 
     @property
     def hit_rate(self) -> float:
-        """Between 0 and 1."""
+        """Hits over requests, in [0, 1]."""
         return self.hits / (self.hits + self.brought_up)
 
 
 @dataclass(frozen=True, slots=True)
 class EvictionBench:
-    """All that was counted."""
+    """The counts of all policies and capacities."""
 
     trace: str
     slot_bytes: int
     runs: int
     requests: int
     blocks: int
-    """Different blocks requested, over runs: no cache avoids bringing up each once."""
+    """Distinct blocks requested in each run, added up: any cache misses each at least once."""
     rows: Sequence[Row]
-    """By capacity, as asked for; of each the policies, then the optimum."""
+    """By capacity in the order given; for each the policies, then the optimum."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -84,12 +84,12 @@ def bench_eviction(path: Path, policies: Sequence[str], capacities: Sequence[int
 
 
 def requests(runs: Iterable[Run]) -> int:
-    """How many blocks are requested."""
+    """The number of requests."""
     return sum(len(set(op.ids)) for run in runs for op in run if op.op in REQUESTS)
 
 
 def replay(run: Run, policy: EvictionPolicy) -> int:
-    """How many requests are hits in a tier of ``policy.slots`` blocks that is empty at first."""
+    """The number of hits in a tier of ``policy.slots`` blocks that starts empty."""
     cache, hits = _Cache(policy), 0
     for op in run:
         if op.op in REQUESTS:
@@ -100,7 +100,7 @@ def replay(run: Run, policy: EvictionPolicy) -> int:
 
 
 def optimum(run: Run, slots: int) -> int:
-    """The most hits that any policy could have, which knows what will be requested (Belady's MIN).
+    """The most hits that any policy can have: those of one that knows all later requests (Belady's MIN).
 
     After each call it keeps, of what was held and what was brought up, the blocks that are requested again soonest. It
     may keep nothing of what was brought up, which a policy may not.
@@ -143,7 +143,7 @@ class _Cache:
         }
 
     def request(self, ids: Sequence[int], *, lifting: bool) -> int:
-        """Returns how many of the different ids were held."""
+        """Request ids. Returns how many distinct ones were held."""
         found = self.held.intersection(ids)
         if not lifting:
             for id in filter(found.__contains__, ids):
@@ -180,7 +180,7 @@ class _Cache:
 
 
 def _slots(trace: Trace, capacities: Sequence[int], path: Path) -> list[int]:
-    """Room for how many blocks, each number once."""
+    """The capacities in blocks, each once."""
     if not capacities:
         room = [(tier.capacity or 0) // trace.slot_bytes for tier in trace.tiers]
         fastest = next(filter(None, room), 0)

@@ -1,4 +1,4 @@
-"""Banks of as many memories as one likes, made up: small blocks, and embeddings around those of real texts."""
+"""`build`: synthetic banks of any size, with small blocks, and embeddings near those of real texts."""
 
 import random
 import time
@@ -23,36 +23,36 @@ from m3runtime.storage.home import Batch
 from m3runtime.writing.writer import OnProgress
 
 SPEC = MemorySpec(layers=(0,), kv_heads=1, tokens=4, head_dim=32, reference_tokens=4, dtype="float32")
-"""Blocks of half a KiB: so many would not fit otherwise, and searching does not depend on them."""
+"""Blocks of half a KiB, so that a million fit on a drive; search does not depend on them."""
 CENTRES = 256
-"""Real texts, around whose embeddings those of the memories lie."""
+"""Number of real texts, near whose embeddings those of the memories lie."""
 NOISE = 0.7
-"""Length of what is added to a centre: the cosine to it is 0.8, as of texts that are about the same."""
+"""Length of the noise that is added to a centre; the cosine to it is then 0.8, as of texts about one subject."""
 _WORDS = 48
 _GROUP = 2048
-"""Memories of one transaction."""
+"""Memories in one transaction."""
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """How long it took to make a bank."""
+    """The time to make a bank."""
 
     memories: int
     home_s: float
-    """Embeddings, blocks and commits."""
+    """Seconds to make embeddings and blocks, and to commit them."""
     index_s: float
-    """Reading the embeddings back and indexing them."""
+    """Seconds to read the embeddings back and to index them."""
 
 
 def centres(embedder: Embedder) -> Embeddings:
-    """What `build` puts memories around."""
+    """Embeddings of real texts, for `build`."""
     return embedder.embed_references(_windows(CENTRES, seed=1))
 
 
 def build(
     config: Config, embedder: Embedder, about: Embeddings, path: Path, size: int, progress: OnProgress
 ) -> tuple[Bank, Built]:
-    """A bank of ``size`` memories in the configured home, near ``about``, its index beside it."""
+    """A bank of ``size`` memories near ``about``, with a saved index, in a home of the configured kind."""
     stage = f"bank {size:,}"
     progress(stage, 0, size)
     began = time.perf_counter()
@@ -86,7 +86,7 @@ def build(
 
 
 def around(centres: Embeddings, count: int, seed: int) -> Embeddings:
-    """``float32[count, dim]``, each row of length 1 and near one of the centres."""
+    """``float32[count, dim]``: rows of length 1, each near one of the centres."""
     drawing = np.random.default_rng(seed)
     noise = drawing.standard_normal((count, centres.shape[1]), np.float32) * (NOISE / centres.shape[1] ** 0.5)
     vectors = centres[drawing.integers(0, len(centres), count)] + noise
@@ -94,7 +94,7 @@ def around(centres: Embeddings, count: int, seed: int) -> Embeddings:
 
 
 def queries(count: int) -> list[str]:
-    """Real texts of about 64 tokens, no two alike."""
+    """Different real texts of about 64 tokens."""
     return _windows(count, seed=2)
 
 
@@ -115,7 +115,7 @@ def _windows(count: int, seed: int) -> list[str]:
 
 @cache
 def _words() -> list[str]:
-    """Of the Python language's own reference, which every installation has."""
+    """The words of the Python language reference, which every installation has."""
     from pydoc_data.topics import topics
 
     return " ".join(topics[name] for name in sorted(topics)).split()

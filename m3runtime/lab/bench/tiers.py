@@ -1,7 +1,7 @@
-"""``m3 bench tiers``: each tier, and the whole way up, beside plain reads, writes and copies of the same bytes."""
+"""``m3 bench tiers``: each tier, and the whole path up, against plain reads, writes and copies of the same bytes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,8 @@ from m3runtime import assembly
 from m3runtime.config.schema import Config
 from m3runtime.lab.bench.banks import bank_for
 from m3runtime.lab.bench.tier_runs import Contender, TierRuns
-from m3runtime.lab.bench.timing import Spread, threads, timed
-from m3runtime.lab.evaluation.report import environment, plain
+from m3runtime.lab.bench.timing import threads, timed
+from m3runtime.lab.results import Result, Spread
 from m3runtime.writing.writer import OnProgress
 
 BATCHES = (1, 5, 32)
@@ -18,56 +18,52 @@ BATCHES = (1, 5, 32)
 
 @dataclass(frozen=True, slots=True)
 class TierSettings:
-    """What is measured, and how often."""
+    """The settings of ``m3 bench tiers``."""
 
     batches: tuple[int, ...] = BATCHES
-    """Blocks at once."""
+    """Numbers of blocks in one call."""
     rounds: int = 15
     references: int = 64
-    """Of the temporary bank of a corpus, at most."""
+    """Most references in the temporary bank of a corpus."""
     threads: int = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One contender with one number of blocks."""
+class TierTimes:
+    """The times of one contender with one number of blocks."""
 
     name: str
     blocks: int
     bytes: float
-    """Of the blocks, on average over rounds."""
+    """Bytes of the blocks, mean over rounds."""
     seconds: Spread
     baseline: str
-    """What it is compared with; of a baseline, itself."""
+    """Name of the contender to compare with; a baseline names itself."""
     speed: Spread
-    """The baseline's seconds over its own, in the same round."""
+    """The seconds of the baseline over its own, in the same round."""
 
 
 @dataclass(frozen=True, slots=True)
-class TierBench:
-    """All that was measured."""
+class TierBench(Result):
+    """The results of ``m3 bench tiers``."""
 
     settings: TierSettings
     device: str
     tiers: Sequence[str]
-    """As configured, fastest first."""
+    """Names of the tiers, fastest first."""
     bank: str
     slot_bytes: int
     config: Mapping[str, Any]
     fingerprints: Mapping[str, str]
     has_cold: bool
-    """Whether the page cache could be emptied for the rows that are called cold; else there are none."""
-    rows: Sequence[Row]
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {**plain(asdict(self)), "environment": environment()}
+    """True if the page cache could be emptied; otherwise there are no cold rows."""
+    rows: Sequence[TierTimes]
 
 
 def bench_tiers(config: Config, corpus: Sequence[Path], settings: TierSettings, progress: OnProgress) -> TierBench:
-    """Measure on the configured bank, or on a temporary one of the corpus; each round takes other blocks.
+    """Measure on the configured bank, or on a temporary one of the corpus; each round reads other blocks.
 
-    Raises `InputError` if there is neither bank nor corpus. Beside the bank there is a temporary folder meanwhile.
+    A temporary folder is made next to the bank. Raises `InputError` if there is neither bank nor corpus.
     """
     with (
         threads(settings.threads),
@@ -75,7 +71,7 @@ def bench_tiers(config: Config, corpus: Sequence[Path], settings: TierSettings, 
         TierRuns(own, assembly.device(config)) as runs,
     ):
         sizes = sorted({min(size, len(runs.ids)) for size in settings.batches})
-        rows: list[Row] = []
+        rows: list[TierTimes] = []
         for place, size in enumerate(sizes):
             done = place * (settings.rounds + 1)
 
@@ -109,10 +105,9 @@ def bench_tiers(config: Config, corpus: Sequence[Path], settings: TierSettings, 
 
 def _rows(
     contenders: Mapping[str, Contender], seconds: Mapping[str, Sequence[float]], blocks: int, size: float
-) -> list[Row]:
+) -> list[TierTimes]:
     found = []
     for name, own in seconds.items():
         baseline = contenders[name].baseline
-        speed = [theirs / mine for theirs, mine in zip(seconds[baseline], own, strict=True)]
-        found.append(Row(name, blocks, size, Spread.of(own), baseline, Spread.of(speed)))
+        found.append(TierTimes(name, blocks, size, Spread.of(own), baseline, Spread.ratio(seconds[baseline], own)))
     return found

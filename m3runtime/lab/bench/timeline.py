@@ -1,4 +1,4 @@
-"""A picture of one run: chunks, the recalls between them, and what is done beside decoding."""
+"""`draw_timeline`: a picture of one run, with chunks, recalls, and the work in parallel with decoding."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,23 +20,21 @@ ROWS = {
     "ahead.lift": "ahead: lift only",
     "ahead.decode": "ahead: decoding memories",
 }
-"""What is drawn of a run, from the top on; events of other names are in these."""
+"""Rows of the picture from the top, by name of the event; other events are parts of these."""
 _LEAST = 0.0015
-"""Share of the width that an event takes at least: most are too short to be seen."""
+"""Least width of an event, as a share of the picture; most events are too short to be seen."""
 
 
 def draw_timeline(events: Sequence[Event], path: Path) -> None:
-    """Draw events, whose times are seconds from the run's begin, into ``path``; its suffix says in which format.
+    """Draw events into ``path``, whose suffix selects the format. Times are seconds from the begin of the run.
 
-    The image is made with the package of the extra ``eval``. Raises `OSError` if it cannot be written.
+    Needs matplotlib, from the extra ``eval``. Raises `OSError` if the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     shown = [name for name in ROWS if any(event.name == name for event in events)]
     end = max((event.end for event in events), default=1.0)
     figure = Figure(figsize=(12.0, 0.9 + 0.32 * max(1, len(shown))), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     chunks = sorted((event.start, event.end) for event in events if event.name == "chunk")
     for number, (start, stop) in enumerate(chunks):

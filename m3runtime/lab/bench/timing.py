@@ -1,46 +1,21 @@
-"""Times of contenders that take turns."""
+"""`timed` and `turns`: measure contenders that take turns."""
 
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from m3runtime.lab.results import Spread
+
 _PAUSE = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Figures of some rounds; seconds, where nothing else is said."""
-
-    median: float
-    low: float
-    """First quartile."""
-    high: float
-    """Third quartile."""
-    rounds: int
-
-    @classmethod
-    def of(cls, figures: Sequence[float]) -> "Spread":
-        """Of at least one figure."""
-        low, median, high = np.quantile(figures, [0.25, 0.5, 0.75])
-        return cls(float(median), float(low), float(high), len(figures))
-
-    def __str__(self) -> str:
-        return f"{1e3 * self.median:.2f} ms ({1e3 * self.low:.2f} to {1e3 * self.high:.2f})"
-
-    def show(self, digits: int) -> str:
-        """For figures that are no seconds, with so many digits after the point."""
-        return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
 
 
 def alternate(
     contenders: Mapping[str, Callable[[], object]], rounds: int, progress: Callable[[int], None] | None = None
 ) -> dict[str, Spread]:
-    """Time every contender once in each round, after one round that does not count; see `timed`."""
+    """The spread of every contender's seconds; see `timed`."""
     return {name: Spread.of(found) for name, found in timed(contenders, rounds, progress).items()}
 
 
@@ -50,10 +25,10 @@ def timed(
     progress: Callable[[int], None] | None = None,
     before: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every contender in each round; see `turns`.
+    """The seconds of every contender in each round, after one round that does not count; see `turns`.
 
-    ``before`` is what to do before a contender's turn, untimed. What a contender starts on an accelerator is waited
-    for.
+    ``before`` maps a contender to a function that is called before its turn, untimed. The time includes the work that a
+    contender started on an accelerator.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number, name in turns(list(contenders), rounds, progress, before):
@@ -71,11 +46,11 @@ def turns(
     progress: Callable[[int], None] | None = None,
     before: Mapping[str, Callable[[], object]] | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """Whose turn it is, and in which round; round 0 is for warming up.
+    """Yield the round and the contender of each turn; round 0 is for warming up.
 
-    Whatever else the machine does then falls on all of them alike. The order is another one in each round, and before
-    each turn there is a pause: the threads of the one before may go on spinning for a while. ``progress`` is called
-    with each round's number when it begins.
+    Contenders alternate, so that changes of the machine's load affect all alike. The order is drawn anew in each round.
+    A pause comes before each turn, because threads of the previous contender may spin for a while. ``progress`` is
+    called with the number of each round when it begins.
     """
     order, drawing = list(names), random.Random(0)
     for number in range(rounds + 1):
@@ -91,14 +66,14 @@ def turns(
 
 
 def wait() -> None:
-    """Until the accelerator is idle, if anything ran on one."""
+    """Wait until the accelerator is idle, if anything ran on one."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let torch compute on so many threads meanwhile."""
+    """Let torch compute on ``count`` threads during the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

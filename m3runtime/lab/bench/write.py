@@ -1,11 +1,11 @@
-"""``m3 bench write``: how much of a model's own speed is left while memories are written."""
+"""``m3 bench write``: the speed of writing memories against the speed of the model alone."""
 
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from m3runtime.config.schema import Config
 from m3runtime.documents.reading import Document, read_documents
 from m3runtime.documents.references import ReferenceSpool
 from m3runtime.documents.splitting import Splitter
-from m3runtime.lab.bench.banks import full_pieces
-from m3runtime.lab.bench.timing import Spread, threads, turns, wait
-from m3runtime.lab.evaluation.report import environment, plain
+from m3runtime.lab.bench.banks import bank_references, full_pieces
+from m3runtime.lab.bench.timing import threads, turns, wait
+from m3runtime.lab.results import Result, Spread
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.writing import codec_files
 from m3runtime.writing.encoding import GROUP, batches
@@ -29,66 +29,62 @@ from m3runtime.writing.pipeline import PHASES
 from m3runtime.writing.writer import OnProgress, Writer, WriteReport
 
 PLAIN = "the model alone"
-"""As its own library runs it."""
+"""The model as its own library runs it."""
 ENCODE = "memories alone"
-"""As the adapter computes them, up to the last keys and values that are kept."""
+"""Memories as the adapter computes them, up to the last keys and values that are kept."""
 WRITE = "the whole write"
 
 
 @dataclass(frozen=True, slots=True)
 class WriteSettings:
-    """What is measured, and how often."""
+    """The settings of ``m3 bench write``."""
 
     references: int = 64
     rounds: int = 5
     threads: int = 2
-    """That is computed on, on a CPU."""
+    """CPU threads."""
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class WriteBench:
-    """All that was measured."""
+class WriteBench(Result):
+    """The results of ``m3 bench write``."""
 
     settings: WriteSettings
     model: str
     device: str
     dtype: str
     batch: int
-    """References that the model reads at once."""
+    """References in one batch of the model."""
     tokens: int
-    """Of all references."""
+    """Tokens of all references."""
     config: Mapping[str, Any]
     fingerprints: Mapping[str, str]
     seconds: Mapping[str, Spread]
-    """That each contender takes for all references: `PLAIN`, if the adapter has a baseline, `ENCODE` and `WRITE`."""
+    """Seconds for all references, by contender: `PLAIN` if the adapter has a baseline, `ENCODE` and `WRITE`."""
     kept: Mapping[str, Spread]
-    """The throughput of `WRITE` over that of each other in the same round."""
+    """The throughput of `WRITE` over the throughput of each other contender in the same round."""
     shares: Mapping[str, Spread]
-    """Share of the seconds of `WRITE` by phase (`m3runtime.writing.pipeline.PHASES`); phases may overlap."""
-    beside: bool
-    """Whether encoding and embedding overlapped with the model. Committing does in any case."""
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {**plain(asdict(self)), "environment": environment()}
+    """The share of `WRITE` by phase (`m3runtime.writing.pipeline.PHASES`); phases may overlap."""
+    overlapping: bool
+    """True if encoding and embedding overlapped with the model. Commits always do."""
 
 
 def bench_write(
     config: Config, adapter: Adapter, corpus: Sequence[Path], settings: WriteSettings, progress: OnProgress
 ) -> WriteBench:
-    """Let the model read the same references by itself and for a new bank, in turns.
+    """Let the model read the same references alone and for a new bank, in turns.
 
-    The references are pieces of the corpus as long as a reference may be, or else the first ones of the bank. The codec
-    is that of ``codec.file``, or the bank's, or is trained on these references beforehand. Raises `InputError` if there
-    is neither bank nor corpus, or the corpus is too short.
+    The references are pieces of the corpus as long as a reference may be, or else the first references of the bank. The
+    codec is that of ``codec.file``, or that of the bank, or is trained on these references first. Raises `InputError`
+    if there is neither bank nor corpus, or the corpus is too short.
     """
     embedder = assembly.open_embedder(config)
-    # Beside the bank, so that what is committed is committed to the same drive.
-    beside = config.bank.parent if config.bank.parent.is_dir() else None
+    # Next to the bank, so that commits go to the same drive.
+    drive = config.bank.parent if config.bank.parent.is_dir() else None
     with (
         threads(settings.threads),
-        tempfile.TemporaryDirectory(dir=beside, prefix=".m3-bench-") as folder,
+        tempfile.TemporaryDirectory(dir=drive, prefix=".m3-bench-") as folder,
     ):
         documents = _documents(config, adapter, corpus, settings)
         own = _with_codec(config, adapter, documents, Path(folder), progress)
@@ -99,21 +95,16 @@ def bench_write(
 
 
 def _documents(config: Config, adapter: Adapter, corpus: Sequence[Path], settings: WriteSettings) -> list[Document]:
-    """The references, each a document."""
+    """The references, each as a document."""
     if corpus:
         return full_pieces(adapter, list(read_documents(corpus)), settings.references, settings.seed)
-    bank = assembly.open_bank(config, read_only=True)
-    try:
-        found = bank.home.references(bank.home.ids()[: settings.references])
-        return [Document(one.source, one.text) for one in found if one is not None]
-    finally:
-        bank.close()
+    return [Document(one.source, one.text) for one in bank_references(config, settings.references)]
 
 
 def _with_codec(
     config: Config, adapter: Adapter, documents: Sequence[Document], folder: Path, progress: OnProgress
 ) -> Config:
-    """The configuration of a new bank in ``folder`` whose codec is trained."""
+    """The configuration of a new bank in ``folder``, with a trained codec."""
     own = config.model_copy(update={"bank": folder / "bank"})
     if config.codec.file is not None:
         return own
@@ -179,22 +170,18 @@ def _measure(
         config=config.model_dump(mode="json"),
         fingerprints={"model": adapter.model_fingerprint, "embedder": embedder.fingerprint},
         seconds={name: Spread.of(found) for name, found in seconds.items()},
-        kept={
-            name: Spread.of([theirs / ours for theirs, ours in zip(found, of_write, strict=True)])
-            for name, found in seconds.items()
-            if name != WRITE
-        },
+        kept={name: Spread.ratio(found, of_write) for name, found in seconds.items() if name != WRITE},
         shares={stage: Spread.of([one.stages[stage] / one.seconds for one in counted]) for stage in PHASES},
-        beside=writer.parallel,
+        overlapping=writer.parallel,
     )
 
 
 def _plain(model: Comparable, read: Sequence[Sequence[str]], tokens: int) -> Callable[[], object]:
-    """What reads the same batches and makes one token of each, for that takes no other pass.
+    """A function that lets the baseline read the same batches; it generates one token, which takes no further pass.
 
-    By the first variant of the baseline, its library's default.
+    It uses the first variant of the baseline, the default of its library.
     """
     baseline = model.baseline()
-    room = tokens + 2  # with what begins a sequence, and the token
+    room = tokens + 2  # with BOS and the new token
     prompts = [[Prompt(text) for text in texts] for texts in read]
     return lambda: [baseline.generate(some, 1, baseline.variants[0], room) for some in prompts]

@@ -1,1 +1,1 @@
-"""How well a model answers from memories: what stands behind ``m3 eval``."""
+"""Evaluations of answers from memories, for ``m3 eval``."""

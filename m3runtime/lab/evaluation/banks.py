@@ -1,4 +1,4 @@
-"""The bank of an evaluation: it holds what is evaluated, and nothing else."""
+"""`write_bank`: the bank of an evaluation, which holds the evaluated references and nothing else."""
 
 from collections.abc import Sequence
 
@@ -17,11 +17,11 @@ def write_bank(
     adapter: Adapter,
     embedder: Embedder,
     references: Sequence[Document],
-    progress: OnProgress | None = None,
+    progress: OnProgress,
 ) -> None:
-    """Remember references, each whole; goes on where it was stopped.
+    """Write references, each whole, into the bank; resumes where it was stopped.
 
-    Raises `InputError` if there is a bank that remembers anything else: a held-out text, another seed's facts.
+    Raises `InputError` if the bank already holds any other text, such as a held-out text or the facts of another seed.
     """
     _check(config, references)
     Writer(config, adapter, embedder).write(references, whole=True, progress=progress)

@@ -1,8 +1,9 @@
-"""``m3 eval calibrate``: how likely answers from a bank become, by how many memories are recalled for them."""
+"""``m3 eval calibrate``: the likelihood of answers from a bank, by the number of recalled memories."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -12,57 +13,57 @@ from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError
 from m3runtime.lab.evaluation.choosing import MEMORIES, Case, Pair, Setting, grid
-from m3runtime.lab.evaluation.held_out import FEWEST, Statement, Statements, holds, make_statements
-from m3runtime.lab.evaluation.journal import Journal
-from m3runtime.lab.evaluation.laboratory import Choice, Laboratory
+from m3runtime.lab.evaluation.journal import Journal, silent
+from m3runtime.lab.evaluation.laboratory import Laboratory, weighted
+from m3runtime.lab.evaluation.statements import FEWEST, Statement, Statements, holds, make_statements
 from m3runtime.memory.block import as_ids
 from m3runtime.memory.spec import fingerprint
-from m3runtime.retrieval.retriever import Match, log_weights
+from m3runtime.retrieval.retriever import Match
 from m3runtime.runtime import Runtime
 from m3runtime.writing.writer import OnProgress
 
 _SPARE = 8
-"""Nearest memories looked at beyond those that can be recalled: some may say what a statement says."""
+"""Memories to search for beyond the most that can be recalled, because some may contain the statement."""
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSettings:
-    """What is measured, and how."""
+    """The settings of ``m3 eval calibrate``."""
 
     seed: int = 0
     statements: int = 64
     batch: int = 8
-    """Answers that the model scores at once."""
+    """Answers in one batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationResults:
-    """Everything that was found."""
+    """The results of ``m3 eval calibrate``."""
 
     statements: Statements
     pairs: tuple[Pair, ...]
     """One for each statement."""
     settings: tuple[Setting, ...]
-    """Those to choose among, ``former`` among them."""
+    """Settings to choose from, with ``former`` among them."""
     former: Setting
-    """What was in force."""
+    """The setting of the configuration."""
     fingerprints: dict[str, str]
-    """Of everything that the bank was made with, by name."""
+    """Fingerprints of everything that the bank was made with, by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A statement's answer with some memories recalled."""
+    """The answer of a statement to score, with some memories recalled."""
 
     key: str
     statement: Statement
     recalled: tuple[Match, ...]
     tokens: int
-    """Of the memories."""
+    """Tokens of the memories."""
 
 
 def setting_of(config: Config) -> Setting:
-    """What a configuration has now."""
+    """The setting of a configuration."""
     recall = config.recall
     return Setting(recall.memories, recall.min_score, recall.margin)
 
@@ -72,15 +73,15 @@ def calibrate(
     settings: CalibrationSettings,
     folder: Path,
     open_adapter: Callable[[], Adapter],
-    progress: OnProgress | None = None,
+    progress: OnProgress = silent,
 ) -> CalibrationResults:
-    """Score the answers of statements from the configuration's own bank, of which nothing is changed.
+    """Score the answers of statements from the configured bank, which is not changed.
 
-    Can be stopped at any moment and called again: what is in the folder's journal is not scored again. ``progress`` is
-    called with ``scores``, the answers scored, and all of them. ``open_adapter`` is called when the bank has turned out
-    to be usable.
+    It can be stopped at any moment and called again: answers in the folder's journal are not scored again. ``progress``
+    is called with ``scores``, the answers scored, and all answers. ``open_adapter`` is called only if the bank is
+    usable.
 
-    Raises `InputError` if the bank has too few references that statements can be made of.
+    Raises `InputError` if the bank gives too few statements.
     """
     if settings.statements < FEWEST:
         raise InputError(f"statements: at least {FEWEST} are needed, or nothing can be told")
@@ -118,7 +119,7 @@ Nearest = tuple[Match, ...]
 
 
 def _cases(runtime: Runtime, statements: Sequence[Statement], deepest: int) -> list[tuple[Nearest, Nearest]]:
-    """The nearest memories of each statement: of all, and of those that do not say what it says."""
+    """The nearest memories of each statement: among all, and among those that do not contain it."""
     cases = []
     found = runtime.search([statement.prompt for statement in statements], deepest + _SPARE)
     for statement, matches in zip(statements, found, strict=True):
@@ -130,7 +131,7 @@ def _cases(runtime: Runtime, statements: Sequence[Statement], deepest: int) -> l
 
 
 class _Scorer:
-    """Scores answers, with memories of one bank."""
+    """Scores answers with memories of one bank."""
 
     def __init__(self, adapter: Adapter, runtime: Runtime, ids: set[int]) -> None:
         self.adapter = adapter
@@ -140,39 +141,24 @@ class _Scorer:
         }
 
     def tasks(self, statement: Statement, nearest: Nearest, counts: set[int]) -> Iterator[_Task]:
-        """One for each number of memories."""
+        """A task for each number of memories."""
         for count in sorted(counts):
             recalled = nearest[:count]
             tokens = sum(self.references[match.id].tokens for match in recalled)
             yield _Task(_key(statement, recalled), statement, recalled, tokens)
 
-    def score(self, tasks: Sequence[_Task], size: int, journal: Journal, progress: OnProgress | None) -> None:
-        """Score what is not in the journal yet.
-
-        Batches are always of the same tasks, or rounding would make the results of a stopped run other ones.
-        """
+    def score(self, tasks: Sequence[_Task], size: int, journal: Journal, progress: OnProgress) -> None:
+        """Score the tasks that the journal lacks."""
         ordered = sorted(tasks, key=lambda task: (task.tokens, task.key))  # so that little is padded
-        for start in range(0, len(ordered), size):
-            if progress:
-                progress("scores", start, len(ordered))
-            batch = ordered[start : start + size]
-            missing = {task.key for task in batch} - journal.done.keys()
-            if missing:
-                scored = self._score(batch)
-                journal.add({task.key: one for task, one in zip(batch, scored, strict=True) if task.key in missing})
-        if progress:
-            progress("scores", len(ordered), len(ordered))
+        journal.fill(ordered, size, lambda task: task.key, self._score, partial(progress, "scores"))
 
     def _score(self, tasks: Sequence[_Task]) -> list[list[float]]:
         ids = dict.fromkeys(match.id for task in tasks for match in task.recalled)
         parts = self.runtime.fetch(as_ids(list(ids)), self.adapter.dtype)
         choices = {}
         for task in tasks:
-            there = [match for match in task.recalled if match.id in parts]  # as in serving: a bad block is left out
-            weights = log_weights(there, self.runtime.config.recall.score_temperature)
-            choices[task.key] = [
-                Choice(match.id, match.score, weight) for match, weight in zip(there, weights, strict=True)
-            ]
+            there = [match for match in task.recalled if match.id in parts]  # as in serving, bad blocks are left out
+            choices[task.key] = weighted(there, self.runtime.config.recall.score_temperature)
         laboratory = Laboratory(self.runtime.config, self.adapter.spec, parts, self.references, choices)
         # The key stands for the query: one statement is in a batch several times, with other memories each time.
         prompts = [Prompt(task.statement.prompt, query=task.key) for task in tasks]
@@ -189,7 +175,7 @@ def _key(statement: Statement, recalled: Sequence[Match]) -> str:
 def _depends_on(
     runtime: Runtime, adapter: Adapter, statements: Sequence[Statement], cases: Sequence[tuple[Nearest, Nearest]]
 ) -> str:
-    """A fingerprint of all that scores depend on: not of what is to be chosen, so that a second run is quick."""
+    """A fingerprint of everything that scores depend on, without the values to choose, so that a second run is fast."""
     config = runtime.config
     return fingerprint(
         {

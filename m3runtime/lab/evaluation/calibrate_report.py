@@ -1,4 +1,4 @@
-"""What ``m3 eval calibrate`` found: the choice, the evidence for it, and the report."""
+"""`calibrate_report`: the results of ``m3 eval calibrate``, the chosen setting and the evidence for it."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,26 +15,26 @@ from m3runtime.lab.evaluation.statistics import Estimate, mean
 _FLOORS_SHOWN = 16
 
 _NOTHING = Setting(1, 2.0, None)
-"""A floor that no score reaches."""
+"""A setting that recalls nothing, because no score reaches its floor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """The setting to take, and what speaks for it."""
+    """The chosen setting, and the evidence for it."""
 
     chosen: Setting
     best: Setting
-    """The most likely answers; the chosen one may be simpler."""
+    """The setting with the most likely answers; the chosen one may be simpler."""
     former: Setting
     likelihood: Estimate
     """Log-likelihood of answers under the chosen setting."""
     gain: Estimate
-    """How much higher it is than under the former one: each statement judged by the choice of the others."""
+    """Log-likelihood less that under the former setting; each statement is judged by the choice of the others."""
     gain_over_nothing: Estimate
-    """The same, over recalling nothing."""
+    """Log-likelihood less that of recalling nothing, likewise."""
 
     def evidence(self, date: str) -> dict[str, str]:
-        """What is to stand beside each value in the configuration's file."""
+        """The comment for each value in the configuration file."""
         figures = f"log-likelihood {self.likelihood}, {self._against_former()}, {self.likelihood.count} statements"
         former = {name: "null" if value is None else f"{value:g}" for name, value in asdict(self.former).items()}
         return {name: f"{date} was {value}; {figures}" for name, value in former.items()}
@@ -46,13 +46,13 @@ class Findings:
 
 
 def findings(results: CalibrationResults, seed: int) -> Findings:
-    """Choose by the rule of `m3runtime.lab.evaluation.choosing`."""
+    """The setting chosen by the rule of `m3runtime.lab.evaluation.choosing`, with its evidence."""
     settings, pairs = results.settings, results.pairs
     table, nothing = values(settings, pairs), np.array([pair.nothing for pair in pairs])
     fair = crossed(settings, table, nothing, seed)
     former = settings.index(results.former)
     gain = mean(list(fair - table[former]), seed)
-    # What chooses worse than it was is not to be followed.
+    # The former setting stays if the rule would choose a worse one.
     chosen = former if gain.high < 0 else choose(settings, table, nothing, seed)
     return Findings(
         chosen=settings[chosen],
@@ -67,7 +67,7 @@ def findings(results: CalibrationResults, seed: int) -> Findings:
 def calibrate_report(
     results: CalibrationResults, found: Findings, settings: CalibrationSettings, config: Config, command: str
 ) -> Report:
-    """Tables, pictures and findings in words."""
+    """The report: tables, pictures, and a summary in words."""
     by_memories = _by_memories(results, settings.seed)
     return Report(
         title=f"Calibration on {len(results.pairs)} statements of the bank's own references",
@@ -148,7 +148,7 @@ def _row(name: str, pairs: Sequence[Pair], setting: Setting, seed: int) -> tuple
 
 
 def _grid(results: CalibrationResults, found: Findings, seed: int) -> Table:
-    """For each number of memories and margin, the best floor."""
+    """The best floor for each number of memories and margin."""
     table = values(results.settings, results.pairs)
     top = table[results.settings.index(found.best)]
     rows = []
@@ -169,7 +169,7 @@ def _grid(results: CalibrationResults, found: Findings, seed: int) -> Table:
 
 
 def _floors(results: CalibrationResults, found: Findings, seed: int) -> Table:
-    """What the floor does to the chosen number of memories and margin."""
+    """The effect of the floor, with the chosen number of memories and margin."""
     floors = sorted({setting.min_score for setting in results.settings})
     step = max(1, len(floors) // _FLOORS_SHOWN)
     shown = sorted({*floors[::step], found.chosen.min_score, floors[-1]})

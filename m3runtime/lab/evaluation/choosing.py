@@ -1,10 +1,10 @@
-"""Chooses ``recall.memories``, ``min_score`` and ``margin`` from what answers became more likely by.
+"""`choose`: ``recall.memories``, ``min_score`` and ``margin`` that make the answers of statements most likely.
 
-The rule, in one place:
+The rule:
 
-1. What counts is the log-likelihood of a statement's answer, per token: the mean of when the bank knows it and when
-   it does not. A setting's value is the mean over statements.
-2. The best setting is the one of the highest value.
+1. The value of a setting is the log-likelihood of an answer, per token, averaged over two cases (the bank knows the
+   statement, and it does not) and over statements.
+2. The best setting is the one with the highest value.
 3. A simpler one is taken instead, fewer memories first and then without margin, where the statements cannot tell it
    from the best (the paired bootstrap interval of the difference holds 0) and it keeps at least `KEPT` of what the
    best gains over recalling nothing. The second condition keeps few statements, which can tell little apart, from
@@ -28,7 +28,7 @@ from m3runtime.lab.evaluation.statistics import mean
 from m3runtime.retrieval.retriever import Match, passing
 
 MEMORIES = (1, 2, 3, 5, 8)
-"""Numbers of memories that are tried."""
+"""Numbers of memories to try."""
 KEPT = 0.98
 SPENT = 0.01
 FOLDS = 8
@@ -37,19 +37,19 @@ _GAPS = (0.25, 0.5, 0.75)
 _DIGITS = 3
 
 Values = npt.NDArray[np.float64]
-"""A log-likelihood for each setting and statement, ``[settings, statements]``."""
+"""Log-likelihoods, ``[settings, statements]``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is to be chosen, as ``recall`` has it."""
+    """The values to choose, as in the section ``recall`` of the configuration."""
 
     memories: int
     min_score: float
     margin: float | None
 
     def recalled(self, nearest: Sequence[Match]) -> int:
-        """How many of the nearest memories are recalled: so many from the best on."""
+        """The number of memories that are recalled, of the nearest, best first."""
         return len(passing(nearest[: self.memories], min_score=self.min_score, margin=self.margin))
 
     def __str__(self) -> str:
@@ -59,12 +59,12 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A statement, with what the bank has for it."""
+    """A statement with its nearest memories."""
 
     nearest: tuple[Match, ...]
     """Best first."""
     log_likelihood: Mapping[int, float]
-    """Of the answer, per token, by how many of the nearest are recalled."""
+    """Log-likelihood of the answer, per token, by the number of recalled memories."""
 
     def under(self, setting: Setting) -> float:
         """The log-likelihood of the answer under a setting."""
@@ -73,25 +73,25 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A statement twice: with its reference in the bank, and without."""
+    """A statement in two cases: with its reference in the bank, and without."""
 
     known: Case
     unknown: Case
 
     def under(self, setting: Setting) -> float:
-        """What counts of it: rule 1."""
+        """The value of a setting for this statement, by rule 1."""
         return (self.known.under(setting) + self.unknown.under(setting)) / 2
 
     @property
     def nothing(self) -> float:
-        """The same where nothing is recalled."""
+        """The value if nothing is recalled."""
         return (self.known.log_likelihood[0] + self.unknown.log_likelihood[0]) / 2
 
 
 def grid(nearest: Iterable[Sequence[Match]], former: Setting) -> list[Setting]:
-    """Settings to choose among, the simplest first and ``former`` among them.
+    """The settings to choose from, simplest first, with ``former`` among them.
 
-    Floors and margins come from the scores themselves, so that they suit any embedder.
+    Floors and margins are quantiles of the scores, so that they suit any embedder.
     """
     found = [[match.score for match in matches] for matches in nearest if matches]
     every = [score for scores in found for score in scores]
@@ -114,17 +114,17 @@ def grid(nearest: Iterable[Sequence[Match]], former: Setting) -> list[Setting]:
 
 
 def values(settings: Sequence[Setting], pairs: Sequence[Pair]) -> Values:
-    """What counts of each statement under each setting."""
+    """The value of each setting for each statement."""
     return np.array([[pair.under(setting) for pair in pairs] for setting in settings], np.float64)
 
 
 def best(values: Values) -> int:
-    """The place of the best setting; of equal ones, the simplest."""
+    """The place of the best setting; the simplest of equal ones."""
     return int(values.mean(1).argmax())
 
 
 def choose(settings: Sequence[Setting], values: Values, nothing: npt.NDArray[np.float64], seed: int = 0) -> int:
-    """The place of the setting to take, by the rule above.
+    """The place of the chosen setting, by the rule of this module.
 
     ``settings`` are as `grid` orders them, and ``nothing`` holds each statement's value with nothing recalled.
     """
@@ -160,11 +160,11 @@ def crossed(
 
 
 def _kind(setting: Setting) -> tuple[int, bool]:
-    """Equal for equally simple settings, and less for simpler ones."""
+    """A sort key: equal for equally simple settings, smaller for simpler ones."""
     return setting.memories, setting.margin is not None
 
 
 def _rounded(scores: npt.NDArray[np.float64]) -> list[float]:
-    """Downwards, so that the score itself passes."""
+    """Scores rounded down, so that the score itself passes."""
     scale = 10**_DIGITS
     return [float(score) for score in np.unique(np.clip(np.floor(scores * scale) / scale, -1, 1))]

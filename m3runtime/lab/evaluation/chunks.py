@@ -1,4 +1,4 @@
-"""How often to recall: chunk lengths, tried on held-out passages of real text."""
+"""`chunk_lengths`: the effect of the chunk length, measured on held-out passages of real text."""
 
 import random
 from collections.abc import Sequence
@@ -9,29 +9,29 @@ from m3runtime.adapters.base import Adapter
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import Document
 from m3runtime.lab.evaluation.passages import hold_out
-from m3runtime.lab.evaluation.statistics import Estimate, mean
+from m3runtime.lab.evaluation.statistics import Estimate, difference, mean
 from m3runtime.lab.evaluation.text_run import run_text
 from m3runtime.lab.evaluation.trials import changed
 from m3runtime.writing.writer import OnProgress
 
 LENGTHS = (16, 32, 64, 96)
 SCORED = 192
-"""Tokens of a passage that are scored, in chunks of whatever length."""
+"""Scored tokens of a passage, in chunks of any length."""
 BANK = 24_000
-"""Tokens of documents that are enough: a bank is written for every length."""
+"""Tokens of documents to use: a bank is written for every length, so few are enough."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkLength:
-    """What one length gave. Log-likelihoods are of a token."""
+    """The result for one chunk length. Log-likelihoods are means per token."""
 
     tokens: int
     alone: Estimate
     memory: Estimate
     gain: Estimate
-    """Of memory, passage by passage."""
+    """Log-likelihood with memory less that without, in pairs of passages."""
     recalls: int
-    """For each passage."""
+    """Recalls per passage."""
 
 
 def chunk_lengths(
@@ -42,11 +42,11 @@ def chunk_lengths(
     *,
     passages: int,
     seed: int,
-    progress: OnProgress | None = None,
+    progress: OnProgress,
 ) -> tuple[ChunkLength, ...]:
-    """Score passages of some of the documents under every length; which ones, the seed says.
+    """Score held-out passages of some documents, drawn by the seed, with every chunk length.
 
-    Resumes what is in ``folder``. Raises `InputError` for too little text.
+    Resumes the runs in ``folder``. Raises `InputError` if there is too little text.
     """
     found = []
     some = _some(documents, adapter, seed)
@@ -71,13 +71,16 @@ def chunk_lengths(
             settings, adapter, corpus, folder / f"chunks-{tokens}", modes=("none", "memory"), progress=progress
         )
         alone, memory = results.passage_means("none"), results.passage_means("memory")
-        gains = [ours - theirs for ours, theirs in zip(memory, alone, strict=True)]
-        found.append(ChunkLength(tokens, mean(alone, seed), mean(memory, seed), mean(gains, seed), SCORED // tokens))
+        found.append(
+            ChunkLength(
+                tokens, mean(alone, seed), mean(memory, seed), difference(memory, alone, seed), SCORED // tokens
+            )
+        )
     return tuple(found)
 
 
 def _some(documents: Sequence[Document], adapter: Adapter, seed: int) -> list[Document]:
-    """Documents of about `BANK` tokens together, no single one taking more than a tenth."""
+    """Drawn documents of about `BANK` tokens in total, each cut to at most a tenth of that."""
     drawn, tokens = [], 0
     for document in random.Random(seed).sample(list(documents), len(documents)):
         if tokens >= BANK:

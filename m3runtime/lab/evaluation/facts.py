@@ -1,7 +1,8 @@
-"""``m3 eval facts``: questions about invented facts, put to one model in several modes."""
+"""``m3 eval facts``: questions about invented facts, asked of one model in several modes."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from m3runtime.adapters.base import Adapter
 from m3runtime.config.schema import Config, GenerateConfig
 from m3runtime.documents.reading import Document
 from m3runtime.lab.evaluation.banks import write_bank
-from m3runtime.lab.evaluation.journal import Journal
+from m3runtime.lab.evaluation.journal import Journal, silent
 from m3runtime.lab.evaluation.judging import is_invented, is_right
 from m3runtime.lab.evaluation.modes import MODES, NEAREST, NEEDS_ANSWER, SEARCHING, Asker, Item, Mode
 from m3runtime.lab.evaluation.world import Question, make_world
@@ -28,7 +29,7 @@ Ask = Literal["questions", "statements"]
 
 @dataclass(frozen=True, slots=True)
 class FactsSettings:
-    """What is asked, and how."""
+    """The settings of ``m3 eval facts``."""
 
     seed: int = 0
     references: int = 320
@@ -37,49 +38,49 @@ class FactsSettings:
     ask: Ask = "questions"
     """Questions to answer, or statements to complete."""
     max_new_tokens: int | None = None
-    """Of an answer; None: enough for the form of the prompt."""
+    """Most tokens of an answer; None: as the form of the prompt needs."""
     batch: int = 16
     timed: int = 8
-    """Questions that are put once more, each alone, to measure time."""
+    """Questions that are asked again, one at a time, to measure time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One question put alone, in one mode."""
+    """The time of one question, asked alone in one mode."""
 
     mode: Mode
     first_token_s: float
-    """From the question to the first token, search included."""
+    """Seconds from the question to the first token, with search."""
     tokens_per_s: float
     bytes: dict[str, int]
-    """Read from each tier, by its name."""
+    """Bytes read from each tier, by its name."""
 
 
 @dataclass(frozen=True, slots=True)
 class FactsResults:
-    """Everything that was found."""
+    """The results of ``m3 eval facts``."""
 
     items: tuple[Item, ...]
     """Answerable and unanswerable ones."""
     answers: dict[Mode, dict[str, dict[str, Any]]]
-    """By mode and item's key: ``text``, ``right``, ``invented``, and ``log_probs`` of the right answer's tokens."""
+    """By mode and key of the item: ``text``, ``right``, ``invented``, ``log_probs`` of the right answer's tokens."""
     timings: tuple[Timing, ...]
     fingerprints: dict[str, str]
-    """Of everything that the bank was made with, by name."""
+    """Fingerprints of everything that the bank was made with, by name."""
 
 
 class FactsRun:
-    """One evaluation in one folder: its bank, its journal. Can be stopped at any moment and run again."""
+    """One evaluation in one folder, with its bank and its journal. It can be stopped at any moment and run again."""
 
     def __init__(self, config: Config, settings: FactsSettings, folder: Path) -> None:
-        """Raises `InputError` for more questions than so many references can answer."""
+        """Raises `InputError` if the references cannot answer so many questions."""
         self.settings = settings
         self.folder = folder
         self.modes: tuple[Mode, ...] = ()
         form: Form = "plain" if settings.ask == "statements" else config.generate.prompt
         most = settings.max_new_tokens or (40 if form == "chat" else 16)  # in a chat models answer in whole sentences
         generate = {"max_new_tokens": most, "prompt": form, "stop": ("\n",), "temperature": 0.0}
-        # Every mode decodes alike: greedily, one line.
+        # Every mode decodes in the same way: greedily, one line.
         self.config = config.model_copy(
             update={"bank": folder / "bank", "generate": GenerateConfig.model_validate(generate)}
         )
@@ -90,10 +91,11 @@ class FactsRun:
             unanswerable=settings.unanswerable,
         )
 
-    def run(self, adapter: Adapter, progress: OnProgress | None = None, modes: Iterable[Mode] = MODES) -> FactsResults:
-        """Write the bank, ask all questions in all modes, measure times; what is done already is not done again.
+    def run(self, adapter: Adapter, progress: OnProgress = silent, modes: Iterable[Mode] = MODES) -> FactsResults:
+        """Write the bank, ask all questions in all modes, and measure times. A stopped run resumes.
 
-        ``progress`` is called with ``codec``, ``memories``, a mode or ``timing``, what is done of it, and all of it.
+        ``progress`` is called with a stage (``codec``, ``memories``, a mode or ``timing``), the steps done, and all
+        steps of the stage.
         """
         self.modes = modes = tuple(modes)
         self._write(adapter, progress)
@@ -109,7 +111,7 @@ class FactsRun:
             timings = self._time(asker_of(adapter, runtime, items), modes, items, progress)
             return FactsResults(items, answers, timings, runtime.bank.manifest.fingerprints())
 
-    def _write(self, adapter: Adapter, progress: OnProgress | None) -> None:
+    def _write(self, adapter: Adapter, progress: OnProgress) -> None:
         seed, references = self.world.seed, self.world.references
         documents = [Document(f"world-{seed}:{number}", text) for number, text in enumerate(references)]
         embedder = assembly.open_embedder(self.config)
@@ -130,30 +132,24 @@ class FactsRun:
             items.append(Item(key, question, text, tuple(matches), tuple(recalled), right))
         return tuple(items)
 
-    def _ask_all(
-        self, asker: Asker, mode: Mode, items: Sequence[Item], journal: Journal, progress: OnProgress | None
-    ) -> None:
-        # Of like length in a batch, so that little is padded. A batch is asked again as a whole or not at all: in
-        # another one rounding would make other results of the same question.
+    def _ask_all(self, asker: Asker, mode: Mode, items: Sequence[Item], journal: Journal, progress: OnProgress) -> None:
         all_asked = _asked(mode, items)
         journal.add(self._known(asker, mode, all_asked, journal))
+        # Items of similar length share a batch, so that little is padded.
         asked = sorted(
             (item for item in all_asked if not self._twin(asker, mode, item)),
             key=lambda item: (asker.length(mode, item), item.key),
         )
-        for start in range(0, len(asked), self.settings.batch):
-            batch = asked[start : start + self.settings.batch]
-            if all(f"{mode}/{item.key}" in journal.done for item in batch):
-                continue
-            if progress:
-                progress(mode, start, len(asked))
-            records = ask(asker, mode, batch, self.config.generate)
-            journal.add({f"{mode}/{item.key}": record for item, record in records})
-        if progress:
-            progress(mode, len(asked), len(asked))
+        journal.fill(
+            asked,
+            self.settings.batch,
+            lambda item: f"{mode}/{item.key}",
+            lambda batch: ask(asker, mode, batch, self.config.generate),
+            partial(progress, mode),
+        )
 
     def _known(self, asker: Asker, mode: Mode, items: Sequence[Item], journal: Journal) -> dict[str, Any]:
-        """What need not be asked: the same references in the same prompt were put to the model in another mode."""
+        """Answers known from another mode, which gave the model the same references in the same prompt."""
         twins = {item.key: self._twin(asker, mode, item) for item in items}
         return {
             f"{mode}/{key}": journal.done[f"{twin}/{key}"]
@@ -162,35 +158,33 @@ class FactsRun:
         }
 
     def _twin(self, asker: Asker, mode: Mode, item: Item) -> Mode | None:
-        """An earlier mode that puts the same text to the model."""
+        """An earlier mode whose prompt is the same, or None."""
         if asker.texts(mode, item) is None:
             return None
         earlier = self.modes[: self.modes.index(mode)]
         return next((twin for twin in earlier if asker.texts(twin, item) == asker.texts(mode, item)), None)
 
     def _time(
-        self, asker: Asker, modes: Sequence[Mode], items: Sequence[Item], progress: OnProgress | None
+        self, asker: Asker, modes: Sequence[Mode], items: Sequence[Item], progress: OnProgress
     ) -> tuple[Timing, ...]:
-        """Questions one by one, the modes in turn so that all of them see the machine in the same moods."""
+        """Time questions one by one; the modes take turns, so that changes of the machine's load affect all alike."""
         chosen = [item for item in items if item.right is not None][: self.settings.timed]
         timings = []
         for number, item in enumerate(chosen):
-            if progress:
-                progress("timing", number, len(chosen))
+            progress("timing", number, len(chosen))
             timings += [time_one(asker, mode, item, self.config.generate) for mode in modes]
-        if progress:
-            progress("timing", len(chosen), len(chosen))
+        progress("timing", len(chosen), len(chosen))
         return tuple(timings)
 
     def _fingerprint(self, runtime: Runtime) -> str:
-        """Over all that answers depend on."""
+        """A fingerprint of everything that the answers depend on."""
         depends = self.config.model_dump(mode="json", exclude={"bank", "tiers", "index"})
         settings = {**asdict(self.settings), "timed": 0}
         return fingerprint([depends, settings, runtime.bank.stamp.bank, runtime.bank.manifest.embedder])
 
 
 def asker_of(adapter: Adapter, runtime: Runtime, items: Iterable[Item]) -> Asker:
-    """An `Asker` that knows every reference that items name."""
+    """An `Asker` with every reference that the items name."""
     wanted = {match.id for item in items for match in item.nearest} | {
         item.right for item in items if item.right is not None
     }
@@ -202,12 +196,12 @@ def asker_of(adapter: Adapter, runtime: Runtime, items: Iterable[Item]) -> Asker
 
 
 def asked_of(question: Question, ask: Ask) -> str:
-    """What is put to the model."""
+    """The text that the model is asked with."""
     return question.text if ask == "questions" else question.statement
 
 
-def ask(asker: Asker, mode: Mode, items: Sequence[Item], settings: GenerateConfig) -> list[tuple[Item, dict[str, Any]]]:
-    """Put items to the model: what it answers, and how likely it finds the right answer."""
+def ask(asker: Asker, mode: Mode, items: Sequence[Item], settings: GenerateConfig) -> list[dict[str, Any]]:
+    """Ask the model; the records have its answers, and the log-likelihood of the right ones."""
     continuations = [None if item.right is None else f" {item.question.answers[0]}" for item in items]
     with asker.ready(mode, items) as (prompts, streams):
         found = asker.adapter.examine(prompts, continuations, streams, settings)
@@ -218,12 +212,12 @@ def ask(asker: Asker, mode: Mode, items: Sequence[Item], settings: GenerateConfi
             record["invented"] = is_invented(answer.text)
         else:
             record |= {"right": is_right(answer.text, item.question.answers), "log_probs": list(score.log_probs)}
-        records.append((item, record))
+        records.append(record)
     return records
 
 
 def time_one(asker: Asker, mode: Mode, item: Item, settings: GenerateConfig) -> Timing:
-    """Put one item to the model as a user would: what search costs is counted, in every mode that searches."""
+    """Ask for one item as a user would; the time includes search, in every mode that searches."""
     before = asker.runtime.hierarchy.stats()
     began = perf_counter()
     if mode in SEARCHING:

@@ -1,16 +1,17 @@
-"""What ``m3 eval facts`` found, as a report."""
+"""`facts_report`: the results of ``m3 eval facts`` as a report."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from statistics import fmean, median, quantiles
+from statistics import fmean
 from typing import Any
 
 from m3runtime.config.schema import Config
-from m3runtime.lab.evaluation.facts import FactsResults, FactsSettings, Timing
+from m3runtime.lab.evaluation.facts import FactsResults, FactsSettings
 from m3runtime.lab.evaluation.modes import MODES, Mode
 from m3runtime.lab.evaluation.plots import Plot, Series
 from m3runtime.lab.evaluation.report import Report, Table
-from m3runtime.lab.evaluation.statistics import Estimate, mean, ratio
+from m3runtime.lab.evaluation.statistics import Estimate, difference, mean, ratio
+from m3runtime.lab.results import Spread
 
 DEPTHS = (1, 2, 3, 5, 8)
 PAIRS: tuple[tuple[Mode, Mode], ...] = (
@@ -20,7 +21,7 @@ PAIRS: tuple[tuple[Mode, Mode], ...] = (
     ("memory", "none"),
     ("memory-oracle", "text-oracle"),
 )
-"""What is set against what."""
+"""Pairs of modes that the report compares."""
 BASELINES: dict[Mode, str] = {
     "text": "the same references as text",
     "text-5": "the 5 nearest as text",
@@ -29,7 +30,7 @@ BASELINES: dict[Mode, str] = {
 
 
 def facts_report(results: FactsResults, settings: FactsSettings, config: Config, command: str) -> Report:
-    """Tables, pictures and findings in words."""
+    """The report: tables, pictures, and a summary in words."""
     figures = {mode: _Figures(results, mode, settings.seed) for mode in results.answers}
     return Report(
         title=f"Facts: {settings.questions} {settings.ask} over {settings.references} references",
@@ -49,7 +50,7 @@ def facts_report(results: FactsResults, settings: FactsSettings, config: Config,
 
 
 class _Figures:
-    """One mode's results, question by question."""
+    """The results of one mode, question by question."""
 
     def __init__(self, results: FactsResults, mode: Mode, seed: int) -> None:
         answers = results.answers[mode]
@@ -68,8 +69,8 @@ class _Figures:
         return mean(self.log_probs, self.seed)
 
     def above(self, other: "_Figures") -> Estimate:
-        """How much higher the right answer's log-likelihood is, question by question."""
-        return mean([ours - theirs for ours, theirs in zip(self.log_probs, other.log_probs, strict=True)], self.seed)
+        """The log-likelihood of the right answer less that of another mode, in pairs of questions."""
+        return difference(self.log_probs, other.log_probs, self.seed)
 
 
 def _answers(figures: dict[Mode, _Figures]) -> Table:
@@ -124,8 +125,9 @@ def _speed(results: FactsResults) -> Table:
         timings = [timing for timing in results.timings if timing.mode == mode]
         if timings:
             read = [f"{fmean(timing.bytes[tier] for timing in timings):,.0f}" for tier in tiers]
-            first, rate = (_spread(timings, of) for of in (_first_token, _rate))
-            rows.append((mode, first, rate, *read))
+            first = _spread([timing.first_token_s for timing in timings])
+            rates = _spread([timing.tokens_per_s for timing in timings if timing.tokens_per_s])  # one token has none
+            rows.append((mode, first, rates, *read))
     return Table(
         "Speed",
         ("mode", "time to first token, s", "tokens/s", *(f"bytes read from {tier}" for tier in tiers)),
@@ -136,20 +138,8 @@ def _speed(results: FactsResults) -> Table:
     )
 
 
-def _first_token(timing: Timing) -> float:
-    return timing.first_token_s
-
-
-def _rate(timing: Timing) -> float:
-    return timing.tokens_per_s
-
-
-def _spread(timings: Sequence[Timing], of: Callable[[Timing], float]) -> str:
-    values = [of(timing) for timing in timings if of(timing)]  # an answer of one token has no rate
-    if len(values) < 2:
-        return f"{values[0]:.3f}" if values else "-"
-    low, _, high = quantiles(values, n=4)
-    return f"{median(values):.3f} ({low:.3f} to {high:.3f})"
+def _spread(figures: Sequence[float]) -> str:
+    return Spread.of(figures).show(3) if figures else "-"
 
 
 def _summary(figures: dict[Mode, _Figures], settings: FactsSettings) -> list[str]:

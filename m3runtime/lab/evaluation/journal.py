@@ -1,23 +1,29 @@
-"""`Journal`: what an evaluation has found so far, in a file, so that it can be stopped and go on."""
+"""`Journal`: the records of an evaluation in a file, so that a stopped run can resume."""
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from m3runtime.errors import InputError
 from m3runtime.memory.spec import canonical_json
+
+T = TypeVar("T")
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Report progress to nobody."""
 
 
 class Journal:
     """Records by key, one line of JSON each. One thread, one process.
 
-    What `add` returned from survives a crash; a line that was half written is dropped.
+    Records survive a crash once `add` has returned. An incomplete last line is dropped.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
-        """``fingerprint`` stands for all that the records depend on. Raises `InputError` if the file is of another."""
+        """``fingerprint`` identifies what the records depend on. Raises `InputError` if the file has another one."""
         self.path = path
         self.done: dict[str, Any] = {}
         whole = self._read(fingerprint) if path.exists() else 0
@@ -29,10 +35,32 @@ class Journal:
             self._write([{"fingerprint": fingerprint}])
 
     def add(self, records: Mapping[str, Any]) -> None:
-        """Keep records, each of JSON values. A key that is there already is not to be given again."""
+        """Append records of JSON values. Each key may be added once."""
         self._write([{"key": key, "value": value} for key, value in records.items()])
-        # As a later run will read them: tuples as lists, keys as text.
+        # The same values as a later run reads: tuples as lists, keys as text.
         self.done.update(json.loads(json.dumps(dict(records))))
+
+    def fill(
+        self,
+        tasks: Sequence[T],
+        size: int,
+        key: Callable[[T], str],
+        compute: Callable[[Sequence[T]], Sequence[Any]],
+        progress: Callable[[int, int], None],
+    ) -> None:
+        """Compute the records of the tasks that have none, ``size`` tasks in a call of ``compute``.
+
+        Equal tasks in equal order are always batched alike, also if some are done: in another batch, rounding would
+        give other records. ``progress`` is called with the number of tasks that are done, and of all.
+        """
+        for start in range(0, len(tasks), size):
+            batch = tasks[start : start + size]
+            missing = {key(task) for task in batch} - self.done.keys()
+            if missing:
+                progress(start, len(tasks))
+                records = zip(batch, compute(batch), strict=True)
+                self.add({key(task): record for task, record in records if key(task) in missing})
+        progress(len(tasks), len(tasks))
 
     def close(self) -> None:
         """Close the file."""
@@ -50,7 +78,7 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def _read(self, fingerprint: str) -> int:
-        """Read all whole lines. Returns how many bytes they have."""
+        """Read all complete lines; returns their length in bytes."""
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
         try:

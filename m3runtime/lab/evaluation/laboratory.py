@@ -1,4 +1,4 @@
-"""`Laboratory`: recalls what an experiment tells it to, where a `Runtime` recalls what it finds."""
+"""`Laboratory`: delivers the memories that an experiment chose, in the place of a `Runtime`, which searches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,20 +10,27 @@ from m3runtime.documents.reference import Reference
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.recall.recalled import Recalled
 from m3runtime.recall.store import Part
+from m3runtime.retrieval.retriever import Match, log_weights
 from m3runtime.stream import Stream
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A memory that a text is to get."""
+    """A memory to deliver for a text."""
 
     id: int
     score: float
     log_weight: float = 0.0
 
 
+def weighted(matches: Sequence[Match], temperature: float | None) -> list[Choice]:
+    """The choice of these matches, weighted as ``recall.score_temperature`` says."""
+    weights = log_weights(matches, temperature)
+    return [Choice(match.id, match.score, weight) for match, weight in zip(matches, weights, strict=True)]
+
+
 class Laboratory:
-    """Memories that lie decoded in RAM, and for each text those that it gets. A `Recaller`; thread-safe."""
+    """Delivers decoded memories from RAM, as chosen for each text. A `Recaller`; thread-safe."""
 
     def __init__(
         self,
@@ -33,7 +40,7 @@ class Laboratory:
         references: Mapping[int, Reference],
         choices: Mapping[str, Sequence[Choice]],
     ) -> None:
-        """``choices`` is by the text that a chunk is searched with; a text that is not there gets nothing."""
+        """``choices`` maps the query text of a chunk to its memories; any other text gets none."""
         self.config = config
         self.spec = spec
         self.parts = parts
@@ -41,18 +48,18 @@ class Laboratory:
         self.choices = choices
 
     def stream(self, dtype: torch.dtype) -> Stream:
-        """See `m3runtime.runtime.Runtime.stream`."""
+        """A new stream; see `m3runtime.runtime.Runtime.stream`."""
         return Stream(self, dtype)
 
-    def recall(self, streams: Sequence[Stream], texts: Sequence[str], *, wait: bool | None = None) -> list[Recalled]:  # noqa: ARG002 - everything is there
-        """Deliver what was chosen for these texts."""
+    def recall(self, streams: Sequence[Stream], texts: Sequence[str], *, wait: bool | None = None) -> list[Recalled]:  # noqa: ARG002 - nothing is late
+        """Deliver the memories that were chosen for these texts."""
         return [self._recalled(stream, self.choices.get(text, ())) for stream, text in zip(streams, texts, strict=True)]
 
     def hint(self, streams: Sequence[Stream], texts: Sequence[str]) -> None:
-        """Nothing to do: everything is there."""
+        """Do nothing: all memories are in RAM."""
 
     def release(self, stream: Stream) -> None:
-        """Nothing to do: nothing is held."""
+        """Do nothing: a stream holds no resources."""
 
     def _recalled(self, stream: Stream, choices: Sequence[Choice]) -> Recalled:
         parts = tuple(self.parts[choice.id] for choice in choices)

@@ -1,4 +1,4 @@
-"""The picture of a training: its losses over steps."""
+"""`draw_losses`: the losses of a training over its steps."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,12 +7,10 @@ from m3runtime.storage.files import write_atomically
 
 
 def draw_losses(stages: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
-    """Draw each stage's losses, steps and nats, one after the other, into a picture, such as a png."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Draw the losses of all stages, one after the other, into a picture; its suffix selects the format."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.0, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     begun = 0
     for name, losses in stages.items():

@@ -1,4 +1,4 @@
-"""The modes that an evaluation sets side by side: one model, one question, references put to it in different ways."""
+"""The modes of an evaluation: one model, one question, and references given to the model in different ways."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,11 +16,11 @@ from m3runtime.stream import Stream
 
 Mode = Literal["none", "text", "text-1", "text-5", "text-oracle", "memory", "memory-oracle"]
 NEAREST = 8
-"""How many of the nearest memories an evaluation looks at."""
+"""Number of nearest memories that an evaluation looks at."""
 PLAIN: dict[Mode, int] = {"text-1": 1, "text-5": 5}
-"""References that plain retrieval puts into a prompt: 5, as Memory³ and most others do, or the nearest alone."""
+"""Number of references that plain retrieval puts into a prompt: 5, as in Memory³ and most others, or 1."""
 SEARCHING: tuple[Mode, ...] = ("text", *PLAIN)
-"""Modes that search before they ask."""
+"""Modes that search before the model is asked."""
 MODES: dict[Mode, str] = {
     "none": "the model alone",
     "text": "the references that memory recalls, as text in the prompt",
@@ -31,30 +31,30 @@ MODES: dict[Mode, str] = {
     "memory-oracle": "the memory of the right reference alone",
 }
 NEEDS_ANSWER: tuple[Mode, ...] = ("text-oracle", "memory-oracle")
-"""Modes that a question whose answer is nowhere does not have."""
+"""Modes that a question without an answer does not have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One question as it is put to the model."""
+    """One question, and the memories that were found for it."""
 
     key: str
     question: Question
     asked: str
-    """The question, or the statement to complete: what the prompt says and memories are searched for."""
+    """The question, or the statement to complete. It is in the prompt, and memories are searched for it."""
     nearest: tuple[Match, ...]
     """The nearest memories, whatever their scores."""
     recalled: tuple[Match, ...]
-    """Of those, what the configuration lets pass."""
+    """The nearest memories that pass the rules of the configuration."""
     right: int | None
-    """The id of the memory that holds the answer."""
+    """The id of the memory that holds the answer; None if there is none."""
 
 
 class Asker:
-    """Puts items to a model in any mode. One thread."""
+    """Asks a model in any mode. One thread."""
 
     def __init__(self, adapter: Adapter, runtime: Runtime, references: Mapping[int, Reference], form: Form) -> None:
-        """``references`` are those of all ids that items name."""
+        """``references`` has the reference of every id that an item names."""
         self.adapter = adapter
         self.runtime = runtime
         self.references = references
@@ -62,7 +62,7 @@ class Asker:
 
     @contextmanager
     def ready(self, mode: Mode, items: Sequence[Item]) -> Iterator[tuple[list[Prompt], list[Stream] | None]]:
-        """Prompts and streams of a batch."""
+        """The prompts and the streams of a batch; the streams are closed at the end of the block."""
         prompts = [self._prompt(mode, item) for item in items]
         with ExitStack() as closing:
             streams: list[Stream] | None = None
@@ -74,14 +74,14 @@ class Asker:
             yield prompts, streams
 
     def length(self, mode: Mode, item: Item) -> int:
-        """Tokens of an item's prompt."""
+        """The number of tokens in an item's prompt."""
         return self.adapter.count_tokens(self._prompt(mode, item).text)
 
     def _prompt(self, mode: Mode, item: Item) -> Prompt:
         return self.adapter.render(item.asked, self.form, self.texts(mode, item))
 
     def texts(self, mode: Mode, item: Item) -> list[str] | None:
-        """The references that stand in the prompt; None in modes that put none there."""
+        """The references in an item's prompt, or None if the mode puts none into it."""
         ids: Sequence[int]
         if mode == "text":
             ids = [match.id for match in item.recalled]
@@ -94,7 +94,7 @@ class Asker:
         return [self.references[id].text for id in ids]
 
     def _laboratory(self, items: Sequence[Item]) -> Laboratory:
-        """The right memories and no others."""
+        """A `Laboratory` that recalls the right memory of each item, and no other."""
         right = {item.asked: item.right for item in items if item.right is not None}
         parts = self.runtime.fetch(list(dict.fromkeys(right.values())), self.adapter.dtype)
         choices = {asked: [Choice(id, 1.0)] for asked, id in right.items() if id in parts}

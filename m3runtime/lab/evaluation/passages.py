@@ -1,4 +1,4 @@
-"""Passages that a model is scored on, and the references that their documents give without them."""
+"""`hold_out`: passages that a model is scored on, and references from the rest of their documents."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -12,52 +12,52 @@ from m3runtime.errors import InputError
 
 
 class Tokens(Protocol):
-    """What cutting texts takes of an `m3runtime.adapters.base.Adapter`."""
+    """The part of an `m3runtime.adapters.base.Adapter` that cutting texts needs."""
 
     def count_tokens(self, text: str) -> int:
-        """See `Adapter.count_tokens`."""
+        """The number of tokens; see `Adapter.count_tokens`."""
 
     def cut(self, text: str, tokens: int) -> list[str]:
-        """See `Adapter.cut`."""
+        """Pieces of a number of tokens; see `Adapter.cut`."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """A part of a document that no reference has."""
+    """A passage of a document that is in no reference."""
 
     source: str
     start: int
-    """Where in the document's text it begins, in characters."""
+    """Offset in the document's text, in characters."""
     chunks: tuple[str, ...]
-    """The prompt, then the chunks that are scored. Each has as many tokens alone as it has among the others."""
+    """The prompt, then the scored chunks. Each has the same tokens alone as in its context."""
 
     @property
     def prompt(self) -> str:
-        """What the model is given."""
+        """The first chunk, which the model is given."""
         return self.chunks[0]
 
     @property
     def continuation(self) -> str:
-        """What is scored."""
+        """The text that is scored."""
         return "".join(self.chunks[1:])
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """The whole passage."""
         return "".join(self.chunks)
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Documents, parted into what is scored and what is remembered."""
+    """Documents, divided into passages to score and references to remember."""
 
     passages: tuple[HeldOut, ...]
     references: tuple[Document, ...]
-    """Each fits a reference whole; equal texts stand once. ``source`` is that of the document it is from."""
+    """Each fits one reference; equal texts occur once. ``source`` is the source of the original document."""
     dropped: int
-    """References that were left out because a passage has too much of them."""
+    """Number of references that were left out because they share too much with a passage."""
     chunk_tokens: int
-    """Tokens of each of a passage's chunks."""
+    """Tokens of each chunk of a passage."""
 
 
 def hold_out(
@@ -75,8 +75,8 @@ def hold_out(
     """Hold passages out of documents, and split the rest into references of at most ``reference_tokens`` tokens.
 
     A passage is a prompt of one chunk and ``continuation`` scored chunks, from the last two thirds of a document at
-    least twice as long; a document gives ``per_document`` passages at most, and never more than half of itself. Which
-    ones depends on the documents and the seed alone. References of which any passage has more than ``share``
+    least twice as long; a document gives ``per_document`` passages at most, and never more than half of itself. The
+    documents and the seed determine the passages. References that share more than ``share`` with a passage
     (`m3runtime.documents.overlap`) are dropped.
 
     Raises `InputError` if there is too little text.
@@ -99,7 +99,7 @@ def hold_out(
     copied = overlapping(list(unique), [passage.text for passage in found], share)
     references = [document for document, copy in zip(unique.values(), copied, strict=True) if not copy]
     if not references:
-        raise InputError("nothing of the texts is left to be remembered beside the held-out passages; take more texts")
+        raise InputError("no text is left to remember apart from the held-out passages; take more texts")
     return Corpus(found, tuple(references), sum(copied), chunk_tokens)
 
 
@@ -112,7 +112,7 @@ def _choose(
     chunks: int,
     per_document: int,
 ) -> dict[int, list[HeldOut]]:
-    """At most ``wanted`` passages by their document's row, in the text's order; no second one while a first is left."""
+    """At most ``wanted`` passages by row of the document, in text order; one from each document before any second."""
     rows = list(range(len(documents)))
     drawing.shuffle(rows)
     chosen: dict[int, list[HeldOut]] = {}
@@ -134,7 +134,7 @@ def _choose(
 def _candidates(
     document: Document, tokens: Tokens, drawing: random.Random, chunk_tokens: int, chunks: int
 ) -> Iterator[HeldOut]:
-    """Passages of a document that lie apart, in an order that was drawn."""
+    """Passages of a document that do not overlap, in random order."""
     pieces = tokens.cut(document.text, chunk_tokens)
     room = len(pieces) // (2 * chunks)  # at least half of a document remains
     starts = list(range(len(pieces) // 3, len(pieces) - chunks + 1))
@@ -152,9 +152,9 @@ def _candidates(
 
 
 def _stable(chunks: Sequence[str], tokens: Tokens, chunk_tokens: int) -> bool:
-    """Whether the chunks have the same tokens, scored one by one and as one continuation.
+    """True if the chunks have the same tokens one by one as in one continuation.
 
-    Not so if a character's tokens lie on both sides of a cut, and with some tokenizers where white space does.
+    They have not if a cut separates the tokens of one character, or with some tokenizers white space.
     """
     scored = "".join(chunks[1:])
     return (
@@ -165,7 +165,7 @@ def _stable(chunks: Sequence[str], tokens: Tokens, chunk_tokens: int) -> bool:
 
 
 def _without(text: str, passages: Sequence[HeldOut]) -> Iterator[str]:
-    """The parts of a text before, between and after passages in its order."""
+    """The parts of a text before, between and after passages, which are in text order."""
     start = 0
     for passage in passages:
         yield text[start : passage.start]

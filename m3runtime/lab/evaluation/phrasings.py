@@ -1,4 +1,4 @@
-"""Reads ``phrasings.txt``: the kinds of invented entities, their relations and how English puts them."""
+"""`kinds`: the kinds of invented entities, their relations and their phrasings, read from ``phrasings.txt``."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -7,7 +7,7 @@ from importlib.resources import files
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """Something that can be said and asked of every entity of a kind."""
+    """A property that every entity of a kind has, with sentences that state it and ask for it."""
 
     name: str
     values: str  # see m3runtime.lab.evaluation.vocabulary.draw_value

@@ -1,4 +1,4 @@
-"""Pictures of a report, by matplotlib."""
+"""`Plot` and `draw`: the pictures of a report, drawn by matplotlib."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from m3runtime.storage.files import write_atomically
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line or one set of bars: a figure for each place."""
+    """One line, or one set of bars."""
 
     name: str
     values: tuple[Estimate, ...]
     x: tuple[float, ...] = ()
-    """Where the values stand, if the plot has numbers there; else they stand at the plot's labels."""
+    """Positions of the values on the x axis; empty if the plot has labels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """Bars over ``labels``, or lines over numbers where there are none."""
+    """Bars over ``labels``, or lines over numbers if there are no labels."""
 
     name: str
-    """Of its files, without suffix."""
+    """Name of the files, without suffix."""
     title: str
     y: str
     series: tuple[Series, ...]
@@ -35,14 +35,12 @@ class Plot:
 def draw(plot: Plot, folder: Path) -> None:
     """Write ``NAME.png`` and ``NAME.svg``; equal plots give equal files."""
     import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Random ids of SVG elements would make equal plots differ, as would a date.
     with mpl.rc_context({"svg.hashsalt": plot.name, "svg.fonttype": "none", "font.size": 9}):
         width = max(6.0, 0.45 * len(plot.labels) * max(1, len(plot.series)))
         figure = Figure(figsize=(min(width, 14.0), 3.6), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         for number, series in enumerate(plot.series):
             heights = [estimate.value for estimate in series.values]

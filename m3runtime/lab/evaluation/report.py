@@ -1,21 +1,16 @@
-"""`Report`: what an evaluation found, as files: ``report.json`` for machines, ``report.md`` and pictures for people."""
+"""`Report`: the results of an evaluation as files: ``report.json``, ``report.md`` and pictures."""
 
 import json
-import os
-import platform
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from m3runtime.lab.evaluation.plots import Plot, draw
 from m3runtime.lab.evaluation.statistics import Estimate
+from m3runtime.lab.results import environment, plain
 from m3runtime.memory.spec import canonical_json
 from m3runtime.storage.files import write_atomically
-
-PACKAGES = ("m3runtime", "torch", "transformers", "sentence-transformers", "usearch", "faiss-cpu", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +21,7 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[object, ...], ...]
     note: str = ""
-    """What must be known to read it."""
+    """Explanation of the columns."""
 
     def __post_init__(self) -> None:
         if any(len(row) != len(self.columns) for row in self.rows):
@@ -35,28 +30,28 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one evaluation found, and all that is needed to repeat it."""
+    """The results of one evaluation, and everything that is needed to repeat it."""
 
     title: str
     command: str
-    """What to type to make it again."""
+    """The command that makes this report."""
     settings: Mapping[str, Any]
-    """The evaluation's own, seed included."""
+    """The settings of the evaluation, with the seed."""
     config: Mapping[str, Any]
     """The configuration in force."""
     fingerprints: Mapping[str, str]
-    """Of the model, the tokenizer, the embedder, the codec and the bank."""
+    """Fingerprints of the model, the tokenizer, the embedder, the codec and the bank."""
     summary: tuple[str, ...]
-    """The findings in plain words, the unfavourable included."""
+    """The findings in plain words, also the unfavourable ones."""
     tables: tuple[Table, ...]
     plots: tuple[Plot, ...]
     results: Mapping[str, Any]
-    """Every single result: equal for equal seeds, on equal software."""
+    """Every single result; equal for equal seeds and software."""
     measured: Mapping[str, Any] = field(default_factory=dict)
-    """What depends on the machine: times, rates."""
+    """Results that depend on the machine: times and rates."""
 
     def save(self, folder: Path) -> None:
-        """Write ``report.json``, ``report.md`` and each plot as PNG and SVG, every file whole or not at all."""
+        """Write ``report.json``, ``report.md`` and each plot as PNG and SVG; each file is replaced atomically."""
         folder.mkdir(parents=True, exist_ok=True)
         for plot in self.plots:
             draw(plot, folder)
@@ -65,7 +60,7 @@ class Report:
         write_atomically(folder / "report.json", results.encode())
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values; ``measured`` and ``environment`` alone differ between two runs of one seed."""
+        """The report as JSON values. Two runs of one seed differ only in ``measured`` and ``environment``."""
         return {
             "title": self.title,
             "command": self.command,
@@ -80,7 +75,7 @@ class Report:
         }
 
     def markdown(self) -> str:
-        """The report for people."""
+        """The report as Markdown."""
         lines = [f"# {self.title}", "", f"Made by `{self.command}`.", ""]
         lines += [f"- {line}" for line in self.summary]
         for table in self.tables:
@@ -94,54 +89,16 @@ class Report:
         return "\n".join(lines)
 
     def _in_force(self) -> dict[str, str]:
-        """The sections of the configuration that decide what is answered; no paths."""
+        """The sections of the configuration that affect answers, without paths."""
         sections = ("memory", "codec", "recall", "generate")
         return {name: canonical_json(self.config[name]) for name in sections if name in self.config}
 
 
 def markdown_table(table: Table) -> list[str]:
-    """The lines of a table."""
+    """A table as lines of Markdown."""
     lines = [f"| {' | '.join(table.columns)} |", "|" + "---|" * len(table.columns)]
     lines += [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in table.rows]
     return [*lines, "", table.note] if table.note else lines
-
-
-def environment() -> dict[str, str]:
-    """Software and machine."""
-    import torch
-
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    found["machine"] = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
-    if torch.cuda.is_available():
-        found["accelerator"] = torch.cuda.get_device_name()
-    found["system"] = f"{platform.system()} {platform.machine()}"
-    return found
-
-
-def _processor() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses, mappings and tuples as what JSON has."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {str(name): plain(inner) for name, inner in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [plain(inner) for inner in value]
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
-        return str(value)  # which JSON does not have
-    return str(value) if isinstance(value, Path) else value
 
 
 def _cell(value: object) -> str:

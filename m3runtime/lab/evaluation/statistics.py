@@ -1,4 +1,4 @@
-"""Means and ratios with bootstrap intervals."""
+"""Means, differences and ratios with bootstrap intervals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,25 +11,25 @@ LEVEL = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure, and the interval that 95 % of the bootstrap's resamples lie in."""
+    """A figure with its 95 % bootstrap interval."""
 
     value: float
     low: float
     high: float
     count: int
-    """How many observations it is of."""
+    """Number of observations."""
 
     def __str__(self) -> str:
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
 def mean(values: Sequence[float], seed: int = 0) -> Estimate:
-    """The mean. Raises `ValueError` for no values."""
+    """The mean, with its interval. Raises `ValueError` if there are no values."""
     observed = np.asarray(values, np.float64)
     if not len(observed):
         raise ValueError("no values, no mean")
     value = float(observed.mean())
-    if len(observed) == 1 or np.ptp(observed) == 0:  # of which every resample is alike
+    if len(observed) == 1 or np.ptp(observed) == 0:  # every resample is the same
         return Estimate(value, value, value, len(observed))
     from scipy.stats import bootstrap
 
@@ -39,10 +39,18 @@ def mean(values: Sequence[float], seed: int = 0) -> Estimate:
     return Estimate(value, float(interval.low), float(interval.high), len(observed))
 
 
-def ratio(values: Sequence[float], baseline: Sequence[float], seed: int = 0) -> Estimate:
-    """Mean of ``values`` over mean of ``baseline``, resampled in pairs: both are of the same questions.
+def difference(values: Sequence[float], baseline: Sequence[float], seed: int = 0) -> Estimate:
+    """The mean of the differences of ``values`` and ``baseline``, in pairs of the same questions.
 
-    Infinite where the baseline's mean is 0. Raises `ValueError` for no values or unequal numbers of them.
+    Raises `ValueError` if there are no values, or the numbers of values differ.
+    """
+    return mean([value - base for value, base in zip(values, baseline, strict=True)], seed)
+
+
+def ratio(values: Sequence[float], baseline: Sequence[float], seed: int = 0) -> Estimate:
+    """The mean of ``values`` over the mean of ``baseline``, resampled in pairs of the same questions.
+
+    Infinite if the mean of the baseline is 0. Raises `ValueError` if there are no values, or their numbers differ.
     """
     ours, theirs = np.asarray(values, np.float64), np.asarray(baseline, np.float64)
     if not len(ours) or ours.shape != theirs.shape:
@@ -51,7 +59,7 @@ def ratio(values: Sequence[float], baseline: Sequence[float], seed: int = 0) -> 
     def of(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
             found = a.mean(axis) / b.mean(axis)
-        return np.where(np.isnan(found), 1.0, found)  # nothing against nothing
+        return np.where(np.isnan(found), 1.0, found)  # 0 over 0
 
     value = float(of(ours, theirs))
     if len(ours) == 1:

@@ -1,11 +1,11 @@
-"""``m3 eval sweep``: one setting after the other is tried, and what pays is kept for the next.
+"""``m3 eval sweep``: try one setting after the other, and keep the best value for the next ones.
 
-The rule, in one place. Axes are gone through in order. On each, every option is tried with what was kept so far.
+The rule: axes are visited in order. On each, every option is tried together with the options kept so far.
 
-1. Exact answers are what a user sees, and say little about small differences: the options are left that the questions
-   cannot tell from the one of the most exact answers (the paired bootstrap interval of the difference holds 0).
-2. Of these, the right answer's log-likelihood decides: the options are left that cannot be told from the best by it.
-3. The first of these is kept: options stand in order of preference, the cheaper or simpler before the dearer.
+1. Exact answers are what a user sees, but they hardly show small differences. All options stay that the questions
+   cannot tell from the one with the most exact answers (the paired bootstrap interval of the difference holds 0).
+2. Of these, all options stay that cannot be told from the one with the highest log-likelihood of the right answer.
+3. The first of these is kept: options are in order of preference, cheaper and simpler ones first.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,18 +16,18 @@ from typing import Any
 from m3runtime.adapters.base import Adapter
 from m3runtime.config.schema import Config, GenerateConfig
 from m3runtime.errors import CodecError, ConfigError
-from m3runtime.lab.evaluation.journal import Journal
-from m3runtime.lab.evaluation.statistics import Estimate, mean
-from m3runtime.lab.evaluation.trials import Mode, Trial, Trials, changed
+from m3runtime.lab.evaluation.journal import Journal, silent
+from m3runtime.lab.evaluation.statistics import Estimate, difference
+from m3runtime.lab.evaluation.trials import Trial, TrialMode, Trials, changed
 from m3runtime.lab.evaluation.world import make_world
 from m3runtime.memory.spec import fingerprint
 from m3runtime.writing.writer import OnProgress
 
 Changes = Mapping[str, Any]
 COUNTS = (1, 2, 3, 5, 8)
-"""Numbers of memories that are tried."""
+"""Numbers of memories to try."""
 TEXT_COUNTS = COUNTS[:-1]
-"""Numbers of references that are tried as text: what 8 of them cost says little that 5 do not."""
+"""Numbers of references to try as text; 8 would tell little more than 5."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class SweepSettings:
-    """What the settings are tried on."""
+    """The settings of ``m3 eval sweep``."""
 
     seed: int = 1
     references: int = 160
@@ -51,21 +51,21 @@ class SweepSettings:
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """One option of an axis, with what was kept of the axes before."""
+    """One option of an axis, tried with the options kept of the axes before."""
 
     option: Changes
     trial: Trial
     less_exact: Estimate
-    """How many more exact answers the best option of the axis gives, question by question."""
+    """Exact answers of the best option less those of this one, in pairs of questions."""
     less_likely: Estimate
-    """How much higher the log-likelihood is of the best of those that have as good exact answers."""
+    """Log-likelihood of the best of the options left by rule 1, less that of this one."""
     refused: str = ""
-    """Why the model cannot have it; the trial is then empty."""
+    """Reason why the model does not support the option; the trial is then empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class Walked:
-    """An axis after all of its options were tried."""
+    """An axis with the results of all its options."""
 
     axis: Axis
     tried: tuple[Tried, ...]
@@ -74,19 +74,19 @@ class Walked:
 
 @dataclass(frozen=True, slots=True)
 class SweepResults:
-    """Everything that was found."""
+    """The results of a sweep."""
 
     none: Trial
     walked: tuple[Walked, ...]
     kept: dict[str, Any]
     """The recommended values, by dotted key."""
     text: tuple[tuple[int, Trial], ...]
-    """For each number of references, those as text in the prompt, under the recommended rules of recall."""
+    """Numbers of references, and the trial with so many as text in the prompt, under the recommended settings."""
     fingerprints: dict[str, str]
 
 
 def axes(layers: int, reference_tokens: int) -> tuple[Axis, ...]:
-    """Everything that is varied, for a model of so many layers."""
+    """All axes, for a model with ``layers`` layers."""
     tokens: list[Any] = [count for count in (8, 16, 32, 64) if count < reference_tokens]
     half, quarter = layers // 2, layers // 4
     depths: list[Any] = ["first-half", list(range(quarter, layers - quarter)), list(range(half, layers)), "all"]
@@ -115,7 +115,7 @@ CODECS: tuple[dict[str, Any], ...] = (
     {"kind": "scalar", "bits": 8},
     {"kind": "raw"},
 )
-"""In order of bytes, for a head of 64."""
+"""Codecs in order of size, for heads of 64 dimensions."""
 
 
 _NEVER = Estimate(float("inf"), float("inf"), float("inf"), 0)
@@ -126,9 +126,10 @@ def _options(key: str, values: Iterable[Any]) -> tuple[Changes, ...]:
 
 
 def choose(trials: Sequence[Trial], seed: int) -> tuple[int, list[Estimate], list[Estimate]]:
-    """Which option is kept, and how far each is behind the best in exact answers, and in log-likelihood.
+    """The place of the option to keep, and the distance of each option to the best, in both measures.
 
-    The latter is the best of those that have as good exact answers. Refused options are empty trials.
+    The measures are exact answers, and log-likelihood among the options left by rule 1. Refused options are empty
+    trials.
     """
     able = [index for index, trial in enumerate(trials) if trial.right]
     left, less_exact = _as_good([trial.right for trial in trials], able, seed)
@@ -137,20 +138,17 @@ def choose(trials: Sequence[Trial], seed: int) -> tuple[int, list[Estimate], lis
 
 
 def _as_good(values: Sequence[Sequence[float]], among: Sequence[int], seed: int) -> tuple[list[int], list[Estimate]]:
-    """Of some rows of values those that are not told from the highest, and how far every row is behind that."""
+    """The rows that cannot be told from the row with the highest sum, and the distance of every row to it."""
     best = max(among, key=lambda index: sum(values[index]))
-    behind = [
-        mean([top - value for top, value in zip(values[best], row, strict=True)], seed) if row else _NEVER
-        for row in values
-    ]
+    behind = [difference(values[best], row, seed) if row else _NEVER for row in values]
     return [index for index in among if index == best or behind[index].low <= 0], behind
 
 
 class SweepRun:
-    """One sweep in one folder. Can be stopped at any moment and run again."""
+    """One sweep in one folder. It can be stopped at any moment and run again."""
 
     def __init__(self, config: Config, settings: SweepSettings, folder: Path, only: Sequence[str] = ()) -> None:
-        """``only`` names the axes to go through; empty: all."""
+        """``only`` names the axes to try; empty: all."""
         self.settings = settings
         self.folder = folder
         self.only = tuple(only)
@@ -160,12 +158,11 @@ class SweepRun:
             settings.seed, references=settings.references, questions=settings.questions, unanswerable=0
         )
 
-    def run(self, adapter: Adapter, progress: OnProgress | None = None) -> SweepResults:
-        """Go through the axes. ``progress`` is called with an axis (or a part of a trial), what is done, and all."""
+    def run(self, adapter: Adapter, progress: OnProgress = silent) -> SweepResults:
+        """Try all axes. ``progress`` is called with an axis or a part of a trial, the steps done, and all steps."""
         trials = Trials(self.config, adapter, self.world, batch=self.settings.batch)
-        if progress:
-            trials.progress = progress
-        # Codecs come last: until then memories are read as they are.
+        trials.progress = progress
+        # The codec is the last axis: until then memories are not quantised.
         kept: dict[str, Any] = {"codec": {"kind": "raw"}}
         walked = []
         with Journal(self.folder / "sweep.jsonl", self._fingerprint(adapter)) as journal:
@@ -187,27 +184,25 @@ class SweepRun:
         unknown = set(self.only) - {axis.name for axis in found}
         if unknown:
             names = ", ".join(axis.name for axis in found)
-            raise ConfigError(f"--axis {min(unknown)} is not known; there are {names}")
+            raise ConfigError(f"--axis {min(unknown)} is not known; known are {names}")
         return [axis for axis in found if not self.only or axis.name in self.only]
 
-    def _walk(self, trials: Trials, journal: Journal, axis: Axis, kept: Changes, progress: OnProgress | None) -> Walked:
+    def _walk(self, trials: Trials, journal: Journal, axis: Axis, kept: Changes, progress: OnProgress) -> Walked:
         found, refusals = [], []
         for number, option in enumerate(axis.options):
-            if progress:
-                progress(f"Trying {axis.name}", number, len(axis.options))
+            progress(f"Trying {axis.name}", number, len(axis.options))
             try:
                 found.append(self._trial(trials, journal, "memory", {**kept, **option}))
                 refusals.append("")
             except (ConfigError, CodecError) as error:  # this model cannot have it
                 found.append(Trial((), (), 0.0, 0.0))
                 refusals.append(str(error))
-        if progress:
-            progress(f"Trying {axis.name}", len(axis.options), len(axis.options))
+        progress(f"Trying {axis.name}", len(axis.options), len(axis.options))
         kept_one, less_exact, less_likely = choose(found, self.settings.seed)
         tried = tuple(map(Tried, axis.options, found, less_exact, less_likely, refusals))
         return Walked(axis, tried, kept_one)
 
-    def _trial(self, trials: Trials, journal: Journal, mode: Mode, changes: Changes) -> Trial:
+    def _trial(self, trials: Trials, journal: Journal, mode: TrialMode, changes: Changes) -> Trial:
         config = changed(self.config, changes)
         depends = {
             "memory": config.memory.model_dump(mode="json", exclude={"batch_size"}),

@@ -1,4 +1,4 @@
-"""What ``m3 eval sweep`` found, as a report."""
+"""`sweep_report`: the results of ``m3 eval sweep`` as a report."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,7 +18,7 @@ from m3runtime.memory.spec import canonical_json
 def sweep_report(
     results: SweepResults, chunks: Sequence[ChunkLength], settings: SweepSettings, config: Config, command: str
 ) -> Report:
-    """One table of everything that was tried, plots, and the recommendation with its reasons."""
+    """The report: a table of all trials, plots, and the recommended settings with their reasons."""
     return Report(
         title=f"Sweep: {settings.questions} questions over {settings.references} references, setting by setting",
         command=command,
@@ -42,7 +42,7 @@ def sweep_report(
 
 
 def shown(option: Changes) -> str:
-    """An option's values for people."""
+    """The value of an option, for people."""
     (value,) = option.values()
     if isinstance(value, dict):
         rest = [f"{name.removesuffix('_bytes')} {what}" for name, what in value.items() if name != "kind"]

@@ -1,4 +1,4 @@
-"""What ``m3 eval text`` found, as a report."""
+"""`text_report`: the results of ``m3 eval text`` as a report."""
 
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -9,10 +9,10 @@ from m3runtime.config.schema import Config
 from m3runtime.lab.evaluation.passages import Corpus
 from m3runtime.lab.evaluation.plots import Plot, Series
 from m3runtime.lab.evaluation.report import Report, Table
-from m3runtime.lab.evaluation.statistics import Estimate, mean
-from m3runtime.lab.evaluation.text_results import MODES, Mode, TextResults
+from m3runtime.lab.evaluation.statistics import Estimate, difference, mean
+from m3runtime.lab.evaluation.text_results import MODES, TextMode, TextResults
 
-_NAMES: dict[Mode, str] = {
+_NAMES: dict[TextMode, str] = {
     "none": "the passage so far, alone",
     "text": "and before it, as text, the references that memory recalls for the chunk",
     "memory": "and memories, recalled for each chunk as in decoding",
@@ -21,15 +21,15 @@ _NAMES: dict[Mode, str] = {
 
 @dataclass(frozen=True, slots=True)
 class TextSettings:
-    """What is scored."""
+    """The settings of ``m3 eval text``."""
 
     corpus: tuple[str, ...]
     seed: int = 0
     passages: int = 40
     chunks: int = 3
-    """Scored chunks of a passage."""
+    """Scored chunks of each passage."""
     share: float = 2 / 3
-    """References of which a passage has more than this are dropped."""
+    """References that share more than this with a passage are dropped."""
 
 
 def text_report(
@@ -39,7 +39,7 @@ def text_report(
     config: Config,
     command: str,
 ) -> Report:
-    """Tables, a picture, and findings in words."""
+    """The report: tables, a picture, and a summary in words."""
     seed = settings.seed
     return Report(
         title=f"Text: {results.passages} held-out passages of {', '.join(settings.corpus)}",
@@ -60,9 +60,8 @@ def text_report(
     )
 
 
-def _gain(results: TextResults, mode: Mode, baseline: Mode, seed: int) -> Estimate:
-    pairs = zip(results.passage_means(mode), results.passage_means(baseline), strict=True)
-    return mean([ours - theirs for ours, theirs in pairs], seed)
+def _gain(results: TextResults, mode: TextMode, baseline: TextMode, seed: int) -> Estimate:
+    return difference(results.passage_means(mode), results.passage_means(baseline), seed)
 
 
 def _likelihood(results: TextResults, seed: int) -> Table:
@@ -109,15 +108,12 @@ def _per_chunk(results: TextResults) -> float:
 
 
 def _plot(results: TextResults, seed: int) -> Plot:
-    def by_chunk(mode: Mode) -> tuple[Estimate, ...]:
+    def by_chunk(mode: TextMode) -> tuple[Estimate, ...]:
         def of(number: int) -> list[float]:
             return [fmean(passage[number]) for passage in results.log_probs[mode]]
 
         base = [[fmean(passage[number]) for passage in results.log_probs["none"]] for number in range(results.chunks)]
-        return tuple(
-            mean([ours - theirs for ours, theirs in zip(of(number), base[number], strict=True)], seed)
-            for number in range(results.chunks)
-        )
+        return tuple(difference(of(number), base[number], seed) for number in range(results.chunks))
 
     labels = tuple(f"chunk {number}" for number in range(1, results.chunks + 1))
     series: tuple[Any, ...] = tuple(Series(mode, by_chunk(mode)) for mode in ("text", "memory"))

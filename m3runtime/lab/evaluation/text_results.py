@@ -1,4 +1,4 @@
-"""What scoring held-out passages found."""
+"""`TextResults`: the scores of held-out passages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,16 +6,16 @@ from itertools import chain
 from statistics import fmean
 from typing import Literal
 
-Mode = Literal["none", "text", "memory"]
-MODES: tuple[Mode, ...] = ("none", "text", "memory")
+TextMode = Literal["none", "text", "memory"]
+MODES: tuple[TextMode, ...] = ("none", "text", "memory")
 
 LogProbs = tuple[tuple[float, ...], ...]
-"""Natural logarithms of the probabilities of a passage's scored tokens: ``[chunk][token]``."""
+"""Log-probabilities (natural logarithm) of the scored tokens of a passage: ``[chunk][token]``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """What a scored chunk was given, best first."""
+    """The memories that were recalled for a scored chunk, best first."""
 
     ids: tuple[int, ...]
     scores: tuple[float, ...]
@@ -23,42 +23,42 @@ class Recall:
 
 @dataclass(frozen=True, slots=True)
 class TextResults:
-    """What a run found. Passages are in the corpus' order; every one has equally many chunks of equally many tokens."""
+    """The results of a run. Passages are in the order of the corpus; all have equally many chunks of equal length."""
 
     references: int
-    """References that the bank holds."""
+    """Number of references in the bank."""
     dropped: int
-    """References that were left out of it because a passage has too much of them."""
+    """Number of references that were left out because they share too much with a passage."""
     chunk_tokens: int
-    log_probs: Mapping[Mode, tuple[LogProbs, ...]] = field(repr=False)
-    """Of each mode, one for each passage; the same tokens in every mode."""
+    log_probs: Mapping[TextMode, tuple[LogProbs, ...]] = field(repr=False)
+    """For each mode, the log-probabilities of each passage; the tokens are the same in every mode."""
     recalled: tuple[tuple[Recall, ...], ...] = field(repr=False)
-    """What ``memory`` read as memories and ``text`` as text: ``[passage][chunk]``."""
+    """Recalled memories, as ``[passage][chunk]``; ``text`` reads the same references as text."""
     fingerprints: Mapping[str, str] = field(repr=False)
-    """Of everything that the bank was made with, by name."""
+    """Fingerprints of everything that the bank was made with, by name."""
 
     @property
     def passages(self) -> int:
-        """Passages that were scored."""
+        """Number of scored passages."""
         return len(self.recalled)
 
     @property
     def chunks(self) -> int:
-        """Scored chunks of each passage."""
+        """Number of scored chunks of each passage."""
         return len(self.recalled[0])
 
-    def mean(self, mode: Mode) -> float:
+    def mean(self, mode: TextMode) -> float:
         """Mean log-probability of a token, in nats; ``exp(-mean)`` is the perplexity."""
         return fmean(self.passage_means(mode))
 
-    def passage_means(self, mode: Mode) -> tuple[float, ...]:
-        """The same of each passage: what a bootstrap draws from, as tokens of a passage depend on each other."""
+    def passage_means(self, mode: TextMode) -> tuple[float, ...]:
+        """The mean of each passage. A bootstrap resamples passages, because their tokens are not independent."""
         return tuple(fmean(chain(*passage)) for passage in self.log_probs[mode])
 
-    def chunk_means(self, mode: Mode) -> tuple[float, ...]:
-        """The same of the first chunk after the prompts, the second, and so on."""
+    def chunk_means(self, mode: TextMode) -> tuple[float, ...]:
+        """The mean of the first chunk after the prompt, of the second, and so on, over all passages."""
         return tuple(fmean(chain(*chunks)) for chunks in zip(*self.log_probs[mode], strict=True))
 
     def recall_scores(self) -> tuple[float, ...]:
-        """The score of everything that was recalled for any chunk."""
+        """The scores of all recalled memories of all chunks."""
         return tuple(score for passage in self.recalled for chunk in passage for score in chunk.scores)

@@ -1,8 +1,9 @@
-"""How likely a model finds held-out passages of real texts: alone, with references as text, and with memories."""
+"""`run_text`: the likelihood of held-out passages, alone, with references as text, and with memories."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,27 @@ from m3runtime.adapters.base import Adapter
 from m3runtime.config.schema import Config
 from m3runtime.errors import InputError
 from m3runtime.lab.evaluation.banks import write_bank
-from m3runtime.lab.evaluation.journal import Journal
+from m3runtime.lab.evaluation.journal import Journal, silent
 from m3runtime.lab.evaluation.passages import Corpus
-from m3runtime.lab.evaluation.text_results import MODES, Mode, Recall, TextResults
+from m3runtime.lab.evaluation.text_results import MODES, Recall, TextMode, TextResults
 from m3runtime.memory.spec import fingerprint
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.runtime import Runtime
 from m3runtime.writing.writer import OnProgress
 
-_ORDER: tuple[Mode, ...] = ("none", "memory", "text")  # text reads what memory recalled
+_ORDER: tuple[TextMode, ...] = ("none", "memory", "text")  # text reads what memory recalled
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """One call's row: some chunks of a passage in one mode."""
+    """Chunks of one passage that are scored together, in one mode."""
 
     key: str
     prompt: Prompt
     chunks: tuple[str, ...]
-    """What is scored after the prompt."""
+    """The chunks to score after the prompt."""
     tokens: int
-    """Of the prompt."""
+    """Number of tokens in the prompt."""
 
 
 def run_text(
@@ -42,20 +43,21 @@ def run_text(
     folder: Path,
     *,
     batch_size: int = 8,
-    modes: Sequence[Mode] = MODES,
-    progress: OnProgress | None = None,
+    modes: Sequence[TextMode] = MODES,
+    progress: OnProgress = silent,
 ) -> TextResults:
-    """Write the references into ``folder/bank``, and score the passages in every mode (``memory`` must be one).
+    """Write the references into ``folder/bank``, and score the passages in every mode; ``memory`` must be one.
 
-    ``none`` is the model as it is. ``memory`` recalls once per chunk as in decoding, but waits for what is late.
-    ``text`` puts the references of what ``memory`` recalled for a chunk before the passage, and reads all of it anew
-    for every chunk.
+    ``none`` is the model alone. ``memory`` recalls once per chunk as in decoding, but waits for late memories.
+    ``text`` puts the references that ``memory`` recalled for a chunk before the passage, and reads all of it again for
+    every chunk.
 
-    Every score is in ``folder/text.jsonl`` as soon as it is known: interrupted and called again, the run goes on, to
-    equal results.
+    Each score is saved in ``folder/text.jsonl`` when it is computed. An interrupted run that is called again resumes,
+    with equal results.
 
-    ``corpus`` is cut into chunks of ``config.recall.chunk_tokens`` tokens. Raises `InputError` if it is not, if the
-    folder is another run's or its bank holds anything else, or if a passage has other tokens alone than in its place.
+    Raises `InputError` if the chunks of ``corpus`` do not have ``config.recall.chunk_tokens`` tokens, if the folder
+    belongs to another run or its bank holds other texts, or if a passage is tokenized differently alone than in its
+    context.
     """
     if corpus.chunk_tokens != config.recall.chunk_tokens:
         raise InputError(
@@ -80,7 +82,7 @@ def run_text(
 
 
 class _Run:
-    """Scores passages and keeps the scores in a journal."""
+    """Scores passages, and saves the scores in a journal."""
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class _Run:
         corpus: Corpus,
         journal: Journal,
         batch_size: int,
-        progress: OnProgress | None,
+        progress: OnProgress,
     ) -> None:
         self.adapter = adapter
         self.runtime = runtime
@@ -98,25 +100,18 @@ class _Run:
         self.batch_size = batch_size
         self.progress = progress
 
-    def score(self, mode: Mode) -> None:
-        """Score what is not in the journal yet.
+    def score(self, mode: TextMode) -> None:
+        """Score the passages that the journal lacks in a mode."""
 
-        Batches are always of the same tasks, or rounding would make the results of an interrupted run other ones.
-        """
+        def score(batch: Sequence[_Task]) -> list[list[dict[str, Any]]]:
+            scores = self._score(batch, memories=mode == "memory")
+            return [self._record(task, score) for task, score in zip(batch, scores, strict=True)]
+
         tasks = sorted(self._tasks(mode), key=lambda task: task.tokens)  # so that little is padded
-        chunks = {task.key: len(task.chunks) for task in tasks}
-        for start in range(0, len(tasks), self.batch_size):
-            self._report(mode, chunks)
-            batch = tasks[start : start + self.batch_size]
-            missing = {task.key for task in batch} - self.journal.done.keys()
-            if missing:
-                scores = self._score(batch, memories=mode == "memory")
-                records = {task.key: self._record(task, score) for task, score in zip(batch, scores, strict=True)}
-                self.journal.add({key: record for key, record in records.items() if key in missing})
-        self._report(mode, chunks)
+        self.journal.fill(tasks, self.batch_size, lambda task: task.key, score, partial(self.progress, mode))
 
-    def results(self, modes: Sequence[Mode]) -> TextResults:
-        """What the journal holds, all of which is there."""
+    def results(self, modes: Sequence[TextMode]) -> TextResults:
+        """The results, from a journal that is complete."""
         passages = range(len(self.corpus.passages))
         return TextResults(
             references=len(self.corpus.references),
@@ -135,8 +130,8 @@ class _Run:
 
     # -- tasks --------------------------------------------------------------------------------------------------
 
-    def _tasks(self, mode: Mode) -> Iterator[_Task]:
-        """Whole continuations, or their chunks one by one where each has a prompt of its own."""
+    def _tasks(self, mode: TextMode) -> Iterator[_Task]:
+        """Tasks of whole continuations, or of single chunks in ``text``, where each chunk has its own prompt."""
         if mode == "text":
             yield from self._text_tasks()
             return
@@ -162,7 +157,7 @@ class _Run:
     # -- records ------------------------------------------------------------------------------------------------
 
     def _record(self, task: _Task, score: Score) -> list[dict[str, Any]]:
-        """What is kept of a score: one object for each chunk. Raises `InputError` if it is of other tokens."""
+        """The record of a score, one object per chunk. Raises `InputError` for an unexpected number of tokens."""
         size = self.corpus.chunk_tokens
         if len(score.log_probs) != size * len(task.chunks):
             raise InputError(
@@ -177,22 +172,17 @@ class _Run:
             for part, recalled in zip(parts, score.chunks, strict=True)
         ]
 
-    def _records(self, mode: Mode, number: int) -> list[dict[str, Any]]:
-        """The records of a passage's chunks in order."""
+    def _records(self, mode: TextMode, number: int) -> list[dict[str, Any]]:
+        """The records of the chunks of a passage, in order."""
         done = self.journal.done
         if mode != "text":
             return list(done[f"{mode}/{number}"])
         places = range(1, len(self.corpus.passages[number].chunks))
         return [record for place in places for record in done[f"text/{number}/{place}"]]
 
-    def _report(self, mode: Mode, chunks: Mapping[str, int]) -> None:
-        if self.progress:
-            done = sum(count for key, count in chunks.items() if key in self.journal.done)
-            self.progress(mode, done, sum(chunks.values()))
-
 
 def _depends_on(config: Config, adapter: Adapter, embedder: Embedder, corpus: Corpus) -> str:
-    """A fingerprint of all that scores depend on."""
+    """A fingerprint of everything that the scores depend on."""
     return fingerprint(
         {
             "model": [adapter.model_fingerprint, adapter.tokenizer_fingerprint, str(adapter.dtype)],

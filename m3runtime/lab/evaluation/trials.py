@@ -1,7 +1,7 @@
-"""`Trials`: how well a world's questions are answered under one setting after the other.
+"""`Trials`: the answers to a world's questions under one setting after the other.
 
-References are encoded once for all settings that read the same memories; codecs are applied to what lies in RAM. No
-bank is written: what is measured is what attention reads, not what a drive holds.
+References are encoded once for all settings that read the same memories, and codecs are applied in RAM. No bank is
+written: the quality of memories is measured, not their storage.
 """
 
 import random
@@ -19,37 +19,38 @@ from m3runtime.adapters.base import Adapter
 from m3runtime.codecs import Codec
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
+from m3runtime.lab.evaluation.journal import silent
 from m3runtime.lab.evaluation.judging import is_right
-from m3runtime.lab.evaluation.laboratory import Choice, Laboratory
+from m3runtime.lab.evaluation.laboratory import Laboratory, weighted
 from m3runtime.lab.evaluation.modes import NEAREST
 from m3runtime.lab.evaluation.world import World
 from m3runtime.memory.block import HEADER_BYTES
 from m3runtime.memory.spec import canonical_json
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.recall.store import Part
-from m3runtime.retrieval.retriever import Match, log_weights, passing
+from m3runtime.retrieval.retriever import Match, passing
 from m3runtime.writing.codec_files import configured
 from m3runtime.writing.fitting import fit_codec, sample_size
 from m3runtime.writing.writer import OnProgress
 
-Mode = Literal["none", "text", "memory"]
+TrialMode = Literal["none", "text", "memory"]
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What one setting gave, question by question."""
+    """The result of one setting, question by question."""
 
     right: tuple[float, ...]
     log_probs: tuple[float, ...]
-    """Of the right answer, mean over its tokens."""
+    """Log-likelihood of the right answer, mean over its tokens."""
     bytes: float
-    """Of a memory at rest, header included, mean over references; 0 where none is read."""
+    """Mean size of a block; 0 if no memory is read."""
     recalled: float
-    """Memories, or references, that a question is given."""
+    """Mean number of memories, or of references as text, for a question."""
 
 
 def changed(config: Config, changes: Mapping[str, Any]) -> Config:
-    """The configuration with other values, by dotted key; a whole section such as ``codec`` too."""
+    """The configuration with changed values, by dotted key or by section, such as ``codec``."""
     values = config.model_dump(mode="json")
     for key, value in changes.items():
         section, _, name = key.partition(".")
@@ -64,11 +65,11 @@ class Trials:
     """Runs trials over one world with one model. One thread."""
 
     def __init__(self, config: Config, adapter: Adapter, world: World, *, batch: int = 16) -> None:
-        """``adapter`` needs `Adapter.with_memory`; what it remembers of references is not used."""
+        """``adapter`` needs `Adapter.with_memory`; its own memory settings are not used."""
         self.config = config
         self.world = world
         self.batch = batch
-        self.progress: OnProgress = lambda *_: None
+        self.progress: OnProgress = silent
         self._adapter = adapter
         self._adapters: dict[str, Adapter] = {}
         self._encoded: tuple[str, dict[int, Part]] = ("", {})
@@ -79,8 +80,8 @@ class Trials:
         }
         self._nearest = self._search()
 
-    def run(self, mode: Mode, changes: Mapping[str, Any]) -> Trial:
-        """All questions, in one mode, under the configuration with ``changes``."""
+    def run(self, mode: TrialMode, changes: Mapping[str, Any]) -> Trial:
+        """Ask all questions in one mode, under the configuration with ``changes``."""
         config = changed(self.config, changes)
         adapter = self._adapter_of(config)
         rules = config.recall
@@ -92,10 +93,7 @@ class Trials:
         if mode == "memory":
             parts, size = self._parts(config, adapter)
             choices = {
-                question.text: [
-                    Choice(match.id, match.score, weight)
-                    for match, weight in zip(found, log_weights(found, rules.score_temperature), strict=True)
-                ]
+                question.text: weighted(found, rules.score_temperature)
                 for question, found in zip(self.world.questions, matches, strict=True)
             }
             laboratory = Laboratory(config, adapter.spec, parts, self._references, choices)
@@ -131,7 +129,7 @@ class Trials:
     # -- retrieval ----------------------------------------------------------------------------------------------
 
     def _search(self) -> list[list[Match]]:
-        """The nearest references of each question, exactly."""
+        """The nearest references of each question, by exact search."""
         embedder = assembly.open_embedder(self.config)
         try:
             references = embedder.embed_references(list(self.world.references))
@@ -154,11 +152,11 @@ class Trials:
         return self._adapters[key]
 
     def _parts(self, config: Config, adapter: Adapter) -> tuple[dict[int, Part], float]:
-        """The memories as the codec leaves them, and the bytes that one takes."""
+        """The memories after encoding and decoding by the codec, and the mean size of a block in bytes."""
         shape = config.memory.model_dump(mode="json", include={"layers", "tokens_per_head", "sink", "place"})
         encoded = canonical_json(shape)
         if self._encoded[0] != encoded:
-            self._coded = ("", {}, 0.0)  # two sets of memories at a time are enough for any RAM
+            self._coded = ("", {}, 0.0)  # so that RAM holds two sets of memories at most
             self._encoded = (encoded, self._encode(adapter))
         coded = canonical_json([shape, config.codec.model_dump(mode="json")])
         if self._coded[0] != coded:
@@ -178,7 +176,7 @@ class Trials:
         return parts
 
     def _recode(self, codec: Codec, adapter: Adapter) -> tuple[dict[int, Part], float]:
-        """Every memory encoded and decoded."""
+        """Every memory after encoding and decoding, and the mean size of a block in bytes."""
         parts = self._encoded[1]
         wanted = min(sample_size(adapter.spec), len(parts))
         drawn = sorted(random.Random(0).sample(sorted(parts), wanted))

@@ -1,4 +1,4 @@
-"""What invented facts are made of: names that nobody bears, and values that nobody guesses."""
+"""Names and values of invented facts: names that nobody has, and values that nobody can guess."""
 
 from collections.abc import Sequence
 from random import Random
@@ -141,7 +141,7 @@ def number_words(number: int) -> str:
 
 
 class Names:
-    """Draws invented names, none of them twice."""
+    """Draws invented names, each once."""
 
     def __init__(self, rng: Random) -> None:
         self._rng = rng
@@ -158,9 +158,9 @@ class Names:
 
 
 def draw_value(values: str, rng: Random, names: Names) -> tuple[str, ...]:
-    """The accepted spellings of a value that a relation's ``values`` describe, first the one to be written.
+    """Draw a value of the kind that a relation's ``values`` name; returns its spellings, the one to write first.
 
-    They are ``year FIRST LAST``, ``count LOW HIGH`` (in words), ``amount LOW HIGH UNIT``, ``person``, ``place``,
+    The kinds are ``year FIRST LAST``, ``count LOW HIGH`` (in words), ``amount LOW HIGH UNIT``, ``person``, ``place``,
     ``stem`` or the name of one of the ``POOLS``.
     """
     match values.split():

@@ -1,6 +1,6 @@
-"""A seeded world of invented facts: references that state them and questions about them.
+"""`make_world`: a seeded world of invented facts, with references that state them and questions about them.
 
-Nothing in it is true, so whoever answers a question has read its reference. Entities come in clusters of near misses,
+No fact is true, so a model that answers a question has read its reference. Entities come in clusters of near misses,
 such as two dams of one name at different places, which state the same relations with different values: an answer shows
 that the right reference was found and read, rather than one that resembles it.
 """
@@ -37,7 +37,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """References, and questions that they answer or leave open."""
+    """References, questions that they answer, and questions that they do not."""
 
     seed: int
     references: tuple[str, ...]
@@ -56,7 +56,7 @@ class _Entity:
 
 @dataclass(frozen=True, slots=True)
 class _Cluster:
-    """Near misses of each other, and one more that no reference mentions."""
+    """Entities that are near misses of each other, and one more that no reference mentions."""
 
     kind: Kind
     members: tuple[_Entity, ...]
@@ -70,7 +70,7 @@ _Told = tuple[_Cluster, _Entity]
 
 
 def make_world(seed: int, *, references: int = 320, questions: int = 200, unanswerable: int = 50) -> World:
-    """The world of a seed: the same everywhere for the same seed and sizes.
+    """The world of a seed; equal for equal seeds and sizes, on every machine.
 
     Each reference answers at most two questions and gives rise to at most one unanswerable question. Half of the latter
     ask for what the reference of an entity does not tell, half are about an entity that has no reference.
@@ -143,7 +143,7 @@ def _fill(slot: str, count: int, names: Names, rng: Random) -> list[str]:
 
 
 def _overlap(some: Spellings, others: Spellings) -> bool:
-    """Whether a spelling occurs, as whole words, in one of the others or the other way round."""
+    """True if a spelling contains one of the others as whole words, or is contained in one."""
     some, others = tuple(map(_words, some)), tuple(map(_words, others))
     return any(one in other or other in one for one in some for other in others)
 
@@ -153,7 +153,7 @@ def _words(text: str) -> str:
 
 
 def _tell(entity: _Entity, rng: Random) -> str:
-    """The reference of an entity: named in full first, then shortly or by a pronoun that can mean nothing else."""
+    """The reference of an entity: its full name first, then its short name or an unambiguous pronoun."""
     sentences = []
     clear = False  # whether a pronoun could only mean the entity
     if len(entity.values) < 5:
@@ -173,7 +173,7 @@ def _tell(entity: _Entity, rng: Random) -> str:
 
 
 def _put(template: str, entity: _Entity, name: str, value: str = "") -> str:
-    """A sentence about an entity, which is called by a name or a pronoun."""
+    """A sentence about an entity, with the given name or pronoun."""
     subject, object, possessive = PRONOUNS.get(name, (name, name, f"{name}'s"))
     fields = {"s": subject, "o": object, "p": possessive, "S": _capital(subject), "P": _capital(possessive)}
     return template.format_map(fields | {"short": entity.short_name, "v": value})
@@ -213,7 +213,7 @@ def _ask_unanswerable(told: Sequence[_Told], count: int, rng: Random) -> Iterato
 
 
 def _evenly(told: Sequence[_Told], rng: Random) -> list[int]:
-    """Every reference once, in random order except that the kinds take turns."""
+    """Every reference once, in random order; the kinds alternate."""
     by_kind: dict[str, list[int]] = {}
     for index in rng.sample(range(len(told)), len(told)):
         by_kind.setdefault(told[index][1].kind.name, []).append(index)
@@ -221,7 +221,7 @@ def _evenly(told: Sequence[_Told], rng: Random) -> list[int]:
 
 
 def _rarest(relations: Sequence[Relation], kind: Kind, asked: Counter[str], rng: Random) -> Relation:
-    """One of the relations that were asked about least often so far; counts it."""
+    """Draw one of the relations that were asked about least often so far, and count it."""
     relation = min(relations, key=lambda each: (asked[f"{kind.name}.{each.name}"], rng.random()))
     asked[f"{kind.name}.{relation.name}"] += 1
     return relation

@@ -1,4 +1,4 @@
-"""Eviction policies: which block a full caching tier gives up. Plain Python over ids."""
+"""Eviction policies: they choose the block that a full caching tier evicts. Plain Python over ids."""
 
 from m3runtime.errors import ConfigError
 from m3runtime.storage.eviction.base import EvictionPolicy, anything

@@ -10,11 +10,11 @@ def anything(_: int) -> bool:
 
 
 class EvictionPolicy(ABC):
-    """Orders the ids that a tier holds by how gladly it would lose them.
+    """Chooses which of the ids held is evicted first.
 
-    A policy only names a victim. The tier evicts it and says so with `removed`, so the two never disagree
-    about what is held. Every method is called under the tier's lock: a policy needs none of its own, and
-    must not block. ``slots`` is how many blocks the tier can hold.
+    A policy only names a victim. Its owner, a tier or the store of decoded memory, evicts it and then calls `removed`,
+    so the two never disagree about what is held. Every method is called under the owner's lock: a policy needs none of
+    its own, and must not block. ``slots`` is the number of blocks that the owner can hold.
     """
 
     def __init__(self, slots: int) -> None:
@@ -22,7 +22,7 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def admitted(self, id: int) -> None:
-        """The tier holds ``id`` now. It did not before."""
+        """``id`` is held now. It was not before."""
 
     @abstractmethod
     def touched(self, id: int) -> None:
@@ -33,7 +33,7 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def removed(self, id: int) -> None:
-        """The tier holds ``id`` no longer, evicted or discarded."""
+        """``id`` is held no longer, evicted or discarded."""
 
     @abstractmethod
     def victim(self, is_evictable: Callable[[int], bool] = anything) -> int | None:
@@ -41,4 +41,4 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many ids are held."""
+        """The number of ids held."""

@@ -10,10 +10,10 @@ MOST_USES = 3
 
 
 class S3FifoPolicy(EvictionPolicy):
-    """Gives up early what is used once, so that a scan does not push out what is used again and again.
+    """Evicts early what is used once, so that a scan does not push out what is used again and again.
 
     A new block enters the *small* queue, a tenth of the slots. At its end it goes on to the *main* queue if it was
-    used more than once since, and is given up otherwise; its id then stays for a while in the *ghost* queue, from
+    used more than once since, and is evicted otherwise; its id then stays for a while in the *ghost* queue, from
     where it comes back straight to main. Main gives a block that was used another round for each use. A block that
     is not evictable keeps its place and its uses.
     """
@@ -28,18 +28,18 @@ class S3FifoPolicy(EvictionPolicy):
         self._uses: dict[int, int] = {}
 
     def admitted(self, id: int) -> None:
-        """See `EvictionPolicy.admitted`."""
+        """Add an id; see `EvictionPolicy.admitted`."""
         known = id in self._ghost
         self._ghost.pop(id, None)
         (self._main if known else self._small)[id] = None
         self._uses[id] = 0
 
     def touched(self, id: int) -> None:
-        """See `EvictionPolicy.touched`."""
+        """Count a use; see `EvictionPolicy.touched`."""
         self._uses[id] = min(self._uses[id] + 1, MOST_USES)
 
     def removed(self, id: int) -> None:
-        """See `EvictionPolicy.removed`."""
+        """Drop an id; see `EvictionPolicy.removed`."""
         del self._uses[id]
         if id in self._main:
             del self._main[id]
@@ -50,7 +50,7 @@ class S3FifoPolicy(EvictionPolicy):
             self._ghost.popitem(last=False)
 
     def victim(self, is_evictable: Callable[[int], bool] = anything) -> int | None:
-        """See `EvictionPolicy.victim`. Amortised over what was admitted and touched, and each block not evictable."""
+        """The id to evict first; see `EvictionPolicy.victim`. O(1), amortised, and for each id not evictable."""
         order = [self._of_main, self._of_small, self._of_main]  # what is in small may move on to main
         if len(self._small) >= self._share:
             order = order[1:]

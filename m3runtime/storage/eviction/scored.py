@@ -1,4 +1,4 @@
-"""`ScoredPolicy`: keeps what retrieval scored high, and lately."""
+"""`ScoredPolicy`: keeps blocks that retrieval scored high and lately."""
 
 import heapq
 from collections.abc import Callable
@@ -13,7 +13,7 @@ GAIN = 2.0
 
 
 class ScoredPolicy(EvictionPolicy):
-    """Gives up the block whose uses, weighted by score and faded with time, add up to the least.
+    """Evicts the block whose uses, weighted by score and faded with time, add up to the least.
 
     A use weighs 1, and ``2**(GAIN * score)`` more with a score. Time is counted in uses; every ``HALF_LIFE * slots`` of
     them each weight halves. As all fade alike, the order of two blocks changes only when one is used: what is kept for
@@ -28,11 +28,11 @@ class ScoredPolicy(EvictionPolicy):
         self._sums: dict[int, float] = {}
         self._numbers: dict[int, int] = {}
         # (sum, number of its admission, id), the least first. Sums only grow: one that is out of date is too small, and
-        # is put right when it comes to the top. What was removed is passed over there.
+        # is put right when it comes to the top. Removed ids are dropped when they come to the top.
         self._heap: list[tuple[float, int, int]] = []
 
     def admitted(self, id: int) -> None:
-        """See `EvictionPolicy.admitted`."""
+        """Add an id; see `EvictionPolicy.admitted`."""
         self._time += 1
         self._sums[id] = self._time / self._half_life
         self._numbers[id] = self._time
@@ -43,20 +43,20 @@ class ScoredPolicy(EvictionPolicy):
             heapq.heappush(self._heap, (self._sums[id], self._time, id))
 
     def touched(self, id: int) -> None:
-        """See `EvictionPolicy.touched`."""
+        """Count a use; see `EvictionPolicy.touched`."""
         self._time += 1
         self._add(id, 0.0)
 
     def scored(self, id: int, score: float) -> None:
-        """See `EvictionPolicy.scored`. The score belongs to a use that was counted already, so no time passes."""
+        """Weigh a use by its score; see `EvictionPolicy.scored`. The use was counted already, so no time passes."""
         self._add(id, GAIN * min(1.0, max(-1.0, score)))  # in this order not a number is -1
 
     def removed(self, id: int) -> None:
-        """See `EvictionPolicy.removed`."""
+        """Drop an id; see `EvictionPolicy.removed`."""
         del self._sums[id], self._numbers[id]
 
     def victim(self, is_evictable: Callable[[int], bool] = anything) -> int | None:
-        """See `EvictionPolicy.victim`. O(log n), amortised over uses, and for each block that is not evictable."""
+        """The id with the least sum; see `EvictionPolicy.victim`. O(log n), amortised, and per id not evictable."""
         kept, found = [], None
         while self._heap and found is None:
             total, number, id = self._heap[0]

@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m3model.attention.layout import Pair
 from m3runtime.config.schema import MemoryConfig
 from m3runtime.errors import ConfigError
-
-Pair = tuple[Tensor, Tensor]
-"""Keys and values of one memory or of the sink, each ``[layers, kv_heads, tokens, head_dim]``."""
 
 
 class Arrangement:
@@ -24,7 +22,8 @@ class Arrangement:
     def __init__(self, model: Any, memory: MemoryConfig, layers: Sequence[int], sink: Pair, width: int) -> None:
         """``sink`` is of all layers; ``width`` is the interval of positions that a memory was computed in.
 
-        Raises `ConfigError` for a model whose keys cannot be moved to other positions.
+        Memories and sink are ``[layers, kv_heads, tokens, head_dim]``. Raises `ConfigError` for a model whose keys
+        cannot be moved to other positions.
         """
         self._layers = tuple(layers)
         self._width = width

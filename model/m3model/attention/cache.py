@@ -6,7 +6,7 @@ token, and a new memory overwrites columns of those that left (`.slots`). Column
 positions, for RoPE is in the keys already. Layers without memories have no memory region.
 
 All rows of a batch share columns and differ in what is valid there: prompts are padded on the right, and a padded
-column is never seen. What attention adds to the logits of a column is kept beside the keys, in columns of its own, so
+column is never seen. The bias of a column, which attention adds to its logits, is kept in a buffer of its own, so
 that the mask of a decode step is a view.
 
 Partial attentions over memories and context in buffers of their own, merged by log-sum-exp, were measured against this
@@ -19,8 +19,9 @@ from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
+from m3model.attention.buffers import BufferLayer, LayerStack
 from m3model.attention.layout import AttentionLayout
 from m3model.attention.slots import Slot, place
 
@@ -62,11 +63,11 @@ class MemoryCache(Cache):
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
         has_memory = set(memory_layers)
         self._stacks = [
-            _Stack([i for i in range(layout.layers) if i in has_memory], region=True),
-            _Stack([i for i in range(layout.layers) if i not in has_memory], region=False),
+            LayerStack([i for i in range(layout.layers) if i in has_memory], region=True),
+            LayerStack([i for i in range(layout.layers) if i not in has_memory], region=False),
         ]
         stack_of = {layer: stack for stack in self._stacks for layer in stack.layers}
-        super().__init__(layers=[MemoryCacheLayer(self, stack_of[i]) for i in range(layout.layers)])
+        super().__init__(layers=[BufferLayer(stack_of[i]) for i in range(layout.layers)])
         self._allocate(0, 0, context)
 
     # -- what stands before the context -------------------------------------------------------------------------
@@ -143,6 +144,7 @@ class MemoryCache(Cache):
             region = self.region if stack.region else 0
             stack.first = region - self.used if stack.region else 0
             stack.next = region + self.sink_tokens + self.columns
+            stack.context = self.columns
 
     def commit(self) -> None:
         """End the forward pass: its columns belong to the context now, and its padding is hidden from now on."""
@@ -160,13 +162,13 @@ class MemoryCache(Cache):
 
     @property
     def query_valid(self) -> Tensor:
-        """Which queries of the forward pass under way are no padding, ``bool[B, Q]``."""
+        """The queries of the current forward pass that are no padding, ``bool[B, Q]``."""
         steps = torch.arange(self._pending)
         counts = torch.full((self.batch,), self._pending) if self._counts is None else self._counts
         return (steps < counts[:, None]).to(self.layout.device, non_blocking=True)
 
     def mask(self, keys: int, window: int | None) -> Tensor | None:
-        """What attention adds to the logits of the last ``keys`` columns, ``[B, 1, Q, K]``; None if nothing.
+        """The mask added to the logits of the last ``keys`` columns, ``[B, 1, Q, K]``; None if all is seen.
 
         Memories and sink are seen in layers with a sliding window as well: they stand outside the sequence.
         """
@@ -198,11 +200,11 @@ class MemoryCache(Cache):
     # -- buffers ------------------------------------------------------------------------------------------------
 
     @property
-    def _layers(self) -> "list[MemoryCacheLayer]":
+    def _layers(self) -> "list[BufferLayer]":
         return self.layers  # type: ignore[return-value]  # typed as their base class
 
     def _allocate(self, region: int, sink: int, context: int) -> None:
-        """Make room for so many columns of memories, sink and context. What is there comes along."""
+        """Allocate buffers of so many columns of memories, sink and context, and copy what is in the old ones."""
         filled = self.sink_tokens + self.columns
         layout = self.layout
         for stack in self._stacks:
@@ -239,59 +241,6 @@ class MemoryCache(Cache):
         at = self._layers[layer]
         start = (self.region if at.stack.region else 0) + self.sink_tokens
         return at.keys[:, :, start : start + self.columns], at.values[:, :, start : start + self.columns]
-
-
-class _Stack:
-    """Buffers of layers that are alike, ``[layers, B, kv_heads, columns, head_dim]``; layers have views of them.
-
-    Writing a memory to all layers is two strided copies, and not two for each layer: two thirds of the time on a CPU,
-    and on a GPU two launches instead of dozens.
-    """
-
-    def __init__(self, layers: list[int], *, region: bool) -> None:
-        self.layers = layers
-        self.region = region
-        """Whether these are the layers with memories."""
-        self.keys = self.values = torch.empty(0)
-        self.first = self.next = 0
-        """Columns that the forward pass under way reads from, and writes to."""
-
-
-class MemoryCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subclass__ is untyped
-    """One layer's buffers, ``[B, kv_heads, region + sink + context, head_dim]``."""
-
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, cache: MemoryCache, stack: _Stack) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.cache = cache
-        self.stack = stack
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Write the new columns, and return all that this layer's attention reads."""
-        first, start, length = self.stack.first, self.stack.next, key_states.shape[2]
-        self.keys.narrow(2, start, length).copy_(key_states)
-        self.values.narrow(2, start, length).copy_(value_states)
-        count = start + length - first
-        return self.keys.narrow(2, first, count), self.values.narrow(2, first, count)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the buffers are there from the start."""
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that attention reads, and their offset."""
-        used = self.cache.used if self.stack.region else 0
-        return used + self.cache.sink_tokens + self.cache.columns + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Columns of context so far."""
-        return self.cache.columns
-
-    def get_max_length(self) -> int:
-        """No bound: the buffers grow."""
-        return -1
 
 
 def _aligned(mask: Tensor) -> Tensor:

@@ -1,11 +1,15 @@
 """Attention over ``[memories | sink | context]``, registered with transformers under the name `IMPLEMENTATION`.
 
-A model whose attention implementation is `IMPLEMENTATION` is called with ``m3_cache=cache`` beside
-its own cache argument. Masks are not built by transformers but by `MemoryCache.mask`, because they depend on the
-layer (a layer without memories has fewer keys) and on positions that only the cache knows.
+A model whose attention implementation is `IMPLEMENTATION` is called with ``m3_cache=cache`` in addition to its own
+cache argument. `MemoryCache.mask` builds the masks, because they depend on the layer (a layer without memories has
+fewer keys) and on positions that only the cache knows. The model only says which window each layer has: it asks
+transformers for a mask of that kind, and gets a `Window` to hand to its layers. No other source is reliable: some
+models (Phi-3.5-MoE, Qwen2-MoE) tell attention nothing of their window, others (OLMoE) tell it of one that their masks
+do not have.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,18 +22,33 @@ from m3runtime.errors import ConfigError
 IMPLEMENTATION = "m3_memory"
 
 
-class Masking(Protocol):
-    """What a forward pass keeps its keys and values in.
+def prepare(model: Any) -> None:
+    """Switch a transformers model to this attention: only a `Session` or a training pass can run it from now on."""
+    AttentionInterface.register(IMPLEMENTATION, memory_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _window)
+    model.set_attn_implementation(IMPLEMENTATION)
 
-    It is a `m3model.attention.cache.MemoryCache`, or where gradients are asked for a `m3model.attention.passes.Pass`.
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Takes the place of a mask between the model and its layers."""
+
+    tokens: int | None
+    """The number of last tokens of the context that each token sees, itself included; None for all."""
+
+
+class Masking(Protocol):
+    """The cache of a forward pass.
+
+    It is a `m3model.attention.cache.MemoryCache`, or for gradients a `m3model.attention.passes.Pass`.
     """
 
     def mask(self, keys: int, window: int | None) -> Tensor | None:
-        """What is added to the logits of the last ``keys`` columns, ``[B, 1, Q, K]``; None if nothing."""
+        """The mask added to the logits of the last ``keys`` columns, ``[B, 1, Q, K]``; None if all is seen."""
 
 
 Observer = Callable[[Tensor, Tensor, float, float | None], None]
-"""Looks at queries ``[B, Hq, Q, D]``, keys ``[B, Hkv, Q, D]``, what the model scales logits by, and their cap."""
+"""Looks at queries ``[B, Hq, Q, D]``, keys ``[B, Hkv, Q, D]``, the scale of the model's logits, and their cap."""
 
 
 def attend(
@@ -60,7 +79,7 @@ def attend(
 
 
 def _folds(query: Tensor, kv_heads: int, mask: Tensor | None) -> bool:
-    """Whether to let the query heads that share a KV head be queries of one head, and not rely on ``enable_gqa``.
+    """Do the query heads that share a KV head become queries of one head? If not, ``enable_gqa`` groups them.
 
     On a CPU neither copies keys or values, but ``enable_gqa`` goes over them once for each query head: at one query,
     9 heads over 3, 760 columns and one thread it takes 147 us against 140 us folded (batch 1), 1.22 ms against 1.16 ms
@@ -75,39 +94,41 @@ def _folds(query: Tensor, kv_heads: int, mask: Tensor | None) -> bool:
 
 
 def memory_attention(
-    _module: nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    _attention_mask: Tensor | None,
+    attention_mask: object,
     *,
-    m3_cache: Masking,
+    m3_cache: Masking | None = None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     m3_observer: Observer | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer; ``key`` and ``value`` are views into the cache's buffers.
+    """The attention of each layer, as transformers calls it; ``key`` and ``value`` are views into the cache's buffers.
 
-    With ``m3_observer`` the layer runs only to be looked at, and its output has no meaning.
+    With ``m3_observer`` the layer runs only to be looked at, and its output has no meaning. Raises `ConfigError` for a
+    model that does not fit: with attention sinks or masks of its own, or that keeps its arguments from attention.
     """
     if s_aux is not None:
-        raise ConfigError("the model has attention sinks of its own, beside which memories cannot be read")
+        raise ConfigError(f"{type(module).__name__} has attention sinks of its own: it cannot read memories")
+    if m3_cache is None or not isinstance(attention_mask, Window):
+        kept = "builds a mask of its own" if m3_cache is not None else "hands no arguments to its attention"
+        raise ConfigError(f"{type(module).__name__} {kept}: it cannot read memories")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if m3_observer is not None:
         m3_observer(query, key, scale, softcap)
         return query.transpose(1, 2), None
-    mask = m3_cache.mask(key.shape[2], sliding_window)
+    mask = m3_cache.mask(key.shape[2], attention_mask.tokens)
     if mask is not None:
         mask = mask.to(query.dtype)  # in mixed precision queries have another one than the weights
     return attend(query, key, value, mask, scale=scale, softcap=softcap).transpose(1, 2).contiguous(), None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """The cache builds the mask, layer by layer."""
-
-
-AttentionInterface.register(IMPLEMENTATION, memory_attention)
-AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
+def _window(*, config: Any, local_size: int | None = None, allow_is_causal_skip: bool = True, **_: Any) -> Window:
+    """The mask that transformers is asked for. Raises `ConfigError` unless it is causal, with a window or without."""
+    if not allow_is_causal_skip:  # bidirectional, or joined with a function of the model's own
+        raise ConfigError(f"a model of type {config.model_type} has masks that are not causal: it cannot read memories")
+    return Window(local_size)

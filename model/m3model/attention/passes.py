@@ -1,4 +1,4 @@
-"""Forward passes that gradients flow through: encoding references, and reading text beside their memories.
+"""Forward passes that gradients flow through: encoding references, and reading text with their memories.
 
 Both run the model's own layers with the attention of `.implementation`, as a `Session` does. Where that writes into
 buffers, these concatenate: nothing is overwritten that a backward pass asks for.
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-Pair = tuple[Tensor, Tensor]
+from m3model.attention.layout import Pair
 
 
 @dataclass(frozen=True, slots=True)
 class ReadMemories:
-    """What the text of a batch reads: the memories of all its chunks, one after the other."""
+    """The memories that the text of a batch reads, of all its chunks, one after the other."""
 
     parts: dict[int, Pair]
-    """Of each memory layer keys and values, ``[B, kv_heads, M, head_dim]``."""
+    """Keys and values of each memory layer, ``[B, kv_heads, M, head_dim]``."""
     seen: Tensor
-    """Which of the M columns each token of the text attends to, ``bool[B, T, M]``."""
+    """The columns among M that each token of the text attends to, ``bool[B, T, M]``."""
 
 
 class Pass(Cache):
@@ -42,7 +42,7 @@ class Pass(Cache):
         return torch.nn.functional.pad(self.valid, (self.sink, 0))
 
     def take(self, layer: int, keys: Tensor, values: Tensor) -> Pair:
-        """What a layer's attention reads, given the keys and values of this pass, ``[B, kv_heads, Q, head_dim]``."""
+        """Keys and values that a layer's attention reads, given those of this pass, ``[B, kv_heads, Q, head_dim]``."""
         raise NotImplementedError
 
     def columns(self, before: int) -> Tensor:
@@ -50,7 +50,7 @@ class Pass(Cache):
         raise NotImplementedError
 
     def mask(self, keys: int, window: int | None) -> Tensor:
-        """What attention adds to the logits of ``keys`` columns, float32 ``[B, 1, Q, K]``: zero or -inf.
+        """The mask added to the logits of ``keys`` columns, float32 ``[B, 1, Q, K]``: zero or -inf.
 
         The sink is seen in layers with a sliding window as well, and memories too.
         """
@@ -72,7 +72,7 @@ class Pass(Cache):
         return seen & (torch.nn.functional.pad(self.valid, (self.sink, 0), value=True)[:, None] | itself)
 
 
-class Encoding(Pass):
+class EncodingPass(Pass):
     """References, each after the sink: keeps the keys and values of the memory layers."""
 
     def __init__(self, layers: int, sink: int, valid: Tensor, positions: Tensor, memory_layers: Sequence[int]) -> None:
@@ -82,7 +82,7 @@ class Encoding(Pass):
         self.kept: dict[int, Pair] = {}
 
     def take(self, layer: int, keys: Tensor, values: Tensor) -> Pair:
-        """See `Pass.take`; raises what `until_encoded` waits for."""
+        """Keep the memory layers; ends the pass at the last one, inside `until_encoded`."""
         if layer in self.wanted:
             self.kept[layer] = keys[:, :, self.sink :], values[:, :, self.sink :]
         if layer == self.last:
@@ -90,7 +90,7 @@ class Encoding(Pass):
         return keys, values
 
     def columns(self, before: int) -> Tensor:
-        """See `Pass.columns`: there are none."""
+        """No column stands in front."""
         return self.valid.new_zeros(*self.positions.shape, before)
 
 
@@ -100,12 +100,12 @@ class _EncodedError(Exception):
 
 @contextmanager
 def until_encoded() -> Iterator[None]:
-    """Around an `Encoding`'s forward pass: neither attention nor a layer after what is wanted is computed."""
+    """Around an `EncodingPass`: neither attention nor a layer after what is wanted is computed."""
     with suppress(_EncodedError):
         yield
 
 
-class Reading(Pass):
+class ReadingPass(Pass):
     """Text after the sink, which may read memories."""
 
     def __init__(
@@ -115,14 +115,14 @@ class Reading(Pass):
         self._memories = memories
 
     def take(self, layer: int, keys: Tensor, values: Tensor) -> Pair:
-        """See `Pass.take`."""
+        """The memories of a memory layer, then the keys and values of this pass."""
         if self._memories is None or layer not in self._memories.parts:
             return keys, values
         of_keys, of_values = self._memories.parts[layer]
         return torch.cat([of_keys.to(keys.dtype), keys], 2), torch.cat([of_values.to(values.dtype), values], 2)
 
     def columns(self, before: int) -> Tensor:
-        """See `Pass.columns`: the sink sees no memory, for it is the same for whatever stands behind it."""
+        """The memories that the text sees. The sink sees none: it is the same whatever follows it."""
         seen = self.valid.new_zeros(*self.positions.shape, before)
         if before and self._memories is not None:
             seen[:, self.sink :] = self._memories.seen
@@ -130,7 +130,7 @@ class Reading(Pass):
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subclass__ is untyped
-    """What a layer of the model hands its keys and values to."""
+    """Takes the keys and values of one layer."""
 
     def __init__(self, whole: Pass, layer: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -139,14 +139,14 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_su
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> Pair:
-        """All that attention reads."""
+        """Keys and values that attention reads."""
         return self._take(self._layer, key_states, value_states)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing is kept from one pass to the next."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Nobody asks who knows of memories: masks are `Pass.mask`'s."""
+        """Columns of this pass alone: `Pass.mask` builds the masks."""
         return query_length, 0
 
     def get_seq_length(self) -> int:

@@ -57,7 +57,7 @@ def most_attended(scores: Tensor, tokens: Tensor, count: int) -> Tensor:
 
 
 def select(memories: MemoryTensors, scores: Tensor, count: int) -> MemoryTensors:
-    """Of memories of all tokens, those of the ``count`` best scored tokens of each layer and KV head, in order.
+    """Memories of the ``count`` best scored tokens of each layer and KV head, in order, out of memories of all tokens.
 
     ``scores`` is ``[n, layers, kv_heads, T]`` on the memories' device, as of `encode_scored`. Keys keep the positions
     that they had in the reference. Memories of no more than ``count`` tokens stay as they are.

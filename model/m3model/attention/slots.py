@@ -1,4 +1,4 @@
-"""Where memories stand in a row's memory region, so that those that stay are not written again.
+"""The places of memories in a row's memory region: a memory that stays is not written again.
 
 Columns are counted from the region's right end, which never moves: it is where the sink and the context begin. No
 tensors here.

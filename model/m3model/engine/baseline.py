@@ -36,7 +36,7 @@ class TransformersBaseline:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], new_tokens: int, variant: str, room: int) -> PlainRun:
-        """See `m3runtime.adapters.comparison.Baseline`. Prompts are padded on the left, as `generate` wants them."""
+        """Continue prompts, padded on the left; see `m3runtime.adapters.comparison.Baseline`."""
         attention, _, cache = variant.partition(", ")
         with self._running_with(attention):
             began = time.perf_counter()
@@ -58,7 +58,7 @@ class TransformersBaseline:
             return PlainRun(tokens, clock.first - began, time.perf_counter() - began)
 
     def endless(self) -> Adapter:
-        """See `m3runtime.adapters.comparison.Baseline`."""
+        """An adapter whose answers have no end; see `m3runtime.adapters.comparison.Baseline`."""
         return self._endless
 
     @contextmanager
@@ -92,7 +92,7 @@ def _attentions(model: Any) -> list[str]:
 
 
 class _Clock(LogitsProcessor):
-    """Notes when the first logits are there, and changes none."""
+    """Notes the time of the first logits, and changes none."""
 
     def __init__(self, device: torch.device) -> None:
         self.first = 0.0

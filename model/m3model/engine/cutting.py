@@ -8,7 +8,10 @@ from m3runtime.errors import InputError
 
 
 def cut(tokenizer: Any, text: str, tokens: int) -> list[str]:
-    """See `Adapter.cut`. A fast tokenizer's pieces have the tokens that the whole text has there."""
+    """A text in pieces of ``tokens`` tokens; see `Adapter.cut`.
+
+    With a fast tokenizer they are the tokens of the whole text.
+    """
     if tokens < 1:
         raise InputError(f"a piece has at least 1 token, not {tokens}")
     ends = _ends(tokenizer, text, tokens) if tokenizer.is_fast else _ends_by_counting(tokenizer, text, tokens)
@@ -21,7 +24,7 @@ def cut(tokenizer: Any, text: str, tokens: int) -> list[str]:
 
 
 def _ends(tokenizer: Any, text: str, tokens: int) -> Iterator[int]:
-    """Where pieces end, by the spans of the whole text's tokens."""
+    """The ends of pieces, by the spans of the whole text's tokens."""
     spans = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)["offset_mapping"]
     # A piece ends where a token does, not where the next one begins: many tokenizers tell a token's span without the
     # space that it begins with. Between two tokens of the same character no piece can end.
@@ -44,7 +47,7 @@ def _ends(tokenizer: Any, text: str, tokens: int) -> Iterator[int]:
 
 
 def _ends_by_counting(tokenizer: Any, text: str, tokens: int) -> Iterator[int]:
-    """Where pieces end, for tokenizers that tell no spans: each is as long as its own tokens allow."""
+    """The ends of pieces, for tokenizers that tell no spans: each is as long as its own tokens allow."""
 
     def fits(start: int, end: int) -> bool:
         return len(tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]) <= tokens

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from m3model.engine.detokenizing import Detokenizer
-from m3model.engine.reading import Reading, Row
+from m3model.engine.reading import ChunkReader, Row
 from m3model.engine.sampling import Sampler
 from m3model.engine.session import Session
 from m3runtime.adapters.answers import Answer, OnText, Prompt
@@ -18,7 +18,7 @@ from m3runtime.stream import Stream
 
 @dataclass(slots=True)
 class _Row(Row):
-    """A sequence, and what of it was shown."""
+    """A sequence, and the length of its text that was shown."""
 
     detokenizer: Detokenizer = field(kw_only=True)
     text: str = ""
@@ -28,7 +28,7 @@ class _Row(Row):
     last_s: float = 0.0
 
 
-class Generation(Reading[_Row]):
+class Generation(ChunkReader[_Row]):
     """Continues a batch of prompts once."""
 
     def __init__(
@@ -51,7 +51,7 @@ class Generation(Reading[_Row]):
         self.stop_tokens = stop_tokens
         self.on_text = on_text
         self.watched = on_text is not None or bool(settings.stop)
-        """Whether the text is looked at while it is written."""
+        """Is the text needed while it is written?"""
         self.sampler = Sampler(settings, [row.ids for row in rows])
 
     def run(self, began: float, after: torch.Tensor | None = None) -> list[Answer]:
@@ -74,7 +74,7 @@ class Generation(Reading[_Row]):
         return [self._answer(row) for row in self.rows]
 
     def _between(self, generated: int) -> None:
-        """What happens between two tokens: a hint ahead of the chunk's end, a recall at its end."""
+        """Hint ahead of the chunk's end, and recall at its end."""
         if not self.recaller or not self.streams:
             return
         recall = self.recaller.config.recall
@@ -138,7 +138,7 @@ class Generation(Reading[_Row]):
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Where the longest end of ``text`` begins that ``stop`` begins with."""
+    """The place where the longest end of ``text`` begins that is a beginning of ``stop``."""
     for length in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:length]):
             return len(text) - length

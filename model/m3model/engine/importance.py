@@ -1,8 +1,8 @@
-"""What errors in memories cost: how much the model's predictions change with each channel of keys and values.
+"""The cost of errors in memories: how much the model's predictions change with each channel of keys and values.
 
 To second order, an error ``e`` in the keys and values of one token changes what the model predicts by a KL divergence
 of ``e @ F @ e / 2`` with the Fisher information ``F = E[g g^T]``, ``g`` the gradient of the log-likelihood of tokens
-drawn from the model's own predictions (Amari 1998). Here the model reads the text of each reference again beside its
+drawn from the model's own predictions (Amari 1998). Here the model reads the text of each reference again with its
 memory, so nothing but references is needed.
 """
 
@@ -54,7 +54,7 @@ def _gradients(
     new_session: Callable[..., Session],
     draw: torch.Generator,
 ) -> list[Tensor]:
-    """Of each memory, the gradient of its keys and values: ``float32[memory layers, tokens, n]``."""
+    """The gradients of each memory's keys and values: ``float32[memory layers, tokens, n]``."""
     encoded = encode(texts)
     read = [ids(f"\n{text}") for text in texts]
     leaves = []

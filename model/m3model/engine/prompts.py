@@ -1,4 +1,4 @@
-"""How a question becomes a prompt, with memories and with references as text."""
+"""Prompts that ask a question, with memories or with references as text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,7 +26,7 @@ def render(tokenizer: Any, question: str, form: Form, *, sink: str, texts: Seque
 
 
 def turn_head(tokenizer: Any) -> str:
-    """What the chat template writes before the words of a user who begins the conversation.
+    """The text that the chat template writes before the words of a user who begins the conversation.
 
     Raises `ConfigError` if the model has no chat template, or it does not keep the user's words as they are.
     """

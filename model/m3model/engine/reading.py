@@ -1,4 +1,4 @@
-"""What generating and scoring have in common: prompts are read chunk by chunk, with memories of each chunk's own."""
+"""`ChunkReader`: reads prompts chunk by chunk, each chunk with memories of its own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,8 +32,8 @@ class Row:
 AnyRow = TypeVar("AnyRow", bound=Row)
 
 
-class Reading(Generic[AnyRow]):
-    """Sequences of a session, with the streams that recall for them."""
+class ChunkReader(Generic[AnyRow]):
+    """The sequences of a session and the streams that recall for them; generating and scoring build on it."""
 
     def __init__(
         self, session: Session, tokenizer: Any, rows: Sequence[AnyRow], streams: Sequence[Stream] | None
@@ -48,7 +48,7 @@ class Reading(Generic[AnyRow]):
         self.recaller: Recaller | None = streams[0].runtime if streams else None
 
     def read_prompts(self) -> Tensor:
-        """Chunk by chunk, all rows beside each other; returns the logits after each row's last token."""
+        """Read all rows in parallel, chunk by chunk; returns the logits after each row's last token."""
         size = self.recaller.config.recall.chunk_tokens if self.recaller else PREFILL
         longest = max(len(row.ids) for row in self.rows)
         after: dict[int, Tensor] = {}
@@ -60,10 +60,12 @@ class Reading(Generic[AnyRow]):
                 texts, read = self._queries(start + size, size), texts
                 self._hint(texts, read)
             ends = [index for index, row in enumerate(self.rows) if start < len(row.ids) <= start + size]
-            # The head is much of a small model: it is asked only where a prompt ends.
-            logits = self.session.forward(padded(parts), [len(part) for part in parts], logits=bool(ends))
-            if logits is not None:
+            counts = [len(part) for part in parts]
+            if ends:
+                logits = self.session.forward(padded(parts), counts)
                 after |= {index: logits[index] for index in ends}
+            else:
+                self.session.feed(padded(parts), counts)
         return torch.stack([after[index] for index in range(len(self.rows))])
 
     def _hint(self, texts: Sequence[str | None], read: Sequence[str | None]) -> None:
@@ -88,7 +90,9 @@ class Reading(Generic[AnyRow]):
             return
         recalled = self.recaller.recall([self.streams[i] for i in asking], [texts[i] or "" for i in asking], wait=wait)
         for index, one in zip(asking, recalled, strict=True):
-            self.rows[index].chunks.append(one)
+            row = self.rows[index]
+            row.chunks[-1:] = [last.without_parts() for last in row.chunks[-1:]]  # or a long answer keeps them all
+            row.chunks.append(one)
         self.attend()
 
     def attend(self) -> None:
@@ -106,7 +110,7 @@ class Reading(Generic[AnyRow]):
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _queries(self, start: int, size: int) -> list[str | None]:
-        """What to recall by for the prompts' chunks from ``start`` on; None for a row that has none there."""
+        """The texts to recall by for the prompts' chunks from ``start`` on; None for a row that ends before."""
         if not self.recaller:
             return []
         return [

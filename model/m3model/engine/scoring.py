@@ -1,4 +1,4 @@
-"""How likely a model finds a text: the chunks of decoding, with the tokens given instead of chosen."""
+"""Scores texts: the chunks of decoding, with tokens that are given instead of chosen."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3model.engine.reading import PREFILL, Reading, Row, padded
+from m3model.engine.reading import PREFILL, ChunkReader, Row, padded
 from m3model.engine.session import Session
 from m3runtime.adapters.answers import Score
 from m3runtime.stream import Stream
 
 
-class Scoring(Reading[Row]):
+class Scoring(ChunkReader[Row]):
     """Scores one continuation of each prompt. The rows' ``tokens`` are the continuations'."""
 
     def __init__(self, session: Session, tokenizer: Any, rows: Sequence[Row], streams: Sequence[Stream] | None) -> None:

@@ -6,27 +6,22 @@ every memory in ``[s, s + 128)`` (parallel positions, Memory³ section 3.2), the
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from m3model.attention.arrangement import Arrangement
 from m3model.attention.cache import MemoryCache
-from m3model.attention.implementation import IMPLEMENTATION
 from m3model.attention.layout import AttentionLayout
+from m3model.attention.rope import check_positions
 from m3model.attention.versions import cache_name
 
 Sink = tuple[Tensor, Tensor]
 """Keys and values of the sink, each ``[layers, kv_heads, tokens, head_dim]``."""
 
-Memories = Sequence[Sequence[tuple[Tensor, Tensor]]]
-"""Of each row, keys and values of its memories, each ``[memory layers, kv_heads, tokens, head_dim]``."""
-
-
-def prepare(model: Any) -> None:
-    """Let a transformers model read memories: switch it to our attention implementation."""
-    model.set_attn_implementation(IMPLEMENTATION)
+RowMemories = Sequence[Sequence[tuple[Tensor, Tensor]]]
+"""The memories of each row: keys and values, each ``[memory layers, kv_heads, tokens, head_dim]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,24 +52,27 @@ class Session:
         """``offset`` is the position of the first context token; ``context`` how many tokens to allocate for at first.
 
         ``temperature`` divides the logits between queries and memories; ``arrange`` places those (default: as is).
+        Raises `InputError` if the context would need more positions than the model's RoPE keeps fixed.
         """
         self.model = model
         self.layout = AttentionLayout.of(model)
+        self._offset = offset
+        check_positions(offset + context, self.layout.positions)
         self.cache = MemoryCache(self.layout, memory_layers, batch, context, temperature)
         if sink is not None:
             self.cache.put_sink(*sink)
         self._cache_name = cache_name(model)
         self.arrange = arrange
         self.lengths = torch.zeros(batch, dtype=torch.int64)
-        """Tokens of context that each row has."""
+        """The number of tokens of context of each row, ``int64[B]`` on the CPU."""
         # The same on the device, as the position of each row's next token: a decode step copies nothing there.
         self._next = torch.full((batch,), offset, device=self.layout.device)
-        self._read: Memories = ()
+        self._read: RowMemories = ()
 
     @torch.inference_mode()
     def read(
         self,
-        memories: Memories,
+        memories: RowMemories,
         log_weights: Sequence[Sequence[float]] | None = None,
         ids: Sequence[Sequence[int]] | None = None,
     ) -> None:
@@ -85,14 +83,14 @@ class Session:
         """
         self._place(memories, log_weights, ids)
 
-    def read_with_gradients(self, memories: Memories) -> None:
-        """As `read`, for memories that gradients are asked of. Only before the session's only forward pass."""
+    def read_with_gradients(self, memories: RowMemories) -> None:
+        """`read` for memories that need gradients. Only before the session's only forward pass."""
         self._place(memories, None, None)
         self.cache.separate()
 
     def _place(
         self,
-        memories: Memories,
+        memories: RowMemories,
         log_weights: Sequence[Sequence[float]] | None,
         ids: Sequence[Sequence[int]] | None,
     ) -> None:
@@ -106,38 +104,27 @@ class Session:
         self.cache.put_memories(arranged, names, log_weights)
         self._read = memories  # so that tensors with the same `id` are the same
 
-    @overload
-    def forward(
-        self, tokens: Tensor, counts: Sequence[int] | None = None, *, logits: Literal[True] = True
-    ) -> Tensor: ...
+    def feed(self, tokens: Tensor, counts: Sequence[int] | None = None) -> None:
+        """Read ``tokens``, int64 ``[B, Q]``, padded on the right; row ``i`` has ``counts[i]`` (default: all)."""
+        self._run(tokens, counts, keep=torch.zeros(0, dtype=torch.int64))  # the head is much of a small model
 
-    @overload
-    def forward(self, tokens: Tensor, counts: Sequence[int] | None = None, *, logits: Literal[False]) -> None: ...
+    def forward(self, tokens: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+        """`feed`, and return the logits after each row's last token, ``[B, vocabulary]``.
 
-    @overload
-    def forward(self, tokens: Tensor, counts: Sequence[int] | None = None, *, logits: bool) -> Tensor | None: ...
-
-    def forward(self, tokens: Tensor, counts: Sequence[int] | None = None, *, logits: bool = True) -> Tensor | None:
-        """Read ``tokens`` (int64 ``[B, Q]``), of which row ``i`` has ``counts[i]`` (default all), padded on the right.
-
-        Returns the logits after each row's last token, ``[B, vocabulary]`` (of no meaning in a row without any), or
-        None if not asked for.
+        Those of a row without tokens have no meaning.
         """
         batch, length = tokens.shape
-        if not logits:
-            self._run(tokens, counts, keep=torch.zeros(0, dtype=torch.int64))
-            return None
         if length == 1 or counts is None or min(counts) == length:
             # A count, not indices: indexing would copy.
             return self._run(tokens, counts, keep=1)[:, -1]
         last = torch.tensor(counts) - 1
-        keep = torch.unique(last[last >= 0])  # the head is much of a small model
+        keep = torch.unique(last[last >= 0])
         kept = self._run(tokens, counts, keep=keep)
         places = torch.searchsorted(keep, last.clamp_min(0)).to(kept.device, non_blocking=True)
         return kept[torch.arange(batch, device=kept.device), places]
 
     def mark(self) -> Mark:
-        """Where the session is, to come back to by `rewind`."""
+        """The session's place, for `rewind`."""
         return Mark(self.cache.columns, self.cache.whole, self.lengths, self._next)
 
     @torch.inference_mode()
@@ -147,11 +134,11 @@ class Session:
         self.lengths, self._next = mark.lengths, mark.next
 
     def all_logits(self, tokens: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-        """As `forward`, with the logits after every token, ``[B, Q, vocabulary]``, of no meaning after padding."""
+        """`forward` with the logits after every token, ``[B, Q, vocabulary]``, of no meaning after padding."""
         return self._run(tokens, counts, keep=0)
 
     def logits_with_gradients(self, tokens: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-        """As `all_logits`, and a gradient can be taken. The only forward pass of its session."""
+        """`all_logits` with gradients. The only forward pass of its session."""
         return self._pass(tokens, counts, keep=0)
 
     @torch.inference_mode()
@@ -161,6 +148,8 @@ class Session:
     def _pass(self, tokens: Tensor, counts: Sequence[int] | None, *, keep: int | Tensor) -> Tensor:
         """One forward pass; the logits at the indices ``keep``, after the last so many tokens, or (0) after all."""
         device, length = self.layout.device, tokens.shape[1]
+        if self.layout.positions is not None:
+            check_positions(self._offset + int(self.lengths.max()) + length, self.layout.positions)
         counted = None if counts is None or min(counts) == length else torch.tensor(counts)
         positions = self._next[:, None]
         if length > 1:
@@ -191,6 +180,6 @@ class Session:
 def make_sink(model: Any, tokens: Sequence[int]) -> Sink:
     """Keys and values of the constant prefix at positions ``[0, len(tokens))``."""
     session = Session(model, batch=1, context=len(tokens))
-    session.forward(torch.tensor([list(tokens)]), logits=False)
+    session.feed(torch.tensor([list(tokens)]))
     parts = [session.cache.context(layer) for layer in range(session.layout.layers)]
     return torch.stack([k[0] for k, _ in parts]), torch.stack([v[0] for _, v in parts])

@@ -4,7 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from m3model import memory3
 from m3model.attention.layout import AttentionLayout
 from m3model.loading.models import first_line, quiet, source_of
 from m3runtime.config.schema import ModelConfig
@@ -22,10 +24,7 @@ def shape_of(model: ModelConfig) -> ModelShape:
     Raises `ConfigError` with one line for what is no causal language model with plain rotary keys and values, and for
     layers that are more than attention and one MLP, as mixtures of experts.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    import m3model.memory3  # noqa: F401 - registers its model with the two classes above
-
+    memory3.register()
     source = source_of(model.path)
     try:
         with quiet():

@@ -13,14 +13,13 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from m3model.loading.fingerprint import tokenizer_fingerprint
 from m3model.loading.models import (
     configuration_of,
-    find_device,
     first_line,
     load,
     quiet,
     source_of,
-    tokenizer_fingerprint,
 )
 from m3model.loading.spec import carried
 from m3model.memory3 import Memory3Config, Memory3ForCausalLM
@@ -30,6 +29,7 @@ from m3model.training.stage import Loss, run_stage
 from m3runtime.adapters.training import StageReport, Trainer, TrainReport
 from m3runtime.config.schema import Config
 from m3runtime.config.train import StageConfig, TrainConfig
+from m3runtime.device.resolve import resolve
 from m3runtime.errors import ConfigError
 from m3runtime.memory.shape import kept_tokens, memory_layers
 from m3runtime.storage.files import sync_folder, write_atomically
@@ -134,13 +134,14 @@ def _claim(config: Config, settings: TrainConfig, tokenizer: Any) -> None:
 def _start(config: Config, settings: TrainConfig, tokenizer: Any, after: str | None) -> Memory3ForCausalLM:
     """The model to train: that of an earlier stage, one with the weights of ``model.path``, or with fresh ones."""
     torch.manual_seed(settings.seed)
+    device = resolve(config.model.device)
     if after is None and settings.start == "config":
         with _loading(config.model.path), quiet():
             classes: Any = AutoModelForCausalLM  # whose methods have no types
             model = classes.from_config(configuration_of(config.model.path), dtype=torch.float32)
     else:
-        model, _ = load(after or config.model.path, "float32", config.model.device)
-    model = model.to(find_device(config.model.device)).train()
+        model, _ = load(after or config.model.path, "float32", device)
+    model = model.to(device).train()
     if isinstance(model, Memory3ForCausalLM):
         model = model.language_model
     return Memory3ForCausalLM.holding(model, memory3_config(model, tokenizer, config))

@@ -20,7 +20,7 @@ _BLOCK = 128
 
 
 def _compiled(function: Kernel, signature: Any) -> Kernel:
-    """Compiled now, and kept in a file where there may be one."""
+    """Compile a kernel now, and keep it in a file if a folder can be written to."""
     with contextlib.suppress(RuntimeError):  # no folder can be written to
         kept: Kernel = numba.njit(signature, nogil=True, cache=True)(function)
         return kept
@@ -31,52 +31,126 @@ def _compiled(function: Kernel, signature: Any) -> Kernel:
 # -- decoding ---------------------------------------------------------------------------------------------------------
 
 
+_UNITS = (np.dtype(np.complex128), np.dtype(np.complex64), np.dtype(np.float32))
+
+
+def unit_of(size: int) -> "np.dtype[Any]":
+    """The largest type of number that centroids of ``size`` floats consist of: 16 bytes are one load and one store."""
+    return next(unit for unit in _UNITS if size * 4 % unit.itemsize == 0)
+
+
 @cache
-def gather_of(bytes: bool) -> Kernel:
-    """The kernel that writes the centroids of codes that are ``uint8``, or else ``int64``."""
-    whole, floats = numba.int64, numba.float32
-    codes = numba.uint8 if bytes else numba.int64
-    return _compiled(
-        _gather,
-        numba.void(codes[:, :, :], whole[:, ::1], whole[::1], floats[::1], floats[:, ::1], whole, whole, whole),
-    )
+def look_up_of(unit: "np.dtype[Any]") -> Kernel:
+    """The kernel that adds up the centroids of stages whose tables are read in such units."""
+    whole, yes, kind = numba.int64, numba.boolean, numba.from_dtype(unit)
+    codes, floats = numba.uint8[:, :, :, :], numba.float32[:, :, :, ::1]
+    add = numba.types.Array(numba.float32, 3, "C", readonly=False)
+    tables, out = kind[:, ::1], kind[:, :, :, ::1]
+    return _compiled(_look_up, numba.void(codes, whole, whole, tables, out, floats, yes, add, whole, whole))
 
 
-def _gather(
-    codes: Array,  # [n, width, codes of a token], any strides
-    parts: Array,  # int64[parts, 3]: which of a token's codes, where it is written in a memory's floats, floats
+def _look_up(
+    codes: Array,  # uint8[n, width, heads, bytes of the stage], any strides
+    parts: int,
+    bits: int,
+    tables: Array,  # unit[groups, parts * 2**bits * units of a centroid]
+    out: Array,  # unit[n, heads, width, units of a vector]
+    floats: Array,  # float32[n, heads, width, dim]: the same memory
+    accumulate: bool,  # add to what is written already; else write over it
+    add: Array,  # float32[n, heads, dim] to be added, or none
+    first: int,  # of the jobs heads x n
+    end: int,
+) -> None:
+    n, width, heads, size = codes.shape
+    dim = floats.shape[3]
+    units = out.shape[3] // parts
+    sharing = heads // tables.shape[0]
+    centroids = 1 << bits
+    scratch = np.empty(out.shape[3], out.dtype)
+    summand = scratch.view(np.float32)
+    for job in range(first, end):
+        head = job // n
+        i = job % n
+        table = tables[head // sharing]
+        if bits == 8 and units == 1 and not accumulate:  # the most frequent case, which compiles to the fastest loop
+            for token in range(width):
+                for part in range(parts):
+                    out[i, head, token, part] = table[part * 256 + np.int64(codes[i, token, head, part])]
+        elif bits == 8 and not accumulate:
+            for token in range(width):
+                for part in range(parts):
+                    start = (part * 256 + np.int64(codes[i, token, head, part])) * units
+                    for u in range(units):
+                        out[i, head, token, part * units + u] = table[start + u]
+        else:
+            for token in range(width):
+                for part in range(parts):
+                    bit = part * bits
+                    byte = bit >> 3
+                    number = np.int64(codes[i, token, head, byte])
+                    if byte + 1 < size:
+                        number |= np.int64(codes[i, token, head, byte + 1]) << 8
+                    if byte + 2 < size:
+                        number |= np.int64(codes[i, token, head, byte + 2]) << 16
+                    start = (part * centroids + ((number >> (bit & 7)) & (centroids - 1))) * units
+                    for u in range(units):
+                        scratch[part * units + u] = table[start + u]
+                if accumulate:
+                    for channel in range(dim):
+                        floats[i, head, token, channel] += summand[channel]
+                else:
+                    for channel in range(dim):
+                        floats[i, head, token, channel] = summand[channel]
+        if len(add):
+            for token in range(width):
+                for channel in range(dim):
+                    floats[i, head, token, channel] += add[i, head, channel]
+
+
+@cache
+def scatter() -> Kernel:
+    """The kernel that writes the coordinates of a unit of the transform."""
+    floats, whole = numba.float32, numba.int64
+    codes, parts = numba.uint8[:, :, :], numba.int32[:, ::1]
+    return _compiled(_scatter, numba.void(codes, parts, whole[::1], floats[::1], floats[:, ::1], whole, whole))
+
+
+def _scatter(
+    codes: Array,  # uint8[n, width, codes of a token], any strides
+    parts: Array,  # int32[parts, 3]: which of a token's codes, first coordinate, coordinates
     starts: Array,  # int64[parts]: where the centroids of each begin
     tables: Array,  # float32[all centroids]
-    out: Array,  # float32[n, floats of a memory]
-    step: int,  # floats from a token to the next
+    out: Array,  # float32[n * rows, at least the coordinates]
     begin: int,  # of the tokens n x width
     end: int,
 ) -> None:
-    width = codes.shape[1]
+    n, width = codes.shape[0], codes.shape[1]
+    rows = out.shape[0] // n
     for i in range(begin // width, (end - 1) // width + 1):
         first, last = max(0, begin - i * width), min(width, end - i * width)
+        row = i * rows
         # Part by part: the centroids of one stay in the cache for all tokens.
         for part in range(parts.shape[0]):
             code, to, size = parts[part, 0], parts[part, 1], parts[part, 2]
             start = starts[part]
             if size == 1:
                 for token in range(first, last):
-                    out[i, to + token * step] = tables[start + np.int64(codes[i, token, code])]
+                    out[row + token, to] = tables[start + np.int64(codes[i, token, code])]
             elif size == 2:
                 for token in range(first, last):
-                    at, there = start + np.int64(codes[i, token, code]) * 2, to + token * step
-                    out[i, there] = tables[at]
-                    out[i, there + 1] = tables[at + 1]
+                    at = start + np.int64(codes[i, token, code]) * 2
+                    out[row + token, to] = tables[at]
+                    out[row + token, to + 1] = tables[at + 1]
             elif size == 4:
                 for token in range(first, last):
-                    at, there = start + np.int64(codes[i, token, code]) * 4, to + token * step
+                    at = start + np.int64(codes[i, token, code]) * 4
                     for k in range(4):
-                        out[i, there + k] = tables[at + k]
+                        out[row + token, to + k] = tables[at + k]
             else:
                 for token in range(first, last):
-                    at, there = start + np.int64(codes[i, token, code]) * size, to + token * step
+                    at = start + np.int64(codes[i, token, code]) * size
                     for k in range(size):
-                        out[i, there + k] = tables[at + k]
+                        out[row + token, to + k] = tables[at + k]
 
 
 # -- encoding ---------------------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from torch import Tensor
 from m3runtime.codecs.product.transform import CENTROIDS, Transform, kept_by
 
 _TOKENS = 32
-"""Of a tile."""
+"""Tokens of a tile."""
 _CHANNELS = 128
-"""Of a tile, at most."""
+"""Channels of a tile, at most."""
 _COORDINATES = 16
 """Multiplied at a time. For twice as many, Triton 3.9 takes 255 registers a thread instead of 128."""
 _LEAST = 16

@@ -20,21 +20,28 @@ def look_up(
     on one device. ``add``, ``float32[n, heads, dim]``, is added at the end. On a CPU numba does it, if it is installed
     (``m3runtime[fast]``), on ``torch.get_num_threads()`` threads; torch gives the same numbers bit by bit.
     """
-    if not out.numel():
-        return
-    gather = _by_numba if out.device.type == "cpu" and compiled() else _by_torch
+    if codes.device.type == "cpu" and compiled():
+        by_numba(codes, stages, tables, out, add)
+    else:
+        by_torch(codes, stages, tables, out, add)
+
+
+def by_torch(
+    codes: Tensor, stages: Sequence[Stage], tables: Sequence[Tensor], out: Tensor, add: Tensor | None = None
+) -> None:
+    """`look_up` on any device."""
     for i, (stage, own, table) in enumerate(zip(stages, of_stages(codes, stages), tables, strict=True)):
         if i:
             more = torch.empty_like(out)
-            gather(unpack(own, stage), table, more)
+            _gather(unpack(own, stage), table, more)
             out += more
         else:
-            gather(unpack(own, stage), table, out)
+            _gather(unpack(own, stage), table, out)
     if add is not None:
         out += add[:, :, None]
 
 
-def _by_torch(numbers: Tensor, table: Tensor, out: Tensor) -> None:
+def _gather(numbers: Tensor, table: Tensor, out: Tensor) -> None:
     """Write the centroids of numbers ``[n, width, heads, parts]`` to ``float32[n, heads, width, dim]``.
 
     One gather for all. The small numbers are put into the order of the result, not the vectors. A centroid of up to 16
@@ -53,16 +60,25 @@ def _by_torch(numbers: Tensor, table: Tensor, out: Tensor) -> None:
         torch.gather(table.view(one).flatten(), 0, index.flatten(), out=out.view(one).flatten())
 
 
-def _by_numba(numbers: Tensor, table: Tensor, out: Tensor) -> None:
-    """`_by_torch` on a CPU."""
-    from m3runtime.codecs.product.kernels.by_numba import gather_of
+def by_numba(
+    codes: Tensor, stages: Sequence[Stage], tables: Sequence[Tensor], out: Tensor, add: Tensor | None = None
+) -> None:
+    """`look_up` on a CPU. Raises `ImportError` without numba."""
+    from m3runtime.codecs.product.kernels.by_numba import look_up_of, unit_of
 
-    n, width, heads, parts = numbers.shape
-    groups, _, centroids, size = table.shape
-    head, part = torch.arange(heads)[:, None], torch.arange(parts)[None]
-    first = (head * width * parts + part) * size
-    places = torch.stack([(head * parts + part).flatten(), first.flatten(), torch.full((heads * parts,), size)], 1)
-    starts = (head // (heads // groups) * parts + part).flatten() * (centroids * size)
-    of = (numbers.flatten(2), places, starts, table.flatten(), out.view(n, heads * width * parts * size))
-    work = partial(gather_of(numbers.dtype == torch.uint8), *(tensor.numpy() for tensor in of), parts * size)
-    share_out(work, n * width, out.numel())
+    floats = out.numpy()
+    added = (torch.empty(0, 0, 0) if add is None else add.contiguous()).numpy()
+    work = []
+    for i, (stage, own, table) in enumerate(zip(stages, of_stages(codes, stages), tables, strict=True)):
+        unit = unit_of(table.shape[3])
+        rows = table.numpy().reshape(len(table), -1).view(unit)
+        more = added if i == len(stages) - 1 else added[:0]
+        of = (own.numpy(), stage.parts, stage.bits, rows, floats.view(unit), floats, i > 0, more)
+        work.append(partial(look_up_of(unit), *of))
+
+    def some(first: int, end: int) -> None:
+        for kernel in work:
+            kernel(first, end)
+
+    # A thread takes neighbouring heads, of all memories: their centroids stay in its cache.
+    share_out(some, out.shape[0] * out.shape[1], out.numel())

@@ -1,4 +1,4 @@
-"""Statements to complete, made from a bank's own references without a model."""
+"""`make_statements`: statements to complete, made from the bank's own references without a model."""
 
 import random
 import re
@@ -12,25 +12,25 @@ from m3runtime.lab.evaluation.judging import is_right
 from m3runtime.storage.home import Home
 
 FEWEST = 8
-"""Statements below which nothing can be told."""
+"""Fewest statements that a result can be based on."""
 _LOOKED_AT = 20
-"""References that are looked at for each statement wanted, or a large bank without any would be read whole."""
+"""Most references to look at for each wanted statement, so that a large bank is not read whole."""
 _BATCH = 256
 
 _BEGINNING = 4
 """Fewest words of a prompt."""
 _LONGEST = 60
-"""Most words of a sentence: what has more is a table, or code."""
+"""Most words of a sentence; a longer one is a table or code."""
 _NAMING = 2
-"""Words of a prompt that say what it is about: names, numbers and long ones."""
+"""Fewest words of a prompt that tell its subject: names, numbers and long words."""
 _LONG = 5
 _SHORT = 4
-"""Letters below which a last word says too little alone (`it`, `him`), in most languages."""
+"""Fewest letters of a last word that is an answer alone; shorter ones (`it`, `him`) tell too little."""
 _NAME = 4
 """Most words of a name."""
 
 _PROSE = 0.88
-"""Least share of letters, digits and spaces in a sentence: what has fewer is code, or a table."""
+"""Least share of letters, digits and spaces in a sentence; below it, the sentence is code or a table."""
 _BEFORE_A_BEGINNING = re.compile(r"[.:;!?]")
 
 _SENTENCE_END = re.compile(
@@ -43,32 +43,32 @@ _WORD = re.compile(r"\w+(?:['’.,:/-]\w+)*")
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """A sentence of a reference that breaks off before what it tells. ``prompt + answer`` is the sentence so far."""
+    """A sentence of a reference that is cut before its answer: ``prompt + answer`` is the text of the reference."""
 
     reference: int
     prompt: str
     answer: str
-    """Begins with a space, if the prompt does not end in the middle of something (a bracket, a quotation)."""
+    """Begins with a space, unless the prompt ends inside a bracket or a quotation."""
 
     @property
     def text(self) -> str:
-        """What the reference says, with single spaces."""
+        """The text of the statement, with single spaces."""
         return self.prompt + self.answer
 
 
 @dataclass(frozen=True, slots=True)
 class Statements:
-    """What was made of a bank."""
+    """The statements that were made from a bank."""
 
     made: tuple[Statement, ...]
     skipped: int
-    """References that were looked at and give none: too short, without sentences, without spaces between words."""
+    """References without a statement: too short, without sentences, or without spaces between words."""
 
 
 def make_statements(home: Home, wanted: int, seed: int = 0) -> Statements:
-    """At most ``wanted`` statements, each of another reference, which depend on the bank and the seed alone.
+    """At most ``wanted`` statements, each of another reference, determined by the bank and the seed.
 
-    Raises `InputError` if the bank has not even `FEWEST`.
+    Raises `InputError` if the bank gives fewer than `FEWEST`.
     """
     ids = np.random.default_rng(seed).permutation(np.setdiff1d(home.ids(), home.cold()))[: wanted * _LOOKED_AT]
     made: dict[str, Statement] = {}
@@ -90,9 +90,9 @@ def make_statements(home: Home, wanted: int, seed: int = 0) -> Statements:
 
 
 def make_statement(id: int, text: str, seed: int = 0) -> Statement | None:
-    """A statement of one sentence of a reference, or None if it has none that will do.
+    """A statement from one sentence of a reference, or None if no sentence is suitable.
 
-    A sentence that tells a number or a name goes before one that does not.
+    Sentences that end in a number or a name are preferred.
     """
     telling: list[Statement] = []
     others: list[Statement] = []
@@ -113,12 +113,12 @@ def sentences(text: str) -> Iterator[str]:
 
 
 def holds(text: str, statement: Statement) -> bool:
-    """Whether a reference says what the statement does, in the same words."""
+    """True if a reference contains the statement, in the same words."""
     return statement.text in " ".join(text.split())
 
 
 def _cut(sentence: str) -> tuple[int, int, bool] | None:
-    """Where a sentence's answer begins and ends, and whether it is a number or a name."""
+    """Start and end of a sentence's answer, and True if the answer is a number or a name; None if unsuitable."""
     words = list(_WORD.finditer(sentence))
     if not _BEGINNING < len(words) <= _LONGEST or _prose(sentence) < _PROSE:
         return None
@@ -147,7 +147,7 @@ def _prose(sentence: str) -> float:
 
 
 def _tells(sentence: str, words: Sequence[re.Match[str]], place: int) -> bool:
-    """Whether a word is a number or a name."""
+    """True if a word is a number or a name."""
     return _is_number(words[place][0]) or _is_name(sentence, words, place)
 
 
@@ -156,7 +156,7 @@ def _is_number(word: str) -> bool:
 
 
 def _is_name(sentence: str, words: Sequence[re.Match[str]], place: int) -> bool:
-    """Whether a word has a capital that no beginning gives it."""
+    """True if a word has a capital letter that is not due to the beginning of a sentence."""
     word = words[place][0]
     if not place or len(word) == 1 or not word[0].isupper():  # `I` is none
         return False
@@ -164,7 +164,7 @@ def _is_name(sentence: str, words: Sequence[re.Match[str]], place: int) -> bool:
 
 
 def _whole_name(sentence: str, words: Sequence[re.Match[str]], place: int) -> int:
-    """The first word of the name that ends at a place; a number is one word."""
+    """The place of the first word of the name that ends at ``place``; a number is one word."""
     first = place
     if _is_number(words[place][0]):
         return first

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3runtime.lab.evaluation.held_out import holds, make_statement, sentences
+from m3runtime.lab.evaluation.statements import holds, make_statement, sentences
 
 WORDS = st.sampled_from(
     ["the", "lamp", "harbour", "Uskerfold", "burns", "1431", "oil,", "(walnut)", '"Perpetua"', "it", "keepers",

@@ -1,0 +1,55 @@
+"""Computing memories: one forward pass over a batch of references, each after the sink (Memory³, section 3.3)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3model.attention.selection import observed
+from m3model.attention.stopping import stopping_after
+from m3model.engine.session import Session, Sink
+from m3runtime.errors import InputError
+from m3runtime.memory.spec import MemorySpec
+from m3runtime.memory.tensors import MemoryTensors
+
+
+def reference_ids(texts: Sequence[str], ids: Sequence[list[int]], most: int) -> Sequence[list[int]]:
+    """``ids`` as they are. Raises `InputError` if a text is blank or has more than ``most`` tokens."""
+    if not texts:
+        raise InputError("there is no reference to encode")
+    for text, tokens in zip(texts, ids, strict=True):
+        if not text.strip() or not tokens:
+            raise InputError("a blank text is no reference")
+        if len(tokens) > most:
+            raise InputError(f"a reference has at most {most} tokens, not {len(tokens)}: {text[:40]!r}...")
+    return ids
+
+
+@torch.inference_mode()
+def encode_dense(model: Any, ids: Sequence[list[int]], sink: Sink, spec: MemorySpec) -> MemoryTensors:
+    """Memories of all tokens: causal, after the sink, at positions from the sink's end on."""
+    counts = [len(tokens) for tokens in ids]
+    width = max(counts)
+    # No room for the context before the sink is in, or it would be made twice.
+    session = Session(model, batch=len(ids), sink=sink, offset=sink[0].shape[2], context=0)
+    with stopping_after(session.cache, spec.layers[-1]):
+        session.feed(torch.tensor([row + [0] * (width - len(row)) for row in ids]), counts)
+    parts = [session.cache.context(layer) for layer in spec.layers]
+    return MemoryTensors(
+        keys=torch.stack([keys for keys, _ in parts], dim=1),
+        values=torch.stack([values for _, values in parts], dim=1),
+        tokens=torch.tensor(counts),
+    )
+
+
+def encode_scored(model: Any, ids: Sequence[list[int]], sink: Sink, spec: MemorySpec) -> tuple[MemoryTensors, Tensor]:
+    """Memories of all tokens, and the scores by which `m3model.attention.selection.select` chooses among them.
+
+    The scores are ``float32[n, layers, kv_heads, T]`` on the model's device, zero beyond a memory's tokens: several
+    counts of tokens can be tried after one encoding. Raises `ConfigError` as `observed` does.
+    """
+    with observed(model, spec.layers) as scores:
+        memories = encode_dense(model, ids, sink, spec)
+    device = memories.keys.device
+    return memories, torch.stack([scores[layer].to(device) for layer in spec.layers], dim=1)

@@ -1,0 +1,115 @@
+"""Fingerprints that tell models and tokenizers apart, and the settings that tell one model's variants apart."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+
+from m3runtime.memory.spec import canonical_json, fingerprint
+
+SAMPLE = 65_536
+"""Elements of each parameter that its fingerprint reads: training changes them all, and reading all takes long."""
+
+_SHAPE = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rope_parameters",
+    "sliding_window",
+    "layer_types",
+    "vocab_size",
+)
+
+_NO_MATTER = re.compile(
+    # names, versions and types that a model is stored or computed in
+    r"_.*|architectures|auto_map|transformers_version|.*dtype|attn_implementation|experts_implementation"
+    r"|quantization_config"  # packed weights have fingerprints of their own
+    # results that are returned, and how they are called
+    r"|use_cache|return_dict|output_.*|id2label|label2id|problem_type|is_encoder_decoder|is_decoder"
+    # training
+    r"|initializer.*|.*dropout.*|.*pdrop|.*aux_loss_coef|.*jitter.*|pretraining_tp|chunk_size_feed_forward"
+    # generation, and the head after the last layer
+    r"|(bos|eos|pad|unk|sep|cls|mask|decoder_start)_token_id|tie_word_embeddings"
+)
+"""Settings of a text configuration that no key or value depends on."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """The weights of a model, and the settings by which it computes keys and values from them."""
+
+    weights: str
+    """Thirty-two hex digits over the architecture's shape and a sample of every parameter.
+
+    Before settings were recorded this was a model's whole fingerprint.
+    """
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, model: Any) -> "ModelIdentity":
+        """Read it off a loaded causal language model of the transformers library."""
+        return cls(_weights_fingerprint(model), _settings(model.config.get_text_config()))
+
+    @property
+    def fingerprint(self) -> str:
+        """Thirty-two hex digits over weights and settings."""
+        return fingerprint([self.weights, self.settings])
+
+    def differences(self, fingerprint: str, settings: Mapping[str, Any]) -> list[str] | None:
+        """The settings in which the model of this fingerprint differs, as text; None if it has other weights.
+
+        ``settings`` are those recorded with the fingerprint; none were in former releases, and nothing is told of
+        them then. A setting that only one side has came or went with a version of the transformers library, which
+        computes the same without it.
+        """
+        if fingerprint == self.weights:
+            return []
+        if fingerprint != ModelIdentity(self.weights, settings).fingerprint:
+            return None
+        common = sorted(settings.keys() & self.settings.keys())
+        return [
+            f"{name} {settings[name]} against {self.settings[name]}"
+            for name in common
+            if settings[name] != self.settings[name]
+        ]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Thirty-two hex digits over what turns text into token ids."""
+    pieces = sorted(tokenizer.get_vocab().items())
+    probe = "Explicit memory, 64 tokens: naïve — 12,345 ½ \t\n  x+=1; Ünïcödé"
+    ids = tokenizer(probe, add_special_tokens=False)["input_ids"]
+    return fingerprint({"vocabulary": pieces, "probe": ids, "special": sorted(tokenizer.all_special_ids)})
+
+
+def _weights_fingerprint(model: Any) -> str:
+    """Parameters are read as bfloat16: a checkpoint loaded as float32 and as bfloat16 is the same model."""
+    config = model.config.get_text_config().to_dict()
+    state = xxhash.xxh3_128(canonical_json({key: config.get(key) for key in _SHAPE}).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLE)].to(torch.bfloat16).cpu()
+        state.update(f"{name}{tuple(parameter.shape)}".encode())
+        state.update(sample.view(torch.int16).numpy().data)
+    return state.hexdigest()
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """All settings of a text configuration but those that do not matter, as JSON has them."""
+    stated = json.loads(json.dumps(config.to_dict(), default=str))
+    return {name: _rounded(value) for name, value in stated.items() if not _NO_MATTER.fullmatch(name)}
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to six digits: GGUF files store them as float32, ``config.json`` as text."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, list) else value

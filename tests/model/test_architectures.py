@@ -1,0 +1,180 @@
+"""Every architecture of the transformers library keeps the parity law, or is refused in one line.
+
+Models are tiny and random. The law is taken apart, so that the stock model alone is the oracle: a memory gives the
+logits of its text where no window hides anything, and windows hide what they should where there is no memory.
+"""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from m3model.attention.layout import AttentionLayout
+from m3model.transformers import TransformersAdapter
+from m3runtime.errors import ConfigError
+from tests.model.families import REFERENCE_TOKENS, WINDOW, make_adapter, random_text
+
+CONTEXT = 36
+TOLERANCE = 1e-4
+LARGEST = 30_000_000
+"""Parameters of a model that a test may make."""
+
+SIZE: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+TOWER: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 1}
+"""Of a model that sees or hears as well; its texts are all that is read here."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gemma3": {"vision_config": {**TOWER, "image_size": 28, "patch_size": 14}},
+    "got_ocr2": {"vision_config": {**TOWER, "output_channels": 16, "mlp_dim": 16, "image_size": 32}},
+    "lfm2_moe": {"layer_types": ["full_attention"] * 4},
+    "moss_transcribe_diarize": {"audio_config": TOWER},
+    "phi4_multimodal": {
+        "vision_config": {**TOWER, "image_size": 28, "crop_size": 28},
+        "audio_config": {
+            **TOWER,
+            "num_blocks": 1,
+            "ext_pw_out_channel": 16,
+            "depthwise_separable_out_channel": 16,
+            "nemo_conv_channels": 16,
+        },
+    },
+    "hrm_text": {"initializer_range": 0.05},  # it runs its layers many times over, and would make much of the last bit
+}
+UNBUILT = {
+    "cohere_compass_text",
+    "dbrx",
+    "gemma4_assistant",
+    "gemma4_unified_assistant",
+    "musicgen",
+    "musicgen_melody",
+    "qwen4_exp",
+    "qwen4_exp_text",
+    "reformer",
+}
+"""Architectures that the library makes no model of from their default configuration: nothing is known of them."""
+
+DOCUMENTED = {
+    kind
+    for line in (Path(__file__).parents[2] / "docs" / "embed.md").read_text(encoding="utf-8").splitlines()
+    if line.startswith("> ")
+    for kind in re.findall("`(.+?)`", line)
+}
+
+LATELY_WRONG = ["phimoe", "qwen2_moe", "olmoe", "afmoe"]
+"""Their windows are in their masks alone, or in all but those."""
+
+
+def make(kind: str, window: int) -> Any:
+    """A tiny model with this window, if it has any; without values and of the usual size if it cannot be tiny."""
+    default = AutoConfig.for_model(kind)
+    text = default.get_text_config()
+    wanted = {**SIZE, "sliding_window": window, "use_sliding_window": True, "max_window_layers": 2}
+    known = {*text.to_dict(), *text.attribute_map}
+    sizes = {name: value for name, value in wanted.items() if name in known}
+    if text is not default:
+        name = next(name for name in default.sub_configs if getattr(default, name, None) is text)
+        sizes = {name: {**sizes, "model_type": text.model_type}}
+    classes: Any = AutoModelForCausalLM
+    try:
+        config = AutoConfig.for_model(kind, **{**sizes, **OPTIONS.get(kind, {})})
+        with torch.device("meta"):
+            empty = classes.from_config(config, dtype=torch.float32)
+    except Exception:  # the sizes do not go together, as those of a model with states of its own
+        with torch.device("meta"):
+            AttentionLayout.of(classes.from_config(default))
+        raise
+    AttentionLayout.of(empty)
+    assert sum(parameter.numel() for parameter in empty.parameters()) < LARGEST, "add sizes of this kind to OPTIONS"
+    torch.manual_seed(0)
+    model = classes.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn_like(parameter)
+    model.set_attn_implementation("eager")
+    return model
+
+
+@torch.no_grad()
+def plain(model: Any, ids: list[int]) -> Tensor:
+    logits: Tensor = model(torch.tensor([ids])).logits[0]
+    return logits
+
+
+def gap(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+def memory_gap(model: Any) -> float:
+    """The greatest difference between a memory and its text, read by a model whose windows hide nothing."""
+    adapter = make_adapter(model=model)
+    text = random_text(adapter.tokenizer, REFERENCE_TOKENS, seed=1)
+    context = adapter.ids(random_text(adapter.tokenizer, CONTEXT, seed=2))
+    memory = adapter.encode([text])
+    session = adapter.session(1)
+    session.read([[(memory.keys[0], memory.values[0])]])
+    wanted = plain(model, [*adapter.sink_ids, *adapter.ids(text), *context])
+    return gap(session.all_logits(torch.tensor([context]))[0], wanted[-CONTEXT:])
+
+
+def window_gap(model: Any) -> float:
+    """The greatest difference between our attention and the stock model's, over more tokens than the window has."""
+    adapter: TransformersAdapter = make_adapter(model=copy.deepcopy(model))
+    ids = adapter.ids(random_text(adapter.tokenizer, 5 * WINDOW, seed=3))
+    return gap(adapter.session(1, memories=False).all_logits(torch.tensor([ids]))[0], plain(model, ids))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *LATELY_WRONG,
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+            if kind not in LATELY_WRONG
+        ),
+    ],
+)
+def test_an_architecture_keeps_the_law_or_is_refused(kind: str) -> None:
+    if kind in UNBUILT:
+        pytest.skip("the library makes no model of it")
+    refusal, gaps = "", []
+    try:
+        gaps = [memory_gap(make(kind, 512)), window_gap(make(kind, WINDOW))]
+    except ConfigError as error:
+        refusal = str(error)
+    except ImportError as error:
+        pytest.skip(str(error))
+    assert "\n" not in refusal
+    assert (kind in DOCUMENTED) == bool(gaps)
+    assert max(gaps, default=0.0) < TOLERANCE
+    assert gaps or kind not in LATELY_WRONG
