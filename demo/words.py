@@ -9,7 +9,7 @@ from m3runtime.retrieval.embedder import Embedder, Embeddings
 
 
 class Words(Embedder):
-    """Counts words in hashed places, each with a sign of its own; rarer ones cannot be told, so all count alike."""
+    """Sums one random direction for each word; all words count alike, since their frequencies are not known."""
 
     def __init__(self, path: str, *, dim: int = 512) -> None:
         self._dim = dim

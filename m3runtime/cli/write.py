@@ -24,7 +24,7 @@ def write(
     """Write texts into the bank, and create the bank if it does not exist.
 
     It can be interrupted at any moment and run again: it resumes, and stores nothing twice. References that were only
-    catalogued are encoded when they are written without --catalogue.
+    catalogued are encoded when they are written without --catalogue. A corpus may be larger than the machine's memory.
     """
     settings = configuration(config, set)
     from m3runtime.documents.reading import find_files, read_documents

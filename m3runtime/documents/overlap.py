@@ -1,4 +1,4 @@
-"""How much of a reference stands in a text that is scored: what is copied should not count as known."""
+"""The share of a reference that a text contains, so that a copied text does not count as remembered."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""`Group`: references that become a batch which a home can commit, and what makes one of them at once."""
+"""`Group`: references on their way into a home, with their blocks and embeddings."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,11 +14,11 @@ from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.storage.home import Batch
 
 GROUP = 64
-"""References of one transaction. Always grouped alike, so that writing again after a crash gives equal bytes."""
+"""References of one transaction. A constant, so that writing again after a crash gives equal bytes."""
 
 
 class Group:
-    """References under their ids, whose blocks and embeddings are filled in. One thread at a time."""
+    """References with their ids; blocks and embeddings are filled in. For one thread at a time."""
 
     def __init__(self, bank: Bank, ids: Ids, references: Sequence[Reference]) -> None:
         self.ids = ids
@@ -28,7 +28,7 @@ class Group:
         self._vectors: Embeddings | None = None
 
     def texts(self, rows: Sequence[int]) -> list[str]:
-        """What the model reads for these rows."""
+        """The texts of these rows."""
         return [self.references[row].text for row in rows]
 
     def put(self, rows: Sequence[int], memories: MemoryTensors) -> None:
@@ -43,30 +43,30 @@ class Group:
 
     @property
     def blocks(self) -> Tensor:
-        """Those of all references, whose memories were put."""
+        """The encoded blocks of all references, ``uint8[n, slot_bytes]``, after `put` for every row."""
         assert self._blocks is not None, "put comes first"
         return self._blocks
 
     @property
     def vectors(self) -> Embeddings:
-        """The embeddings, once they are there."""
+        """The embeddings of all references, ``float32[n, dim]``, after `embed`."""
         assert self._vectors is not None, "embed comes first"
         return self._vectors
 
     def batch(self) -> Batch:
-        """What to commit. All memories were put, and the references embedded."""
+        """The batch for `Home.commit`, after `put` for every row and `embed`."""
         return Batch(self.ids, self.blocks, self.references, self.vectors)
 
     def commit(self) -> None:
-        """Remember new references, with their blocks."""
+        """Commit new references with their blocks in one transaction."""
         self._bank.home.commit(self.batch())
 
     def catalogue(self) -> None:
-        """Remember new references, cold."""
+        """Commit new references without blocks, cold, in one transaction."""
         self._bank.home.catalogue(self.ids, self.references, self.vectors)
 
     def fill(self) -> None:
-        """Store the blocks of references that are cold."""
+        """Store the blocks of cold references in one transaction."""
         self._bank.home.fill(self.ids, self.blocks)
 
 
@@ -75,7 +75,7 @@ Store = Callable[[Group], None]
 
 
 def batches(references: Sequence[Reference], size: int) -> list[list[int]]:
-    """Which rows of a group the model reads together, ``size`` at most.
+    """The rows of a group that the model reads together, at most ``size`` at once.
 
     Batches of references of like length waste little on padding; rows and ids keep the references' order.
     """
@@ -91,9 +91,9 @@ def encoded(
     batch_size: int,
     done: Callable[[int], None],
 ) -> Batch:
-    """Compute memories and embeddings of references, under the bank's next ids, and seal the blocks.
+    """A batch for `Home.commit`: memories, as sealed blocks, and embeddings of references under the bank's next ids.
 
-    ``done`` is called with how many are computed, after every ``batch_size`` of them.
+    ``done`` is called with the number of references computed so far, after each batch of the model.
     """
     first_id = bank.home.next_id()
     group = Group(bank, as_ids(range(first_id, first_id + len(references))), references)
@@ -103,7 +103,7 @@ def encoded(
 
 
 def blocks_of(bank: Bank, adapter: Adapter, ids: Ids, references: Sequence[Reference], batch_size: int) -> Tensor:
-    """Compute the memories of references under these ids: their blocks, sealed, ``uint8[n, slot_bytes]``."""
+    """The sealed blocks of references under these ids, ``uint8[n, slot_bytes]``: computed, encoded, not committed."""
     group = Group(bank, ids, references)
     _compute(group, adapter, batch_size, lambda _: None)
     return group.blocks

@@ -12,10 +12,10 @@ from m3runtime.memory.tensors import MemoryTensors
 SAMPLE = 96
 """References whose memories a codec is trained on; as many times more as memories have fewer tokens."""
 WEIGHED = 48
-"""References on which it is measured what errors cost. Takes about three times as long as encoding them."""
+"""References on which the cost of errors is measured. That takes about three times as long as encoding them."""
 
 OnReference = Callable[[int, int], None]
-"""Called with the steps done, of how many."""
+"""Called with the steps done, and the number of all steps."""
 
 
 def sample_size(spec: MemorySpec) -> int:
@@ -26,10 +26,10 @@ def sample_size(spec: MemorySpec) -> int:
 def fit_codec(
     codec: Codec, adapter: Adapter, texts: Sequence[str], batch_size: int, progress: OnReference | None = None
 ) -> None:
-    """Train a codec on the memories of these references; one that learns nothing stays as it is.
+    """Train a codec on the memories of these references; a codec that learns nothing is left as it is.
 
-    Where the codec can make use of it and the adapter knows, errors are weighed by what they cost. In memory are the
-    memories of these references, some three times over.
+    Errors are weighed by their cost if the codec weighs errors and the adapter can measure it. Takes about three times
+    the bytes of these memories.
     """
     if codec.trained:
         return

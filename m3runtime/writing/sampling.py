@@ -1,4 +1,4 @@
-"""`reservoir`: a sample of a stream whose length nobody knows."""
+"""`reservoir`: a uniform sample of a stream."""
 
 import random
 from collections.abc import Iterable
@@ -10,8 +10,8 @@ T = TypeVar("T")
 def reservoir(items: Iterable[T], size: int, seed: int = 0) -> list[T]:
     """A uniform sample of ``size`` items, or all of them if there are fewer, in the order of the stream.
 
-    Algorithm R (Vitter 1985): no more than ``size`` items are kept at any time. Deterministic, and what is drawn
-    depends on how many items there are, not on what they are. Raises `ValueError` for a negative size.
+    Algorithm R (Vitter 1985): no more than ``size`` items are kept at any time. Deterministic: the places drawn depend
+    on the number of items alone. Raises `ValueError` for a negative size.
     """
     if size < 0:
         raise ValueError(f"a sample has at least no items, not {size}")

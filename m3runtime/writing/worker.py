@@ -1,4 +1,4 @@
-"""`Worker`: a thread that does jobs in the order in which they are given, a few of them ahead."""
+"""`Worker`: a thread that does jobs in order, with a bounded queue."""
 
 import _thread
 from collections.abc import Callable
@@ -10,33 +10,34 @@ Job = Callable[[], object]
 
 
 class Worker:
-    """One thread for the jobs of one other thread, a context manager.
+    """One thread that does the jobs of one other thread. A context manager.
 
-    `do` and `finish` raise what a job raised, and no job is done after that. Leaving by an error gives up what waits,
-    and returns when the job under way is done; a second interrupt does not wait even for that.
+    `do` and `finish` raise what a job raised, and no job is done after that. Leaving by an error drops the jobs that
+    wait, and returns when the running job is done; a second interrupt does not wait even for that.
 
-    The thread that gives jobs may be interrupted (`KeyboardInterrupt`) at any moment: it takes no lock of Python's own,
-    which an interrupt could leave locked.
+    The thread that gives jobs may be interrupted (`KeyboardInterrupt`) at any moment, since it takes none of the locks
+    of `threading`. `ThreadPoolExecutor` does: interrupted in ``submit``, it ends in "release unlocked lock", and
+    it would run the jobs behind a failed one.
     """
 
     def __init__(self, *, ahead: int) -> None:
-        """At most ``ahead`` jobs are given and not done."""
+        """``ahead`` is the most jobs that are queued or running."""
         self._ahead = ahead
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._ended: SimpleQueue[BaseException | None] = SimpleQueue()
-        """For each job, and for the thread itself, how it ended."""
+        """The error of each finished job, or None; last, `_ThreadEnded`."""
         self._given = 0
         self._running = self._stopping = False
 
     def do(self, job: Job) -> None:
-        """Have a job done after all that were given before. Waits while there are too many."""
+        """Queue a job. Waits while the queue is full. Raises what an earlier job raised."""
         while self._running and self._given >= self._ahead:
             self._wait_for_one()
         self._jobs.put(job)
         self._given += 1
 
     def finish(self) -> None:
-        """Wait until all is done."""
+        """Wait until all jobs are done. Raises what a job raised."""
         while self._running and self._given:
             self._wait_for_one()
 
@@ -84,4 +85,4 @@ class Worker:
 
 
 class _ThreadEnded(BaseException):
-    """No error: the thread's last word."""
+    """Marks the end of the thread; never raised."""

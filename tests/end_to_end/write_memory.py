@@ -1,7 +1,7 @@
-"""Peak memory of writing a corpus: ``python -m tests.end_to_end.write_memory MODEL 1GB``. `test_write_memory` runs it.
+"""Peak memory of writing a corpus: ``python -m tests.end_to_end.write_memory 1GB``. `test_write_memory` runs it.
 
-Makes one text file of that size, catalogues it with the tokenizer of ``MODEL`` into a new bank, and prints JSON. In MB,
-each for the time up to the last split, up to the last commit, and of all with the index: ``peak`` is resident memory,
+Makes one text file of that size, catalogues it with a tiny model into a new bank, and prints JSON. In MB, up to the
+last split, up to the last commit, and of all with the index: ``peak`` is resident memory,
 ``own`` is that without mapped pages of files, which the system takes back when it needs room.
 """
 
@@ -17,12 +17,17 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from m3runtime import assembly
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import read_documents
 from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.writing.writer import Writer
+from tests.model.families import make_model
 
 UNITS = {"MB": 10**6, "GB": 10**9}
 WORDS = ("the", "harbour", "lamp", "of", "old", "town", "burns", "walnut", "oil", "and", "turns", "once", "an", "hour")
@@ -81,15 +86,19 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-def main(model: str, size: str) -> None:
+def main(size: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        make_model("llama").save_pretrained(folder / "model")
+        tokenizer = Tokenizer(WordLevel({word: id for id, word in enumerate(("<s>", "?", *WORDS))}, unk_token="?"))
+        tokenizer.pre_tokenizer = WhitespaceSplit()
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder / "model")
         make_text(folder / "corpus.txt", int(float(size[:-2]) * UNITS[size[-2:]]))
         config = Config.model_validate(
             {
                 "bank": folder / "bank",
-                "model": {"path": model, "device": "cpu"},
-                "memory": {"reference_tokens": 2048},
+                "model": {"path": str(folder / "model"), "device": "cpu"},
+                "memory": {"reference_tokens": 1024},
                 "codec": {"kind": "scalar"},
                 "embedder": {"kind": "tests.end_to_end.write_memory:Digests", "path": "digests"},
                 "tiers": [{"kind": "lmdb", "durability": "relaxed"}],

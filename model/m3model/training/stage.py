@@ -1,4 +1,7 @@
-"""One stage of training, by transformers' Trainer: checkpoints, resuming, precision, several devices, TensorBoard."""
+"""One of the two stages of training, warmup or memory, run by transformers' Trainer.
+
+The Trainer contributes checkpoints, resuming, precision, several devices and TensorBoard.
+"""
 
 import json
 import shutil
@@ -19,14 +22,14 @@ from m3runtime.errors import ConfigError
 
 _STATE = "trainer_state.json"
 _BETA2 = 0.95
-"""Of Adam: what language models are trained with, for runs that are too short for the library's 0.999."""
+"""Beta 2 of Adam, as language models are trained; runs may be too short for the library's 0.999."""
 
 OnStep = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What was logged of some steps."""
+    """One entry of the log."""
 
     step: int
     loss: float
@@ -42,7 +45,7 @@ def run_stage(
     stage: StageConfig,
     progress: OnStep,
 ) -> list[Loss]:
-    """Train the model in place, going on from the last whole checkpoint of this stage. Returns the logged losses.
+    """Train the model in place, from the last whole checkpoint of this stage on. Returns the logged losses.
 
     Steps are the same whether or not the run was stopped in between: order of sequences, optimiser and random numbers
     are those of the checkpoint. Raises `ConfigError` for a precision that the device does not compute in.
