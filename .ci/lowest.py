@@ -5,12 +5,13 @@ These two come as builds of gigabytes or none at all for old versions, so that t
 
 import re
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 LEFT_OUT = ("m3runtime", "torch", "triton")
 
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-requirements = {*project["dependencies"], *sum(project["optional-dependencies"].values(), [])}
+requirements = {*project["dependencies"], *chain(*project["optional-dependencies"].values())}
 for requirement in sorted(requirements):
     name = re.split(r"[\[<>=;]", requirement)[0]
     bound = re.search(r">=([\w.]+)", requirement)

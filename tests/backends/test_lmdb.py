@@ -80,7 +80,7 @@ def test_slot_bytes_come_from_the_bank(tmp_path: Path) -> None:
     LmdbHome(path=tmp_path / "bank").close()  # a refused opening leaves nothing open
 
 
-@pytest.mark.parametrize("content", [b"", b"he", b"hello" * 4000, os.urandom(8192)])
+@pytest.mark.parametrize("content", [b"", b"he", b"hello" * 4000, bytes(range(256)) * 32], ids=len)
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_foreign_file(tmp_path: Path, content: bytes, read_only: bool) -> None:
     (tmp_path / "data.mdb").write_bytes(content)

@@ -42,7 +42,6 @@ from m3runtime.config.schema import Config  # noqa: E402
 from m3runtime.device.resolve import resolve  # noqa: E402
 from m3runtime.documents.reading import Document  # noqa: E402
 from m3runtime.lab.bench.banks import full_pieces  # noqa: E402
-from m3runtime.lab.bench.decode import DecodeSettings, bench_decode  # noqa: E402
 from m3runtime.memory.block import as_ids  # noqa: E402
 from m3runtime.memory.spec import MemorySpec  # noqa: E402
 from m3runtime.memory.tensors import MemoryTensors  # noqa: E402
@@ -328,20 +327,6 @@ def preset(place: Place) -> Iterator[Figure]:
     yield Figure("encode 16", milliseconds(lambda: codec.encode(some), device, rounds=3), "ms")
 
 
-def decoding(place: Place) -> Iterator[Figure]:
-    """``m3 bench decode --quick`` on the bank."""
-    config = place.config
-    adapter = assembly.open_adapter(config)
-    settings = DecodeSettings(
-        new_tokens=8 if place.tiny else 128, batches=(1,), rounds=1 if place.tiny else 2, quick=True
-    )
-    found = bench_decode(config, adapter, [], settings, None, lambda *_: None)
-    for batch in found.batches:
-        for name, one in batch.contenders.items():
-            yield Figure(f"{name}", one.tokens_per_s.median, "tokens/s")
-            yield Figure(f"{name}: kept", one.kept.median, "of the library's")
-
-
 CHECKS: Sequence[Check[Place]] = (
     Check("suite", suite, 90),
     Check("write", write, 60),
@@ -350,7 +335,6 @@ CHECKS: Sequence[Check[Place]] = (
     Check("recall", recall, 30),
     Check("sharing", sharing, 30),
     Check("preset", preset, 50),
-    Check("decoding", decoding, 90),
 )
 
 

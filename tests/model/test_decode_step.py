@@ -78,6 +78,7 @@ def test_the_check_sees_copies_and_waiting() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 @pytest.mark.parametrize("counts", [[9, 9], [3, 9]])
 def test_a_gpu_is_not_waited_for(counts: list[int]) -> None:
     adapter = make_adapter(model=make_model("llama").to("cuda"))
