@@ -6,19 +6,14 @@ parsed file by file, each as a whole.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from m3runtime.documents.html import html_text
-from m3runtime.documents.text import file_blocks, text_blocks
+from m3runtime.documents.text import UNSPACED, file_blocks, text_blocks
 from m3runtime.errors import InputError
-
-# Chinese, Japanese, Thai and others write without spaces: a character counts as a word.
-_WORDS = re.compile(
-    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +54,10 @@ class LongDocument(Document):
         yield rest
 
 
-@dataclass(frozen=True, slots=True)
-class FoundFiles:
-    """The result of `find_files`."""
+def find_files(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
+    """The files under ``paths``, each once, in the order given and folders in sorted order; and the skipped files.
 
-    files: tuple[Path, ...]
-    skipped: tuple[Path, ...]
-    """Files in folders that were passed over: hidden, or of a suffix that is not read."""
-
-
-def find_files(paths: Iterable[str | Path]) -> FoundFiles:
-    """The files under ``paths``, each once, in the order given and folders in sorted order.
-
+    A file in a folder is skipped if it is hidden or has a suffix that is not read.
     Folders are walked to any depth, through symbolic links too, and each real folder once. A file that is
     named itself is taken whatever its suffix. Raises `InputError` for a path that does not exist and for a
     folder in which there is nothing to read.
@@ -92,7 +79,7 @@ def find_files(paths: Iterable[str | Path]) -> FoundFiles:
             files.setdefault(path.resolve(), path)
         else:
             raise InputError(f"{path} is neither a file nor a folder")
-    return FoundFiles(tuple(files.values()), tuple(skipped))
+    return list(files.values()), skipped
 
 
 def read_documents(paths: Iterable[str | Path], *, text_field: str = "text") -> Iterator[Document]:
@@ -103,15 +90,15 @@ def read_documents(paths: Iterable[str | Path], *, text_field: str = "text") -> 
     in UTF-8, for a bad line of JSON, and at the end if there was no text at all. A `LongDocument` raises it when its
     own text is read.
     """
-    return _read(find_files(paths).files, text_field)
+    return _read(find_files(paths)[0], text_field)
 
 
 def one_word(text: str) -> bool:
     """True if a text has fewer than two words: too little to be a reference."""
-    return len(text.split()) < 2 and len(_WORDS.findall(text)) < 2
+    return len(text.split()) < 2 and len(re.findall(f"[{UNSPACED}]", text)) < 2
 
 
-def _read(files: tuple[Path, ...], text_field: str) -> Iterator[Document]:
+def _read(files: Sequence[Path], text_field: str) -> Iterator[Document]:
     empty = True
     for path in files:
         for document in READERS.get(path.suffix.lower(), _read_plain)(path, text_field):

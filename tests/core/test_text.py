@@ -58,9 +58,9 @@ class TestReading:
     def test_what_is_not_read_is_named(self, tmp_path: Path) -> None:
         for name in ("a.txt", "picture.png", ".hidden.txt", ".git/b.txt", "no-suffix"):
             write(tmp_path / name, "text")
-        found = find_files([tmp_path])
-        assert [path.name for path in found.files] == ["a.txt"]
-        assert [path.name for path in found.skipped] == [".hidden.txt", "no-suffix", "picture.png"]
+        files, skipped = find_files([tmp_path])
+        assert [path.name for path in files] == ["a.txt"]
+        assert [path.name for path in skipped] == [".hidden.txt", "no-suffix", "picture.png"]
 
     def test_a_file_of_any_suffix_is_read_when_it_is_named(self, tmp_path: Path) -> None:
         path = write(tmp_path / "LICENSE", "text")
