@@ -17,6 +17,7 @@ from m3runtime.errors import (
 )
 from m3runtime.memory.block import BlockStamp
 from m3runtime.memory.spec import MemorySpec, canonical_json, fingerprint
+from m3runtime.plugins.messages import one_line
 from m3runtime.storage.home import Home
 
 FORMAT = 1
@@ -163,8 +164,3 @@ class Manifest:
             raise BankMismatchError(
                 f"{where}: the bank was written with another embedder ({self.embedder_name}), not {name}; {_MEND}"
             )
-
-
-def one_line(value: object) -> str:
-    """At most 200 printable ASCII characters of a value, for messages about what a file states."""
-    return " ".join(ascii(str(value)[:200])[1:-1].split())

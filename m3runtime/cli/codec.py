@@ -194,7 +194,6 @@ def _facts(codec: "Codec", path: Path) -> dict[str, Any]:
     """The facts about a codec, as JSON values."""
     spec, reference = codec.spec, codec.payload_bytes(codec.spec.tokens)
     plain = 2 * 2 * spec.vectors_per_token * spec.head_dim * spec.tokens  # keys and values of two bytes each
-    measured = getattr(codec, "measured", None)  # not of the contract: codecs that learn nothing need not have it
     return {
         "file": str(path),
         "kind": codec.kind,
@@ -206,8 +205,8 @@ def _facts(codec: "Codec", path: Path) -> dict[str, Any]:
         "token_bytes": reference - codec.payload_bytes(spec.tokens - 1) if spec.tokens > 1 else reference,
         "reference_bytes": reference,
         "times_fewer": plain / reference,
-        "key_error": None if measured is None else measured.keys,
-        "value_error": None if measured is None else measured.values,
+        "key_error": None if codec.measured is None else codec.measured.keys,
+        "value_error": None if codec.measured is None else codec.measured.values,
     }
 
 

@@ -31,3 +31,8 @@ def reason(error: ErrorDetails) -> str:
         case _:
             must = re.sub(r"^\w+ should", "must", error["msg"])
     return f"{must}, not {reprlib.repr(error['input'])}"
+
+
+def one_line(value: object) -> str:
+    """At most 200 printable ASCII characters of a value, for messages about what a file states."""
+    return " ".join(ascii(str(value)[:200])[1:-1].split())
