@@ -58,18 +58,14 @@ class ProductCodec(Codec):
         together: str | None = None,
     ) -> None:
         super().__init__(spec)
-        stages = {
-            "key_bytes": key_bytes,
-            "value_bytes": value_bytes,
-            "scope": scope,
-            "keys": keys,
-            "values": values,
-            "rotation": rotation,
-            "offset": offset,
-            "preset": preset,
-        }
-        transform = {"bytes": bytes, "together": together}
-        self.design: Design = _designed(spec, _given(stages), _given(transform))
+        stages = _given(key_bytes=key_bytes, value_bytes=value_bytes, scope=scope, keys=keys, values=values)
+        stages |= _given(rotation=rotation, offset=offset, preset=preset)
+        transform = _given(bytes=bytes, together=together)
+        if stages and transform:
+            raise CodecError(
+                f"{next(iter(transform))} of the product codec cannot be set together with {next(iter(stages))}"
+            )
+        self.design: Design = StagesDesign(spec, stages) if stages else TransformDesign(spec, **transform)
         self._state: _State | None = None
 
     @property
@@ -170,16 +166,5 @@ class ProductCodec(Codec):
         return state.on[device]
 
 
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _designed(spec: MemorySpec, stages: Mapping[str, Any], transform: Mapping[str, Any]) -> Design:
-    """The design that has these options: the transform, unless one of the others is given."""
-    if not stages:
-        return TransformDesign(spec, **transform)
-    if transform:
-        raise CodecError(
-            f"{next(iter(transform))} of the product codec cannot be set together with {next(iter(stages))}"
-        )
-    return StagesDesign(spec, **stages)

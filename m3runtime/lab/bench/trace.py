@@ -7,7 +7,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from m3runtime.errors import InputError
-from m3runtime.plugins.messages import reason
+from m3runtime.plugins.messages import first_fault
 from m3runtime.storage.trace import FORMAT, Header, Op, TracedTier
 
 _GONE = ("pin", "unpin")
@@ -59,6 +59,5 @@ def _parse(kind: TypeAdapter[T], line: bytes, where: str) -> T:
     try:
         return kind.validate_json(line)
     except ValidationError as error:
-        first = error.errors()[0]
-        what = reason(first).replace(" at line 1 column", " at column")  # which is this line
-        raise InputError(" ".join([where, *map(str, first["loc"]), what])) from None
+        what = first_fault(error).replace(" at line 1 column", " at column")  # which is this line
+        raise InputError(f"{where} {what}") from None
