@@ -124,11 +124,11 @@ class Hierarchy:
 
     def stats(self) -> tuple[TierStats, ...]:
         """A snapshot of each tier, the home's last."""
-        return tuple(level.tally.stats() for level in self._levels)
+        return tuple(level.stats for level in self._levels)
 
     def latencies(self) -> tuple[Latency, ...]:
         """The durations of the calls that read from each tier, the home's last. A snapshot."""
-        return tuple(level.tally.reads.latency() for level in self._levels)
+        return tuple(level.reads.latency() for level in self._levels)
 
     def close(self) -> None:
         """Close the caching tiers, all of them whatever one raises. Closing twice is fine."""
