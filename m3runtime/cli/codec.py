@@ -53,8 +53,7 @@ def fit(
     from m3runtime import assembly
     from m3runtime.documents.references import ReferenceSpool
     from m3runtime.documents.splitting import Splitter
-    from m3runtime.writing.fitting import fit_codec, sample_size
-    from m3runtime.writing.sampling import reservoir
+    from m3runtime.writing.fitting import fit_codec, sample
 
     adapter = assembly.open_adapter(settings)
     codec = assembly.make_codec(settings, adapter.spec)
@@ -62,8 +61,7 @@ def fit(
         raise InputError(f"a codec of kind {settings.codec.kind} learns nothing and cannot be fitted")
     splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
     with closing(ReferenceSpool(documents, splitter, whole=whole)) as references:
-        sample = reservoir(range(len(references)), sample_size(adapter.spec))
-        texts = [references[place].text for place in sample]
+        texts = sample(references, adapter.spec)
     with stages({"codec": "Training the codec"}, shown=not json) as progress:
         fit_codec(codec, adapter, texts, settings.memory.batch_size, partial(progress, "codec"))
     codec.save(path)
