@@ -41,42 +41,28 @@ class StagesDesign(Design):
         chosen = dict(options)
         if "preset" in chosen:
             preset = _one_of("preset", chosen.pop("preset"), PRESETS)
-            if chosen:
-                raise CodecError(
-                    f"{next(iter(chosen))} of the product codec cannot be set together with preset {preset}"
-                )
+            for other in chosen:
+                raise CodecError(f"{other} of the product codec cannot be set together with preset {preset}")
             chosen = _memory3(spec.head_dim)
         self.keys = _stages(chosen, "keys", "key_bytes", 32, spec.head_dim)
         self.values = _stages(chosen, "values", "value_bytes", 16, spec.head_dim)
-        self.scope: str = _one_of("scope", chosen.get("scope", "head"), SCOPES)
+        scope = _one_of("scope", chosen.get("scope", "head"), SCOPES)
         self.rotation: str = _one_of("rotation", chosen.get("rotation", "pca"), ROTATIONS)
         self.offset: bool = chosen.get("offset", True)
         if not isinstance(self.offset, bool):
             raise CodecError(f"offset of the product codec must be true or false, not {self.offset!r}")
         self.heads = spec.vectors_per_token
         # Neighbouring heads that share what was learned.
-        self.sharing = {"head": 1, "layer": spec.kv_heads, "model": self.heads}[self.scope]
-
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """The options, every one stated: see `Design.options`."""
-        return {
+        self.sharing = {"head": 1, "layer": spec.kv_heads, "model": self.heads}[scope]
+        self.options = {
             "keys": text_of(self.keys),
             "values": text_of(self.values),
             "rotation": self.rotation,
-            "scope": self.scope,
+            "scope": scope,
             "offset": self.offset,
         }
-
-    @property
-    def fixed_bytes(self) -> int:
-        """Most bytes before the tokens: see `Design.fixed_bytes`."""
-        return self.heads * self.spec.head_dim if self.offset else 0
-
-    @property
-    def token_bytes(self) -> int:
-        """Most bytes of a token: see `Design.token_bytes`."""
-        return self.heads * sum(stage.bytes for stage in (*self.keys, *self.values))
+        self.fixed_bytes = self.heads * spec.head_dim if self.offset else 0
+        self.token_bytes = self.heads * sum(stage.bytes for stage in (*self.keys, *self.values))
 
     def fit(
         self,
