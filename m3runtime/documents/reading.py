@@ -22,22 +22,8 @@ class Document:
 
     source: str
     """The path as it was given, with ``/``. A line of JSON adds ``:`` and its source, id or line number."""
-    text: str
-
-    def blocks(self) -> Iterator[str]:
-        """The text in pieces that fit in memory, cut between lines where it has any."""
-        yield self.text
-
-
-class LongDocument(Document):
-    """A plain-text file that is longer than a block: it is read each time that its text is asked for."""
-
-    __slots__ = ("_path",)
-    _path: Path
-
-    def __init__(self, path: Path) -> None:
-        object.__setattr__(self, "source", path.as_posix())
-        object.__setattr__(self, "_path", path)
+    content: str | Path
+    """The text, or the plain-text file that holds it, which is read each time that the text is asked for."""
 
     @property
     def text(self) -> str:
@@ -45,9 +31,15 @@ class LongDocument(Document):
         return "".join(self.blocks())
 
     def blocks(self) -> Iterator[str]:
-        """The text, about a million characters at a time. Raises `InputError` if it is not text in UTF-8."""
+        """The text in pieces of about a million characters, cut between lines where it has any; a text in one.
+
+        Raises `InputError` if a file is not text in UTF-8.
+        """
+        if isinstance(self.content, str):
+            yield self.content
+            return
         rest = ""
-        for block in text_blocks(file_blocks(self._path), str(self._path)):
+        for block in text_blocks(file_blocks(self.content), str(self.content)):
             end = block.rfind("\n") + 1
             yield rest + block[:end]
             rest = block[end:]
@@ -87,8 +79,8 @@ def read_documents(paths: Iterable[str | Path], *, text_field: str = "text") -> 
 
     A file named ``.jsonl`` gives one document for each line, whose text is in ``text_field``. Raises
     `InputError` at once for paths that cannot be used, and while it is iterated for a file that is not text
-    in UTF-8, for a bad line of JSON, and at the end if there was no text at all. A `LongDocument` raises it when its
-    own text is read.
+    in UTF-8, for a bad line of JSON, and at the end if there was no text at all. A long file raises it when its text
+    is read.
     """
     return _read(find_files(paths)[0], text_field)
 
@@ -128,10 +120,7 @@ def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
 
 def _read_plain(path: Path, _: str) -> Iterator[Document]:
     begin = list(islice(file_blocks(path), 2))
-    if len(begin) > 1:
-        yield LongDocument(path)
-    else:
-        yield Document(path.as_posix(), "".join(text_blocks(begin, str(path))))
+    yield Document(path.as_posix(), path if len(begin) > 1 else "".join(text_blocks(begin, str(path))))
 
 
 def _read_html(path: Path, _: str) -> Iterator[Document]:
@@ -175,4 +164,4 @@ READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
     ".htm": _read_html,
     ".jsonl": _read_json_lines,
 }
-"""How files of each suffix are read. Other files are read as plain text when they are named themselves."""
+"""The reader of each suffix. Other files are read as plain text when they are named themselves."""

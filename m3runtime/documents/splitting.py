@@ -8,7 +8,7 @@ from m3runtime.documents.reference import Reference
 from m3runtime.errors import ConfigError, InputError
 
 CountTokens = Callable[[str], int]
-"""How many tokens a text has to the model, special tokens left out."""
+"""Counts the tokens that a text has to the model, without special tokens."""
 
 _BLANK_LINE = re.compile(r"(\n[^\S\n]*\n)")
 _HEADING = re.compile(
@@ -162,7 +162,7 @@ def _paragraphs(text: str) -> Iterator[_Span]:
 
 
 def _section_end(text: str, start: int, stop: int) -> int:
-    """Where to cut ``text[start:stop]`` so that both sides are split as the whole is: after its last whole section.
+    """The place to cut ``text[start:stop]`` so that both sides are split as the whole is: after its last section.
 
     A section that is longer than all of it is cut after a line, a word or anywhere. The result depends on the text
     from ``start`` on alone, so it is the same however the text was cut into blocks.
