@@ -59,8 +59,7 @@ class RawCodec(Codec):
 
         Raises `BlockError` if a memory holds a value that is not finite.
         """
-        width = layout.width_of(payloads, tokens, self.spec)
-        layout.check_length(payloads, self.payload_bytes(width))
+        width = layout.width_of(payloads, tokens, self)
 
         def values_of(codes: Tensor) -> Tensor:  # uint8[n, width, bytes] -> [n, layers * heads, width, dim]
             # The clone is aligned, whatever the slot was; only aligned bytes can be viewed as floats.

@@ -75,8 +75,7 @@ class ScalarCodec(Codec):
 
         Raises `BlockError` if a range is not finite.
         """
-        width = layout.width_of(payloads, tokens, self.spec)
-        layout.check_length(payloads, self.payload_bytes(width))
+        width = layout.width_of(payloads, tokens, self)
         fixed = payloads[:, : 2 * self._range_bytes].clone(memory_format=torch.contiguous_format)
         shape = (2, 2, self.spec.vectors_per_token, 1, self.spec.head_dim)
         ranges = torch.unflatten(fixed.view(torch.float16), 1, shape)

@@ -52,7 +52,7 @@ class Cache(Level):
             return self._unlisted is None and not self._discards
 
     def contains(self, ids: Ids) -> Found:
-        """Which ids the tier can answer with now."""
+        """``bool[n]``: the ids that the tier can answer with now."""
         if self.is_usable():
             with self._counting():
                 return self.tier.contains(ids)

@@ -20,7 +20,7 @@ from m3runtime.storage.tier import CachingTier, Scores, Tier, check_rows
 from m3runtime.storage.truth import Truth
 
 LIFT_BLOCKS = 32
-"""How many blocks `Hierarchy.lift` moves at a time: what its scratch buffer holds."""
+"""Blocks that `Hierarchy.lift` moves at a time: its scratch buffer holds them."""
 
 
 Record = Callable[[str, Ids, Scores | None], None]
@@ -75,7 +75,7 @@ class Hierarchy:
         return self._read(ids, out, lifting=False)
 
     def lift(self, ids: Ids) -> Found:
-        """Copy blocks up to the fastest caching tier with room. Returns which ids a caching tier holds then."""
+        """Copy blocks up to the fastest caching tier with room. Returns as `held` does."""
         self._open()
         ids = np.asarray(ids)
         self._record("lift", ids, None)
@@ -96,7 +96,7 @@ class Hierarchy:
             cache.score(ids, scores)
 
     def held(self, ids: Ids) -> Found:
-        """Which ids a caching tier holds now, so that reading them does not touch the home."""
+        """``bool[n]``: the ids that a caching tier holds now, so that reading them does not touch the home."""
         self._open()
         held = np.zeros(len(ids), np.bool_)
         for cache in self._caches:
@@ -104,7 +104,7 @@ class Hierarchy:
         return held
 
     def near(self, ids: Ids) -> Found:
-        """Which ids the fastest caching tier with room holds now: where `lift` copies blocks to."""
+        """``bool[n]``: the ids that the fastest caching tier with room holds now. `lift` copies blocks to it."""
         self._open()
         target = self._target
         return np.zeros(len(ids), np.bool_) if target is None else target.contains(ids)

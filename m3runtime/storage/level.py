@@ -41,7 +41,7 @@ class Level(ABC):
         return self._stats
 
     def read(self, ids: Ids, out: Tensor, *, lifting: bool) -> Found | None:
-        """Which rows the tier filled with the right bytes; None if it cannot answer. Raises what the home raises.
+        """``bool[n]``: the rows filled with the right bytes; None if the tier failed. Raises what the home raises.
 
         Counted as `lifted` while ``lifting``. Rows that are not found have no meaning afterwards.
         """

@@ -133,7 +133,7 @@ class SlabTier(CachingTier):
                     self._remove(id)
 
     def contains(self, ids: Ids) -> Found:
-        """Which ids are held; see `Tier.contains`."""
+        """The ids that are held; see `Tier.contains`."""
         with self._lock:
             self._open()
             return np.array([id in self._held for id in ids.tolist()], np.bool_)

@@ -22,7 +22,7 @@ class Truth(Level):
         self.home = home
 
     def remembered(self, ids: Ids) -> Found | None:
-        """Which ids the home has; None if it fails."""
+        """``bool[n]``: the ids that the home has; None if it fails."""
         try:
             return self.home.contains(ids)
         except (TierError, BankError):

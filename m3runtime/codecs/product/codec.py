@@ -109,14 +109,14 @@ class ProductCodec(Codec):
         for i in range(len(sample) - held_out):
             keys, values = layout.vectors(sample, i, self.spec)
             memories.append((keys.cpu(), values.cpu()))
-        state = _State(self.design.fit(memories, importance, progress), None)
+        quantiser = self.design.fit(memories, importance, progress)
         measured = None
         if held_out:
             rest = slice(len(sample) - held_out, None)
             judge = type(self)(self.spec, **self.options)
-            judge._state = state
+            judge._state = _State(quantiser, None)
             measured = judge.distortion(MemoryTensors(sample.keys[rest], sample.values[rest], sample.tokens[rest]))
-        self._state = _State(state.quantiser, measured)
+        self._state = _State(quantiser, measured)
 
     def encode(self, memories: MemoryTensors) -> Tensor:
         """Payloads of memories, ``uint8[n, bytes]`` on the CPU: see `Codec.encode`."""
@@ -133,8 +133,7 @@ class ProductCodec(Codec):
     def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> MemoryTensors:
         """Decode payloads on their device; refuses no bytes and never waits for it: see `Codec.decode`."""
         quantiser = self._on(payloads.device)
-        width = layout.width_of(payloads, tokens, self.spec)
-        layout.check_length(payloads, self.payload_bytes(width))
+        width = layout.width_of(payloads, tokens, self)
         keys, values = quantiser.decode(payloads, width)
         return layout.finish(keys, values, tokens, self.spec, dtype, quantiser.peak)
 

@@ -120,7 +120,7 @@ def lloyd(x: npt.NDArray[np.float32], levels: int) -> npt.NDArray[np.float32]:
 
 
 def divide(spectra: Sequence[Spectrum], codes: int) -> list[list[int]]:
-    """How many coordinates each code of each unit covers, from the greatest on, with at most ``codes`` in all.
+    """The number of coordinates that each code of each unit covers, from the greatest on; at most ``codes`` in all.
 
     What is left over at a spectrum's end gets no code. Minimises the predicted sum of squared errors: a price of a code
     is found by bisection at which all units together buy as many as there are.
