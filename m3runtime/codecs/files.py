@@ -8,8 +8,9 @@ key::
 The digest is XXH3-128 over the whole file with the digest's own digits as zeros. ``tensors`` states dtype
 and shape of each.
 
-A file is as long as its header says and no longer than a codec of its spec can be, or it is refused before it is read.
-The digest finds damage; it proves nothing against somebody who computes it anew, so whatever is read is checked.
+A file that is longer than a codec of its spec can be is refused before it is read; safetensors refuses one that is not
+as long as its header says. The digest finds damage; it proves nothing against somebody who computes it anew, so whatever
+is read is checked.
 """
 
 import json
@@ -134,9 +135,9 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def _read(path: Path) -> tuple[bytes, int, dict[str, Any]]:
-    """The bytes of a file, where its header ends, and our part of it, which states what it should.
+    """The bytes of a file, the end of its header, and our part of the header.
 
-    Reads no more than the header unless the file is as long as that says, and as a codec can be.
+    Reads no more than the header of a file that is longer than a codec of its spec can be.
     """
     try:
         with open_regular(path) as file:
@@ -146,32 +147,23 @@ def _read(path: Path) -> tuple[bytes, int, dict[str, Any]]:
             if len(start) < 8 or end > min(size, _MOST_HEAD):
                 raise CodecError(f"{path}: damaged, or not the file of a codec")
             start += file.read(end - 8)
-            entries, head = _head(start[8:], path)
-            if size != end + entries or size > min(
-                _MOST, end + _most_bytes(MemorySpec.from_json(head["codec"]["spec"]))
-            ):
-                raise CodecError(f"{path}: damaged, it has {size} bytes, and states others")
-            data = start + file.read(size - end)
+            head, spec = _head(start[8:], path)
+            if size > min(_MOST, end + _most_bytes(spec)):
+                raise CodecError(f"{path}: damaged, {size} bytes are more than a codec of its spec has")
+            return start + file.read(size - end), end, head
     except OSError as error:
         raise CodecError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(data) != size:
-        raise CodecError(f"{path}: damaged, it was cut off while it was read")
-    return data, end, head
 
 
-def _head(text: bytes, path: Path) -> tuple[int, dict[str, Any]]:
-    """The bytes of tensors that a header announces, and our part of its JSON."""
+def _head(text: bytes, path: Path) -> tuple[dict[str, Any], MemorySpec]:
+    """Our part of a header's JSON, and the spec that it states."""
     try:
-        entries = json.loads(text, object_pairs_hook=_unique)
-        head = json.loads(entries.pop("__metadata__")[_KEY], object_pairs_hook=_unique)
-        ends = [entry["data_offsets"][1] for entry in entries.values()]
-        fits = isinstance(head["digest"], str) and isinstance(head["codec"], dict) and "format" in head
-        if not fits or {*map(type, ends)} > {int}:
+        head = json.loads(json.loads(text)["__metadata__"][_KEY], object_pairs_hook=_unique)
+        if not (isinstance(head["digest"], str) and isinstance(head["codec"], dict) and "format" in head):
             raise TypeError
-        MemorySpec.from_json(head["codec"]["spec"])
+        return head, MemorySpec.from_json(head["codec"]["spec"])
     except (ValueError, LookupError, TypeError, AttributeError, ConfigError, RecursionError) as error:
         raise CodecError(f"{path}: damaged, or not the file of a codec") from error
-    return max(ends, default=0), head
 
 
 def _most_bytes(spec: MemorySpec) -> int:
