@@ -9,8 +9,8 @@ The digest is XXH3-128 over the whole file with the digest's own digits as zeros
 and shape of each.
 
 A file that is longer than a codec of its spec can be is refused before it is read; safetensors refuses one that is not
-as long as its header says. The digest finds damage; it proves nothing against somebody who computes it anew, so whatever
-is read is checked.
+as long as its header says. The digest finds damage; it proves nothing against somebody who computes it anew, so all
+that is read is checked.
 """
 
 import json
