@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from m3runtime.errors import InputError
+from m3runtime.lab.bench.trace import Trace, read_trace
 from m3runtime.storage.eviction import EvictionPolicy, make_policy
-from m3runtime.storage.trace import Op, Trace, read_trace
+from m3runtime.storage.trace import Op
 
 REQUESTS = ("read", "lift")
 OPTIMUM = "optimum"
