@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json, show_size
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
 from m3runtime.errors import InputError
+from m3runtime.observe.figures import show_size
 
 if TYPE_CHECKING:
     from m3runtime.bank.bank import Bank

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json, show_size
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
 from m3runtime.cli.progress import stages
 from m3runtime.errors import CodecError, InputError
+from m3runtime.observe.figures import show_size
 
 if TYPE_CHECKING:
     from m3runtime.codecs import Codec
@@ -64,8 +65,8 @@ def fit(
     with closing(ReferenceSpool(documents, splitter, whole=whole)) as references:
         sample = reservoir(range(len(references)), sample_size(adapter.spec))
         texts = [references[place].text for place in sample]
-    with stages({"codec": "Training the codec"}, shown=not json) as progress:
-        fit_codec(codec, adapter, texts, settings.memory.batch_size, partial(progress, "codec"))
+    with stages(shown=not json) as progress:
+        fit_codec(codec, adapter, texts, settings.memory.batch_size, partial(progress, "Training the codec"))
     codec.save(path)
     _print(codec, path, json=json)
 

@@ -11,6 +11,7 @@ from m3runtime.errors import InputError
 if TYPE_CHECKING:
     from m3runtime.config.loading import Loaded
     from m3runtime.config.schema import Config
+    from m3runtime.lab.results import Result
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", help="Configuration file; default: $M3_CONFIG, or m3.yaml.")
@@ -18,7 +19,6 @@ ConfigFile = Annotated[
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value: --set recall.memories=3.")
 ]
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -27,13 +27,18 @@ def load(file: Path | None, settings: list[str] | None) -> "Loaded[Config]":
     from m3runtime.config.loading import load_config
     from m3runtime.config.schema import Config
 
-    overrides = {}
+    return load_config(Config, file, overrides=overrides(settings))
+
+
+def overrides(settings: list[str] | None) -> dict[str, str]:
+    """The values of ``--set`` by key. Raises `InputError`."""
+    found = {}
     for setting in settings or ():
         key, equals, value = setting.partition("=")
         if not equals:
             raise InputError(f"--set {setting}: write it as KEY=VALUE")
-        overrides[key] = value
-    return load_config(Config, file, overrides=overrides)
+        found[key] = value
+    return found
 
 
 def configuration(file: Path | None, settings: list[str] | None) -> "Config":
@@ -46,15 +51,11 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False))
 
 
-def show_size(size: float) -> str:
-    """A size in bytes with three significant digits. Units are powers of 1024, which the paper calls PB and TB."""
-    power = 0
-    while float(f"{size:.3g}") >= 1000 and power < len(_UNITS) - 1:
-        size, power = size / 1024, power + 1
-    return f"{short(size)} {_UNITS[power]}"
+def show(result: "Result", *, json: bool) -> None:
+    """Print the result of an experiment: as tables, or as one line of JSON."""
+    from rich.console import Console
 
-
-def short(number: float) -> str:
-    """A number with three significant digits."""
-    rounded = float(f"{number:.3g}")
-    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:g}"
+    if json:
+        print_json(result.to_json())
+    else:
+        Console().print(result)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from m3runtime.cli.codec import in_short
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json, short, show_size
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
 from m3runtime.errors import ConfigError, InputError
+from m3runtime.observe.figures import short, show_size
 
 if TYPE_CHECKING:
     from m3runtime.memory.shape import ModelShape

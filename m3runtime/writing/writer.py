@@ -26,7 +26,7 @@ from m3runtime.writing.pipeline import Clock, Pipeline
 from m3runtime.writing.sampling import reservoir
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with the phase (``codec`` or ``memories``), the steps done, and the number of all steps."""
+"""Called with the title of a stage, its steps done, and all its steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +93,12 @@ class Writer:
             with clock.phase("codec"):
                 bank = self._open(references, progress)
             with closing(bank):
+                title = "Cataloguing references" if catalogue else "Writing memories"
                 done = _Tally(bank, self.adapter.spec.tokens)
 
                 def computed(count: int) -> None:
                     if progress:
-                        progress("memories", done.known + count, len(references))
+                        progress(title, done.known + count, len(references))
 
                 pipeline = Pipeline(
                     self.adapter,
@@ -161,7 +162,8 @@ class Writer:
             return codec
         sample = reservoir(range(len(references)), sample_size(self.adapter.spec))
         texts = [references[place].text for place in sample]
-        fit_codec(codec, self.adapter, texts, self.config.memory.batch_size, progress and partial(progress, "codec"))
+        trained = progress and partial(progress, "Training the codec")
+        fit_codec(codec, self.adapter, texts, self.config.memory.batch_size, trained)
         return codec
 
 

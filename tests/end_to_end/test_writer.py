@@ -232,7 +232,7 @@ def test_codecs_learn_on_more_memories_of_fewer_tokens(
     totals = set()
 
     def progress(stage: str, _: int, total: int) -> None:
-        if stage == "codec":
+        if stage == "Training the codec":
             totals.add(total)
 
     documents = [Document(f"text {number}", f"The lamp of house {number} burns oil.") for number in range(200)]
