@@ -19,7 +19,7 @@ from m3runtime.lab.evaluation.modes import MODES, NEAREST, NEEDS_ANSWER, SEARCHI
 from m3runtime.lab.evaluation.world import Question, make_world
 from m3runtime.memory.block import as_ids
 from m3runtime.memory.spec import fingerprint
-from m3runtime.observe.tiers import TierStats
+from m3runtime.observe.counts import TierStats
 from m3runtime.retrieval.retriever import passing
 from m3runtime.runtime import Runtime
 from m3runtime.writing.writer import OnProgress
