@@ -40,7 +40,8 @@ test-flips: install  ## flip 10,000 bits of a bank's files
 
 test-lowest: $(CONSTRAINTS)  ## run core, backend and hostile tests with the lowest versions of all dependencies
 	$(PYTHON) -m venv --clear $(LOWEST)
-	$(PYTHON) .ci/lowest.py | cat $(CONSTRAINTS) - > $(LOWEST)/constraints.txt
+	cp $(CONSTRAINTS) $(LOWEST)/constraints.txt
+	$(PYTHON) .ci/lowest.py >> $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet -c $(LOWEST)/constraints.txt -e ".[test]"
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(TEST_MODELS)
 	$(LOWEST)/bin/python -m pytest tests/core tests/backends tests/hostile $(PYTEST_ARGS)

@@ -71,7 +71,8 @@ class _Talk(ExitStack):
         with ExitStack() as opened:  # closes what is open if the next cannot be opened
             if not no_memory:
                 self.runtime = opened.enter_context(self._open_runtime(lasting=lasting))
-            self.adapter: Adapter = assembly.open_adapter(self.settings)
+            device = None if self.runtime is None else self.runtime.device
+            self.adapter: Adapter = assembly.open_adapter(self.settings, device)
             opened.callback(self.adapter.close)
             if self.runtime is not None:
                 self.runtime.encoder = self.adapter  # which refuses another model's bank

@@ -1,4 +1,4 @@
-"""The configuration: one YAML file, every key of it described here. `m3runtime.config.loading` reads it."""
+"""`Config` and its sections: every key of the configuration file, its type, its default and its meaning."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -45,38 +45,38 @@ class ModelConfig(Section):
     """The language model."""
 
     adapter: Name = "transformers"
-    """What joins the model to the runtime: a plug-in's name or an import path ``package.module:Name``."""
+    """The adapter between model and runtime: a plug-in's name or an import path ``package.module:Name``."""
     path: FileOrHubName
-    """A local folder, a GGUF file or a hub name. From ``./`` or ``../`` on it is relative to the file that says so."""
+    """A local folder, a GGUF file or a hub name. ``./``, ``../`` and ``~/`` mark a local path."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """What to compute in; ``auto`` is float32 on a CPU, and what the weights are stored in on an accelerator."""
+    """The dtype of computation; ``auto`` is float32 on a CPU, and the weights' own dtype on an accelerator."""
     device: Name = "auto"
-    """Where to compute, such as ``cpu`` or ``cuda:1``; ``auto`` is the accelerator, if there is one."""
+    """The device of the whole runtime, such as ``cpu`` or ``cuda:1``; ``auto``: the accelerator if one is found."""
 
 
 class MemoryConfig(Section):
-    """What is kept of a reference, and how attention reads it. A bank holds memories of one such shape."""
+    """The parts of a reference that are kept, and how attention reads them; the same for a whole bank."""
 
     preset: Literal["memory3"] | None = None
-    """Other defaults here and of `codec`, `embedder` and `recall`: ``memory3`` has those of the Memory³ paper."""
+    """Other defaults here and in `codec`, `embedder` and `recall`: ``memory3`` gives those of the Memory³ paper."""
     layers: Layers = "all"
     """The memory layers: ``all``, ``first-half``, ``middle-half``, a range such as ``8-23`` or a list of numbers."""
     tokens_per_head: TokensPerHead = "all"
-    """Tokens of a reference that each KV head keeps: ``all``, or how many of those that receive the most attention."""
+    """Tokens of a reference that each KV head keeps: ``all``, or that many of those that receive most attention."""
     reference_tokens: Annotated[Whole, Field(ge=1, le=65_535)] = 128
-    """Most tokens of a reference."""
+    """Most tokens of a reference; longer texts are cut into several."""
     sink: str = "Reference:"
-    """The text after BOS whose keys and values stand once before all memories."""
+    """The text of the sink: after BOS, its keys and values stand once before all memories."""
     place: Literal["start", "turn"] = "start"
-    """Where the sink and memories stand: before everything, or in the user's turn of the model's chat template."""
+    """The place of sink and memories: before everything, or in the user's turn of the model's chat template."""
     sinks: Literal["once", "each"] = "once"
-    """Whether attention reads the sink once, before all memories, or also before each of them."""
+    """Attention reads the sink once, before all memories, or again before each of them."""
     positions: Literal["parallel", "sequential"] = "parallel"
-    """Where memories stand: all in one interval of positions, or in a row of intervals with the best one last."""
+    """Positions of memories: all in one interval, or in a row of intervals with the best memory last."""
     attention_temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
-    """Attention logits between queries and memory keys are divided by it: below 1 sharpens attention to memories."""
+    """The divisor of attention logits between queries and memory keys: below 1 it sharpens attention to memories."""
     batch_size: Count = 16
-    """References that the model reads at once while memories are written."""
+    """References in one forward pass of the model while memories are written."""
 
     @model_validator(mode="before")
     @classmethod
@@ -85,30 +85,30 @@ class MemoryConfig(Section):
 
 
 class CodecConfig(PluginSection):
-    """How memories become bytes."""
+    """The codec, which turns memories into bytes and back."""
 
     kind: Name = "product"
     """A plug-in's name or an import path; further keys are its options."""
     file: File | None = None
-    """A trained codec for a new bank, relative to the file that says so; null: one is trained on what is written."""
+    """A trained codec for a new bank; null: a codec is trained on the references that are written."""
 
 
 class EmbedderConfig(PluginSection):
-    """What turns texts into the vectors that recall searches by."""
+    """The embedder, which turns texts into the vectors that recall searches by."""
 
     kind: Name = "sentence-transformers"
     """A plug-in's name or an import path; further keys are its options."""
     path: FileOrHubName
-    """A local folder or a hub name. From ``./`` or ``../`` on it is relative to the file that says so."""
+    """A local folder or a hub name. ``./``, ``../`` and ``~/`` mark a local path."""
 
 
 class IndexConfig(PluginSection):
-    """What finds the nearest vectors."""
+    """The index, which finds the nearest vectors."""
 
     kind: Name = "usearch"
     """A plug-in's name or an import path; further keys are its options."""
     dtype: Name = "f16"
-    """What the index stores vectors in."""
+    """The dtype of the vectors in the index."""
 
 
 class TierConfig(PluginSection):
@@ -119,14 +119,14 @@ class TierConfig(PluginSection):
 
 
 class RecallConfig(Section):
-    """Which memories a chunk gets, and how long it waits for them."""
+    """The choice of memories for a chunk, and the time that it waits for them."""
 
     replaced: ClassVar[Mapping[str, str]] = {
         "in_flight": "recall.decoded bounds prefetched and leased memories together"
     }
 
     chunk_tokens: Count = 64
-    """Tokens between two recalls."""
+    """Tokens of a chunk: the distance between two recalls."""
     memories: Count = 5
     """Most memories of a chunk."""
     min_score: Annotated[float, Field(ge=-1, le=1)] = 0.3
@@ -136,19 +136,18 @@ class RecallConfig(Section):
     score_temperature: Annotated[float, Field(gt=0)] | None = 0.03
     """Attention weighs memories by ``exp((score - best) / this)``; null: all alike, as a Memory³ model is trained."""
     lookahead_tokens: Annotated[Whole, Field(ge=0)] = 16
-    """Tokens before a chunk's end at which its memories are guessed, and brought beside decoding; 0: never."""
+    """Tokens before a chunk's end at which its memories are guessed and prefetched during decoding; 0: never."""
     decoded: Size | None = None
     """Most bytes of decoded memories on the device, prefetched and leased together; null: fits the machine."""
     deadline: Seconds = 0.05
-    """How long a recall waits, after its search, for memories that are still being read or decoded in the background.
-    Embedding, the search, and decoding what the fastest tier holds are not bounded by it."""
+    """Time that a recall waits, after its search, for memories that are being read or decoded in the background.
+    Embedding, the search, and the decoding of blocks in the fastest tier are not bounded."""
     when_late: Literal["wait", "skip", "next_chunk"] = "skip"
-    """For memories that miss the deadline: wait for them, go on without, or give them to the next chunk."""
+    """Memories that miss the deadline are waited for, skipped, or given to the next chunk."""
     cold_start: bool = False
-    """Whether references that are only in the catalogue are encoded at their first recall, and stored; else they are
-    not recalled."""
+    """Encode references of the catalogue at their first recall, and store them; otherwise they are not recalled."""
     trace: File | None = None
-    """A file to record into what is asked of the tiers, relative to the file that says so; null: none."""
+    """A file that records every request to the tiers, for `m3 bench eviction`; null: none."""
 
     @model_validator(mode="after")
     def _look_ahead_within_a_chunk(self) -> Self:
@@ -160,74 +159,74 @@ class RecallConfig(Section):
 
 
 class ThreadsConfig(Section):
-    """What works beside decoding, so that it takes no more of the machine than it should."""
+    """Background threads, which work while the model decodes."""
 
     lookahead: Count = 2
-    """Threads that embed, search, read and decode for hints, and read what a recall must not wait for."""
+    """Threads that embed, search, read and decode for hints, and that read blocks that miss the deadline."""
     cores: Count = 1
-    """Cores that each of them computes on."""
+    """Cores that each of these threads computes on."""
 
 
 class MetricsConfig(Section):
-    """What a runtime shows of itself."""
+    """Counters and events that a runtime publishes."""
 
     port: Annotated[Whole, Field(ge=1, le=65_535)] | None = None
-    """Where Prometheus, and `m3 top`, can read them; null: nowhere."""
+    """The port on which Prometheus and `m3 top` read the counters; null: none."""
     address: Name = "127.0.0.1"
-    """The address that is listened at; `0.0.0.0` is every network's."""
+    """The address to listen on; `0.0.0.0` accepts connections from every network."""
     timeline: Annotated[Whole, Field(ge=0)] = 0
-    """How many of the last events a timeline keeps; 0: none."""
+    """Events that the timeline keeps, the latest ones; 0: none."""
 
 
 class GenerateConfig(Section):
-    """How answers are written."""
+    """Prompt and sampling of an answer."""
 
     prompt: Literal["question", "reference", "chat", "plain"] = "question"
-    """What the model is given: ``Question: ... Answer:``, the same after a line that points to the references
-    (``reference``), its chat template, or the text as it is."""
+    """The form of the prompt: ``Question: ... Answer:``, the same after a line that points to the references
+    (``reference``), the model's chat template, or the plain text."""
     max_new_tokens: Count = 128
     """Most tokens of an answer."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """0 takes the most likely token; above, tokens are drawn."""
+    """The temperature of sampling; 0 takes the most likely token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Tokens are drawn among the likeliest that have this probability together."""
+    """Tokens are drawn from the likeliest ones that together have this probability."""
     top_k: Annotated[Whole, Field(ge=0)] = 0
-    """Tokens are drawn among so many likeliest ones; 0: among all."""
+    """Tokens are drawn from this many likeliest ones; 0: from all."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    """Above 1 makes tokens less likely that were written already."""
+    """Above 1 it makes tokens less likely that are in the answer already."""
     seed: Annotated[Whole, Field(ge=0)] = 0
-    """Equal seeds draw equal tokens."""
+    """The seed of sampling: equal seeds draw equal tokens."""
     stop: tuple[Name, ...] = ()
-    """Texts at which an answer ends, besides the model's own end."""
+    """Texts that end an answer, in addition to the model's own end token."""
 
 
 class Config(Section):
-    """Everything that can be set."""
+    """The whole configuration."""
 
     bank: File
-    """The bank's folder, relative to the file that says so."""
+    """The bank's folder."""
     model: ModelConfig
     """The language model."""
     memory: MemoryConfig = MemoryConfig()
-    """What is kept of a reference, and how attention reads it."""
+    """The parts of a reference that are kept, and how attention reads them."""
     codec: CodecConfig = CodecConfig()
-    """How memories become bytes."""
+    """The codec, which turns memories into bytes and back."""
     embedder: EmbedderConfig
-    """What turns texts into vectors."""
+    """The embedder, which turns texts into vectors."""
     index: IndexConfig = IndexConfig()
-    """What finds the nearest vectors."""
+    """The index, which finds the nearest vectors."""
     tiers: tuple[TierConfig, ...] = ()
-    """The tiers, fastest first, the home last. Empty: those that fit the device and the machine."""
+    """The tiers, fastest first, the home last; empty: tiers that fit the device and the machine."""
     recall: RecallConfig = RecallConfig()
-    """Which memories a chunk gets, and how long it waits for them."""
+    """The choice of memories for a chunk, and the time that it waits for them."""
     threads: ThreadsConfig = ThreadsConfig()
-    """What works beside decoding, so that it takes no more of the machine than it should."""
+    """Background threads, which work while the model decodes."""
     metrics: MetricsConfig = MetricsConfig()
-    """What a runtime shows of itself."""
+    """Counters and events that a runtime publishes."""
     generate: GenerateConfig = GenerateConfig()
-    """How answers are written."""
+    """Prompt and sampling of an answer."""
     train: TrainConfig | None = None
-    """How `m3 train` makes the model learn to read memories; null: it does not."""
+    """Training of the model to read memories, by `m3 train`; null: none."""
 
     @model_validator(mode="before")
     @classmethod
@@ -240,7 +239,7 @@ class Config(Section):
         return {**values, **{name: section for name, section in filled.items() if section is not None}}
 
     def without_cold_start(self) -> "Config":
-        """The same, by which nothing is encoded at recall: for what only reads a bank."""
+        """The same configuration without cold start, for commands that only read a bank."""
         return self.model_copy(update={"recall": self.recall.model_copy(update={"cold_start": False})})
 
     @classmethod
