@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, show
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, parsed, show
 from m3runtime.cli.progress import stages
 from m3runtime.errors import InputError
 
@@ -218,10 +218,7 @@ def eviction(
     from m3runtime.lab.bench.eviction import bench_eviction
     from m3runtime.storage.eviction import POLICIES
 
-    try:
-        capacities = [parse_size(size) for size in capacity or ()]
-    except ValueError as error:
-        raise InputError(f"--capacity {error}") from None
+    capacities = [parsed("--capacity", parse_size, size) for size in capacity or ()]
     show(bench_eviction(trace, list(dict.fromkeys(policy or POLICIES)), capacities), json=json)
 
 

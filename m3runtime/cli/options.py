@@ -1,8 +1,9 @@
 """Options of all commands, the configuration that they select, and output."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -19,6 +20,8 @@ ConfigFile = Annotated[
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value: --set recall.memories=3.")
 ]
+T = TypeVar("T")
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -44,6 +47,14 @@ def overrides(settings: list[str] | None) -> dict[str, str]:
 def configuration(file: Path | None, settings: list[str] | None) -> "Config":
     """The configuration in force; see `load`."""
     return load(file, settings).config
+
+
+def parsed(option: str, parse: Callable[[str], T], text: str) -> T:
+    """The value of an option's text. A `ValueError` of ``parse`` becomes an `InputError` that names the option."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise InputError(f"{option} {error}") from None
 
 
 def print_json(value: Any) -> None:

@@ -13,10 +13,10 @@ from rich.table import Table
 
 from m3runtime.adapters.answers import Prompt
 from m3runtime.adapters.base import Adapter
-from m3runtime.adapters.comparison import Comparable
 from m3runtime.config.schema import Config
 from m3runtime.errors import InputError
 from m3runtime.lab.bench.banks import bank_for
+from m3runtime.lab.bench.comparison import Comparable
 from m3runtime.lab.bench.decode_runs import KINDS, MEMORIES, NOTHING, PLAIN, TEXT, WITHOUT_LOOKAHEAD, Contenders, Run
 from m3runtime.lab.bench.timeline import draw_timeline
 from m3runtime.lab.bench.timing import threads, turns

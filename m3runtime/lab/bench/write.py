@@ -15,13 +15,13 @@ from rich.table import Table
 from m3runtime import assembly
 from m3runtime.adapters.answers import Prompt
 from m3runtime.adapters.base import Adapter
-from m3runtime.adapters.comparison import Comparable
 from m3runtime.bank.bank import CODEC, Bank
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import Document, read_documents
 from m3runtime.documents.references import ReferenceSpool
 from m3runtime.documents.splitting import Splitter
 from m3runtime.lab.bench.banks import bank_references, full_pieces
+from m3runtime.lab.bench.comparison import Comparable
 from m3runtime.lab.bench.timing import threads, timed
 from m3runtime.lab.results import Result, Spread
 from m3runtime.retrieval.embedder import Embedder

@@ -23,7 +23,7 @@ from m3runtime.writing.writer import OnProgress
 def evaluate_sweep(config: Config, settings: SweepSettings, folder: Path, progress: OnProgress = silent) -> Report:
     """Run the sweep in a folder, or resume it; see `SweepRun`. Raises `InputError` if a corpus has too little text."""
     run = SweepRun(config, settings, folder)
-    documents = list(read_documents([Path(path) for path in settings.corpus]))
+    documents = list(read_documents([Path(path) for path in settings.corpus])) if settings.corpus else []
     adapter = assembly.open_adapter(config)
     results = run.run(adapter, progress)
     chunks: Sequence[ChunkLength] = ()
