@@ -1,5 +1,6 @@
 """``m3 search``, ``m3 inspect`` and ``m3 forget``: look into a bank, and remove memories from it."""
 
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -50,11 +51,8 @@ def inspect(
     settings = configuration(config, set)
     from m3runtime import assembly
 
-    bank = assembly.open_bank(settings, read_only=True)
-    try:
+    with closing(assembly.open_bank(settings, read_only=True)) as bank:
         facts = _bank_facts(bank) if id is None else _memory_facts(bank, id)
-    finally:
-        bank.close()
     if json:
         print_json(facts)
         return
@@ -79,8 +77,6 @@ def forget(
     settings = configuration(config, set)
     if not ids and not source and not quarantined:
         raise InputError("nothing to forget is given: name ids, --source or --quarantined")
-    from contextlib import closing
-
     from m3runtime import assembly
     from m3runtime.bank import records
     from m3runtime.memory.block import as_ids

@@ -88,11 +88,8 @@ def report(
     from m3runtime import assembly
     from m3runtime.bank.bank import CODEC
 
-    bank = assembly.open_bank(settings, read_only=True)
-    try:
+    with closing(assembly.open_bank(settings, read_only=True)) as bank:
         _print(bank.codec, bank.path / CODEC, json=json)
-    finally:
-        bank.close()
 
 
 @app.command(name="import")
@@ -112,15 +109,12 @@ def import_(
     from m3runtime import assembly
     from m3runtime.codecs.product.faiss_exchange import from_faiss
 
-    spec: MemorySpec
     if bank:
-        opened = assembly.open_bank(settings, read_only=True)
-        spec = opened.manifest.spec
-        opened.close()
+        with closing(assembly.open_bank(settings, read_only=True)) as opened:
+            spec = opened.manifest.spec
     else:
-        adapter = assembly.open_adapter(settings)
-        spec = adapter.spec
-        adapter.close()
+        with closing(assembly.open_adapter(settings)) as adapter:
+            spec = adapter.spec
     codec = from_faiss(spec, keys, values)
     codec.save(out)
     _print(codec, out, json=json)

@@ -1,4 +1,4 @@
-"""What recalls, hints, the store and tiers did so far, in numbers.
+"""Counts of recalls, hints, the store and tiers.
 
 A field made by `counter` or `gauge` is also a metric of Prometheus: its name follows from the field's, and its
 description is given here.
@@ -33,7 +33,7 @@ def increased(counts: C, **more: float) -> C:
 
 @dataclass(frozen=True, slots=True)
 class RecallCounts:
-    """What recalls did so far."""
+    """Counts of recalls."""
 
     chunks: int = counter("Chunks that were recalled for.")
     memories: int = counter("Memories given to chunks.")
@@ -47,7 +47,7 @@ class RecallCounts:
 
 @dataclass(frozen=True, slots=True)
 class LookaheadCounts:
-    """What hints led to so far."""
+    """Counts of hints and of the background work that they started."""
 
     hints: int = counter("Hints of streams.")
     cancelled: int = counter("Hints that a newer one or the recall overtook before their memories were prefetched.")
@@ -80,7 +80,7 @@ class StoreCounts:
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
-    """What one tier in a hierarchy did so far.
+    """Counts of one tier in a hierarchy.
 
     `Hierarchy.read` requests every block from the first tier, and from each other tier the ``misses`` and the
     ``unanswered`` of the tier before. So ``hits + misses + unanswered`` are the requests to a tier, and ``bytes`` is
