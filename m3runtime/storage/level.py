@@ -9,7 +9,7 @@ from torch import Tensor
 
 from m3runtime.errors import BlockError
 from m3runtime.memory.block import BlockStamp, Found, Ids, check
-from m3runtime.observe.counts import TierStats
+from m3runtime.observe.counts import TierStats, increased
 from m3runtime.observe.latency import Timer
 from m3runtime.storage.tier import Tier
 
