@@ -30,7 +30,7 @@ def write(
     settings = configuration(config, set)
     from m3runtime.documents.reading import find_files, read_documents
 
-    skipped = find_files(paths).skipped
+    _, skipped = find_files(paths)
     for document in read_documents(paths, text_field=text_field):
         for _ in document.blocks():
             pass  # a file that cannot be read shows before a model is loaded

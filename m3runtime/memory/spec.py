@@ -13,7 +13,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True, slots=True)
 class MemorySpec:
-    """Which part of a model's attention is kept, and how much of it.
+    """The part of a model's attention that is kept, and its size.
 
     One memory has keys and values of shape ``[layers, kv_heads, tokens, head_dim]``
     (Memory³, section 3.3; the paper's own is 22 x 8 x 8 x 80). ``tokens == reference_tokens`` is a *dense*

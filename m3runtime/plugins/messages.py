@@ -5,7 +5,7 @@ import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, ValidationError
 
 
 def not_known(where: str, name: str, choices: Iterable[str]) -> str:
@@ -31,3 +31,14 @@ def reason(error: ErrorDetails) -> str:
         case _:
             must = re.sub(r"^\w+ should", "must", error["msg"])
     return f"{must}, not {reprlib.repr(error['input'])}"
+
+
+def first_fault(error: ValidationError) -> str:
+    """The key of the first value that pydantic refused, and `reason`."""
+    first = error.errors()[0]
+    return " ".join([*map(str, first["loc"]), reason(first)])
+
+
+def one_line(value: object) -> str:
+    """At most 200 printable ASCII characters of a value, for messages about what a file states."""
+    return " ".join(ascii(str(value)[:200])[1:-1].split())

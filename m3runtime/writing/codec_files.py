@@ -9,6 +9,7 @@ from m3runtime.config.schema import Config
 from m3runtime.errors import BankMismatchError, CodecError, ConfigError, PluginError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.plugins.loading import available, load
+from m3runtime.plugins.messages import one_line
 
 
 def load_any(path: Path) -> Codec:
@@ -17,12 +18,13 @@ def load_any(path: Path) -> Codec:
     Raises `CodecError` that names the file, and `PluginError` if no plug-in is called as the kind: a file cannot make
     us import what it likes.
     """
-    kind, spec = files.stated(path)
-    if kind not in (known := available("codecs")):
-        called = " ".join(str(kind).split())[:100]
-        raise PluginError(f"{path}: its codec is of kind {called}, which no plug-in has; known are {', '.join(known)}")
-    codec: type[Codec] = load("codecs", kind)
-    return codec.load(path, spec)
+    file = files.read(path)
+    if file.kind not in (known := available("codecs")):
+        raise PluginError(
+            f"{path}: its codec is of kind {one_line(file.kind)}, which no plug-in has; known are {', '.join(known)}"
+        )
+    codec: type[Codec] = load("codecs", file.kind)
+    return codec.load(path, file.spec)
 
 
 def configured(config: Config, spec: MemorySpec) -> Codec:

@@ -21,9 +21,8 @@ from m3runtime.memory.block import HEADER_BYTES, as_ids
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.writing import codec_files
 from m3runtime.writing.encoding import GROUP, Group, Store
-from m3runtime.writing.fitting import fit_codec, sample_size
+from m3runtime.writing.fitting import fit_codec, sample
 from m3runtime.writing.pipeline import Clock, Pipeline
-from m3runtime.writing.sampling import reservoir
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the title of a stage, its steps done, and all its steps."""
@@ -160,8 +159,7 @@ class Writer:
         codec = codec_files.configured(self.config, self.adapter.spec)
         if codec.trained:
             return codec
-        sample = reservoir(range(len(references)), sample_size(self.adapter.spec))
-        texts = [references[place].text for place in sample]
+        texts = sample(references, self.adapter.spec)
         trained = progress and partial(progress, "Training the codec")
         fit_codec(codec, self.adapter, texts, self.config.memory.batch_size, trained)
         return codec

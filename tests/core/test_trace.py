@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from m3backends.slabs import PinnedTier
 from m3runtime.errors import InputError, TierClosedError
+from m3runtime.lab.bench.trace import Trace, read_trace
 from m3runtime.storage.tier import CachingTier, Tier
-from m3runtime.storage.trace import Op, Trace, TracedTier, TraceWriter, read_trace
+from m3runtime.storage.trace import Op, TracedTier, TraceWriter
 from m3runtime.testing.blocks import LAST_ID, SLOT_BYTES, make_blocks, make_ids
 from m3runtime.testing.recording import RecordingTier, replay
 from m3runtime.testing.slab import SlabTierContract

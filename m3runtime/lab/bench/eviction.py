@@ -15,10 +15,11 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from m3runtime.errors import InputError
+from m3runtime.lab.bench.trace import Trace, read_trace
 from m3runtime.lab.results import Result
 from m3runtime.observe.figures import show_size
 from m3runtime.storage.eviction import EvictionPolicy, make_policy
-from m3runtime.storage.trace import Op, Trace, read_trace
+from m3runtime.storage.trace import Op
 
 REQUESTS = ("read", "lift")
 OPTIMUM = "optimum"
