@@ -17,7 +17,7 @@ from m3runtime.recall.store import Entry, Lease, Loaded, MemoryStore, Part
 from m3runtime.storage.hierarchy import Hierarchy
 
 DECODE_BYTES = 256 * 1024**2
-"""Most bytes of float32 values that one call of the codec makes on an accelerator."""
+"""The most bytes of float32 values that one call of the codec makes on an accelerator, but for a single memory."""
 
 
 class Loader:
@@ -29,9 +29,7 @@ class Loader:
         self.store = store
         self.device = device
         self.side = SideStream(device)
-        # One memory at a time is as fast on a CPU, needs no copy, and no value depends on what else is decoded.
-        fitting = DECODE_BYTES // part_bytes(bank, torch.float32)
-        self._batch = 1 if device.type == "cpu" else max(1, fitting)
+        self._batch = batch_size(device, part_bytes(bank, torch.float32))
 
     def load(
         self,
@@ -123,6 +121,12 @@ class Loader:
                 # A view would keep the bytes of the whole batch alive.
                 parts[id] = (keys, values) if len(memories) == 1 else (keys.clone(), values.clone())
             return parts
+
+
+def batch_size(device: torch.device, part_bytes: int) -> int:
+    """The number of memories that one call of the codec decodes, each of ``part_bytes`` in float32."""
+    # One memory at a time is as fast on a CPU, needs no copy, and no value depends on what else is decoded.
+    return 1 if device.type == "cpu" else max(1, DECODE_BYTES // part_bytes)
 
 
 def part_bytes(bank: Bank, dtype: torch.dtype) -> int:
