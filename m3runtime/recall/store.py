@@ -93,7 +93,8 @@ class Lease:
         return self.entry.loaded
 
     def __del__(self) -> None:
-        if getattr(self, "is_live", False):  # no lock here: garbage is collected at any instruction, also of whoever holds it
+        # No lock here: garbage is collected at any instruction, also of whoever holds it.
+        if getattr(self, "is_live", False):
             self._dropped.append((self.entry, self.is_guess))
 
 
