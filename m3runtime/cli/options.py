@@ -10,7 +10,7 @@ import typer
 from m3runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from m3runtime.config.loading import Loaded
+    from m3runtime.config.loading import LoadedConfig
     from m3runtime.config.schema import Config
     from m3runtime.lab.results import Result
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def load(file: Path | None, settings: list[str] | None) -> "Loaded[Config]":
+def load(file: Path | None, settings: list[str] | None) -> "LoadedConfig[Config]":
     """The configuration with the origin of each value. Raises `ConfigError`, or `InputError` for a bad ``--set``."""
     from m3runtime.config.loading import load_config
     from m3runtime.config.schema import Config

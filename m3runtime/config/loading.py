@@ -26,7 +26,7 @@ S = TypeVar("S", bound=Section)
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded(Generic[S]):
+class LoadedConfig(Generic[S]):
     """A configuration and the origins of its values."""
 
     config: S
@@ -41,7 +41,7 @@ def load_config(
     path: Path | str | None = None,
     environ: Mapping[str, str] | None = None,
     overrides: Mapping[str, str] | None = None,
-) -> Loaded[S]:
+) -> LoadedConfig[S]:
     """Read the configuration that the model ``kind`` describes. It is validated once, when all values are known.
 
     ``path`` is by default the file that ``M3_CONFIG`` names, or else ``m3.yaml``. A variable in ``environ`` (default:
@@ -73,7 +73,7 @@ def load_config(
     values = config.model_dump()
     by_preset = presets.keys(values)
     origins = {".".join(key): origin_of(key) for key, _ in leaves(values)}
-    return Loaded(_with_absolute_paths(config, folder_of), file, MappingProxyType(origins))
+    return LoadedConfig(_with_absolute_paths(config, folder_of), file, MappingProxyType(origins))
 
 
 def _variables(environ: Mapping[str, str]) -> list[tuple[Key, str, str]]:

@@ -31,11 +31,10 @@ class Background:
         pool = self._urgent if urgent else self._ahead
         with self._lock:
             try:
-                future = pool.submit(work)
+                future = pool.submit(self._run, work)
             except RuntimeError:  # how a pool says that it was shut down
                 raise TierClosedError("the runtime is closed") from None
-            self._running.add(future)
-        future.add_done_callback(self._finished)
+            self._running = {future, *(one for one in self._running if not one.done())}
         return future
 
     def failures(self) -> tuple[int, str]:
@@ -47,7 +46,7 @@ class Background:
         """Wait until no work is left, for ``timeout`` seconds at most. Returns whether none is."""
         while True:
             with self._lock:
-                running = set(self._running)
+                running = [one for one in self._running if not one.done()]
             if not running:
                 return True
             if wait(running, timeout).not_done:
@@ -58,12 +57,13 @@ class Background:
         for pool in (self._ahead, self._urgent):
             pool.shutdown(cancel_futures=True)
 
-    def _finished(self, future: "Future[None]") -> None:
-        error = None if future.cancelled() else future.exception()
-        if error is not None and not isinstance(error, M3Error):
-            log.error("an error in the background", exc_info=error)
-        with self._lock:
-            self._running.discard(future)
-            if error is not None:
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            if not isinstance(error, M3Error):
+                log.exception("an error in the background")
+            with self._lock:
                 self._failed += 1
                 self._last_error = str(error) or type(error).__name__
+            raise

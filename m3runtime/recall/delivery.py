@@ -109,13 +109,13 @@ class Delivery:
         if below:
             self._background.submit(partial(self._load_below, below, stages.streams), urgent=True)
         near_ones = [lease for lease in wanted if lease not in below]
-        self._loader.load(self._store.claim(near_ones), stages, aside=False, blocks=blocks)
+        self._loader.load(near_ones, stages, aside=False, blocks=blocks)
         return {lease.id for lease in wanted}
 
     def _load_below(self, leases: Sequence[Lease], streams: tuple[int, ...]) -> None:
         stages = self._meter.lookahead(streams)
         try:
-            self._loader.load(self._store.claim(leases), stages, aside=True)
+            self._loader.load(leases, stages, aside=True)
         finally:
             stages.count()
 

@@ -64,18 +64,20 @@ class Hints:
 
         Raises `TierClosedError` after the background was closed.
         """
-        with self._lock:
-            self._count(hints=len(hints))
-            for hint in hints:
-                self._cancel(hint.stream)
-                self._waiting[hint.stream] = hint
-            schedule, self._is_scheduled = not self._is_scheduled, True
-        if schedule:
-            try:
+        schedule = False
+        try:
+            with self._lock:
+                self._count(hints=len(hints))
+                for hint in hints:
+                    self._cancel(hint.stream)
+                    self._waiting[hint.stream] = hint
+                schedule, self._is_scheduled = not self._is_scheduled, True
+            if schedule:
                 self._background.submit(self._work)
-            except BaseException:
+        except BaseException:
+            if schedule:
                 self._is_scheduled = False
-                raise
+            raise
 
     def begin_recall(self, streams: Iterable[int]) -> None:
         """Cancel the hints of these streams that no thread works on: they come too late."""
@@ -166,10 +168,9 @@ class Hints:
         self._store.release(old)
         stages = self._meter.lookahead(tuple(streams))
         try:
-            claimed = self._store.claim(leases)
-            self._loader.load(claimed, stages, aside=True)
+            loaded = self._loader.load(leases, stages, aside=True)
             # What was loaded before may have been forgotten by another process since.
-            self._loader.forget_strangers(list(known - {entry.id for entry in claimed}))
+            self._loader.forget_strangers(list(known.difference(loaded)))
             if beyond:
                 with stages.stage("lift", len(beyond)):
                     self._loader.hierarchy.lift(as_ids(sorted(beyond)))

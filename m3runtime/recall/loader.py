@@ -1,6 +1,6 @@
 """`Loader`: reads blocks through the hierarchy and decodes them into parts, each with storage of its own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -13,15 +13,15 @@ from m3runtime.documents.reference import Reference
 from m3runtime.errors import BlockError
 from m3runtime.memory.block import Ids, as_ids
 from m3runtime.observe.metrics import Stages
-from m3runtime.recall.store import Entry, Loaded, MemoryStore, Part
+from m3runtime.recall.store import Entry, Lease, Loaded, MemoryStore, Part
 from m3runtime.storage.hierarchy import Hierarchy
 
 DECODE_BYTES = 256 * 1024**2
-"""Most bytes of float32 values that one call of the codec makes on an accelerator."""
+"""The most bytes of float32 values that one call of the codec makes on an accelerator, but for a single memory."""
 
 
 class Loader:
-    """Loads the entries that its caller claimed from a `MemoryStore`, and settles them. Thread-safe."""
+    """Loads what a `MemoryStore` lacks: claims entries, reads and decodes their blocks, settles them. Thread-safe."""
 
     def __init__(self, bank: Bank, hierarchy: Hierarchy, store: MemoryStore, device: torch.device) -> None:
         self.bank = bank
@@ -29,53 +29,53 @@ class Loader:
         self.store = store
         self.device = device
         self.side = SideStream(device)
-        # One memory at a time is as fast on a CPU, needs no copy, and no value depends on what else is decoded.
-        fitting = DECODE_BYTES // part_bytes(bank, torch.float32)
-        self._batch = 1 if device.type == "cpu" else max(1, fitting)
+        self._batch = batch_size(device, part_bytes(bank, torch.float32))
 
     def load(
         self,
-        entries: Sequence[Entry],
+        leases: Iterable[Lease],
         stages: Stages,
         *,
         aside: bool,
         blocks: Mapping[int, Tensor] | None = None,
-    ) -> None:
-        """Read claimed entries of one dtype in one call, decode them in batches of bounded size, and settle all.
+    ) -> list[int]:
+        """Load the leased memories, all of one dtype, that nobody loads yet. Returns their ids.
 
-        With ``aside`` the work goes to a CUDA stream of this thread, in parallel with decoding by the model. ``blocks``
-        (``uint8[slot_bytes]`` by id) are decoded as they are, without asking the hierarchy. An error fails every entry
-        that is not settled yet, and is raised.
+        They are read in one call and decoded in batches of bounded size. With ``aside`` the work goes to a CUDA stream
+        of this thread, in parallel with decoding by the model. ``blocks`` (``uint8[slot_bytes]`` by id) are decoded as
+        they are, without asking the hierarchy. An error fails every entry that is not settled yet, and is raised.
         """
-        if not entries:
-            return
-        left = {entry.id: entry for entry in entries}
+        claimed: list[Entry] = []
         try:
-            with self.side.use() if aside else nullcontext():
-                with stages.stage("read", len(left)):
-                    references = self.references(list(left))
-                    ids, rows = self._read([id for id in left if id in references], blocks or {})
-                for id in left.keys() - set(ids.tolist()):  # not remembered, cold, or bad
-                    self.store.settle(left.pop(id), None)
-                for start in range(0, len(ids), self._batch):
-                    batch = ids[start : start + self._batch].tolist()
-                    wanted = {entry.id for entry in self.store.keep_wanted([left[id] for id in batch])}
-                    for id in set(batch) - wanted:
-                        del left[id]
-                    at = [start + row for row, id in enumerate(batch) if id in wanted]
-                    if not at:
-                        continue
-                    with stages.stage("decode", len(at)):
-                        whole = len(at) == len(batch)
-                        some = rows[start : start + len(batch)] if whole else rows[at]
-                        parts = self._decode(ids[at], some, left[int(ids[at[0]])].dtype)
-                    ready = self.side.mark()
-                    for id, part in parts.items():
-                        loaded = None if part is None else Loaded(part, references[id], ready)
-                        self.store.settle(left.pop(id), loaded)
+            if self.store.claim(leases, claimed):
+                with self.side.use() if aside else nullcontext():
+                    self._load(claimed, stages, blocks or {})
         except BaseException as error:
-            self.store.fail(left.values(), error)
+            self.store.fail(claimed, error)
             raise
+        return [entry.id for entry in claimed]
+
+    def _load(self, entries: Sequence[Entry], stages: Stages, blocks: Mapping[int, Tensor]) -> None:
+        """Read and settle claimed entries."""
+        entry_of = {entry.id: entry for entry in entries}
+        with stages.stage("read", len(entries)):
+            references = self.references(list(entry_of))
+            ids, rows = self._read([id for id in entry_of if id in references], blocks)
+        for id in entry_of.keys() - set(ids.tolist()):  # not remembered, cold, or bad
+            self.store.settle(entry_of[id], None)
+        for start in range(0, len(ids), self._batch):
+            batch = ids[start : start + self._batch].tolist()
+            wanted = {entry.id for entry in self.store.keep_wanted([entry_of[id] for id in batch])}
+            at = [start + row for row, id in enumerate(batch) if id in wanted]
+            if not at:
+                continue
+            with stages.stage("decode", len(at)):
+                whole = len(at) == len(batch)
+                some = rows[start : start + len(batch)] if whole else rows[at]
+                parts = self._decode(ids[at], some, entries[0].dtype)
+            ready = self.side.mark()
+            for id, part in parts.items():
+                self.store.settle(entry_of[id], None if part is None else Loaded(part, references[id], ready))
 
     def references(self, ids: Sequence[int]) -> dict[int, Reference]:
         """The references of those ids that the home remembers. Damaged records are quarantined."""
@@ -121,6 +121,12 @@ class Loader:
                 # A view would keep the bytes of the whole batch alive.
                 parts[id] = (keys, values) if len(memories) == 1 else (keys.clone(), values.clone())
             return parts
+
+
+def batch_size(device: torch.device, part_bytes: int) -> int:
+    """The number of memories that one call of the codec decodes, each of ``part_bytes`` in float32."""
+    # One memory at a time is as fast on a CPU, needs no copy, and no value depends on what else is decoded.
+    return 1 if device.type == "cpu" else max(1, DECODE_BYTES // part_bytes)
 
 
 def part_bytes(bank: Bank, dtype: torch.dtype) -> int:

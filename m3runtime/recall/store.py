@@ -11,9 +11,11 @@ Everybody else waits for its future. The module needs torch for types alone.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from m3runtime.documents.reference import Reference
@@ -76,7 +78,7 @@ class Lease:
     def __init__(self, entry: Entry, dropped: "deque[tuple[Entry, bool]]", *, is_guess: bool) -> None:
         self.entry = entry
         self.is_guess = is_guess
-        self.is_live = True
+        self.is_live = False  # until it is counted
         self._dropped = dropped
 
     @property
@@ -91,7 +93,8 @@ class Lease:
         return self.entry.loaded
 
     def __del__(self) -> None:
-        if self.is_live:  # no lock here: garbage is collected at any instruction, also of whoever holds it
+        # No lock here: garbage is collected at any instruction, also of whoever holds it.
+        if getattr(self, "is_live", False):
             self._dropped.append((self.entry, self.is_guess))
 
 
@@ -100,7 +103,7 @@ class MemoryStore:
 
     Leased, guessed, loading and idle parts count alike. A part without leases stays until the eviction policy names it.
     A recall evicts idle parts first, then guesses. Thread-safe: one lock covers the bookkeeping. Nothing is read,
-    decoded or waited for while it is held.
+    decoded or waited for while it is held. An interrupt (Ctrl-C) in any call leaves the store in order.
     """
 
     def __init__(
@@ -112,9 +115,11 @@ class MemoryStore:
         """
         self.capacity = capacity
         self._part_bytes = part_bytes
-        self._policy = make_policy(eviction, slots)
+        self._make_policy = partial(make_policy, eviction, slots)
+        self._policy = self._make_policy()
         self._lock = threading.Lock()
         self._entries: dict[tuple[int, torch.dtype], Entry] = {}
+        self._removed: set[Entry] = set()  # nobody finds these any more, but they are leased or loading
         self._ready: dict[int, Entry] = {}  # by handle: what the policy knows
         self._handles = 0
         self._dropped: deque[tuple[Entry, bool]] = deque()
@@ -131,7 +136,7 @@ class MemoryStore:
         """
         leases: list[Lease] = []
         beyond: list[int] = []
-        with self._lock:
+        with self._changing():
             if self._closed:
                 raise TierClosedError("the memory store is closed")
             self._collect_dropped()
@@ -154,89 +159,98 @@ class MemoryStore:
 
     def share(self, leases: Iterable[Lease]) -> list[Lease]:
         """Another lease of each leased part, for another stream."""
-        with self._lock:
+        with self._changing():
             return [self._add_lease(lease.entry, guess=False) for lease in leases]
 
     def release(self, leases: Iterable[Lease]) -> None:
         """End leases. Releasing one twice is fine. A wanted entry that nobody leases any more is gone."""
-        with self._lock:
+        with self._changing():
             for lease in leases:
                 if lease.is_live:
-                    lease.is_live = False
-                    self._end(lease.entry, is_guess=lease.is_guess)
+                    entry = lease.entry
+                    lease.is_live = False  # an interrupt comes between calls, so not before the entry's count
+                    if lease.is_guess:
+                        entry.guesses -= 1
+                    else:
+                        entry.leases -= 1
+                    self._ended(entry, is_guess=lease.is_guess)
 
     # -- loading -----------------------------------------------------------------------------------------------
 
-    def claim(self, leases: Iterable[Lease]) -> list[Entry]:
-        """The entries that nobody loads yet. The caller must `settle` or `fail` each of them."""
-        with self._lock:
-            mine = [lease.entry for lease in leases if lease.entry.state == "wanted"]
-            for entry in mine:
-                entry.state = "loading"
-            return mine
+    def claim(self, leases: Iterable[Lease], claimed: list[Entry] | None = None) -> list[Entry]:
+        """Append the entries that nobody loads yet to ``claimed``, and return it.
+
+        The caller must `settle` or `fail` each of them, also if an interrupt ends this call.
+        """
+        mine = [] if claimed is None else claimed
+        with self._changing():
+            for lease in leases:
+                entry = lease.entry
+                if entry.state == "wanted":
+                    entry.state = "loading"
+                    mine.append(entry)
+        return mine
 
     def keep_wanted(self, entries: Sequence[Entry]) -> list[Entry]:
         """The claimed entries that somebody still leases; the others are gone and need not be loaded."""
-        with self._lock:
+        with self._changing():
             unwanted = [entry for entry in entries if not (entry.leases or entry.guesses)]
             for entry in unwanted:
                 self._remove(entry)
-                self._reclaim(entry)
         for entry in unwanted:
             entry.done.set_result(None)
         return [entry for entry in entries if entry not in unwanted]
 
     def settle(self, entry: Entry, loaded: Loaded | None) -> None:
         """Hand over the result of loading a claimed entry. None: the memory is not remembered, or its block is bad."""
-        with self._lock:
-            is_held = self._entries.get((entry.id, entry.dtype)) is entry  # else it was forgotten meanwhile
-            if loaded is None:
-                self._remove(entry)
-            else:
+        with self._changing():
+            if loaded is not None:
                 self._count(bytes=loaded.nbytes - entry.size, decoded=1)
                 entry.size, entry.loaded = loaded.nbytes, loaded
-                entry.state = "ready" if is_held else "gone"
-            if entry.state == "ready":
+            if loaded is None or entry in self._removed:  # it was forgotten meanwhile
+                self._remove(entry)
+            else:
+                entry.state = "ready"
                 self._ready[entry.handle] = entry
                 self._policy.admitted(entry.handle)
-            self._reclaim(entry)
         entry.done.set_result(None)
 
     def fail(self, entries: Iterable[Entry], error: BaseException) -> None:
-        """Remove wanted or loading entries that will not be loaded. Their waiters get the error."""
-        failed = []
-        with self._lock:
-            for entry in entries:
+        """Remove wanted or loading entries that will not be loaded; entries that are settled stay.
+
+        Whoever waits for one of them gets the error.
+        """
+        failed = list(entries)
+        with self._changing():
+            for entry in failed:
                 if entry.state in ("wanted", "loading"):
                     self._remove(entry)
-                    self._reclaim(entry)
-                    failed.append(entry)
         for entry in failed:
-            entry.done.set_exception(error)
+            if not entry.done.done():
+                entry.done.set_exception(error)
 
     # -- the end of a memory -----------------------------------------------------------------------------------
 
     def forget(self, ids: Iterable[int]) -> None:
         """Remove every part of these memories: no later `lease` finds one, even if its load is under way."""
         forgotten = set(ids)
-        with self._lock:
+        with self._changing():
             for key, entry in list(self._entries.items()):
                 if entry.id not in forgotten:
                     continue
                 if entry.state == "ready":
                     self._remove(entry)
-                    self._reclaim(entry)
                 else:  # its loader settles it
+                    self._removed.add(entry)
                     del self._entries[key]
 
     def close(self) -> None:
         """Remove everything. A later `lease` raises; loads under way are settled by their loaders."""
-        with self._lock:
+        with self._changing():
             self._closed = True
             wanted = [entry for entry in self._entries.values() if entry.state == "wanted"]
             for entry in wanted:
                 self._remove(entry)
-                self._reclaim(entry)
             left = {entry.id for entry in self._entries.values()}
         for entry in wanted:
             entry.done.set_exception(TierClosedError("the memory store is closed"))
@@ -244,34 +258,71 @@ class MemoryStore:
 
     def counts(self) -> StoreCounts:
         """A snapshot."""
-        with self._lock:
+        with self._changing():
             self._collect_dropped()
             return replace(self._counts, parts=len(self._ready))
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` unless the counters agree with the entries. For tests: it walks over all entries."""
-        with self._lock:
+        with self._changing():
             self._collect_dropped()
             held = list(self._entries.values())
+            every = [*held, *self._removed]
             assert all(self._entries[entry.id, entry.dtype] is entry for entry in held)
+            assert not self._removed.intersection(held)
             assert {entry.handle for entry in held if entry.state == "ready"} == set(self._ready)
             assert len(self._policy) == len(self._ready)
-            assert sum(entry.size for entry in held) <= self._counts.bytes <= self.capacity
-            assert sum(bool(entry.leases) for entry in held) <= self._counts.leased
-            assert sum(bool(entry.guesses) for entry in held) <= self._counts.guessed
+            assert sum(entry.size for entry in every) == self._counts.bytes <= self.capacity
+            assert sum(bool(entry.leases) for entry in every) == self._counts.leased
+            assert sum(bool(entry.guesses) for entry in every) == self._counts.guessed
             assert all(entry.leases or entry.guesses for entry in held if entry.state == "wanted")
 
     # -- bookkeeping, under the lock ---------------------------------------------------------------------------
 
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold the lock. What an interrupt leaves half done is put in order."""
+        with self._lock:
+            try:
+                yield
+            except BaseException:
+                self._repair()
+                raise
+
+    def _repair(self) -> None:
+        """Derive all bookkeeping from the entries. The policy forgets in which order parts were used."""
+        for key, entry in list(self._entries.items()):
+            is_orphan = entry.state == "wanted" and not (entry.leases or entry.guesses)
+            if is_orphan or entry.state == "gone" or entry in self._removed:
+                self._removed.add(entry)
+                del self._entries[key]
+        for entry in list(self._removed):
+            if entry.state != "loading":
+                entry.state = "gone"
+                if not entry.leases:
+                    entry.size, entry.loaded = 0, None
+        every = {entry for entry in self._removed if entry.state == "loading" or entry.leases or entry.guesses}
+        self._removed = every
+        self._ready = {entry.handle: entry for entry in self._entries.values() if entry.state == "ready"}
+        self._policy = self._make_policy()
+        for handle in self._ready:
+            self._policy.admitted(handle)
+        every = every.union(self._entries.values())
+        self._counts = replace(
+            self._counts,
+            bytes=sum(entry.size for entry in every),
+            leased=sum(bool(entry.leases) for entry in every),
+            guessed=sum(bool(entry.guesses) for entry in every),
+        )
+
     def _count(self, **more: int) -> None:
         self._counts = increased(self._counts, **more)
 
-    def _end(self, entry: Entry, *, is_guess: bool) -> None:
+    def _ended(self, entry: Entry, *, is_guess: bool) -> None:
+        """Count the end of a lease, once the entry has one less."""
         if is_guess:
-            entry.guesses -= 1
             self._count(guessed=-(not entry.guesses))
         else:
-            entry.leases -= 1
             self._count(leased=-(not entry.leases))
         if entry.state == "wanted" and not (entry.leases or entry.guesses):
             self._remove(entry)
@@ -280,18 +331,27 @@ class MemoryStore:
 
     def _collect_dropped(self) -> None:
         while self._dropped:
-            entry, is_guess = self._dropped.popleft()
-            self._end(entry, is_guess=is_guess)
+            entry, is_guess = self._dropped[0]
+            if is_guess:
+                entry.guesses -= 1
+            else:
+                entry.leases -= 1
+            self._dropped.popleft()  # the first call after the entry's count: see `release`
+            self._ended(entry, is_guess=is_guess)
 
     def _add_lease(self, entry: Entry, *, guess: bool) -> Lease:
         if guess:
             self._count(guessed=not entry.guesses)
-            entry.guesses += 1
         else:
             self._count(leased=not entry.leases)
-            entry.leases += 1
             entry.is_used = True
-        return Lease(entry, self._dropped, is_guess=guess)
+        lease = Lease(entry, self._dropped, is_guess=guess)
+        lease.is_live = True  # without a call before the entry's count: see `release`
+        if guess:
+            entry.guesses += 1
+        else:
+            entry.leases += 1
+        return lease
 
     def _admit(self, id: int, dtype: "torch.dtype", size: int) -> Entry:
         self._handles += 1
@@ -312,20 +372,25 @@ class MemoryStore:
             entry = self._ready[handle]
             self._count(evicted=1)
             self._remove(entry)
-            self._reclaim(entry)
         return True
 
     def _remove(self, entry: Entry) -> None:
         """Let nobody find an entry any more. Who leases it may go on reading."""
+        self._removed.add(entry)
         if self._entries.get((entry.id, entry.dtype)) is entry:
             del self._entries[entry.id, entry.dtype]
         if self._ready.pop(entry.handle, None) is not None:
             self._policy.removed(entry.handle)
             self._count(wasted_bytes=0 if entry.is_used else entry.size)
         entry.state = "gone"
+        self._reclaim(entry)
 
     def _reclaim(self, entry: Entry) -> None:
-        """Let go of the part and its bytes, once nobody finds the entry and no recall leases it."""
-        if entry.state == "gone" and not entry.leases and entry.size:
+        """Let go of a removed part and its bytes, once no recall leases it."""
+        if entry.state != "gone":
+            return
+        if not entry.leases and entry.size:
             self._count(bytes=-entry.size)
             entry.size, entry.loaded = 0, None
+        if not (entry.leases or entry.guesses):
+            self._removed.discard(entry)

@@ -20,26 +20,23 @@ class Recent(Generic[K, V]):
 
     def __call__(self, key: K, compute: Callable[[], V]) -> V:
         """The result for ``key``. What another thread failed to compute is computed again; errors are not kept."""
+        mine = Future[V]()
         while True:
-            with self._lock:
-                found = self._results.get(key)
-                if found is not None:
+            try:
+                with self._lock:
+                    found = self._results.setdefault(key, mine)
                     self._results.move_to_end(key)
-                else:
-                    mine = self._results[key] = Future[V]()
                     if len(self._results) > self._most:
                         self._results.popitem(last=False)
-            if found is None:
-                break
+                if found is mine:
+                    mine.set_result(compute())
+                    return mine.result()
+            except BaseException as error:  # an interrupt too: nobody may wait for a result that never comes
+                with self._lock:
+                    if self._results.get(key) is mine:
+                        del self._results[key]
+                if not mine.done():
+                    mine.set_exception(error)
+                raise
             if found.exception() is None:  # waits
                 return found.result()
-        try:
-            result = compute()
-        except BaseException as error:
-            with self._lock:
-                if self._results.get(key) is mine:
-                    del self._results[key]
-            mine.set_exception(error)
-            raise
-        mine.set_result(result)
-        return result

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, model_validator
 
 from m3runtime.config import schema
-from m3runtime.config.loading import Loaded, load_config
+from m3runtime.config.loading import LoadedConfig, load_config
 from m3runtime.config.schema import Config
 from m3runtime.config.units import format_seconds, format_size, parse_seconds, parse_size
 from m3runtime.errors import ConfigError
@@ -28,7 +28,7 @@ def file(tmp_path: Path) -> Path:
 
 def load(
     file: Path, more: str = "", environ: dict[str, str] | None = None, sets: dict[str, str] | None = None
-) -> Loaded[Config]:
+) -> LoadedConfig[Config]:
     file.write_text(REQUIRED + more)
     return load_config(Config, file, environ or {}, sets)
 

@@ -501,6 +501,35 @@ def test_an_error_in_the_background_is_no_other_streams_error(
         assert runtime.metrics().lookahead.failed == 1
 
 
+def test_what_is_forgotten_while_it_is_read_is_counted_and_recalled_no_more(opened: Open) -> None:
+    """By another process, after its references were read: then nothing is left to deliver, and nothing was kept."""
+    runtime = opened()
+    home = home_of(runtime)
+    chosen = [match.id for match in runtime.search(["lamp oil harbour"])[0]]
+    with runtime.stream() as stream:
+        with shut(home.gate):
+            thread, results = in_thread(lambda: stream.recall("lamp oil harbour"))
+            home.entered.acquire()
+            runtime.bank.home.discard(np.array(chosen, np.uint64))
+        thread.join()
+        assert results[0].ids == ()
+        assert runtime.metrics().recall.kept == 0
+        assert runtime.metrics().store.bytes == 0
+
+
+def test_a_reference_that_is_forgotten_while_it_is_loaded_is_not_put_back(opened: Open) -> None:
+    runtime = opened(memories=1, when_late="skip", deadline=60.0)
+    home = home_of(runtime)
+    with runtime.stream() as stream, runtime.stream() as other:
+        with shut(home.gate):
+            stream.hint(TEXTS[3])
+            home.entered.acquire()
+            assert runtime.forget([3]) == 1
+        drain(runtime)
+        assert runtime.metrics().store.parts == 0
+        assert 3 not in other.recall(TEXTS[3]).ids
+
+
 @pytest.mark.parametrize("when_late", ["wait", "skip"])
 def test_a_mistake_is_raised_once_by_the_recall_that_waits_for_it(
     when_late: str, opened: Open, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3runtime.config.loading import Loaded, load_config
+from m3runtime.config.loading import LoadedConfig, load_config
 from m3runtime.config.presets import ORIGIN, PRESETS
 from m3runtime.config.schema import Config, MemoryConfig
 from m3runtime.config.yaml_file import parse_yaml
@@ -53,7 +53,7 @@ def value(config: Config, key: tuple[str, str]) -> Any:
     return config.model_dump()[key[0]].get(key[1])
 
 
-def loaded(path: Path, said: dict[tuple[str, str], tuple[str, Any]]) -> tuple[Loaded[Config], dict[str, str]]:
+def loaded(path: Path, said: dict[tuple[str, str], tuple[str, Any]]) -> tuple[LoadedConfig[Config], dict[str, str]]:
     """A configuration with the preset in which keys are said in one of `WAYS`, and what origins they must have."""
     tree = parse_yaml(PRESET, "")
     environ, sets, origins = {}, {}, {}

@@ -20,7 +20,7 @@ from m3backends.lmdb.records import (
 )
 from m3backends.lmdb.schema import Databases, above_all
 from m3backends.lmdb.structure import structure_problems
-from m3backends.lmdb.table import Table
+from m3backends.lmdb.table import RecordTable
 from m3runtime.errors import RecordError
 from m3runtime.storage.home import Damage
 
@@ -212,7 +212,7 @@ class _Books:
         return b"" if reference is None else digest(getattr(reference, field))
 
 
-def _read(table: Table, key: bytes, stored: memoryview, unpack: Callable[[memoryview], T]) -> T | None:
+def _read(table: RecordTable, key: bytes, stored: memoryview, unpack: Callable[[memoryview], T]) -> T | None:
     """The value of a record, or None if it is damaged."""
     try:
         return table.unpack(key, table.open(key, stored), unpack)
@@ -220,7 +220,7 @@ def _read(table: Table, key: bytes, stored: memoryview, unpack: Callable[[memory
         return None
 
 
-def _sound(table: Table, key: bytes, stored: memoryview) -> bool:
+def _sound(table: RecordTable, key: bytes, stored: memoryview) -> bool:
     return _read(table, key, stored, bool) is not None
 
 

@@ -36,7 +36,7 @@ import lmdb
 from m3backends.lmdb.compression import Method, Packing, load_dictionary
 from m3backends.lmdb.environment import Environment, ReadTransaction, WriteTransaction
 from m3backends.lmdb.records import unpack_id, unpack_number, unpack_text
-from m3backends.lmdb.table import Table
+from m3backends.lmdb.table import RecordTable
 from m3runtime.errors import (
     BankError,
     BankFormatError,
@@ -59,16 +59,16 @@ _LATER = "cold"
 class Databases(NamedTuple):
     """All databases of a home by name."""
 
-    home: Table
+    home: RecordTable
     blocks: "lmdb._Database"
-    references: Table
-    digests: Table
-    sources: Table
+    references: RecordTable
+    digests: RecordTable
+    sources: RecordTable
     members: "lmdb._Database"
-    embeddings: Table
-    quarantine: Table
-    meta: Table
-    cold: Table
+    embeddings: RecordTable
+    quarantine: RecordTable
+    meta: RecordTable
+    cold: RecordTable
 
 
 class Opened(NamedTuple):
@@ -132,7 +132,7 @@ def open_databases(environment: Environment, slot_bytes: int | None) -> Opened:
     if not opened.databases.cold.exists and not environment.read_only:
         with suppress(BankFullError):  # without room for it the home opens all the same
             handle = environment.write(lambda txn: environment.env.open_db(_LATER.encode(), txn), reserve=True)
-            cold = Table(path, _LATER, handle, by_id=True)
+            cold = RecordTable(path, _LATER, handle, by_id=True)
             opened = opened._replace(databases=opened.databases._replace(cold=cold))
     if not there:  # LMDB syncs the file, not the folders that name it
         sync_folder(path)
@@ -161,17 +161,17 @@ def _open_all(environment: Environment, txn: WriteTransaction | None, there: set
 
     Raises `lmdb.Error`, and `ValueError` for a database of other properties.
     """
-    opened = dict[str, Table | lmdb._Database]()
+    opened = dict[str, RecordTable | lmdb._Database]()
     # LMDB drops handles that were opened in a transaction which did not commit, as one that only reads.
     for name in Databases._fields:
         by_id = name in _BY_ID
         if name == _LATER and txn is None and name.encode() not in there:
-            opened[name] = Table(environment.path, name, None, by_id=by_id)
+            opened[name] = RecordTable(environment.path, name, None, by_id=by_id)
             continue
         handle = environment.env.open_db(name.encode(), txn, dupsort=name == "members", create=txn is not None)
         if {flag for flag, on in handle.flags().items() if on} != ({"dupsort"} if name == "members" else set()):
             raise ValueError(f"{name} has other properties")
-        opened[name] = handle if name in _UNSEALED else Table(environment.path, name, handle, by_id=by_id)
+        opened[name] = handle if name in _UNSEALED else RecordTable(environment.path, name, handle, by_id=by_id)
     return Databases(**opened)  # type: ignore[arg-type]
 
 
@@ -185,9 +185,9 @@ def _check_schema(txn: ReadTransaction, databases: Databases, path: Path) -> Non
 def _check_findable(txn: ReadTransaction, databases: Databases) -> None:
     """Raise `ValueError` for a record that a walk finds and its key does not: damaged branches of a tree cause that."""
     for name, one in databases._asdict().items():
-        if isinstance(one, Table) and not one.exists:
+        if isinstance(one, RecordTable) and not one.exists:
             continue
-        handle = one.handle if isinstance(one, Table) else one
+        handle = one.handle if isinstance(one, RecordTable) else one
         walk, probe = txn.cursor(handle), txn.cursor(handle)
         while walk.next():  # at first to the first
             key = walk.key()

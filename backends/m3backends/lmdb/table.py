@@ -1,4 +1,4 @@
-"""`Table`: a database of an LMDB home whose records are sealed. A read returns what was written, or raises."""
+"""`RecordTable`: a database of an LMDB home whose records are sealed. A read returns what was written, or raises."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Table:
+class RecordTable:
     """One database. Its methods work within a transaction, and the memoryviews that they return end with it."""
 
     def __init__(self, bank: Path, name: str, handle: "lmdb._Database | None", *, by_id: bool) -> None:

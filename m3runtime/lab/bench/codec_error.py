@@ -14,7 +14,7 @@ from m3runtime.codecs.product.kmeans import by_blas
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
 
-Vectors = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float32]
 
 
 def _pq(dim: int, size: int) -> Any:
@@ -125,16 +125,16 @@ def _quiet(index: Any, dim: int, parts: int) -> Any:
     return inner
 
 
-def _heads(memories: MemoryTensors) -> Sequence[Vectors]:
+def _heads(memories: MemoryTensors) -> Sequence[Floats]:
     """The vectors of all memories, one array per layer and head; keys first, then values."""
-    found: list[Vectors] = []
+    found: list[Floats] = []
     for x in (memories.keys, memories.values):
         rows = [x[i, :, :, :own].flatten(0, 1) for i, own in enumerate(memories.tokens.tolist())]
         found.extend(np.ascontiguousarray(head.numpy()) for head in torch.cat(rows, 1).float())
     return found
 
 
-def _compare(train: Vectors, true: Vectors, back: Vectors) -> float:
+def _compare(train: Floats, true: Floats, back: Floats) -> float:
     return float(np.square(true - back).sum() / np.square(true - train.mean(0)).sum())
 
 

@@ -29,7 +29,7 @@ Run = Sequence[Op]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PolicyCounts:
     """The counts of one policy with one capacity."""
 
     policy: str
@@ -55,7 +55,7 @@ class EvictionBench(Result):
     requests: int
     blocks: int
     """Distinct blocks requested in each run, added up: any cache misses each at least once."""
-    rows: Sequence[Row]
+    rows: Sequence[PolicyCounts]
     """By capacity in the order given; for each the policies, then the optimum."""
 
     def to_json(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def bench_eviction(path: Path, policies: Sequence[str], capacities: Sequence[int
         counts[OPTIMUM] = [optimum(run, slots) for run in trace.runs]
         for name, of_runs in counts.items():
             hits = sum(of_runs)
-            rows.append(Row(name, slots, hits, requests(trace.runs) - hits))
+            rows.append(PolicyCounts(name, slots, hits, requests(trace.runs) - hits))
     blocks = sum(map(len, requested))
     return EvictionBench(str(path), trace.slot_bytes, len(trace.runs), requests(trace.runs), blocks, rows)
 

@@ -14,7 +14,7 @@ LogProbs = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Recall:
+class ChunkRecall:
     """The memories that were recalled for a scored chunk, best first."""
 
     ids: tuple[int, ...]
@@ -32,7 +32,7 @@ class TextResults:
     chunk_tokens: int
     log_probs: Mapping[TextMode, tuple[LogProbs, ...]] = field(repr=False)
     """For each mode, the log-probabilities of each passage; the tokens are the same in every mode."""
-    recalled: tuple[tuple[Recall, ...], ...] = field(repr=False)
+    recalled: tuple[tuple[ChunkRecall, ...], ...] = field(repr=False)
     """Recalled memories, as ``[passage][chunk]``; ``text`` reads the same references as text."""
     fingerprints: Mapping[str, str] = field(repr=False)
     """Fingerprints of everything that the bank was made with, by name."""

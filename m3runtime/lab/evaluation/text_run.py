@@ -15,7 +15,7 @@ from m3runtime.errors import InputError
 from m3runtime.lab.evaluation.banks import write_bank
 from m3runtime.lab.evaluation.journal import Journal, silent
 from m3runtime.lab.evaluation.passages import Corpus
-from m3runtime.lab.evaluation.text_results import MODES, Recall, TextMode, TextResults
+from m3runtime.lab.evaluation.text_results import MODES, ChunkRecall, TextMode, TextResults
 from m3runtime.memory.spec import fingerprint
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.runtime import Runtime
@@ -122,7 +122,7 @@ class _Run:
                 for mode in modes
             },
             recalled=tuple(
-                tuple(Recall(tuple(one["ids"]), tuple(one["scores"])) for one in self._records("memory", n))
+                tuple(ChunkRecall(tuple(one["ids"]), tuple(one["scores"])) for one in self._records("memory", n))
                 for n in passages
             ),
             fingerprints=self.runtime.bank.manifest.fingerprints(),
