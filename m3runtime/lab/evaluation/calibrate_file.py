@@ -8,7 +8,7 @@ from pathlib import Path
 
 from m3runtime import assembly
 from m3runtime.config import presets
-from m3runtime.config.loading import PREFIX, Loaded
+from m3runtime.config.loading import PREFIX, LoadedConfig
 from m3runtime.config.schema import Config
 from m3runtime.lab.evaluation import yaml_edit
 from m3runtime.lab.evaluation.calibrate import CalibrationSettings, calibrate, setting_of
@@ -22,7 +22,7 @@ from m3runtime.writing.writer import OnProgress
 class CalibratedFile:
     """A configuration file whose ``recall.memories``, ``min_score`` and ``margin`` are chosen by measurement."""
 
-    def __init__(self, loaded: Loaded[Config], overrides: Mapping[str, str], *, dry_run: bool) -> None:
+    def __init__(self, loaded: LoadedConfig[Config], overrides: Mapping[str, str], *, dry_run: bool) -> None:
         """``overrides`` are those of ``loaded``. Raises `InputError` now if the file could not be changed later."""
         self.config = loaded.config
         self.path = loaded.file
