@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json, show_size
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
 from m3runtime.cli.progress import stages
 from m3runtime.errors import CodecError, InputError
+from m3runtime.observe.figures import show_size
 
 if TYPE_CHECKING:
     from m3runtime.codecs import Codec
@@ -62,8 +63,8 @@ def fit(
     splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
     with closing(ReferenceSpool(documents, splitter, whole=whole)) as references:
         texts = sample(references, adapter.spec)
-    with stages({"codec": "Training the codec"}, shown=not json) as progress:
-        fit_codec(codec, adapter, texts, settings.memory.batch_size, partial(progress, "codec"))
+    with stages(shown=not json) as progress:
+        fit_codec(codec, adapter, texts, settings.memory.batch_size, partial(progress, "Training the codec"))
     codec.save(path)
     _print(codec, path, json=json)
 
@@ -85,11 +86,8 @@ def report(
     from m3runtime import assembly
     from m3runtime.bank.bank import CODEC
 
-    bank = assembly.open_bank(settings, read_only=True)
-    try:
+    with closing(assembly.open_bank(settings, read_only=True)) as bank:
         _print(bank.codec, bank.path / CODEC, json=json)
-    finally:
-        bank.close()
 
 
 @app.command(name="import")
@@ -109,15 +107,12 @@ def import_(
     from m3runtime import assembly
     from m3runtime.codecs.product.faiss_exchange import from_faiss
 
-    spec: MemorySpec
     if bank:
-        opened = assembly.open_bank(settings, read_only=True)
-        spec = opened.manifest.spec
-        opened.close()
+        with closing(assembly.open_bank(settings, read_only=True)) as opened:
+            spec = opened.manifest.spec
     else:
-        adapter = assembly.open_adapter(settings)
-        spec = adapter.spec
-        adapter.close()
+        with closing(assembly.open_adapter(settings)) as adapter:
+            spec = adapter.spec
     codec = from_faiss(spec, keys, values)
     codec.save(out)
     _print(codec, out, json=json)

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json, show_size
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
 from m3runtime.cli.progress import stages
+from m3runtime.observe.figures import show_size
 
 
 def write(
@@ -39,10 +40,7 @@ def write(
 
     adapter = assembly.open_adapter(settings)
     embedder = assembly.open_embedder(settings)
-    names = {"codec": "Training the codec", "memories": "Writing memories"}
-    if catalogue:
-        names["memories"] = "Cataloguing references"
-    with stages(names, shown=not json) as progress:
+    with stages(shown=not json) as progress:
         report = Writer(settings, adapter, embedder).write(
             read_documents(paths, text_field=text_field), whole=whole, catalogue=catalogue, progress=progress
         )

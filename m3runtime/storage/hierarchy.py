@@ -11,8 +11,8 @@ from torch import Tensor
 
 from m3runtime.errors import TierClosedError
 from m3runtime.memory.block import BlockStamp, Found, Ids
+from m3runtime.observe.counts import TierStats
 from m3runtime.observe.latency import Latency
-from m3runtime.observe.tiers import TierStats
 from m3runtime.storage.cache import Cache
 from m3runtime.storage.home import Home
 from m3runtime.storage.level import Level

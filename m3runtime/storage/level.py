@@ -3,15 +3,14 @@
 import threading
 import time
 from abc import ABC, abstractmethod
-from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
 
 from m3runtime.errors import BlockError
 from m3runtime.memory.block import BlockStamp, Found, Ids, check
+from m3runtime.observe.counts import TierStats, increased
 from m3runtime.observe.latency import Timer
-from m3runtime.observe.tiers import TierStats
 from m3runtime.storage.tier import Tier
 
 
@@ -33,7 +32,7 @@ class Level(ABC):
     def count(self, **more: int) -> None:
         """Add to these fields of `stats`."""
         with self._counting_lock:
-            self._stats = replace(self._stats, **{key: getattr(self._stats, key) + by for key, by in more.items()})
+            self._stats = increased(self._stats, **more)
 
     @property
     def stats(self) -> TierStats:

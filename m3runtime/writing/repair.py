@@ -129,7 +129,7 @@ class _Repair:
 
         def done(count: int) -> None:
             if self.progress:
-                self.progress("memories", len(self.recomputed) + count, total)
+                self.progress("Computing memories again", len(self.recomputed) + count, total)
 
         done(0)
         try:

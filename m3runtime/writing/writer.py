@@ -25,7 +25,7 @@ from m3runtime.writing.fitting import fit_codec, sample
 from m3runtime.writing.pipeline import Clock, Pipeline
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with the phase (``codec`` or ``memories``), the steps done, and the number of all steps."""
+"""Called with the title of a stage, its steps done, and all its steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +92,12 @@ class Writer:
             with clock.phase("codec"):
                 bank = self._open(references, progress)
             with closing(bank):
+                title = "Cataloguing references" if catalogue else "Writing memories"
                 done = _Tally(bank, self.adapter.spec.tokens)
 
                 def computed(count: int) -> None:
                     if progress:
-                        progress("memories", done.known + count, len(references))
+                        progress(title, done.known + count, len(references))
 
                 pipeline = Pipeline(
                     self.adapter,
@@ -159,7 +160,8 @@ class Writer:
         if codec.trained:
             return codec
         texts = sample(references, self.adapter.spec)
-        fit_codec(codec, self.adapter, texts, self.config.memory.batch_size, progress and partial(progress, "codec"))
+        trained = progress and partial(progress, "Training the codec")
+        fit_codec(codec, self.adapter, texts, self.config.memory.batch_size, trained)
         return codec
 
 
