@@ -18,7 +18,7 @@ from m3runtime.errors import (
 )
 from m3runtime.memory.block import BlockStamp
 from m3runtime.memory.spec import MemorySpec, canonical_json, fingerprint
-from m3runtime.plugins.messages import first_fault, one_line
+from m3runtime.plugins.messages import difference, first_fault, one_line
 from m3runtime.storage.home import Home
 
 FORMAT = 1
@@ -131,19 +131,15 @@ class Manifest:
             raise BankMismatchError(f"{where}: the bank was written with another tokenizer; {_MEND}")
         if self.sink != sink:
             raise BankMismatchError(f"{where}: the bank was written with the sink {self.sink!r}, not {sink!r}; {_MEND}")
-        if difference := self.spec.difference(spec):
-            raise BankMismatchError(f"{where}: the bank was written with another spec: {difference}; {_MEND}")
+        if differing := self.spec.difference(spec):
+            raise BankMismatchError(f"{where}: the bank was written with another spec: {differing}; {_MEND}")
 
     def check_codec(self, *, kind: str, options: Mapping[str, Any], where: Path) -> None:
         """Raise `BankMismatchError` that names the differing options, unless the bank's codec is of these."""
-        ours = {"kind": self.codec_kind, **self.codec_options}
-        theirs = {"kind": kind, **options}
-        if ours != theirs:
-            differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+        if differing := difference({"kind": self.codec_kind, **self.codec_options}, {"kind": kind, **options}):
             raise BankMismatchError(
-                f"{where}: the bank was written with another codec: "
-                + ", ".join(f"{key} {ours.get(key)} against {theirs.get(key)}" for key in differing)
-                + "; set `codec` as it was, or write into another bank"
+                f"{where}: the bank was written with another codec: {differing}; "
+                "set `codec` as it was, or write into another bank"
             )
 
     def check_embedder(self, *, embedder: str, name: str, where: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import xxhash
 
 from m3runtime.errors import ConfigError
+from m3runtime.plugins.messages import difference
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -75,8 +76,7 @@ class MemorySpec:
 
     def difference(self, other: "MemorySpec") -> str:
         """The difference of two specs, for an error message; empty for equal ones."""
-        mine, theirs = self.to_json(), other.to_json()
-        return ", ".join(f"{key} {mine[key]} against {theirs[key]}" for key in mine if mine[key] != theirs[key])
+        return difference(self.to_json(), other.to_json())
 
 
 def canonical_json(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 from pydantic_core import ErrorDetails, ValidationError
@@ -37,6 +37,12 @@ def first_fault(error: ValidationError) -> str:
     """The key of the first value that pydantic refused, and `reason`."""
     first = error.errors()[0]
     return " ".join([*map(str, first["loc"]), reason(first)])
+
+
+def difference(ours: Mapping[str, object], theirs: Mapping[str, object]) -> str:
+    """The entries in which two mappings differ, such as ``tokens 128 against 64``; empty for equal ones."""
+    keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    return ", ".join(f"{key} {ours.get(key)} against {theirs.get(key)}" for key in keys)
 
 
 def one_line(value: object) -> str:
