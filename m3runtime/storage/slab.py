@@ -43,6 +43,7 @@ class SlabTier(CachingTier):
         self.slot_bytes = slot_bytes
         self.device = device
         self._slots = capacity // slot_bytes
+        self._eviction = eviction
         self._policy = make_policy(eviction, self._slots)
         self._locked: PageLocked | None = None
         try:
@@ -70,8 +71,7 @@ class SlabTier(CachingTier):
         with self._device_errors():
             is_direct = self.device.type == "cpu" or out.device == self.device
             rows_out = out if is_direct else torch.empty(out.shape, dtype=out.dtype, device=self.device)
-        with self._lock:
-            slab = self._open()
+        with self._table() as slab:
             slots = np.array([self._held.get(id, -1) for id in ids.tolist()], np.int64)
             found: Found = slots >= 0
             rows, taken = np.flatnonzero(found).tolist(), slots[found].tolist()
@@ -99,16 +99,16 @@ class SlabTier(CachingTier):
         check_rows(ids, blocks, self.slot_bytes)
         with self._device_errors():
             blocks = blocks.to(self.device)
-        with self._lock:
-            slab = self._open()
+        with self._table() as slab:
             # A batch larger than the slab evicts its own first blocks: a slot takes the last row assigned to it.
             row_of: dict[int, int] = {}
             are_filled = False
             try:
                 for row, id in enumerate(ids.tolist()):
-                    if id not in self._held and (slot := self._claim()) is not None:
-                        row_of[slot] = row
-                        self._held[id] = slot
+                    if id not in self._held and (place := self._claim()) is not None:
+                        slot = self._free[place]
+                        del self._free[place]
+                        self._held[id], row_of[slot] = slot, row
                         self._policy.admitted(id)
                 with self._device_errors():
                     stream = self._stream(slab)
@@ -118,16 +118,15 @@ class SlabTier(CachingTier):
                     if stream is not None and row_of:
                         self._copies.filled(row_of, stream.record_event())
                 are_filled = True
-            finally:  # whatever ended it, Ctrl-C included: what these slots hold is not known
-                if not are_filled:
+            finally:
+                if not are_filled:  # what these slots hold is not known
                     for slot, row in row_of.items():
                         if self._held.get(id := int(ids[row])) == slot:
-                            self._remove(id)
+                            del self._held[id]
 
     def discard(self, ids: Ids) -> None:
         """Drop these blocks; see `Tier.discard`."""
-        with self._lock:
-            self._open()
+        with self._table():
             for id in ids.tolist():
                 if id in self._held:
                     self._remove(id)
@@ -140,8 +139,7 @@ class SlabTier(CachingTier):
 
     def score(self, ids: Ids, scores: Scores) -> None:
         """Pass scores to the eviction policy; see `CachingTier.score`."""
-        with self._lock:
-            self._open()
+        with self._table():
             for id, score in zip(ids.tolist(), scores.tolist(), strict=True):
                 if id in self._held:
                     self._policy.scored(id, score)
@@ -179,14 +177,13 @@ class SlabTier(CachingTier):
         return None if rows.device.type == "cpu" else torch.accelerator.current_stream(rows.device)
 
     def _claim(self) -> int | None:
-        """A slot that may be filled: a free one, or that of an evicted block."""
+        """Where among the free slots one lies that may be filled, if need be after an eviction."""
         if not self._free:
             victim = self._policy.victim(lambda id: self._may_fill(self._held[id]))
             if victim is None:
                 return None
             self._remove(victim)
-        place = next((place for place, slot in enumerate(reversed(self._free)) if self._may_fill(slot)), None)
-        return None if place is None else self._free.pop(-1 - place)
+        return next((place for place in range(len(self._free) - 1, -1, -1) if self._may_fill(self._free[place])), None)
 
     def _may_fill(self, slot: int) -> bool:
         # On an accelerator the copy into the slot waits for those out of it. The CPU would have to wait here.
@@ -195,6 +192,21 @@ class SlabTier(CachingTier):
     def _remove(self, id: int) -> None:
         self._free.append(self._held.pop(id))
         self._policy.removed(id)
+
+    @contextmanager
+    def _table(self) -> Iterator[Tensor]:
+        """The slab, under the lock. After an error or an interrupt, what else is kept is derived from what is held."""
+        with self._lock:
+            slab = self._open()
+            try:
+                yield slab
+            except BaseException:
+                taken = set(self._held.values())
+                self._free = [slot for slot in range(self._slots - 1, -1, -1) if slot not in taken]
+                self._policy = make_policy(self._eviction, self._slots)
+                for id in self._held:
+                    self._policy.admitted(id)
+                raise
 
     @contextmanager
     def _device_errors(self) -> Iterator[None]:
