@@ -63,6 +63,19 @@ def test_lru_gives_up_what_was_used_longest_ago() -> None:
     assert drain(policy) == [2, 3, 1]
 
 
+def test_lru_passes_over_what_is_in_use_once_in_a_round() -> None:
+    """Otherwise each id that an owner full of leases admits costs a walk over all of them."""
+    policy, asked = LruPolicy(150), list[int]()
+    for id in range(150):
+        policy.admitted(id)
+    for id in range(150, 250):
+        victim = policy.victim(lambda other: asked.append(other) or other >= 100)  # type: ignore[func-returns-value]
+        assert victim == id - 50
+        policy.removed(victim)
+        policy.admitted(id)
+    assert len(asked) <= 3 * 100 + 100
+
+
 def test_a_scan_flushes_the_hot_set_out_of_lru_and_not_out_of_s3_fifo() -> None:
     kept = {}
     for name in ("lru", "s3-fifo"):

@@ -26,8 +26,18 @@ class LruPolicy(EvictionPolicy):
         del self._order[id]
 
     def victim(self, is_evictable: Callable[[int], bool] = anything) -> int | None:
-        """The id used longest ago; see `EvictionPolicy.victim`. O(1) if it is evictable."""
-        return next(filter(is_evictable, self._order), None)
+        """The id used longest ago; see `EvictionPolicy.victim`. O(1), amortised, and for each id not evictable.
+
+        An id that is not evictable is in use, so it counts as used now: the next call does not pass over it again.
+        """
+        in_use: list[int] = []
+        for id in self._order:
+            if is_evictable(id):
+                for other in in_use:
+                    self._order.move_to_end(other)
+                return id
+            in_use.append(id)
+        return None
 
     def __len__(self) -> int:
         return len(self._order)
