@@ -140,8 +140,8 @@ class RecallConfig(Section):
     decoded: Size | None = None
     """Most bytes of decoded memories on the device, prefetched and leased together; null: fits the machine."""
     deadline: Seconds = 0.05
-    """Time that a recall waits, after its search, for memories that are being read or decoded in the background.
-    Embedding, the search, and the decoding of blocks in the fastest tier are not bounded."""
+    """Time that a recall waits, after its search, for memories that the background or another recall is loading.
+    Embedding, the search, encoding cold references, and loading blocks of the fastest tier are not bounded."""
     when_late: Literal["wait", "skip", "next_chunk"] = "skip"
     """Memories that miss the deadline are waited for, skipped, or given to the next chunk."""
     cold_start: bool = False
