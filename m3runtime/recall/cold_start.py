@@ -57,17 +57,17 @@ class ColdStart:
         cold = set(self._bank.home.cold(as_ids([match.id for matches in chosen for match in matches])).tolist())
         return [[match for match in matches if match.id not in cold] for matches in chosen]
 
-    def fill(self, ids: Sequence[int], stages: Stages) -> tuple[list[int], Mapping[int, Tensor]]:
+    def fill(self, ids: Sequence[int], stages: Stages) -> Mapping[int, Tensor | None]:
         """Encode and store the cold ones of ``ids``.
 
-        Returns which were cold, and the blocks of those that the home has no room for. Raises what the model or the
-        home raises.
+        Maps each id that was cold to None, or to its block if the home has no room for it. Raises what the model or
+        the home raises.
         """
         if not (self._is_on and ids) or self.encode is None or not len(cold := self._bank.home.cold(as_ids(ids))):
-            return [], {}
+            return {}
         with stages.stage("encode", len(cold)), self._lock, torch.inference_mode(False), torch.no_grad():
             still = self._bank.home.cold(cold)  # another thread may have had the lock
-            return cold.tolist(), self._store(still, self.encode)
+            return {**dict.fromkeys(cold.tolist()), **self._store(still, self.encode)}
 
     def _store(self, cold: Ids, encode: Encode) -> dict[int, Tensor]:
         """Encode and store these. Returns the blocks without room in the home."""

@@ -1,15 +1,16 @@
 """`Hints`: prefetches the memories that streams will probably recall next, in the background."""
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
 from m3runtime.memory.block import as_ids
-from m3runtime.observe.counts import LookaheadCounts, increased
+from m3runtime.observe.counts import LookaheadCounts
 from m3runtime.observe.metrics import Meter, Stages
 from m3runtime.recall.background import Background
 from m3runtime.recall.loader import Loader
@@ -56,28 +57,19 @@ class Hints:
         self._waiting: dict[int, Hint] = {}  # the newest of each stream, until its memories are asked for
         self._guesses: dict[int, list[Lease]] = {}
         self._guessed: dict[int, frozenset[int]] = {}  # ids, also of guesses without room
-        self._counts = LookaheadCounts()
-        self._is_scheduled = False
+        self._counts = Counter[str]()
 
     def add(self, hints: Sequence[Hint]) -> None:
         """Work on these in the background, each in place of an earlier one of its stream.
 
         Raises `TierClosedError` after the background was closed.
         """
-        schedule = False
-        try:
-            with self._lock:
-                self._count(hints=len(hints))
-                for hint in hints:
-                    self._cancel(hint.stream)
-                    self._waiting[hint.stream] = hint
-                schedule, self._is_scheduled = not self._is_scheduled, True
-            if schedule:
-                self._background.submit(self._work)
-        except BaseException:
-            if schedule:
-                self._is_scheduled = False
-            raise
+        with self._lock:
+            self._counts["hints"] += len(hints)
+            for hint in hints:
+                self._cancel(hint.stream)
+                self._waiting[hint.stream] = hint
+        self._background.submit(self._work)
 
     def begin_recall(self, streams: Iterable[int]) -> None:
         """Cancel the hints of these streams that no thread works on: they come too late."""
@@ -86,13 +78,13 @@ class Hints:
                 if stream in self._waiting and not self._waiting[stream].is_taken:
                     self._cancel(stream)
 
-    def end_recall(self, stream: int, chosen: Iterable[int], late: Iterable[int], dtype: torch.dtype) -> None:
-        """Replace the guesses of a stream by what is late for it, and count which guesses its recall ``chosen``."""
-        kept, _ = self._store.lease(late, dtype, guess=True)
+    def end_recall(self, stream: int, chosen: Iterable[int], late: Iterable[Lease]) -> None:
+        """Replace the guesses of a stream by what still loads for it, and count which its recall ``chosen``."""
+        kept = self._store.share(late, guess=True)
         with self._lock:
             self._cancel(stream)
             guesses = self._guesses.pop(stream, [])
-            self._count(hits=len(self._guessed.pop(stream, frozenset()).intersection(chosen)))
+            self._counts["hits"] += len(self._guessed.pop(stream, frozenset()).intersection(chosen))
             if kept:
                 self._guesses[stream] = kept
         self._store.release(guesses)
@@ -109,13 +101,12 @@ class Hints:
         """A snapshot."""
         failed, last_error = self._background.failures()
         with self._lock:
-            return replace(self._counts, failed=failed, last_error=last_error)
+            return LookaheadCounts(**self._counts, failed=failed, last_error=last_error)
 
     # -- in the background -------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         with self._lock:
-            self._is_scheduled = False
             hints = [hint for hint in self._waiting.values() if not hint.is_taken]
             for hint in hints:
                 hint.is_taken = True
@@ -135,7 +126,7 @@ class Hints:
             return
         finally:
             stages.count()
-        for dtype in {hint.dtype for hint in hints}:
+        for dtype in dict.fromkeys(hint.dtype for hint in hints):
             self._load([both for both in zip(hints, chosen, strict=True) if both[0].dtype == dtype], dtype)
 
     def _load(self, found: Sequence[tuple[Hint, list[Match]]], dtype: torch.dtype) -> None:
@@ -150,14 +141,14 @@ class Hints:
             best = with_owed(matches, hint.owed, self._memories)
             known.update(match.id for match in best)
             best = [match for match in best if match.id not in hint.held]
-            mine, no_room = self._store.lease([match.id for match in best], dtype, guess=True)
+            mine, no_room, _ = self._store.lease([match.id for match in best], dtype, guess=True)
             with self._lock:
                 if self._waiting.get(hint.stream) is hint:
                     del self._waiting[hint.stream]
                     old += self._guesses.pop(hint.stream, [])
                     self._guesses[hint.stream] = mine
                     self._guessed[hint.stream] = frozenset(match.id for match in best)
-                    self._count(guesses=len(best), beyond=len(no_room))
+                    self._counts.update(guesses=len(best), beyond=len(no_room))
                 else:  # overtaken, and counted as cancelled by whoever did
                     old += mine
                     continue
@@ -168,7 +159,7 @@ class Hints:
         self._store.release(old)
         stages = self._meter.lookahead(tuple(streams))
         try:
-            loaded = self._loader.load(leases, stages, aside=True)
+            loaded = self._loader.load(leases, object(), stages, aside=True)
             # What was loaded before may have been forgotten by another process since.
             self._loader.forget_strangers(list(known.difference(loaded)))
             if beyond:
@@ -186,10 +177,7 @@ class Hints:
 
     def _cancel(self, stream: int) -> None:
         if self._waiting.pop(stream, None) is not None:
-            self._count(cancelled=1)
-
-    def _count(self, **more: int) -> None:
-        self._counts = increased(self._counts, **more)
+            self._counts["cancelled"] += 1
 
 
 def with_owed(matches: Sequence[Match], owed: Sequence[Match], most: int) -> list[Match]:

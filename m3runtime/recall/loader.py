@@ -1,6 +1,6 @@
 """`Loader`: reads blocks through the hierarchy and decodes them into parts, each with storage of its own."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -33,7 +33,8 @@ class Loader:
 
     def load(
         self,
-        leases: Iterable[Lease],
+        leases: Sequence[Lease],
+        by: object,
         stages: Stages,
         *,
         aside: bool,
@@ -41,17 +42,17 @@ class Loader:
     ) -> list[int]:
         """Load the leased memories, all of one dtype, that nobody loads yet. Returns their ids.
 
-        They are read in one call and decoded in batches of bounded size. With ``aside`` the work goes to a CUDA stream
-        of this thread, in parallel with decoding by the model. ``blocks`` (``uint8[slot_bytes]`` by id) are decoded as
-        they are, without asking the hierarchy. An error fails every entry that is not settled yet, and is raised.
+        ``by`` becomes their `Entry.loader`. They are read in one call and decoded in batches of bounded size. With
+        ``aside`` the work goes to a CUDA stream of this thread, in parallel with decoding by the model. ``blocks``
+        (``uint8[slot_bytes]`` by id) are decoded as they are, without asking the hierarchy. An error fails every entry
+        that is not settled yet, and is raised.
         """
-        claimed: list[Entry] = []
         try:
-            if self.store.claim(leases, claimed):
+            if claimed := self.store.claim(leases, by):
                 with self.side.use() if aside else nullcontext():
                     self._load(claimed, stages, blocks or {})
         except BaseException as error:
-            self.store.fail(claimed, error)
+            self.store.fail((lease.entry for lease in leases), by, error)
             raise
         return [entry.id for entry in claimed]
 

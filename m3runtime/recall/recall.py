@@ -55,10 +55,12 @@ class Recall:
         self._release_stale(streams, chosen)
         delivered = self._gather(chosen, streams[0].dtype, stages, waits=waits)
         try:
+            if waits:  # then there is time to see what another process forgot
+                self._loader.forget_strangers(list(delivered.hits))
             with stages.stage("deliver"):
                 recalled = self._deliver(streams, chosen, delivered, stages)
         finally:
-            self._store.release([*delivered.leases.values(), *delivered.pending])
+            self._store.release([*delivered.leases.values(), *delivered.pending.values()])
         ended = time.perf_counter()
         stages.seconds["recall"] = ended - began
         self._meter.timeline.note("recall", began, ended, numbers, len(delivered.leases))
@@ -114,21 +116,10 @@ class Recall:
     ) -> Delivered:
         """Lease the parts of all matches, loading what is missing."""
         ids = list(dict.fromkeys(match.id for matches in chosen for match in matches))
-        cold, blocks = self._cold_start.fill(ids, stages)
+        encoded = self._cold_start.fill(ids, stages)
+        deadline = None if waits else time.perf_counter() + self._config.deadline
         with stages.stage("bring"):
-            delivered = self.delivery.gather(cold, dtype, stages, blocks=blocks)  # just encoded: never late
-            try:
-                deadline = None if waits else time.perf_counter() + self._config.deadline
-                rest = self.delivery.gather((id for id in ids if id not in cold), dtype, stages, deadline=deadline)
-                rest.leases |= delivered.leases
-                rest.hits |= delivered.hits
-                delivered = rest
-                if waits:  # then there is time to see what another process forgot
-                    self._loader.forget_strangers(list(rest.hits))
-            except BaseException:
-                self._store.release([*delivered.leases.values(), *delivered.pending])
-                raise
-        return delivered
+            return self.delivery.gather(ids, dtype, stages, deadline=deadline, encoded=encoded)
 
     def _deliver(
         self, streams: Sequence[StreamState], chosen: Sequence[list[Match]], delivered: Delivered, stages: Stages
@@ -158,7 +149,8 @@ class Recall:
         self._store.release(old.values())
         stream.owed = late if self._config.when_late == "next_chunk" else []
         ids, late_ids = tuple(match.id for match in given), tuple(match.id for match in late)
-        self.hints.end_recall(stream.number, chosen=[*ids, *late_ids], late=late_ids, dtype=stream.dtype)
+        loading = [delivered.pending[id] for id in late_ids if id in delivered.pending]
+        self.hints.end_recall(stream.number, chosen=[*ids, *late_ids], late=loading)
         bank = self._loader.bank
         return Recalled(
             ids=ids,

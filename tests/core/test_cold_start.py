@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3runtime.bank.index import catch_up
-from m3runtime.errors import BankMismatchError, CodecError, ConfigError, M3Error, TierError
+from m3runtime.errors import BankMismatchError, CodecError, ConfigError, M3Error, StoreFullError, TierError
 from m3runtime.memory.block import as_ids
 from m3runtime.observe.metrics import RECALL_STAGES
 from m3runtime.recall.recalled import Recalled
@@ -23,7 +23,7 @@ from m3runtime.storage.home import Home
 from m3runtime.storage.tier import CachingTier
 from m3runtime.testing.faulty import Fault, FaultyHome, Schedule
 from m3runtime.testing.threads import together
-from tests.core.recalling import TEXTS, WORDS, TextAdapter, no_tiers, open_runtime, pinned, shut
+from tests.core.recalling import PART_BYTES, TEXTS, WORDS, TextAdapter, no_tiers, open_runtime, pinned, shut
 
 ALL = range(len(TEXTS))
 QUERIES = st.lists(st.sampled_from(TEXTS) | st.sampled_from(WORDS), min_size=1, max_size=5)
@@ -196,6 +196,18 @@ def test_what_was_just_encoded_is_never_late(
         recalled = runtime.stream().recall(TEXTS[0])
         assert len(recalled) == 3
         assert recalled.late == ()
+
+
+def test_what_was_just_encoded_is_late_where_the_store_has_no_room(tmp_path: Path) -> None:
+    with (
+        open_cold(tmp_path / "bank", memories=1, decoded=PART_BYTES, when_late="skip") as runtime,
+        runtime.stream() as one,
+        runtime.stream() as other,
+    ):
+        assert one.recall(TEXTS[5]).ids == (5,)  # of six tokens, the most
+        assert other.recall(TEXTS[11]).late == (11,)
+        with pytest.raises(StoreFullError):
+            other.recall(TEXTS[11], wait=True)
 
 
 # -- what encodes -----------------------------------------------------------------------------------------------------

@@ -1,9 +1,12 @@
 """Lookahead changes when memories are there, and nothing else."""
 
 import gc
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -234,7 +237,46 @@ def test_a_recall_without_room_says_what_to_set(opened: Open) -> None:
         opened("small", decoded=2 * PART_BYTES).stream()
 
 
+def test_a_recall_takes_the_room_of_a_guess_that_still_loads(opened: Open) -> None:
+    """It waits for the load, since only a stream that reads its memories keeps them from a recall."""
+    runtime = opened(decoded=3 * PART_BYTES, sections={"metrics": {"timeline": 100}})
+    home = home_of(runtime)
+    with runtime.stream() as one, runtime.stream() as other:
+        with shut(home.gate):
+            one.hint("lamp oil harbour")
+            home.entered.acquire()
+            thread, results = in_thread(lambda: other.recall("winter island"))
+            while not any(event.name == "search" and other.number in event.streams for event in runtime.timeline()):
+                pass
+        thread.join()
+        assert len(results[0]) == 3
+        assert runtime.metrics().store.bytes <= 3 * PART_BYTES
+
+
 # -- nobody brings what another is bringing ---------------------------------------------------------------------------
+
+
+@contextmanager
+def at_line(file: str, moment: int, work: Callable[[], None]) -> Iterator[list[int]]:
+    """Do the work before the ``moment``-th line of this file that the block runs. What it yields is empty then."""
+    left = [moment]
+
+    def trace(frame: FrameType, event: str, _: object) -> object:
+        if not frame.f_code.co_filename.endswith(file):
+            return None
+        if event == "line" and left:
+            left[0] -= 1
+            if not left[0]:
+                left.clear()
+                work()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield left
+    finally:
+        sys.settrace(before)
 
 
 def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
@@ -412,6 +454,74 @@ def test_a_prompt_waits_whatever_is_late(opened: Open) -> None:
         thread.join()
         assert len(results[0]) == 3
         assert results[0].late == ()
+
+
+def test_what_arrives_at_the_deadline_is_delivered_or_late(opened: Open) -> None:
+    """Whatever a recall was doing then."""
+    runtime = opened(when_late="skip", deadline=0.0, tiers=no_tiers)
+    chosen = {match.id for match in runtime.search(["lamp oil harbour"])[0]}
+
+    def arrive() -> None:
+        home_of(runtime).gate.set()
+        drain(runtime)
+
+    moment, left, delivered = 0, list[int](), set[int]()
+    while not left:
+        moment += 1
+        runtime.store.forget(chosen)
+        home_of(runtime).gate.clear()
+        with runtime.stream() as stream:
+            with at_line("delivery.py", moment, arrive) as left:
+                recalled = stream.recall("lamp oil harbour")
+            arrive()
+        assert {*recalled.ids, *recalled.late} == chosen, moment
+        delivered.add(len(recalled))
+    assert delivered >= {0, 3}
+
+
+def test_a_load_that_another_recall_failed_is_tried_again(opened: Open) -> None:
+    """Its error, which may be an interrupt of another thread, is none of this recall."""
+    runtime = opened()
+    chosen = [match.id for match in runtime.search(["lamp oil harbour"])[0]]
+    store = runtime.store
+
+    def fail() -> None:
+        leases, _, _ = store.lease(chosen, torch.float32)
+        store.fail(store.claim(leases, fail), fail, KeyboardInterrupt())
+        store.release(leases)
+
+    moment, left = 0, list[int]()
+    while not left:
+        moment += 1
+        store.forget(chosen)
+        with runtime.stream() as stream, at_line("delivery.py", moment, fail) as left:
+            assert list(stream.recall("lamp oil harbour").ids) == chosen, moment
+    store.check_integrity()
+
+
+def test_a_late_memory_that_cannot_be_loaded_leaves_nothing_for_the_next_chunk(opened: Open) -> None:
+    """Its load fails between the deadline and the end of the recall."""
+
+    class Scored(PinnedTier):
+        def score(self, ids: Any, scores: Any) -> None:
+            home_of(runtime).gate.set()
+            drain(runtime)
+
+    fails = Schedule(Fault("error", at={1}, methods={"read"}))
+    runtime = opened(
+        when_late="next_chunk",
+        deadline=0.0,
+        memories=1,
+        wrap=lambda home: GatedHome(FaultyHome(home, fails)),
+        tiers=lambda slot_bytes: [Scored(slot_bytes=slot_bytes, capacity=slot_bytes)],
+    )
+    with runtime.stream() as stream:
+        home_of(runtime).gate.clear()
+        assert stream.recall(TEXTS[3]).late == (3,)
+        drain(runtime)
+        stored = runtime.metrics().store
+        assert (stored.guessed, stored.bytes) == (0, 0)
+        assert stream.recall(" ", wait=True).ids == (3,)
 
 
 @pytest.mark.parametrize("below", ["tier", "home"])

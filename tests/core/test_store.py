@@ -30,9 +30,9 @@ def loaded(size: int = FULL) -> Loaded:
 
 
 def load(made: MemoryStore, *ids: int, size: int = FULL) -> list[Lease]:
-    leases, beyond = made.lease(ids, torch.float32)
+    leases, beyond, _ = made.lease(ids, torch.float32)
     assert not beyond
-    for entry in made.claim(leases):
+    for entry in made.claim(leases, made):
         made.settle(entry, loaded(size))
     return leases
 
@@ -54,7 +54,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(target=leases, ids=st.sets(st.integers(0, 7), max_size=5), half=st.booleans(), guess=st.booleans())
     def lease(self, ids: set[int], half: bool, guess: bool) -> object:
         dtype = torch.float16 if half else torch.float32
-        leases, beyond = self.store.lease(sorted(ids), dtype, guess=guess)
+        leases, beyond, blocked_by = self.store.lease(sorted(ids), dtype, guess=guess)
         assert {lease.id for lease in leases} | set(beyond) == ids
         assert len(leases) + len(beyond) == len(ids)
         assert all(lease.entry not in self.forgotten for lease in leases)
@@ -62,6 +62,8 @@ class StoreMachine(RuleBasedStateMachine):
             held = {one.entry for one in self.live if not one.is_guess} | {one.entry for one in leases}
             loading = [entry for entry in self.entries() if entry.state in ("wanted", "loading")]
             assert sum(entry.size for entry in held.union(loading)) + FULL > self.store.capacity
+            guessed = {entry.done for entry in loading if entry not in held and entry not in self.forgotten}
+            assert guessed <= set(blocked_by)
         self.live += leases
         return multiple(*leases)
 
@@ -76,7 +78,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(target=claims, lease=leases)
     def claim(self, lease: Lease) -> object:
         was = lease.entry.state
-        entries = self.store.claim([lease])
+        entries = self.store.claim([lease], self)
         assert entries == ([lease.entry] if was == "wanted" else [])
         return multiple(*entries)
 
@@ -96,7 +98,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(entry=consumes(claims))
     def fail(self, entry: Entry) -> None:
-        self.store.fail([entry], TierError("the drive is gone"))
+        self.store.fail([entry], self, TierError("the drive is gone"))
         assert entry.done.done()
 
     @rule(entry=consumes(claims))
@@ -104,7 +106,7 @@ class StoreMachine(RuleBasedStateMachine):
         if entry.state == "loading":
             wanted = self.store.keep_wanted([entry])
             assert bool(wanted) == bool(entry.leases or entry.guesses)
-            self.store.fail(wanted, TierError("the drive is gone"))
+            self.store.fail(wanted, self, TierError("the drive is gone"))
 
     @rule(lease=leases)
     def release(self, lease: Lease) -> None:
@@ -128,6 +130,8 @@ class StoreMachine(RuleBasedStateMachine):
         assert counts.leased == len(hard)
         assert counts.guessed == len({one.entry for one in self.live if one.is_guess})
         assert counts.bytes <= counts.capacity
+        known = self.store._entries.values()
+        assert counts.bytes == sum(entry.size for entry in {*known, *self.entries()})
         assert counts.decoded == self.decoded
         for name in ("hits", "evicted", "decoded", "wasted_bytes"):
             assert getattr(counts, name) >= getattr(self.before, name), "counters only grow"
@@ -163,21 +167,21 @@ def test_idle_parts_stay_until_room_is_needed(eviction: str) -> None:
 def test_a_leased_part_is_not_evicted_and_a_guess_is_only_for_a_recall() -> None:
     made = store(2)
     leased = load(made, 1)
-    guesses, _ = made.lease([2], torch.float32, guess=True)
-    for entry in made.claim(guesses):
+    guesses, _, _ = made.lease([2], torch.float32, guess=True)
+    for entry in made.claim(guesses, made):
         made.settle(entry, loaded())
-    assert made.lease([3], torch.float32, guess=True) == ([], [3])
+    assert made.lease([3], torch.float32, guess=True) == ([], [3], [])
     assert made.counts().wasted_bytes == 0
     third = load(made, 3)
     assert made.counts().wasted_bytes == FULL
-    assert made.lease([4], torch.float32) == ([], [4])
+    assert made.lease([4], torch.float32) == ([], [4], [])
     assert leased[0].loaded.nbytes == third[0].loaded.nbytes == FULL
 
 
 def test_a_part_of_another_dtype_is_another_part() -> None:
     made = store(4)
     (one,) = load(made, 1)
-    (other,), _ = made.lease([1], torch.float16)
+    (other,), _, _ = made.lease([1], torch.float16)
     assert other.entry is not one.entry
     assert other.entry.size == FULL // 2
 
@@ -185,7 +189,7 @@ def test_a_part_of_another_dtype_is_another_part() -> None:
 def test_a_part_larger_than_the_store_evicts_nothing() -> None:
     made = store(2)
     made.release(load(made, 1, 2, size=2))
-    assert made.lease([3], torch.complex128) == ([], [3])
+    assert made.lease([3], torch.complex128) == ([], [3], [])
     assert made.counts().evicted == 0
 
 
@@ -214,11 +218,11 @@ def test_a_lease_that_is_collected_under_the_lock_waits_for_nobody() -> None:
 
 def test_who_waits_gets_the_error_and_may_try_again() -> None:
     made = store(2)
-    leases, _ = made.lease([1], torch.float32)
-    entries = made.claim(leases)
-    others, _ = made.lease([1], torch.float32)
-    assert made.claim(others) == []
-    made.fail(entries, TierError("gone"))
+    leases, _, _ = made.lease([1], torch.float32)
+    entries = made.claim(leases, made)
+    others, _, _ = made.lease([1], torch.float32)
+    assert made.claim(others, made) == []
+    made.fail(entries, made, TierError("gone"))
     with pytest.raises(TierError, match="gone"):
         others[0].entry.done.result()
     again = load(made, 1)
@@ -233,7 +237,7 @@ def test_a_forgotten_part_is_read_to_the_end_and_never_found_again() -> None:
     made.forget([1])
     assert lease.loaded.nbytes == FULL
     assert made.counts().bytes == FULL, "it still takes its bytes"
-    (other,), _ = made.lease([1], torch.float32)
+    (other,), _, _ = made.lease([1], torch.float32)
     assert other.entry is not lease.entry
     made.release([lease, other])
     assert made.counts().bytes == 0
@@ -241,8 +245,8 @@ def test_a_forgotten_part_is_read_to_the_end_and_never_found_again() -> None:
 
 def test_forgetting_reaches_a_load_under_way() -> None:
     made = store(2)
-    (lease,), _ = made.lease([1], torch.float32)
-    (entry,) = made.claim([lease])
+    (lease,), _, _ = made.lease([1], torch.float32)
+    (entry,) = made.claim([lease], made)
     made.forget([1])
     made.settle(entry, loaded())
     assert entry.state == "gone"
@@ -252,9 +256,9 @@ def test_forgetting_reaches_a_load_under_way() -> None:
 
 def test_a_closed_store_leases_nothing_and_keeps_nobody_waiting() -> None:
     made = store(3)
-    waiting, _ = made.lease([1], torch.float32)
-    loading, _ = made.lease([2], torch.float32)
-    (entry,) = made.claim(loading)
+    waiting, _, _ = made.lease([1], torch.float32)
+    loading, _, _ = made.lease([2], torch.float32)
+    (entry,) = made.claim(loading, made)
     made.close()
     made.close()
     with pytest.raises(TierClosedError):
@@ -277,9 +281,9 @@ def test_threads_load_each_part_once_within_the_bound() -> None:
     def work(number: int) -> None:
         for turn in range(40):
             ids = [(number + turn) % 5, turn % 5]
-            leases, beyond = made.lease(dict.fromkeys(ids), torch.float32)
+            leases, beyond, _ = made.lease(dict.fromkeys(ids), torch.float32)
             assert not beyond
-            for entry in made.claim(leases):
+            for entry in made.claim(leases, made):
                 with lock:
                     decoded.append(entry.id)
                 made.settle(entry, loaded())
@@ -296,8 +300,8 @@ def test_threads_load_each_part_once_within_the_bound() -> None:
 
 def test_waiters_in_other_threads_wake() -> None:
     made = store(1)
-    leases, _ = made.lease([1], torch.float32)
+    leases, _, _ = made.lease([1], torch.float32)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(leases[0].entry.done.result, 60)
-        made.settle(made.claim(leases)[0], loaded())
+        made.settle(made.claim(leases, made)[0], loaded())
         assert waiting.result(timeout=60) is None
