@@ -69,7 +69,7 @@ def recalled(runtime: Runtime) -> Recalled:
     return results[0]
 
 
-@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("when_late", "hinted"), [("wait", False), ("skip", True)])
 def test_an_interrupt_at_any_moment_harms_no_later_recall(
     when_late: str, hinted: bool, step: int, tmp_path: Path
