@@ -1,4 +1,4 @@
-"""What codecs cost: bytes, squared error, error of attention's output, and likelihood of the next token.
+"""The cost of codecs: bytes, squared error, error of attention's output, and likelihood of the next token.
 
 ``make quality NAME=codec`` runs it on SmolLM2-135M and writes docs/quality/codec. Every codec is trained on references
 other than those that are measured.
@@ -60,10 +60,10 @@ class Set:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a set was read with one variant's memories."""
+    """The reading of a set with one variant's memories."""
 
     log_probs: tuple[float, ...]
-    """Of each text, summed over its tokens."""
+    """Log-probability of each text, summed over its tokens."""
     tokens: tuple[int, ...]
     predicted: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -127,7 +127,7 @@ class Watched(Scoring):
 
 @contextmanager
 def outputs_kept(wanted: bool) -> Iterator[list[Tensor]]:
-    """What attention gives in every layer and pass meanwhile, float16."""
+    """The outputs of attention in every layer and pass within the block, float16."""
     kept: list[Tensor] = []
     attend = m3model.attention.implementation.attend
 
@@ -146,7 +146,7 @@ def outputs_kept(wanted: bool) -> Iterator[list[Tensor]]:
 def read(
     adapter: TransformersAdapter, nearest: Nearest, some: Set, progress: Callable[[int, int], None], *, outputs: bool
 ) -> Reading:
-    """Score all texts of a set beside the memories that lie in RAM."""
+    """Score all texts of a set, which read memories held in RAM."""
     count = len(some.prompts)
     order = sorted(range(count), key=lambda n: (adapter.count_tokens(some.prompts[n].text), n))
     log_probs, tokens = [0.0] * count, [0] * count
@@ -257,7 +257,7 @@ def texts(adapter: TransformersAdapter, config: Config, corpus: Path) -> Set:
 def main(config: Config, corpus: Path, out: Path, command: str) -> None:
     """Measure, and write the report into ``out``."""
     adapter = TransformersAdapter.open(config.model, config.memory, resolve(config.model.device))
-    with stages({}, shown=sys.stderr.isatty()) as progress:
+    with stages(shown=sys.stderr.isatty()) as progress:
         sets = [facts(adapter, config), texts(adapter, config, corpus)]
         found = {some.name: study(config, adapter, some, progress, outputs=some.name == "facts") for some in sets}
     report(found, config, adapter, command).save(out)

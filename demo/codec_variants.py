@@ -1,4 +1,4 @@
-"""What is compared in the codec study: codecs as they are configured, and things around them that might help."""
+"""The variants of the codec study: codecs as they are configured, and steps around them that might help."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,38 +16,38 @@ from m3runtime.plugins.loading import load
 
 @dataclass(frozen=True)
 class Variant:
-    """A codec, and what is done before it encodes and after it decodes."""
+    """A codec, and a step before it encodes and after it decodes."""
 
     name: str
     codec: Mapping[str, Any]
-    """As in the configuration."""
+    """The codec's section of a configuration."""
     around: "type[Around] | None" = None
     weighed: bool = True
-    """Whether training is told what errors cost."""
+    """Is training given the cost of errors?"""
     everywhere: bool = False
-    """Whether real texts are read with it too, and not the facts alone."""
+    """Are real texts read with it too, in addition to the facts?"""
 
 
 class Around:
-    """Memories as the codec gets them, and back. This one does nothing."""
+    """A step before encoding and after decoding. This one does nothing."""
 
     def __init__(self, adapter: TransformersAdapter) -> None:
         self.adapter = adapter
 
     def before(self, memories: MemoryTensors) -> MemoryTensors:
-        """What is encoded."""
+        """The memories to encode."""
         return memories
 
     def after(self, decoded: MemoryTensors, memories: MemoryTensors) -> MemoryTensors:  # noqa: ARG002 - others need the original
-        """What attention reads."""
+        """The memories that attention reads."""
         return decoded
 
     def importance(self, importance: Tensor) -> Tensor | None:
-        """What errors in `before` cost."""
+        """The cost of errors in the result of `before`; None: not known."""
         return importance
 
     def extra_bytes(self, tokens: int) -> float:  # noqa: ARG002 - others need the number
-        """Of a memory, besides the codec's."""
+        """Bytes of a memory in addition to the codec's."""
         return 0.0
 
 
@@ -157,6 +157,6 @@ def trained(
 
 
 def coded(codec: Codec, around: Around, memories: MemoryTensors) -> MemoryTensors:
-    """What attention reads of these memories."""
+    """These memories as attention reads them, encoded and decoded."""
     decoded = codec.decode(codec.encode(around.before(memories)), memories.tokens, torch.float32)
     return around.after(decoded, memories)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from m3runtime.bank.bank import Bank, OpenHome
 from m3runtime.bank.index import BankIndex
-from m3runtime.bank.manifest import Manifest, one_line
+from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs import Codec
 from m3runtime.config.schema import Config, TierConfig
 from m3runtime.device.resolve import resolve
@@ -17,6 +17,7 @@ from m3runtime.errors import BankMismatchError, CodecError, ConfigError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.plugins.construction import construct
 from m3runtime.plugins.loading import available, load
+from m3runtime.plugins.messages import one_line
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.retrieval.index import Index
 from m3runtime.storage.abilities import Persistent

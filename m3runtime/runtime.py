@@ -109,7 +109,7 @@ class Runtime:
             if config.recall.trace is not None:
                 trace = TraceWriter(config.recall.trace, bank.home.slot_bytes, tiers)
                 undo.callback(trace.close)
-            hierarchy = Hierarchy(tiers, bank.home, bank.stamp, device, recorder=trace)
+            hierarchy = Hierarchy(tiers, bank.home, bank.stamp, device, record=trace.record if trace else None)
             recall = config.recall
             index, changed = assembly.bank_index(config, bank).open(cold=recall.cold_start)
             retriever = Retriever(

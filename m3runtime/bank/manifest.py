@@ -1,11 +1,12 @@
 """`Manifest`: the record that says which model, tokenizer, codec and embedder a bank belongs to."""
 
-import json
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from m3runtime.errors import (
     BankError,
@@ -17,12 +18,12 @@ from m3runtime.errors import (
 )
 from m3runtime.memory.block import BlockStamp
 from m3runtime.memory.spec import MemorySpec, canonical_json, fingerprint
+from m3runtime.plugins.messages import difference, first_fault, one_line
 from m3runtime.storage.home import Home
 
 FORMAT = 1
 """The one number of the bank's format. How a home arranges its records is its own schema: see the home."""
 _KEY = "manifest"
-_LARGEST_DIM = 1 << 20
 _RESTORE = "restore the bank from a copy, or write it anew"
 _MEND = "configure it as it was, or set `bank` to another folder"
 
@@ -30,6 +31,8 @@ _MEND = "configure it as it was, or set `bank` to another folder"
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """Everything that a bank was made with. Banks with equal manifests hold interchangeable blocks."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
 
     model: str
     """Fingerprint of the model."""
@@ -40,12 +43,12 @@ class Manifest:
     spec: MemorySpec
     codec_kind: str
     codec_options: Mapping[str, Any]
-    codec: str
+    codec: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
     """Fingerprint of the trained codec."""
     embedder: str
     """Fingerprint of the embedder."""
     embedder_name: str
-    dim: int
+    dim: Annotated[int, Field(ge=1, le=1 << 20)]
     """Length of an embedding."""
     format: int = FORMAT
     model_settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
@@ -79,17 +82,16 @@ class Manifest:
     def from_bytes(cls, value: bytes, where: Path) -> "Manifest":
         """The manifest that `to_bytes` wrote. Raises `BankFormatError` for another format, `BankError` for damage."""
         try:
-            stated = json.loads(value)
-            if stated["format"] != FORMAT:
-                mend = "install a newer m3runtime" if stated["format"] > FORMAT else "write the bank anew"
+            stated = from_json(value)
+            if (version := stated["format"]) != FORMAT:
+                mend = "install a newer m3runtime" if version > FORMAT else "write the bank anew"
                 raise BankFormatError(
-                    f"{where}: bank of format {one_line(stated['format'])}, this release reads {FORMAT}; {mend}"
+                    f"{where}: bank of format {one_line(version)}, this release reads {FORMAT}; {mend}"
                 )
-            manifest = cls(**{**stated, "spec": MemorySpec.from_json(stated["spec"])})
-            manifest._check_types()
-        except (ValueError, KeyError, TypeError, ConfigError, RecursionError) as error:
-            raise BankError(f"{where}: the manifest cannot be read: {one_line(error)}; {_RESTORE}") from error
-        return manifest
+            return _MANIFEST.validate_json(value)
+        except (ValueError, KeyError, TypeError, ConfigError) as error:
+            fault = first_fault(error) if isinstance(error, ValidationError) else error
+            raise BankError(f"{where}: the manifest cannot be read: {one_line(fault)}; {_RESTORE}") from error
 
     @classmethod
     def read(cls, path: Path, home: Home) -> "Manifest":
@@ -118,19 +120,6 @@ class Manifest:
         except RecordError as error:
             raise BankError(f"{path}: the manifest cannot be read: {error}; {_RESTORE}") from error
 
-    def _check_types(self) -> None:
-        """Raise `ValueError` for a field of another type than declared: the record may hold any JSON."""
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if type(value) is not (one.type if one.type in (str, int, MemorySpec) else dict):
-                raise ValueError(f"{one.name} cannot be {value!r}")
-            if isinstance(value, str):
-                value.encode()  # a ValueError for a lone surrogate, which JSON can escape
-        if not 1 <= self.dim <= _LARGEST_DIM:
-            raise ValueError(f"dim cannot be {self.dim}")
-        if not re.fullmatch("[0-9a-f]{32}", self.codec):
-            raise ValueError(f"codec is no fingerprint: {self.codec!r}")
-
     def check_model(self, *, model: str, name: str, tokenizer: str, sink: str, spec: MemorySpec, where: Path) -> None:
         """Raise `BankMismatchError` that names the difference, unless this model wrote the bank."""
         if self.model != model:
@@ -142,19 +131,15 @@ class Manifest:
             raise BankMismatchError(f"{where}: the bank was written with another tokenizer; {_MEND}")
         if self.sink != sink:
             raise BankMismatchError(f"{where}: the bank was written with the sink {self.sink!r}, not {sink!r}; {_MEND}")
-        if difference := self.spec.difference(spec):
-            raise BankMismatchError(f"{where}: the bank was written with another spec: {difference}; {_MEND}")
+        if differing := self.spec.difference(spec):
+            raise BankMismatchError(f"{where}: the bank was written with another spec: {differing}; {_MEND}")
 
     def check_codec(self, *, kind: str, options: Mapping[str, Any], where: Path) -> None:
         """Raise `BankMismatchError` that names the differing options, unless the bank's codec is of these."""
-        ours = {"kind": self.codec_kind, **self.codec_options}
-        theirs = {"kind": kind, **options}
-        if ours != theirs:
-            differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+        if differing := difference({"kind": self.codec_kind, **self.codec_options}, {"kind": kind, **options}):
             raise BankMismatchError(
-                f"{where}: the bank was written with another codec: "
-                + ", ".join(f"{key} {ours.get(key)} against {theirs.get(key)}" for key in differing)
-                + "; set `codec` as it was, or write into another bank"
+                f"{where}: the bank was written with another codec: {differing}; "
+                "set `codec` as it was, or write into another bank"
             )
 
     def check_embedder(self, *, embedder: str, name: str, where: Path) -> None:
@@ -165,6 +150,4 @@ class Manifest:
             )
 
 
-def one_line(value: object) -> str:
-    """At most 200 printable ASCII characters of a value, for messages about what a file states."""
-    return " ".join(ascii(str(value)[:200])[1:-1].split())
+_MANIFEST = TypeAdapter(Manifest)

@@ -1,11 +1,13 @@
 """``m3 search``, ``m3 inspect`` and ``m3 forget``: look into a bank, and remove memories from it."""
 
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json, show_size
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
 from m3runtime.errors import InputError
+from m3runtime.observe.figures import show_size
 
 if TYPE_CHECKING:
     from m3runtime.bank.bank import Bank
@@ -49,11 +51,8 @@ def inspect(
     settings = configuration(config, set)
     from m3runtime import assembly
 
-    bank = assembly.open_bank(settings, read_only=True)
-    try:
+    with closing(assembly.open_bank(settings, read_only=True)) as bank:
         facts = _bank_facts(bank) if id is None else _memory_facts(bank, id)
-    finally:
-        bank.close()
     if json:
         print_json(facts)
         return
@@ -78,8 +77,6 @@ def forget(
     settings = configuration(config, set)
     if not ids and not source and not quarantined:
         raise InputError("nothing to forget is given: name ids, --source or --quarantined")
-    from contextlib import closing
-
     from m3runtime import assembly
     from m3runtime.bank import records
     from m3runtime.memory.block import as_ids

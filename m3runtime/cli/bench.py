@@ -1,49 +1,176 @@
 """``m3 bench``: speed, errors and hit rates, each against a baseline."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from m3runtime.cli import bench_recall, bench_speed, bench_write
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json, show_size
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, parsed, show
 from m3runtime.cli.progress import stages
 from m3runtime.errors import InputError
-
-if TYPE_CHECKING:
-    from m3runtime.lab.bench.codec import CodecBench
-    from m3runtime.lab.bench.eviction import EvictionBench
 
 app = typer.Typer(
     name="bench", help="Measure speed, errors and hit rates against a baseline in the same run.", no_args_is_help=True
 )
 
-_STAGES = {
-    "memories": "Computing memories",
-    "errors": "Measuring errors",
-    "codec": "Training the codec",
-    "decoding": "Measuring times",
-}
-"""Names of stages for progress bars."""
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option("--corpus", help="Texts to use; may be repeated. Default: the references of the configured bank."),
+]
+Corpus = Annotated[
+    list[Path] | None,
+    typer.Option("--corpus", help="Texts for a temporary bank; may be repeated. Default: the configured bank."),
+]
+References = Annotated[int, typer.Option(min=1, help="Most references that are written.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Timed rounds; all contenders take turns in each.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: the default of torch.")]
 
-app.command("decode")(bench_speed.decode)
-app.command("tiers")(bench_speed.tiers)
-app.command("recall")(bench_recall.recall)
-app.command("write")(bench_write.write)
+
+@app.command()
+def decode(
+    corpus: Corpus = None,
+    config: ConfigFile = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="New tokens of each sequence; no sequence ends early.")] = 256,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Batch size; may be repeated. Default: 1 and 8.")
+    ] = None,
+    rounds: Rounds = 7,
+    memories: Annotated[int, typer.Option(min=1, help="Memories of each chunk.")] = 5,
+    references: References = 128,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Compare only the baseline and decoding with memories, in a third of the time."),
+    ] = False,
+    threads: Threads = 0,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the chunks and recalls of one run into a picture, such as run.png."),
+    ] = None,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Compare decoding with memories to the model's own library without them.
+
+    Throughput and the time to the first token are measured. Every chunk gets its memories, whatever its text is:
+    recall.min_score and recall.margin are not applied.
+    """
+    settings = configuration(config, set)
+    from m3runtime import assembly
+    from m3runtime.plugins import loading as plugins
+
+    if plot:
+        plugins.require("m3 bench decode --plot", "eval")
+    from m3runtime.lab.bench.decode import DecodeSettings, bench_decode
+
+    sizes = tuple(dict.fromkeys(batch or (1, 8)))
+    asked = DecodeSettings(new_tokens, sizes, rounds, memories, references, threads or _default_threads(), quick=quick)
+    adapter = assembly.open_adapter(settings)
+    with stages(shown=not json) as progress:
+        found = bench_decode(settings, adapter, corpus or [], asked, plot, progress)
+    show(found, json=json)
+
+
+@app.command()
+def tiers(
+    corpus: Corpus = None,
+    config: ConfigFile = None,
+    blocks: Annotated[
+        list[int] | None, typer.Option(min=1, help="Blocks read in one call; may be repeated. Default: 1, 5 and 32.")
+    ] = None,
+    rounds: Rounds = 15,
+    references: References = 64,
+    threads: Threads = 0,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Compare each tier, and the whole path to keys and values, with plain reads, writes and copies of the same bytes.
+
+    The bank is not changed. Temporary files are written to a folder next to it, on the same drive.
+    """
+    settings = configuration(config, set)
+    from m3runtime.lab.bench.tiers import BATCHES, TierSettings, bench_tiers
+
+    asked = TierSettings(tuple(dict.fromkeys(blocks or BATCHES)), rounds, references, threads or _default_threads())
+    with stages(shown=not json) as progress:
+        found = bench_tiers(settings, corpus or [], asked, progress)
+    show(found, json=json)
+
+
+@app.command()
+def recall(
+    config: ConfigFile = None,
+    sizes: Annotated[
+        list[int] | None,
+        typer.Option("--size", min=1, help="Memories of a bank; may be repeated. Default: 1000, 10000 and 100000."),
+    ] = None,
+    huge: Annotated[bool, typer.Option("--huge", help="Also over a million memories, which takes a while.")] = False,
+    bank: Annotated[
+        bool, typer.Option("--bank", help="Recall from the configured bank instead, cold and warm; it is only read.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; each recalls for another text.")] = 30,
+    memories: Annotated[int, typer.Option(min=1, help="Memories of one recall.")] = 5,
+    threads: Threads = 0,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Time a recall stage by stage, over synthetic banks of growing size or over the configured one.
+
+    Synthetic banks have small blocks and lie in a temporary folder; 100,000 memories take a minute and 0.5 GB. With
+    --bank, a recall whose memories are already decoded (warm) and one that must read them (cold) are compared with the
+    time to embed their query.
+    """
+    if bank and (sizes or huge):
+        raise InputError("--size and --huge are for synthetic banks; leave them out with --bank")
+    settings = configuration(config, set)
+    from m3runtime.lab.bench.recall import HUGE, SIZES, RecallBench, RecallSettings, bench_recall
+    from m3runtime.lab.bench.recall_bank import RecallBankBench, RecallBankSettings, bench_bank
+
+    threads = threads or _default_threads()
+    found: RecallBench | RecallBankBench
+    with stages(shown=not json) as progress:
+        if bank:
+            found = bench_bank(settings, RecallBankSettings(rounds, memories, threads), progress)
+        else:
+            chosen = (*(sizes or SIZES), *([HUGE] if huge else []))
+            found = bench_recall(settings, RecallSettings(chosen, rounds, memories, threads), progress)
+    show(found, json=json)
+
+
+@app.command()
+def write(
+    corpus: Texts = None,
+    config: ConfigFile = None,
+    references: References = 64,
+    rounds: Rounds = 5,
+    threads: Threads = 0,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Compare writing memories with the model alone reading the same references in batches of the same size.
+
+    They are written into a temporary bank next to the configured one, which is not changed. Training the codec is not
+    timed.
+    """
+    settings = configuration(config, set)
+    from m3runtime import assembly
+    from m3runtime.lab.bench.write import WriteSettings, bench_write
+
+    asked = WriteSettings(references, rounds, threads or _default_threads())
+    adapter = assembly.open_adapter(settings)
+    with stages(shown=not json) as progress:
+        found = bench_write(settings, adapter, corpus or [], asked, progress)
+    show(found, json=json)
 
 
 @app.command()
 def codec(
-    corpus: Annotated[
-        list[Path] | None,
-        typer.Option("--corpus", help="Texts to encode; may be repeated. Default: the references of the bank."),
-    ] = None,
+    corpus: Texts = None,
     config: ConfigFile = None,
     references: Annotated[int, typer.Option(min=16, help="Number of references.")] = 128,
     decoded: Annotated[int, typer.Option(min=1, help="Memories decoded in one call.")] = 5,
     layers: Annotated[int, typer.Option(min=0, help="Layers whose squared errors are measured; 0: none.")] = 2,
     rounds: Annotated[int, typer.Option(min=5, help="Timed rounds; all contenders take turns in each.")] = 15,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: the default of torch.")] = 0,
+    threads: Threads = 0,
     set: Set = None,
     json: Json = False,
 ) -> None:
@@ -57,19 +184,14 @@ def codec(
     from m3runtime.plugins import loading as plugins
 
     plugins.require("m3 bench codec", "train")
-    import torch
-
     from m3runtime.lab.bench.banks import reference_texts
     from m3runtime.lab.bench.codec import BenchSettings, bench_codec
 
-    asked = BenchSettings(references, decoded, layers, rounds, threads or torch.get_num_threads())
+    asked = BenchSettings(references, decoded, layers, rounds, threads or _default_threads())
     adapter = assembly.open_adapter(settings)
-    with stages(_STAGES, shown=not json) as progress:
+    with stages(shown=not json) as progress:
         found = bench_codec(settings, adapter, reference_texts(settings, adapter, corpus or []), asked, progress)
-    if json:
-        print_json(found.to_json())
-    else:
-        _show(found)
+    show(found, json=json)
 
 
 @app.command()
@@ -96,62 +218,11 @@ def eviction(
     from m3runtime.lab.bench.eviction import bench_eviction
     from m3runtime.storage.eviction import POLICIES
 
-    try:
-        capacities = [parse_size(size) for size in capacity or ()]
-    except ValueError as error:
-        raise InputError(f"--capacity {error}") from None
-    found = bench_eviction(trace, list(dict.fromkeys(policy or POLICIES)), capacities)
-    if json:
-        print_json(found.to_json())
-    else:
-        _show_eviction(found)
+    capacities = [parsed("--capacity", parse_size, size) for size in capacity or ()]
+    show(bench_eviction(trace, list(dict.fromkeys(policy or POLICIES)), capacities), json=json)
 
 
-def _show(found: "CodecBench") -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _default_threads() -> int:
+    import torch
 
-    from m3runtime.lab.bench.codec import ratios, speedups
-
-    console = Console()
-    error = Table("bytes of a vector", "codec", "keys", "values", "both", title="Relative squared error, held out")
-    for size, rows in found.errors.items():
-        for row in rows:
-            error.add_row(f"{row.bytes:.1f}", row.codec, f"{row.keys:.4f}", f"{row.values:.4f}", f"{row.both:.4f}")
-        for name, ratio in ratios(rows):
-            error.add_row(str(size), f"{name}: over the best of faiss", "", "", f"{ratio:.3f}", end_section=True)
-    if found.errors:
-        console.print(error)
-    speed = found.speed
-    title = f"Decoding {speed.memories} memories, {speed.tokens} tokens"
-    times = Table("", "median (quartiles)", "of the copy", title=title)
-    for name, spread in speed.times.items():
-        times.add_row(name, str(spread), f"{spread.median / speed.limit(name):.1f}")
-    console.print(times)
-    for name, ratio in speedups(speed).items():
-        console.print(f"{name}: {ratio:.2f}")
-    console.print(f"{show_size(speed.bytes)} written, on {found.device}, {found.settings.threads} threads")
-    rest = Table("codec", "bytes a memory", "with zstd", "of it", title="At rest")
-    for one in found.at_rest:
-        rest.add_row(one.codec, f"{one.bytes:,.0f}", f"{one.zstd:,.0f}", f"{one.zstd / one.bytes:.3f}")
-    console.print(rest)
-
-
-def _show_eviction(found: "EvictionBench") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("capacity", "blocks", "policy", "hit rate", "lifted", "bytes", title="One tier before slower ones")
-    for row, following in zip(found.rows, [*found.rows[1:], None], strict=True):
-        table.add_row(
-            show_size(row.slots * found.slot_bytes),
-            f"{row.slots:,}",
-            row.policy,
-            f"{row.hit_rate:.3f}",
-            f"{row.brought_up:,}",
-            show_size(row.brought_up * found.slot_bytes),
-            end_section=following is None or following.slots != row.slots,
-        )
-    console = Console()
-    console.print(table)
-    console.print(f"{found.requests:,} requests of {found.blocks:,} blocks; runs: {found.runs}; {found.trace}")
+    return torch.get_num_threads()

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json, show_size
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
 from m3runtime.cli.progress import stages
 from m3runtime.errors import CodecError, InputError
+from m3runtime.observe.figures import show_size
 
 if TYPE_CHECKING:
     from m3runtime.codecs import Codec
@@ -53,8 +54,7 @@ def fit(
     from m3runtime import assembly
     from m3runtime.documents.references import ReferenceSpool
     from m3runtime.documents.splitting import Splitter
-    from m3runtime.writing.fitting import fit_codec, sample_size
-    from m3runtime.writing.sampling import reservoir
+    from m3runtime.writing.fitting import fit_codec, sample
 
     adapter = assembly.open_adapter(settings)
     codec = assembly.make_codec(settings, adapter.spec)
@@ -62,10 +62,9 @@ def fit(
         raise InputError(f"a codec of kind {settings.codec.kind} learns nothing and cannot be fitted")
     splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
     with closing(ReferenceSpool(documents, splitter, whole=whole)) as references:
-        sample = reservoir(range(len(references)), sample_size(adapter.spec))
-        texts = [references[place].text for place in sample]
-    with stages({"codec": "Training the codec"}, shown=not json) as progress:
-        fit_codec(codec, adapter, texts, settings.memory.batch_size, partial(progress, "codec"))
+        texts = sample(references, adapter.spec)
+    with stages(shown=not json) as progress:
+        fit_codec(codec, adapter, texts, settings.memory.batch_size, partial(progress, "Training the codec"))
     codec.save(path)
     _print(codec, path, json=json)
 
@@ -87,11 +86,8 @@ def report(
     from m3runtime import assembly
     from m3runtime.bank.bank import CODEC
 
-    bank = assembly.open_bank(settings, read_only=True)
-    try:
+    with closing(assembly.open_bank(settings, read_only=True)) as bank:
         _print(bank.codec, bank.path / CODEC, json=json)
-    finally:
-        bank.close()
 
 
 @app.command(name="import")
@@ -111,15 +107,12 @@ def import_(
     from m3runtime import assembly
     from m3runtime.codecs.product.faiss_exchange import from_faiss
 
-    spec: MemorySpec
     if bank:
-        opened = assembly.open_bank(settings, read_only=True)
-        spec = opened.manifest.spec
-        opened.close()
+        with closing(assembly.open_bank(settings, read_only=True)) as opened:
+            spec = opened.manifest.spec
     else:
-        adapter = assembly.open_adapter(settings)
-        spec = adapter.spec
-        adapter.close()
+        with closing(assembly.open_adapter(settings)) as adapter:
+            spec = adapter.spec
     codec = from_faiss(spec, keys, values)
     codec.save(out)
     _print(codec, out, json=json)
@@ -194,7 +187,6 @@ def _facts(codec: "Codec", path: Path) -> dict[str, Any]:
     """The facts about a codec, as JSON values."""
     spec, reference = codec.spec, codec.payload_bytes(codec.spec.tokens)
     plain = 2 * 2 * spec.vectors_per_token * spec.head_dim * spec.tokens  # keys and values of two bytes each
-    measured = getattr(codec, "measured", None)  # not of the contract: codecs that learn nothing need not have it
     return {
         "file": str(path),
         "kind": codec.kind,
@@ -206,8 +198,8 @@ def _facts(codec: "Codec", path: Path) -> dict[str, Any]:
         "token_bytes": reference - codec.payload_bytes(spec.tokens - 1) if spec.tokens > 1 else reference,
         "reference_bytes": reference,
         "times_fewer": plain / reference,
-        "key_error": None if measured is None else measured.keys,
-        "value_error": None if measured is None else measured.values,
+        "key_error": None if codec.measured is None else codec.measured.keys,
+        "value_error": None if codec.measured is None else codec.measured.values,
     }
 
 

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from m3runtime.cli.calibrate import calibrate
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, load, overrides, print_json
 from m3runtime.cli.progress import stages
 
 if TYPE_CHECKING:
@@ -24,9 +23,6 @@ References = Annotated[int, typer.Option("--references", min=1, help="Number of 
 Questions = Annotated[int, typer.Option("--questions", min=1, help="Number of questions that the references answer.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Questions in one batch.")]
 Statements = Annotated[bool, typer.Option("--statements", help="Ask for the end of statements instead of questions.")]
-
-_STAGES = {"codec": "Training the codec", "memories": "Writing memories", "timing": "Measuring times"}
-"""Names of stages for progress bars; the other stages are modes, and the settings of a sweep."""
 
 
 @app.command()
@@ -47,12 +43,9 @@ def facts(
     It can be stopped at any moment and run again with the same --out: it resumes. The configured bank is not changed.
     """
     settings = configuration(config, set)
-    from m3runtime import assembly
-    from m3runtime.plugins import loading as plugins
-
-    plugins.require("m3 eval", "eval")
-    from m3runtime.lab.evaluation.facts import FactsRun, FactsSettings
-    from m3runtime.lab.evaluation.facts_report import facts_report
+    _require_libraries()
+    from m3runtime.lab.evaluation.facts import FactsSettings
+    from m3runtime.lab.evaluation.facts_report import evaluate_facts
 
     asked = FactsSettings(
         seed=seed,
@@ -62,12 +55,9 @@ def facts(
         ask="statements" if statements else "questions",
         batch=batch,
     )
-    run = FactsRun(settings, asked, out)
-    with stages(_STAGES, shown=not json) as progress:
-        results = run.run(assembly.open_adapter(settings), progress)
-    command = f"m3 eval facts --seed {seed} --references {references} --questions {questions} "
-    command += f"--unanswerable {unanswerable}{' --statements' if statements else ''}"
-    _finish(facts_report(results, asked, run.config, command), out, json=json)
+    with stages(shown=not json) as progress:
+        report = evaluate_facts(settings, asked, out, progress)
+    _finish(report, out, json=json)
 
 
 @app.command()
@@ -91,31 +81,21 @@ def sweep(
     with `m3 eval facts` and another seed: on the questions that they were chosen by, they look better than they are.
     """
     settings = configuration(config, set)
-    from m3runtime import assembly
-    from m3runtime.plugins import loading as plugins
+    _require_libraries()
+    from m3runtime.lab.evaluation.sweep import SweepSettings
+    from m3runtime.lab.evaluation.sweep_report import evaluate_sweep
 
-    plugins.require("m3 eval", "eval")
-    from m3runtime.documents.reading import read_documents
-    from m3runtime.lab.evaluation.chunks import chunk_lengths
-    from m3runtime.lab.evaluation.sweep import SweepRun, SweepSettings
-    from m3runtime.lab.evaluation.sweep_report import sweep_report
-    from m3runtime.lab.evaluation.trials import changed
-
-    tried = SweepSettings(seed=seed, references=references, questions=questions, batch=batch)
-    run = SweepRun(settings, tried, out, axis or ())
-    documents = list(read_documents(corpus)) if corpus else []
-    adapter = assembly.open_adapter(settings)
-    with stages(_STAGES, shown=not json) as progress:
-        results = run.run(adapter, progress)
-        found = changed(settings, results.kept)
-        chunks = chunk_lengths(
-            found, adapter.with_memory(found.memory), documents, out, passages=20, seed=seed, progress=progress
-        ) if documents else ()  # fmt: skip
-    command = f"m3 eval sweep --seed {seed} --references {references} --questions {questions}"
-    command += "".join(f" --axis '{name}'" for name in axis or ()) + "".join(
-        f" --corpus {path}" for path in corpus or ()
+    tried = SweepSettings(
+        seed=seed,
+        references=references,
+        questions=questions,
+        batch=batch,
+        axes=tuple(axis or ()),
+        corpus=tuple(map(str, corpus or ())),
     )
-    _finish(sweep_report(results, chunks, tried, run.config, command), out, json=json)
+    with stages(shown=not json) as progress:
+        report = evaluate_sweep(settings, tried, out, progress)
+    _finish(report, out, json=json)
 
 
 @app.command()
@@ -137,36 +117,58 @@ def text(
     same --out. The configured bank is not changed.
     """
     settings = configuration(config, set)
-    from m3runtime import assembly
-    from m3runtime.plugins import loading as plugins
+    _require_libraries()
+    from m3runtime.lab.evaluation.text_report import TextSettings, evaluate_text
 
-    plugins.require("m3 eval", "eval")
-    from m3runtime.documents.reading import read_documents
-    from m3runtime.lab.evaluation.passages import hold_out
-    from m3runtime.lab.evaluation.text_report import TextSettings, text_report
-    from m3runtime.lab.evaluation.text_run import run_text
-
-    documents = list(read_documents(corpus))
     scored = TextSettings(tuple(map(str, corpus)), seed, passages, chunks, share)
-    adapter = assembly.open_adapter(settings)
-    held_out = hold_out(
-        documents,
-        adapter,
-        passages=passages,
-        chunk_tokens=settings.recall.chunk_tokens,
-        reference_tokens=adapter.spec.reference_tokens,
-        continuation=chunks,
-        share=share,
-        seed=seed,
-    )
-    with stages(_STAGES, shown=not json) as progress:
-        results = run_text(settings, adapter, held_out, out, batch_size=batch, progress=progress)
-    command = f"m3 eval text {' '.join(f'--corpus {path}' for path in corpus)} --seed {seed} "
-    command += f"--passages {passages} --chunks {chunks} --share {share:g}"
-    _finish(text_report(results, scored, held_out, settings, command), out, json=json)
+    with stages(shown=not json) as progress:
+        report = evaluate_text(settings, scored, out, batch, progress)
+    _finish(report, out, json=json)
 
 
-app.command()(calibrate)
+@app.command()
+def calibrate(
+    config: ConfigFile = None,
+    out: Out = Path("eval-calibrate"),
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the statements.")] = 0,
+    statements: Annotated[int, typer.Option("--statements", min=8, help="Number of statements to complete.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Answers in one batch.")] = 8,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the changed file, and do not write it.")] = False,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Choose recall.memories, min_score and margin on statements from your bank, and write them into your file.
+
+    It can be stopped at any moment and run again with the same --out: it resumes. The bank is not changed; in the file,
+    only these three values change, each with the evidence as a comment.
+    """
+    loaded = load(config, set)
+    _require_libraries()
+    from m3runtime.lab.evaluation import yaml_edit
+    from m3runtime.lab.evaluation.calibrate import CalibrationSettings
+    from m3runtime.lab.evaluation.calibrate_file import CalibratedFile
+
+    file = CalibratedFile(loaded, overrides(set), dry_run=dry_run)
+    for key, origin in file.overridden.items():
+        typer.echo(f"m3: recall.{key} is set by {origin}, which goes before what the file says", err=True)
+    asked = CalibrationSettings(seed=seed, statements=statements, batch=batch)
+    with stages(shown=not json) as progress:
+        report, text = file.calibrated(asked, out, progress)
+    report.save(out)
+    if not dry_run:
+        yaml_edit.replace(file.path, text)
+    if json:
+        print_json({**report.to_json(), "file": str(file.path), "written": not dry_run, "text": text})
+        return
+    for line in [*report.summary, str(out / "report.md")]:
+        typer.echo(line, err=dry_run)  # standard output is then the file alone
+    typer.echo(text if dry_run else f"written into {file.path}", nl=not dry_run)
+
+
+def _require_libraries() -> None:
+    from m3runtime.plugins.loading import require
+
+    require("m3 eval", "eval")
 
 
 def _finish(report: "Report", out: Path, *, json: bool) -> None:

@@ -1,8 +1,9 @@
 """Options of all commands, the configuration that they select, and output."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -11,6 +12,7 @@ from m3runtime.errors import InputError
 if TYPE_CHECKING:
     from m3runtime.config.loading import LoadedConfig
     from m3runtime.config.schema import Config
+    from m3runtime.lab.results import Result
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", help="Configuration file; default: $M3_CONFIG, or m3.yaml.")
@@ -18,7 +20,8 @@ ConfigFile = Annotated[
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value: --set recall.memories=3.")
 ]
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+T = TypeVar("T")
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -27,13 +30,18 @@ def load(file: Path | None, settings: list[str] | None) -> "LoadedConfig[Config]
     from m3runtime.config.loading import load_config
     from m3runtime.config.schema import Config
 
-    overrides = {}
+    return load_config(Config, file, overrides=overrides(settings))
+
+
+def overrides(settings: list[str] | None) -> dict[str, str]:
+    """The values of ``--set`` by key. Raises `InputError`."""
+    found = {}
     for setting in settings or ():
         key, equals, value = setting.partition("=")
         if not equals:
             raise InputError(f"--set {setting}: write it as KEY=VALUE")
-        overrides[key] = value
-    return load_config(Config, file, overrides=overrides)
+        found[key] = value
+    return found
 
 
 def configuration(file: Path | None, settings: list[str] | None) -> "Config":
@@ -41,20 +49,24 @@ def configuration(file: Path | None, settings: list[str] | None) -> "Config":
     return load(file, settings).config
 
 
+def parsed(option: str, parse: Callable[[str], T], text: str) -> T:
+    """The value of an option's text. A `ValueError` of ``parse`` becomes an `InputError` that names the option."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise InputError(f"{option} {error}") from None
+
+
 def print_json(value: Any) -> None:
     """Print one line of JSON on standard output."""
     typer.echo(json.dumps(value, ensure_ascii=False))
 
 
-def show_size(size: float) -> str:
-    """A size in bytes with three significant digits. Units are powers of 1024, which the paper calls PB and TB."""
-    power = 0
-    while float(f"{size:.3g}") >= 1000 and power < len(_UNITS) - 1:
-        size, power = size / 1024, power + 1
-    return f"{short(size)} {_UNITS[power]}"
+def show(result: "Result", *, json: bool) -> None:
+    """Print the result of an experiment: as tables, or as one line of JSON."""
+    from rich.console import Console
 
-
-def short(number: float) -> str:
-    """A number with three significant digits."""
-    rounded = float(f"{number:.3g}")
-    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:g}"
+    if json:
+        print_json(result.to_json())
+    else:
+        Console().print(result)

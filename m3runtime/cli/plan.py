@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from m3runtime.cli.codec import in_short
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json, short, show_size
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, parsed, print_json
 from m3runtime.errors import ConfigError, InputError
+from m3runtime.observe.figures import short, show_size
 
 if TYPE_CHECKING:
     from m3runtime.memory.shape import ModelShape
@@ -67,10 +68,12 @@ def plan(
     else:
         alone = ["bank=.", f"model.path={name}", f"model.dtype={chosen.dtype}", "memory.preset=memory3"]
         settings = configuration(Path(os.devnull), [*alone, "embedder.path=BAAI/bge-m3", *(set or ())])
-    count = _count("--references", references)
-    capacities = tuple(_size("--capacity", text) for text in capacity or ())
-    bandwidth = None if drive is None else _size("--drive", drive.removesuffix("/s"))
-    reads = None if iops is None else _count("--iops", iops)
+    from m3runtime.config.units import parse_count
+
+    count = parsed("--references", parse_count, references)
+    capacities = tuple(parsed("--capacity", _above_zero, text) for text in capacity or ())
+    bandwidth = None if drive is None else parsed("--drive", _above_zero, drive.removesuffix("/s"))
+    reads = None if iops is None else parsed("--iops", parse_count, iops)
     if speed is not None and not 0 < speed < float("inf"):
         raise InputError(f"--speed must be above 0, not {speed}")
     if speed is not None and bandwidth is None and reads is None:
@@ -114,24 +117,12 @@ def _chosen(model: str | None, shape: str | None) -> "ModelShape | None":
         raise InputError(f"--shape: {error}") from None
 
 
-def _count(option: str, text: str) -> int:
-    from m3runtime.config.units import parse_count
-
-    try:
-        return parse_count(text)
-    except ValueError as error:
-        raise InputError(f"{option} {error}") from None
-
-
-def _size(option: str, text: str) -> int:
+def _above_zero(text: str) -> int:
     from m3runtime.config.units import parse_size
 
-    try:
-        size = parse_size(text)
-    except ValueError as error:
-        raise InputError(f"{option} {error}") from None
+    size = parse_size(text)
     if not size:
-        raise InputError(f"{option} must be above 0")
+        raise ValueError("must be above 0")
     return size
 
 

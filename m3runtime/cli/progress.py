@@ -1,18 +1,18 @@
 """`stages`: progress bars, one for each stage of a command."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.progress import Progress, Task
 
-OnProgress = Callable[[str, int, int], None]
+    from m3runtime.writing.writer import OnProgress
 
 
 @contextmanager
-def stages(names: Mapping[str, str], *, shown: bool) -> Iterator[OnProgress]:
-    """A function to call with a stage, the steps done, and all its steps. ``names`` has the titles of stages."""
+def stages(*, shown: bool) -> Iterator["OnProgress"]:
+    """A function to call with a stage's title, its steps done, and all its steps."""
     bar, tasks = _bar(shown=shown), dict[str, int]()
     with ExitStack() as showing:
 
@@ -20,7 +20,7 @@ def stages(names: Mapping[str, str], *, shown: bool) -> Iterator[OnProgress]:
             if not tasks:
                 showing.enter_context(bar)  # not earlier: an unused bar leaves a blank line
             if stage not in tasks:
-                tasks[stage] = bar.add_task(names.get(stage, stage), total=total, completed=done, begun_at=done)
+                tasks[stage] = bar.add_task(stage, total=total, completed=done, begun_at=done)
             bar.update(tasks[stage], completed=done)  # type: ignore[arg-type]
 
         yield progress

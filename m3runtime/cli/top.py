@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Set, configuration, print_json, show_size
+from m3runtime.cli.options import ConfigFile, Set, configuration, print_json
 from m3runtime.errors import InputError
+from m3runtime.observe.figures import show_size
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -33,8 +33,7 @@ def train(
         raise ConfigError(f"model.adapter: {name} cannot train a model; there are {', '.join(available('trainers'))}")
     require("m3 train", "memory3")
     trainer: type[Trainer] = load("trainers", name)
-    names = {"retrieve": "Retrieving references", "warmup": "Warmup", "memory": "Training with memory"}
-    with stages(names, shown=not json) as progress:
+    with stages(shown=not json) as progress:
         report = trainer().train(settings, progress)
     if plot:
         from m3runtime.lab.evaluation.losses import draw_losses

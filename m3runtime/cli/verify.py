@@ -5,23 +5,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json, show_size
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
 from m3runtime.cli.progress import stages
 from m3runtime.errors import InputError
+from m3runtime.observe.figures import show_size
 
 if TYPE_CHECKING:
     from m3runtime.writing.repair import RepairReport
     from m3runtime.writing.verification import VerifyReport
 
-_STAGES = {
-    "home": "Reading the home's records",
-    "blocks": "Reading memories",
-    "index": "Comparing the index",
-    "memories": "Computing memories again",
-    "home again": "Reading the home's records again",
-    "blocks again": "Reading memories again",
-    "index again": "Comparing the index again",
-}
 _SHOWN = 20
 """The number of lines of damage that are printed; JSON has all."""
 
@@ -50,7 +42,7 @@ def verify(
     from m3runtime.writing import verification
 
     mended = None
-    with stages(_STAGES, shown=not json) as progress:
+    with stages(shown=not json) as progress:
         if repair:
             mended = repairing.repair(settings, compute=not no_model, drop=drop, progress=progress)
             report, left = mended.found, mended.left

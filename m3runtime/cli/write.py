@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json, show_size
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
 from m3runtime.cli.progress import stages
+from m3runtime.observe.figures import show_size
 
 
 def write(
@@ -29,7 +30,7 @@ def write(
     settings = configuration(config, set)
     from m3runtime.documents.reading import find_files, read_documents
 
-    skipped = find_files(paths).skipped
+    _, skipped = find_files(paths)
     for document in read_documents(paths, text_field=text_field):
         for _ in document.blocks():
             pass  # a file that cannot be read shows before a model is loaded
@@ -39,10 +40,7 @@ def write(
 
     adapter = assembly.open_adapter(settings)
     embedder = assembly.open_embedder(settings)
-    names = {"codec": "Training the codec", "memories": "Writing memories"}
-    if catalogue:
-        names["memories"] = "Cataloguing references"
-    with stages(names, shown=not json) as progress:
+    with stages(shown=not json) as progress:
         report = Writer(settings, adapter, embedder).write(
             read_documents(paths, text_field=text_field), whole=whole, catalogue=catalogue, progress=progress
         )

@@ -1,5 +1,6 @@
 """Codecs turn memories into payloads of blocks and back."""
 
-from m3runtime.codecs.base import Codec, Distortion
+from m3runtime.codecs.base import Codec
+from m3runtime.codecs.files import Distortion
 
 __all__ = ["Codec", "Distortion"]

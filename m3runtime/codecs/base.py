@@ -2,26 +2,21 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from m3runtime.memory.spec import MemorySpec
+from m3runtime.codecs import files
+from m3runtime.codecs.files import Distortion
+from m3runtime.errors import CodecError
+from m3runtime.memory.spec import MemorySpec, fingerprint
 from m3runtime.memory.tensors import MemoryTensors
+from m3runtime.plugins.messages import one_line
 
 Progress = Callable[[float], None]
 """Called with the share of the work done, in [0, 1]."""
-
-
-@dataclass(frozen=True, slots=True)
-class Distortion:
-    """Relative squared error of ``decode(encode(m))``: the sum of squared errors over the sum of squares."""
-
-    keys: float
-    values: float
 
 
 class Codec(ABC):
@@ -42,14 +37,20 @@ class Codec(ABC):
         """The constructor's keyword arguments besides ``spec``, as JSON values."""
 
     @property
-    @abstractmethod
     def fingerprint(self) -> str:
         """Thirty-two hex digits over kind, spec, options and what was trained. Raises `CodecError` if untrained."""
+        of = {"kind": self.kind, "spec": self.spec.to_json(), "options": dict(self.options)}
+        return fingerprint({**of, "tensors": files.digests(self.tensors())})
 
     @property
     def trained(self) -> bool:
         """True if `encode` and `decode` can be used: always, for codecs that learn nothing."""
         return True
+
+    @property
+    def measured(self) -> Distortion | None:
+        """The distortion that `fit` measured on the part of its sample that it did not train on, if it did."""
+        return None
 
     @property
     def weighs_errors(self) -> bool:
@@ -66,6 +67,14 @@ class Codec(ABC):
         first, then values. An error ``e`` costs ``e @ importance @ e``. See
         `m3runtime.adapters.base.Adapter.importance`.
         """
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The trained tensors by name, on the CPU; none if it learns nothing. Raises `CodecError` if untrained."""
+        return {}
+
+    def restore(self, tensors: Mapping[str, Tensor], measured: Distortion | None = None) -> None:  # noqa: ARG002
+        """Take trained tensors, on the CPU and aligned. Raises `CodecError` if these options do not learn such."""
+        files.check_tensors(tensors, {})
 
     @abstractmethod
     def payload_bytes(self, tokens: int) -> int:
@@ -99,11 +108,22 @@ class Codec(ABC):
 
         return Distortion(relative(memories.keys, decoded.keys), relative(memories.values, decoded.values))
 
-    @abstractmethod
     def save(self, path: Path) -> None:
         """Write one safetensors file, by temporary file and rename. Raises `CodecError` if untrained."""
+        files.write(path, files.CodecFile(self.kind, self.spec, self.options, self.tensors(), self.measured))
 
     @classmethod
-    @abstractmethod
-    def load(cls, path: Path, spec: MemorySpec) -> "Codec":
+    def load(cls, path: Path, spec: MemorySpec) -> Self:
         """Read what `save` wrote. Raises `CodecError` if the file is damaged or of another spec or kind."""
+        file = files.read(path)
+        if file.kind != cls.kind:
+            raise CodecError(f"{path}: holds a codec of kind {one_line(repr(file.kind))}, not {cls.kind!r}")
+        if file.spec != spec:
+            raise CodecError(f"{path}: the codec is of another spec: {one_line(file.spec.difference(spec))}")
+        try:
+            codec = cls(spec, **file.options)
+            # The clones are aligned, whatever the file was: several floats are read as one number.
+            codec.restore({name: tensor.clone() for name, tensor in file.tensors.items()}, file.measured)
+        except (TypeError, CodecError, RecursionError) as error:
+            raise CodecError(f"{path}: options or tensors do not fit: {one_line(error)}") from error
+        return codec

@@ -8,8 +8,9 @@ key::
 The digest is XXH3-128 over the whole file with the digest's own digits as zeros. ``tensors`` states dtype
 and shape of each.
 
-A file is as long as its header says and no longer than a codec of its spec can be, or it is refused before it is read.
-The digest finds damage; it proves nothing against somebody who computes it anew, so whatever is read is checked.
+A file that is longer than a codec of its spec can be is refused before it is read; safetensors refuses one that is not
+as long as its header says. The digest finds damage; it proves nothing against somebody who computes it anew, so all
+that is read is checked.
 """
 
 import json
@@ -18,7 +19,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -26,12 +27,10 @@ import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 
-from m3runtime.codecs.base import Codec, Distortion
 from m3runtime.errors import CodecError, ConfigError
-from m3runtime.memory.spec import MemorySpec, canonical_json, fingerprint
+from m3runtime.memory.spec import MemorySpec, canonical_json
+from m3runtime.plugins.messages import one_line
 from m3runtime.storage.files import open_regular, write_atomically
-
-C = TypeVar("C", bound=Codec)
 
 FORMAT = 1
 _KEY = "m3runtime"
@@ -45,37 +44,28 @@ _MOST_STAGES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class CodecFile:
-    """The content of a codec's file, after every check: see `read`."""
+class Distortion:
+    """Relative squared error of ``decode(encode(m))``: the sum of squared errors over the sum of squares."""
 
-    path: Path
+    keys: float
+    values: float
+
+
+@dataclass(frozen=True, slots=True)
+class CodecFile:
+    """The content of a codec's file; `read` has checked it, but for what the kind of codec alone can tell."""
+
+    kind: str
+    spec: MemorySpec
     options: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     measured: Distortion | None
-
-    def make(self, codec: type[C], spec: MemorySpec) -> C:
-        """The codec of these options, without its tensors. Raises `CodecError` if the options do not fit."""
-        try:
-            return codec(spec, **self.options)
-        except (TypeError, CodecError, RecursionError) as error:
-            raise CodecError(f"{self.path}: options do not fit: {_short(error)}") from error
-
-
-def load_untrained(codec: type[C], path: Path, spec: MemorySpec) -> C:
-    """Read the file of a codec that learns nothing. Raises `CodecError` as `read` does, and if it holds tensors."""
-    file = read(path, codec.kind, spec)
-    made = file.make(codec, spec)
-    try:
-        check_tensors(file.tensors, {})
-    except CodecError as error:
-        raise CodecError(f"{path}: {error}") from error
-    return made
 
 
 def check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Raise `CodecError` unless these tensors are all that is wanted, of these shapes, float32 and finite."""
     if tensors.keys() != wanted.keys():
-        raise CodecError(f"it holds tensors {_short(sorted(tensors))}, not {sorted(wanted)}")
+        raise CodecError(f"it holds tensors {one_line(sorted(tensors))}, not {sorted(wanted)}")
     for name, shape in wanted.items():
         tensor = tensors[name]
         if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
@@ -85,32 +75,22 @@ def check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int,
             raise CodecError(f"tensor {name!r} is not finite")
 
 
-def codec_fingerprint(codec: Codec, tensors: Mapping[str, Tensor] | None = None) -> str:
-    """Thirty-two hex digits over a codec's kind, spec, options and trained tensors."""
-    trained = {name: xxhash.xxh3_128_hexdigest(_bytes(tensor)) for name, tensor in (tensors or {}).items()}
-    return fingerprint(
-        {
-            "kind": codec.kind,
-            "spec": codec.spec.to_json(),
-            "options": dict(codec.options),
-            "tensors": trained,
-        }
-    )
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The XXH3-128 of each tensor's bytes, in hex."""
+    return {name: xxhash.xxh3_128_hexdigest(_bytes(tensor)) for name, tensor in tensors.items()}
 
 
-def write(
-    path: Path, codec: Codec, tensors: Mapping[str, Tensor] | None = None, measured: Distortion | None = None
-) -> None:
+def write(path: Path, codec: CodecFile) -> None:
     """Write all of a codec's file or nothing. Raises `CodecError` if the drive does not take it, or it is too large.
 
     Equal codecs give equal files.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in (tensors or {}).items()}
+    tensors = {name: tensor.contiguous() for name, tensor in codec.tensors.items()}
     record = {
         "kind": codec.kind,
         "spec": codec.spec.to_json(),
         "options": dict(codec.options),
-        "measured": asdict(measured) if measured else None,
+        "measured": asdict(codec.measured) if codec.measured else None,
         "tensors": {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()},
     }
     text = canonical_json({"codec": record, "digest": _ZEROS, "format": FORMAT})
@@ -122,23 +102,27 @@ def write(
     replace(path, data[:at] + digest + data[at + len(digest) :])
 
 
-def stated(path: Path) -> tuple[str, MemorySpec]:
-    """The kind and the spec of the codec in a file, which is checked as by `read`."""
-    _, kind, spec = _checked(path)
-    return kind, spec
-
-
-def read(path: Path, kind: str, spec: MemorySpec) -> CodecFile:
-    """Read a codec's file and check it.
-
-    Raises `CodecError` that names the file if it is missing, damaged, of another kind or spec, or of a newer
-    format.
-    """
-    file, found, written = _checked(path)
-    if found != kind:
-        raise CodecError(f"{path}: holds a codec of kind {_short(repr(found))}, not {kind!r}")
-    if written != spec:
-        raise CodecError(f"{path}: the codec is of another spec: {_short(written.difference(spec))}")
+def read(path: Path) -> CodecFile:
+    """Read the file of a codec and check it. Raises `CodecError` if it is missing, damaged or of a newer format."""
+    data, end, head = _read(path)
+    version, digest, record = head["format"], _escaped(head["digest"]), head["codec"]
+    if version != FORMAT:
+        raise CodecError(f"{path}: format version {one_line(version)}, this release reads {FORMAT}")
+    at = data.find(digest, 8, end)
+    computed = xxhash.xxh3_128()
+    for piece in (memoryview(data)[:at], _escaped(_ZEROS), memoryview(data)[at + len(digest) :]):
+        computed.update(piece)
+    if at < 0 or _escaped(computed.hexdigest()) != digest:
+        raise CodecError(f"{path}: damaged, its digest does not match")
+    try:
+        tensors = safetensors.torch.load(data)
+        spec, measured = MemorySpec.from_json(record["spec"]), _distortion(record["measured"])
+        stated = {name: (dtype, tuple(shape)) for name, (dtype, shape) in record["tensors"].items()}
+        file = CodecFile(record["kind"], spec, record["options"], tensors, measured)
+    except (SafetensorError, ConfigError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CodecError(f"{path}: not the file of a codec: {one_line(error)}") from error
+    if stated != {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}:
+        raise CodecError(f"{path}: its tensors are not those that it states")
     return file
 
 
@@ -150,34 +134,10 @@ def replace(path: Path, data: bytes) -> None:
         raise CodecError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def _checked(path: Path) -> tuple[CodecFile, str, MemorySpec]:
-    """The content of a file after every check, and the kind and spec that it states."""
-    data, end, head = _read(path)
-    version, digest, record = head["format"], _escaped(head["digest"]), head["codec"]
-    if version != FORMAT:
-        raise CodecError(f"{path}: format version {_short(repr(version))}, this release reads {FORMAT}")
-    at = data.find(digest, 8, end)
-    computed = xxhash.xxh3_128()
-    for piece in (memoryview(data)[:at], _escaped(_ZEROS), memoryview(data)[at + len(digest) :]):
-        computed.update(piece)
-    if at < 0 or _escaped(computed.hexdigest()) != digest:
-        raise CodecError(f"{path}: damaged, its digest does not match")
-    try:
-        tensors = safetensors.torch.load(data)
-        found, measured, written = record["kind"], record["measured"], MemorySpec.from_json(record["spec"])
-        stated = {name: (dtype, tuple(shape)) for name, (dtype, shape) in record["tensors"].items()}
-        file = CodecFile(path, record["options"], tensors, _distortion(measured))
-    except (SafetensorError, ConfigError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise CodecError(f"{path}: not the file of a codec: {_short(error)}") from error
-    if stated != {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}:
-        raise CodecError(f"{path}: its tensors are not those that it states")
-    return file, found, written
-
-
 def _read(path: Path) -> tuple[bytes, int, dict[str, Any]]:
-    """The bytes of a file, where its header ends, and our part of it, which states what it should.
+    """The bytes of a file, the end of its header, and our part of the header.
 
-    Reads no more than the header unless the file is as long as that says, and as a codec can be.
+    Reads no more than the header of a file that is longer than a codec of its spec can be.
     """
     try:
         with open_regular(path) as file:
@@ -187,32 +147,23 @@ def _read(path: Path) -> tuple[bytes, int, dict[str, Any]]:
             if len(start) < 8 or end > min(size, _MOST_HEAD):
                 raise CodecError(f"{path}: damaged, or not the file of a codec")
             start += file.read(end - 8)
-            entries, head = _head(start[8:], path)
-            if size != end + entries or size > min(
-                _MOST, end + _most_bytes(MemorySpec.from_json(head["codec"]["spec"]))
-            ):
-                raise CodecError(f"{path}: damaged, it has {size} bytes, and states others")
-            data = start + file.read(size - end)
+            head, spec = _head(start[8:], path)
+            if size > min(_MOST, end + _most_bytes(spec)):
+                raise CodecError(f"{path}: damaged, {size} bytes are more than a codec of its spec has")
+            return start + file.read(size - end), end, head
     except OSError as error:
         raise CodecError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(data) != size:
-        raise CodecError(f"{path}: damaged, it was cut off while it was read")
-    return data, end, head
 
 
-def _head(text: bytes, path: Path) -> tuple[int, dict[str, Any]]:
-    """The bytes of tensors that a header announces, and our part of its JSON."""
+def _head(text: bytes, path: Path) -> tuple[dict[str, Any], MemorySpec]:
+    """Our part of a header's JSON, and the spec that it states."""
     try:
-        entries = json.loads(text, object_pairs_hook=_unique)
-        head = json.loads(entries.pop("__metadata__")[_KEY], object_pairs_hook=_unique)
-        ends = [entry["data_offsets"][1] for entry in entries.values()]
-        fits = isinstance(head["digest"], str) and isinstance(head["codec"], dict) and "format" in head
-        if not fits or {*map(type, ends)} > {int}:
+        head = json.loads(json.loads(text)["__metadata__"][_KEY], object_pairs_hook=_unique)
+        if not (isinstance(head["digest"], str) and isinstance(head["codec"], dict) and "format" in head):
             raise TypeError
-        MemorySpec.from_json(head["codec"]["spec"])
+        return head, MemorySpec.from_json(head["codec"]["spec"])
     except (ValueError, LookupError, TypeError, AttributeError, ConfigError, RecursionError) as error:
         raise CodecError(f"{path}: damaged, or not the file of a codec") from error
-    return max(ends, default=0), head
 
 
 def _most_bytes(spec: MemorySpec) -> int:
@@ -235,12 +186,6 @@ def _distortion(measured: Any) -> Distortion | None:
     if not all(type(number) in (float, int) and math.isfinite(number) for number in measured.values()):
         raise ValueError("the distortion that it states is no number")
     return Distortion(**measured)
-
-
-def _short(what: object) -> str:
-    """One line of a message, however much the file says."""
-    line = " ".join(str(what).split())
-    return line if len(line) <= 300 else f"{line[:300]}..."
 
 
 def _bytes(tensor: Tensor) -> bytes:

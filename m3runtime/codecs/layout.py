@@ -11,6 +11,7 @@ So the payload of a short memory is the beginning of a full one's layout.
 import torch
 from torch import Tensor
 
+from m3runtime.codecs.base import Codec
 from m3runtime.errors import BlockError, CodecError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
@@ -48,22 +49,16 @@ def finite(x: Tensor) -> bool:
     return not x.numel() or bool(torch.stack(torch.aminmax(x)).isfinite().all())
 
 
-def width_of(payloads: Tensor, tokens: Tensor, spec: MemorySpec) -> int:
-    """The most tokens of a batch of payloads, 0 for none. Raises `BlockError` if a count cannot be."""
+def width_of(payloads: Tensor, tokens: Tensor, codec: Codec) -> int:
+    """The most tokens of a batch of payloads, 0 for none. Raises `BlockError` if a count or the length cannot be."""
     if payloads.dtype != torch.uint8 or payloads.ndim != 2 or tokens.shape != payloads.shape[:1]:
         raise BlockError(f"payloads must be uint8[n, bytes] and tokens [n], not {tuple(payloads.shape)}")
-    if not len(tokens):
-        return 0
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 1 or high > spec.tokens:
-        raise BlockError(f"a memory has between 1 and {spec.tokens} tokens, not {low if low < 1 else high}")
-    return high
-
-
-def check_length(payloads: Tensor, needed: int) -> None:
-    """Raise `BlockError` unless each row has the bytes that its longest memory needs."""
-    if payloads.shape[1] < needed:
+    low, high = (int(tokens.min()), int(tokens.max())) if len(tokens) else (1, 0)
+    if low < 1 or high > codec.spec.tokens:
+        raise BlockError(f"a memory has between 1 and {codec.spec.tokens} tokens, not {low if low < 1 else high}")
+    if payloads.shape[1] < (needed := codec.payload_bytes(high)):
         raise BlockError(f"payloads of {payloads.shape[1]} bytes are too short, {needed} are needed")
+    return high
 
 
 def blank(x: Tensor, tokens: Tensor) -> Tensor:

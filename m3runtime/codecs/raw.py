@@ -1,13 +1,12 @@
 """The `raw` codec: values as they are, in one floating-point type."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from m3runtime.codecs import files, layout
+from m3runtime.codecs import layout
 from m3runtime.codecs.base import Codec
 from m3runtime.errors import BlockError, CodecError
 from m3runtime.memory.spec import DTYPES, MemorySpec
@@ -36,11 +35,6 @@ class RawCodec(Codec):
         """``dtype``, stated even where it is the spec's."""
         return {"dtype": self.dtype}
 
-    @property
-    def fingerprint(self) -> str:
-        """Thirty-two hex digits that identify the codec: see `Codec.fingerprint`."""
-        return files.codec_fingerprint(self)
-
     def payload_bytes(self, tokens: int) -> int:
         """Bytes of the payload of so many tokens: see `Codec.payload_bytes`."""
         return tokens * 2 * self._token_bytes
@@ -65,8 +59,7 @@ class RawCodec(Codec):
 
         Raises `BlockError` if a memory holds a value that is not finite.
         """
-        width = layout.width_of(payloads, tokens, self.spec)
-        layout.check_length(payloads, self.payload_bytes(width))
+        width = layout.width_of(payloads, tokens, self)
 
         def values_of(codes: Tensor) -> Tensor:  # uint8[n, width, bytes] -> [n, layers * heads, width, dim]
             # The clone is aligned, whatever the slot was; only aligned bytes can be viewed as floats.
@@ -79,12 +72,3 @@ class RawCodec(Codec):
 
         keys, values = map(values_of, layout.split(payloads, width, 0, self._token_bytes, self._token_bytes))
         return layout.finish(keys, values, tokens, self.spec, dtype, torch.finfo(self._dtype).max)
-
-    def save(self, path: Path) -> None:
-        """Write the codec's file: see `Codec.save`."""
-        files.write(path, self)
-
-    @classmethod
-    def load(cls, path: Path, spec: MemorySpec) -> "RawCodec":
-        """Read the codec's file: see `Codec.load`."""
-        return files.load_untrained(cls, path, spec)

@@ -1,14 +1,13 @@
 """The `scalar` codec: uniform steps for each channel, with a range of its own in every memory."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from m3runtime.codecs import files, layout
+from m3runtime.codecs import layout
 from m3runtime.codecs.base import Codec
 from m3runtime.errors import BlockError, CodecError
 from m3runtime.memory.spec import MemorySpec
@@ -48,11 +47,6 @@ class ScalarCodec(Codec):
         """``key_bits`` and ``value_bits``."""
         return {"key_bits": self.key_bits, "value_bits": self.value_bits}
 
-    @property
-    def fingerprint(self) -> str:
-        """Thirty-two hex digits that identify the codec: see `Codec.fingerprint`."""
-        return files.codec_fingerprint(self)
-
     def payload_bytes(self, tokens: int) -> int:
         """Bytes of the payload of so many tokens: see `Codec.payload_bytes`."""
         return 2 * self._range_bytes + tokens * (self._key_bytes + self._value_bytes)
@@ -81,8 +75,7 @@ class ScalarCodec(Codec):
 
         Raises `BlockError` if a range is not finite.
         """
-        width = layout.width_of(payloads, tokens, self.spec)
-        layout.check_length(payloads, self.payload_bytes(width))
+        width = layout.width_of(payloads, tokens, self)
         fixed = payloads[:, : 2 * self._range_bytes].clone(memory_format=torch.contiguous_format)
         shape = (2, 2, self.spec.vectors_per_token, 1, self.spec.head_dim)
         ranges = torch.unflatten(fixed.view(torch.float16), 1, shape)
@@ -96,15 +89,6 @@ class ScalarCodec(Codec):
             low, step = ranges[:, kind].to(torch.float32).unbind(1)
             pair.append(codes.to(torch.float32, memory_format=torch.contiguous_format).mul_(step).add_(low))
         return layout.finish(pair[0], pair[1], tokens, self.spec, dtype, _PEAK)
-
-    def save(self, path: Path) -> None:
-        """Write the codec's file: see `Codec.save`."""
-        files.write(path, self)
-
-    @classmethod
-    def load(cls, path: Path, spec: MemorySpec) -> "ScalarCodec":
-        """Read the codec's file: see `Codec.load`."""
-        return files.load_untrained(cls, path, spec)
 
 
 def _packed_bytes(channels: int, bits: int) -> int:

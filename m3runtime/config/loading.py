@@ -30,6 +30,8 @@ class LoadedConfig(Generic[S]):
     """A configuration and the origins of its values."""
 
     config: S
+    file: Path
+    """The configuration file."""
     origins: Mapping[str, str]
     """For each dotted key ``default``, ``memory.preset``, the file's name, an environment variable or ``--set``."""
 
@@ -71,7 +73,7 @@ def load_config(
     values = config.model_dump()
     by_preset = presets.keys(values)
     origins = {".".join(key): origin_of(key) for key, _ in leaves(values)}
-    return LoadedConfig(_with_absolute_paths(config, folder_of), MappingProxyType(origins))
+    return LoadedConfig(_with_absolute_paths(config, folder_of), file, MappingProxyType(origins))
 
 
 def _variables(environ: Mapping[str, str]) -> list[tuple[Key, str, str]]:

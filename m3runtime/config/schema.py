@@ -201,30 +201,21 @@ class GenerateConfig(Section):
 
 
 class Config(Section):
-    """The whole configuration."""
+    """The whole configuration. Each section is described by its class."""
 
     bank: File
     """The bank's folder."""
     model: ModelConfig
-    """The language model."""
     memory: MemoryConfig = MemoryConfig()
-    """The parts of a reference that are kept, and how attention reads them."""
     codec: CodecConfig = CodecConfig()
-    """The codec, which turns memories into bytes and back."""
     embedder: EmbedderConfig
-    """The embedder, which turns texts into vectors."""
     index: IndexConfig = IndexConfig()
-    """The index, which finds the nearest vectors."""
     tiers: tuple[TierConfig, ...] = ()
     """The tiers, fastest first, the home last; empty: tiers that fit the device and the machine."""
     recall: RecallConfig = RecallConfig()
-    """The choice of memories for a chunk, and the time that it waits for them."""
     threads: ThreadsConfig = ThreadsConfig()
-    """Background threads, which work while the model decodes."""
     metrics: MetricsConfig = MetricsConfig()
-    """Counters and events that a runtime publishes."""
     generate: GenerateConfig = GenerateConfig()
-    """Prompt and sampling of an answer."""
     train: TrainConfig | None = None
     """Training of the model to read memories, by `m3 train`; null: none."""
 

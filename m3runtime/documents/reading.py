@@ -6,19 +6,14 @@ parsed file by file, each as a whole.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from m3runtime.documents.html import html_text
-from m3runtime.documents.text import file_blocks, text_blocks
+from m3runtime.documents.text import UNSPACED, file_blocks, text_blocks
 from m3runtime.errors import InputError
-
-# Chinese, Japanese, Thai and others write without spaces: a character counts as a word.
-_WORDS = re.compile(
-    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,22 +22,8 @@ class Document:
 
     source: str
     """The path as it was given, with ``/``. A line of JSON adds ``:`` and its source, id or line number."""
-    text: str
-
-    def blocks(self) -> Iterator[str]:
-        """The text in pieces that fit in memory, cut between lines where it has any."""
-        yield self.text
-
-
-class LongDocument(Document):
-    """A plain-text file that is longer than a block: it is read each time that its text is asked for."""
-
-    __slots__ = ("_path",)
-    _path: Path
-
-    def __init__(self, path: Path) -> None:
-        object.__setattr__(self, "source", path.as_posix())
-        object.__setattr__(self, "_path", path)
+    content: str | Path
+    """The text, or the plain-text file that holds it, which is read each time that the text is asked for."""
 
     @property
     def text(self) -> str:
@@ -50,27 +31,25 @@ class LongDocument(Document):
         return "".join(self.blocks())
 
     def blocks(self) -> Iterator[str]:
-        """The text, about a million characters at a time. Raises `InputError` if it is not text in UTF-8."""
+        """The text in pieces of about a million characters, cut between lines where it has any; a text in one.
+
+        Raises `InputError` if a file is not text in UTF-8.
+        """
+        if isinstance(self.content, str):
+            yield self.content
+            return
         rest = ""
-        for block in text_blocks(file_blocks(self._path), str(self._path)):
+        for block in text_blocks(file_blocks(self.content), str(self.content)):
             end = block.rfind("\n") + 1
             yield rest + block[:end]
             rest = block[end:]
         yield rest
 
 
-@dataclass(frozen=True, slots=True)
-class FoundFiles:
-    """The result of `find_files`."""
+def find_files(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
+    """The files under ``paths``, each once, in the order given and folders in sorted order; and the skipped files.
 
-    files: tuple[Path, ...]
-    skipped: tuple[Path, ...]
-    """Files in folders that were passed over: hidden, or of a suffix that is not read."""
-
-
-def find_files(paths: Iterable[str | Path]) -> FoundFiles:
-    """The files under ``paths``, each once, in the order given and folders in sorted order.
-
+    A file in a folder is skipped if it is hidden or has a suffix that is not read.
     Folders are walked to any depth, through symbolic links too, and each real folder once. A file that is
     named itself is taken whatever its suffix. Raises `InputError` for a path that does not exist and for a
     folder in which there is nothing to read.
@@ -92,7 +71,7 @@ def find_files(paths: Iterable[str | Path]) -> FoundFiles:
             files.setdefault(path.resolve(), path)
         else:
             raise InputError(f"{path} is neither a file nor a folder")
-    return FoundFiles(tuple(files.values()), tuple(skipped))
+    return list(files.values()), skipped
 
 
 def read_documents(paths: Iterable[str | Path], *, text_field: str = "text") -> Iterator[Document]:
@@ -100,18 +79,18 @@ def read_documents(paths: Iterable[str | Path], *, text_field: str = "text") -> 
 
     A file named ``.jsonl`` gives one document for each line, whose text is in ``text_field``. Raises
     `InputError` at once for paths that cannot be used, and while it is iterated for a file that is not text
-    in UTF-8, for a bad line of JSON, and at the end if there was no text at all. A `LongDocument` raises it when its
-    own text is read.
+    in UTF-8, for a bad line of JSON, and at the end if there was no text at all. A long file raises it when its text
+    is read.
     """
-    return _read(find_files(paths).files, text_field)
+    return _read(find_files(paths)[0], text_field)
 
 
 def one_word(text: str) -> bool:
     """True if a text has fewer than two words: too little to be a reference."""
-    return len(text.split()) < 2 and len(_WORDS.findall(text)) < 2
+    return len(text.split()) < 2 and len(re.findall(f"[{UNSPACED}]", text)) < 2
 
 
-def _read(files: tuple[Path, ...], text_field: str) -> Iterator[Document]:
+def _read(files: Sequence[Path], text_field: str) -> Iterator[Document]:
     empty = True
     for path in files:
         for document in READERS.get(path.suffix.lower(), _read_plain)(path, text_field):
@@ -141,10 +120,7 @@ def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
 
 def _read_plain(path: Path, _: str) -> Iterator[Document]:
     begin = list(islice(file_blocks(path), 2))
-    if len(begin) > 1:
-        yield LongDocument(path)
-    else:
-        yield Document(path.as_posix(), "".join(text_blocks(begin, str(path))))
+    yield Document(path.as_posix(), path if len(begin) > 1 else "".join(text_blocks(begin, str(path))))
 
 
 def _read_html(path: Path, _: str) -> Iterator[Document]:
@@ -188,4 +164,4 @@ READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
     ".htm": _read_html,
     ".jsonl": _read_json_lines,
 }
-"""How files of each suffix are read. Other files are read as plain text when they are named themselves."""
+"""The reader of each suffix. Other files are read as plain text when they are named themselves."""

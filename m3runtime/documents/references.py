@@ -6,7 +6,7 @@ from hashlib import blake2b
 
 from m3runtime.documents.reading import Document, one_word
 from m3runtime.documents.reference import Reference
-from m3runtime.documents.splitting import Passage, Splitter
+from m3runtime.documents.splitting import Splitter
 from m3runtime.errors import InputError
 
 _CACHE_KIB = 16 << 10
@@ -75,12 +75,12 @@ class ReferenceSpool:
             if all(one_word(block) for block in document.blocks()):
                 raise InputError(f"{document.source}: a text of one word is no reference; give it a sentence")
             source = _packed(document.source)
-            for one in _uncut(document, splitter) if whole else splitter.stream(document.blocks()):
+            for one in _uncut(document, splitter) if whole else splitter.stream(document.blocks(), document.source):
                 text = _packed(one.text)
                 yield blake2b(text, digest_size=16).digest(), text, source, one.start, one.end, one.tokens
 
 
-def _uncut(document: Document, splitter: Splitter) -> Iterator[Passage]:
+def _uncut(document: Document, splitter: Splitter) -> Iterator[Reference]:
     """A document as one passage."""
     whole = document.text
     text = whole.strip()
@@ -91,7 +91,7 @@ def _uncut(document: Document, splitter: Splitter) -> Iterator[Passage]:
             f"{document.source}: {tokens} tokens, but a reference has at most {limit}; "
             "shorten it, or write without --whole"
         )
-    yield Passage(text, start, start + len(text), tokens)
+    yield Reference(text, document.source, start, start + len(text), tokens)
 
 
 def _packed(text: str) -> bytes:

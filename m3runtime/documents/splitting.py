@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 
+from m3runtime.documents.reference import Reference
 from m3runtime.errors import ConfigError, InputError
 
 CountTokens = Callable[[str], int]
-"""How many tokens a text has to the model, special tokens left out."""
+"""Counts the tokens that a text has to the model, without special tokens."""
 
 _BLANK_LINE = re.compile(r"(\n[^\S\n]*\n)")
 _HEADING = re.compile(
@@ -22,16 +22,6 @@ _SOFT_BREAKS = "\u205f\u2004\u2005\u2006\u2008\u2009\u200a"
 _Span = tuple[int, int]
 _Piece = tuple[int, int, int]
 """A span and its tokens."""
-
-
-@dataclass(frozen=True, slots=True)
-class Passage:
-    """A piece of a text, without white space at its ends: ``text`` is ``whole[start:end]``."""
-
-    text: str
-    start: int
-    end: int
-    tokens: int
 
 
 class Splitter:
@@ -53,15 +43,15 @@ class Splitter:
         self.max_tokens = max_tokens
         self.longest = longest
 
-    def split(self, text: str) -> list[Passage]:
-        """The passages of a text in order; a blank one has none.
+    def split(self, text: str, source: str = "") -> list[Reference]:
+        """The passages of a text from ``source``, in order; a blank text has none.
 
         Raises `InputError` if ``text`` is not valid Unicode, or if one character alone has more than
         ``max_tokens`` tokens.
         """
-        return list(self.stream([text]))
+        return list(self.stream([text], source))
 
-    def stream(self, blocks: Iterable[str]) -> Iterator[Passage]:
+    def stream(self, blocks: Iterable[str], source: str = "") -> Iterator[Reference]:
         """The passages of a text that comes in blocks, cut anywhere: the same as `split` gives for all of it.
 
         Keeps ``longest`` characters and a block in memory. Raises what `split` does, when it comes to that place.
@@ -72,12 +62,12 @@ class Splitter:
             done = 0
             while len(rest) - done > self.longest:
                 end = _section_end(rest, done, done + self.longest)
-                yield from self._passages(rest[done:end], offset + done)
+                yield from self._passages(rest[done:end], offset + done, source)
                 done = end
             rest, offset = rest[done:], offset + done
-        yield from self._passages(rest, offset)
+        yield from self._passages(rest, offset, source)
 
-    def _passages(self, text: str, offset: int) -> Iterator[Passage]:
+    def _passages(self, text: str, offset: int, source: str) -> Iterator[Reference]:
         """The passages of a part of a text that begins at ``offset``."""
         try:
             text.encode()
@@ -85,7 +75,7 @@ class Splitter:
             place = offset + error.start
             raise InputError(f"character {place} of the text is half a character (a lone surrogate)") from error
         for start, end, tokens in self._by_paragraph(text):
-            yield Passage(text[start:end], offset + start, offset + end, tokens)
+            yield Reference(text[start:end], source, offset + start, offset + end, tokens)
 
     def _by_paragraph(self, text: str) -> Iterator[_Piece]:
         heading: _Span | None = None
@@ -172,7 +162,7 @@ def _paragraphs(text: str) -> Iterator[_Span]:
 
 
 def _section_end(text: str, start: int, stop: int) -> int:
-    """Where to cut ``text[start:stop]`` so that both sides are split as the whole is: after its last whole section.
+    """The place to cut ``text[start:stop]`` so that both sides are split as the whole is: after its last section.
 
     A section that is longer than all of it is cut after a line, a word or anywhere. The result depends on the text
     from ``start`` on alone, so it is the same however the text was cut into blocks.

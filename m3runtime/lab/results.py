@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console, ConsoleOptions, RenderResult
 
 PACKAGES = (
     "m3runtime",
@@ -55,14 +57,18 @@ class Spread:
         return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
 
 
-class Result:
-    """Base class for the dataclass that a bench returns."""
+class Result(ABC):
+    """Base class for the dataclass that a bench returns. A console of rich prints it as tables."""
 
     __slots__ = ()
 
     def to_json(self) -> dict[str, Any]:
         """All figures, with software and machine, as JSON values."""
         return {**plain(self), "environment": environment()}
+
+    @abstractmethod
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The figures for people: tables and lines of text."""
 
 
 def environment() -> dict[str, str]:

@@ -51,10 +51,6 @@ class ModelShape:
         """Weights of the MLP of one layer."""
         return (3 if self.gated else 2) * self.hidden * self.mlp
 
-    def to_json(self) -> dict[str, Any]:
-        """The sizes as plain JSON values."""
-        return asdict(self)
-
 
 MODELS = {
     # Memory³, section 3; its weights were never published.
@@ -106,7 +102,7 @@ def described(text: str, base: ModelShape | None = None) -> ModelShape:
     ``hidden / heads``, the MLP is gated and weights are bfloat16; the others are needed. Raises `ConfigError` with one
     line that names the part.
     """
-    found: dict[str, Any] = {} if base is None else base.to_json()
+    found: dict[str, Any] = {} if base is None else asdict(base)
     known = [field.name for field in fields(ModelShape)]
     for part in filter(None, map(str.strip, text.split(","))):
         name, equals, value = (piece.strip() for piece in part.partition("="))

@@ -7,13 +7,14 @@ from typing import Any
 import xxhash
 
 from m3runtime.errors import ConfigError
+from m3runtime.plugins.messages import difference
 
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
 class MemorySpec:
-    """Which part of a model's attention is kept, and how much of it.
+    """The part of a model's attention that is kept, and its size.
 
     One memory has keys and values of shape ``[layers, kv_heads, tokens, head_dim]``
     (Memory³, section 3.3; the paper's own is 22 x 8 x 8 x 80). ``tokens == reference_tokens`` is a *dense*
@@ -75,8 +76,7 @@ class MemorySpec:
 
     def difference(self, other: "MemorySpec") -> str:
         """The difference of two specs, for an error message; empty for equal ones."""
-        mine, theirs = self.to_json(), other.to_json()
-        return ", ".join(f"{key} {mine[key]} against {theirs[key]}" for key in mine if mine[key] != theirs[key])
+        return difference(self.to_json(), other.to_json())
 
 
 def canonical_json(value: Any) -> str:

@@ -1,92 +1,20 @@
-"""`Metrics`: counters and latencies of a runtime; `Timeline`: its last events."""
+"""`Metrics`: a snapshot of a runtime's counts and latencies; `Meter` and `Timeline` collect them."""
 
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
+from m3runtime.observe.counts import LookaheadCounts, RecallCounts, StoreCounts, TierStats, increased
 from m3runtime.observe.latency import Latency, Timer
-from m3runtime.observe.tiers import TierStats
 
 RECALL_STAGES = ("embed", "search", "encode", "bring", "wait", "read", "decode", "deliver", "recall")
-"""What a recall consists of. ``encode`` is that of cold references, or waiting while another thread encodes. ``bring``
-has ``wait``, ``read`` and ``decode`` in it, and ``recall`` all the others."""
+"""The stages of a recall. ``encode`` is the time to encode cold references, or to wait for another thread that does.
+``bring`` includes ``wait``, ``read`` and ``decode``; ``recall`` includes all others."""
 LOOKAHEAD_STAGES = ("embed", "search", "read", "decode", "lift")
-"""What is done beside decoding, for hints and for blocks that missed a deadline."""
-
-
-@dataclass(frozen=True, slots=True)
-class RecallCounts:
-    """What recall did so far. Each count only grows."""
-
-    chunks: int = 0
-    memories: int = 0
-    """Memories given to chunks."""
-    kept: int = 0
-    """Of those, memories that the store held decoded already: neither read nor decoded."""
-    late: int = 0
-    """Memories that were chosen and had not arrived by the deadline, once for each chunk that went on without."""
-    search_s: float = 0.0
-    """Seconds spent on embedding and search."""
-    fetch_s: float = 0.0
-    """Seconds spent on waiting, reading and decoding."""
-    waited_s: float = 0.0
-    """Of those, seconds spent on waiting for what other threads were bringing."""
-    encoded: int = 0
-    """Cold references that were encoded at a recall."""
-    unstored: int = 0
-    """Of those, memories that the home had no room for."""
-    encode_s: float = 0.0
-    """Seconds spent on encoding them."""
-
-
-@dataclass(frozen=True, slots=True)
-class LookaheadCounts:
-    """What hints led to so far. Each count only grows."""
-
-    hints: int = 0
-    cancelled: int = 0
-    """Hints that a newer one or the recall overtook before their memories were asked for."""
-    guesses: int = 0
-    """Memories that hints asked for and that their stream did not lease."""
-    hits: int = 0
-    """Guesses that the next recall of their stream chose."""
-    beyond: int = 0
-    """Guesses without room in the store: only lifted."""
-    failed: int = 0
-    """Background work that failed."""
-    last_error: str = ""
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of the guesses that were chosen; 0 if there were none."""
-        return self.hits / self.guesses if self.guesses else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class StoreCounts:
-    """The decoded memories of a device (`m3runtime.recall.store.MemoryStore`)."""
-
-    capacity: int
-    """Most bytes of parts."""
-    bytes: int = 0
-    """Bytes of parts now, those that are loading included."""
-    parts: int = 0
-    """Parts that are ready now."""
-    leased: int = 0
-    """Parts that recalls lease now."""
-    guessed: int = 0
-    """Parts that prefetches lease now."""
-    decoded: int = 0
-    """Memories decoded so far."""
-    hits: int = 0
-    """Leases of parts that were ready, so far."""
-    evicted: int = 0
-    """Parts that made room for others, so far."""
-    wasted_bytes: int = 0
-    """Bytes of parts that were decoded and removed before any recall leased them, so far."""
+"""The stages of background work, for hints and for blocks that missed a deadline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,9 +139,7 @@ class RecallStats:
     def count(self, **more: float) -> None:
         """Increase counts, by name."""
         with self._lock:
-            self._counts = replace(
-                self._counts, **{name: getattr(self._counts, name) + value for name, value in more.items()}
-            )
+            self._counts = increased(self._counts, **more)
 
     def snapshot(self) -> RecallCounts:
         """The current counts."""

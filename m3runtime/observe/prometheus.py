@@ -2,11 +2,14 @@
 
 import errno
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import Field
 from itertools import accumulate
-from typing import Self
+from typing import Any, Self
 
 from m3runtime.errors import ConfigError, PluginError
+from m3runtime.observe.counts import TierStats, exported
 from m3runtime.observe.latency import BOUNDS_S, Latency
 from m3runtime.observe.metrics import Metrics
 
@@ -20,44 +23,9 @@ except ImportError as error:
 
 log = logging.getLogger("m3runtime")
 
-_RECALL = {
-    "chunks": "Chunks that were recalled for.",
-    "memories": "Memories given to chunks.",
-    "kept": "Memories that the store held decoded already.",
-    "late": "Memories that had not arrived by the deadline.",
-    "encoded": "Cold references that were encoded at a recall.",
-    "unstored": "Of those, memories that the home had no room for.",
-}
-_LOOKAHEAD = {
-    "hints": "Hints of streams.",
-    "cancelled": "Hints that were overtaken.",
-    "guesses": "Memories that hints asked for.",
-    "hits": "Guesses that were chosen.",
-    "beyond": "Guesses that were only lifted.",
-    "failed": "Background work that failed.",
-}
-_STORE = {
-    "decoded": "Memories decoded.",
-    "hits": "Leases of parts that were ready.",
-    "evicted": "Parts that made room for others.",
-    "wasted_bytes": "Bytes of parts that were removed before any recall leased them.",
-}
-_STORE_NOW = {
-    "capacity": "Most bytes of parts.",
-    "bytes": "Bytes of parts.",
-    "parts": "Parts that are ready.",
-    "leased": "Parts that recalls lease.",
-    "guessed": "Parts that prefetches lease.",
-}
-_TIER = {
-    "hits": "Blocks that were read from the tier.",
-    "misses": "Blocks that it did not have.",
-    "bytes": "Bytes of slots that were found.",
-    "lifted": "Blocks that were lifted from it.",
-    "faults": "Calls that failed.",
-    "bad_blocks": "Blocks that failed their check.",
-    "recovered": "Blocks that passed it when they were read once more.",
-    "unanswered": "Blocks wanted while it could not answer.",
+_FAMILIES: dict[str, type[CounterMetricFamily | GaugeMetricFamily]] = {
+    "counter": CounterMetricFamily,
+    "gauge": GaugeMetricFamily,
 }
 
 
@@ -75,20 +43,11 @@ class Collector(_Collector):
     def collect(self) -> Iterator[Metric]:
         """A snapshot as metric families, all named ``m3_...``."""
         metrics = self._snapshot()
-        for name, text in _RECALL.items():
-            yield CounterMetricFamily(f"m3_recall_{name}", text, value=getattr(metrics.recall, name))
-        yield CounterMetricFamily(
-            "m3_recall_waited_seconds", "Seconds that recalls waited for other threads.", value=metrics.recall.waited_s
-        )
-        yield CounterMetricFamily(
-            "m3_recall_encode_seconds", "Seconds spent on encoding cold references.", value=metrics.recall.encode_s
-        )
-        for name, text in _LOOKAHEAD.items():
-            yield CounterMetricFamily(f"m3_lookahead_{name}", text, value=getattr(metrics.lookahead, name))
-        for name, text in _STORE.items():
-            yield CounterMetricFamily(f"m3_store_{name}", text, value=getattr(metrics.store, name))
-        for name, text in _STORE_NOW.items():
-            yield GaugeMetricFamily(f"m3_store_{name}", text, value=getattr(metrics.store, name))
+        for subject, counts in (("recall", metrics.recall), ("lookahead", metrics.lookahead), ("store", metrics.store)):
+            for one in exported(counts):
+                family = _family(subject, one)
+                family.add_metric([], getattr(counts, one.name))
+                yield family
         yield _histogram("m3_recall_stage_seconds", "Stages of recalls.", "stage", metrics.recall_stages)
         yield _histogram("m3_lookahead_stage_seconds", "Background work, by stage.", "stage", metrics.lookahead_stages)
         yield from _tiers(metrics)
@@ -132,11 +91,11 @@ def serve(snapshot: Callable[[], Metrics], address: str, port: int) -> Endpoint 
 
 
 def _tiers(metrics: Metrics) -> Iterator[Metric]:
-    for name, text in _TIER.items():
-        counter = CounterMetricFamily(f"m3_tier_{name}", text, labels=["tier"])
+    for one in exported(TierStats):
+        family = _family("tier", one, labels=["tier"])
         for tier in metrics.tiers:
-            counter.add_metric([tier.stats.name], getattr(tier.stats, name))
-        yield counter
+            family.add_metric([tier.stats.name], getattr(tier.stats, one.name))
+        yield family
     blocks = GaugeMetricFamily("m3_tier_blocks", "Blocks held now.", labels=["tier"])
     capacity = GaugeMetricFamily("m3_tier_capacity_bytes", "Bytes of blocks held at most.", labels=["tier"])
     for tier in metrics.tiers:
@@ -148,6 +107,12 @@ def _tiers(metrics: Metrics) -> Iterator[Metric]:
     yield capacity
     reads = {tier.stats.name: tier.read for tier in metrics.tiers}
     yield _histogram("m3_tier_read_seconds", "Calls that read from the tier.", "tier", reads)
+
+
+def _family(subject: str, one: Field[Any], labels: Sequence[str] = ()) -> CounterMetricFamily | GaugeMetricFamily:
+    """A metric family without samples for a field of counts; ``..._s`` becomes ``..._seconds``."""
+    name = re.sub("_s$", "_seconds", one.name)
+    return _FAMILIES[one.metadata["type"]](f"m3_{subject}_{name}", one.metadata["text"], labels=labels)
 
 
 def _histogram(name: str, text: str, label: str, latencies: Mapping[str, Latency]) -> HistogramMetricFamily:

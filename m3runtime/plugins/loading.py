@@ -61,8 +61,15 @@ def available(group: str) -> list[str]:
 def require(what: str, extra: str) -> None:
     """Raise `PluginError`, with what to install, unless every module of an extra is installed. Imports none."""
     for module, extras in _EXTRAS.items():
-        if extra in extras and find_spec(module) is None:
+        if extra in extras and not _is_installed(module):
             raise PluginError(f"{what} needs {module}: pip install 'm3runtime[{extra}]'")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # from an import hook that blocks it
+        return False
 
 
 @cache

@@ -2,10 +2,10 @@
 
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, ValidationError
 
 
 def not_known(where: str, name: str, choices: Iterable[str]) -> str:
@@ -31,3 +31,20 @@ def reason(error: ErrorDetails) -> str:
         case _:
             must = re.sub(r"^\w+ should", "must", error["msg"])
     return f"{must}, not {reprlib.repr(error['input'])}"
+
+
+def first_fault(error: ValidationError) -> str:
+    """The key of the first value that pydantic refused, and `reason`."""
+    first = error.errors()[0]
+    return " ".join([*map(str, first["loc"]), reason(first)])
+
+
+def difference(ours: Mapping[str, object], theirs: Mapping[str, object]) -> str:
+    """The entries in which two mappings differ, such as ``tokens 128 against 64``; empty for equal ones."""
+    keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    return ", ".join(f"{key} {ours.get(key)} against {theirs.get(key)}" for key in keys)
+
+
+def one_line(value: object) -> str:
+    """At most 200 printable ASCII characters of a value, for messages about what a file states."""
+    return " ".join(ascii(str(value)[:200])[1:-1].split())

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from m3runtime.memory.block import as_ids
-from m3runtime.observe.metrics import LookaheadCounts, Meter, Stages
+from m3runtime.observe.counts import LookaheadCounts, increased
+from m3runtime.observe.metrics import Meter, Stages
 from m3runtime.recall.background import Background
 from m3runtime.recall.loader import Loader
 from m3runtime.recall.store import Lease
@@ -188,7 +189,7 @@ class Hints:
             self._count(cancelled=1)
 
     def _count(self, **more: int) -> None:
-        self._counts = replace(self._counts, **{name: getattr(self._counts, name) + by for name, by in more.items()})
+        self._counts = increased(self._counts, **more)
 
 
 def with_owed(matches: Sequence[Match], owed: Sequence[Match], most: int) -> list[Match]:

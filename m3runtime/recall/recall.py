@@ -52,7 +52,6 @@ class Recall:
         found = self._search((texts, stages))
         most = self._config.memories
         chosen = [with_owed(matches, stream.owed, most) for stream, matches in zip(streams, found, strict=True)]
-        searched = time.perf_counter()
         self._release_stale(streams, chosen)
         delivered = self._gather(chosen, streams[0].dtype, stages, waits=waits)
         try:
@@ -69,8 +68,6 @@ class Recall:
             memories=sum(map(len, recalled)),
             kept=sum(id in delivered.hits for one in recalled for id in one.ids),
             late=sum(len(one.late) for one in recalled),
-            search_s=searched - began,
-            fetch_s=ended - searched - stages.seconds.get("encode", 0.0),
             waited_s=stages.seconds.get("wait", 0.0),
         )
         return recalled

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import TierClosedError
-from m3runtime.observe.metrics import StoreCounts
+from m3runtime.observe.counts import StoreCounts, increased
 from m3runtime.storage.eviction import make_policy
 
 if TYPE_CHECKING:
@@ -316,7 +316,7 @@ class MemoryStore:
         )
 
     def _count(self, **more: int) -> None:
-        self._counts = replace(self._counts, **{name: getattr(self._counts, name) + by for name, by in more.items()})
+        self._counts = increased(self._counts, **more)
 
     def _ended(self, entry: Entry, *, is_guess: bool) -> None:
         """Count the end of a lease, once the entry has one less."""

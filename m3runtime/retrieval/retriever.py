@@ -37,7 +37,7 @@ class Retriever:
         self.memories = memories
         self.min_score = min_score
         self.margin = margin
-        # By all texts of a call: what embedders give may depend, in its last bits, on what stands beside a text.
+        # By all texts of a call: the last bits of an embedding may depend on the other texts of its batch.
         self._recent = Recent[tuple[str, ...], Embeddings](_RECENT)
 
     def clear(self) -> None:
@@ -63,7 +63,7 @@ class Retriever:
 
 
 def passing(matches: Sequence[Match], *, min_score: float, margin: float | None) -> list[Match]:
-    """Of matches, best first, those that score at least ``min_score``, and the best one's score less ``margin``."""
+    """The matches, best first, that score at least ``min_score`` and the best score less ``margin``."""
     if not matches:
         return []
     floor = min_score if margin is None else max(min_score, matches[0].score - margin)
@@ -71,7 +71,7 @@ def passing(matches: Sequence[Match], *, min_score: float, margin: float | None)
 
 
 def log_weights(matches: Sequence[Match], temperature: float | None) -> tuple[float, ...]:
-    """What attention adds to the logits of each memory's keys: ``(score - best score) / temperature``.
+    """The numbers that attention adds to the logits of each memory's keys: ``(score - best score) / temperature``.
 
     Memories that match less are attended to less; with None, all alike.
     """

@@ -52,7 +52,7 @@ class Cache(Level):
             return self._unlisted is None and not self._discards
 
     def contains(self, ids: Ids) -> Found:
-        """Which ids the tier can answer with now."""
+        """``bool[n]``: the ids that the tier can answer with now."""
         if self.is_usable():
             with self._counting():
                 return self.tier.contains(ids)
@@ -89,7 +89,7 @@ class Cache(Level):
             if self.is_checked and (bad := list(self._bad(ids, out, found))):
                 found = found.copy()
                 found[bad] = False
-                self.tally.add(bad_blocks=len(bad))
+                self.count(bad_blocks=len(bad))
                 with self._changing:
                     self.forget(set(ids[bad].tolist()))
             return found
@@ -111,4 +111,4 @@ class Cache(Level):
         try:
             yield
         except TierError:
-            self.tally.add(faults=1)
+            self.count(faults=1)

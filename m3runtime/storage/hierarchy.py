@@ -1,9 +1,8 @@
 """`Hierarchy`: the tiers in order, fastest first, the home last."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from m3runtime.errors import TierClosedError
 from m3runtime.memory.block import BlockStamp, Found, Ids
+from m3runtime.observe.counts import TierStats
 from m3runtime.observe.latency import Latency
-from m3runtime.observe.tiers import TierStats
 from m3runtime.storage.cache import Cache
 from m3runtime.storage.home import Home
 from m3runtime.storage.level import Level
@@ -21,14 +20,12 @@ from m3runtime.storage.tier import CachingTier, Scores, Tier, check_rows
 from m3runtime.storage.truth import Truth
 
 LIFT_BLOCKS = 32
-"""How many blocks `Hierarchy.lift` moves at a time: what its scratch buffer holds."""
+"""Blocks that `Hierarchy.lift` moves at a time: its scratch buffer holds them."""
 
 
-class Recorder(Protocol):
-    """Learns of each call to a hierarchy before it takes effect. Called from any thread; must not block for long."""
-
-    def record(self, op: str, ids: Ids, scores: Scores | None = None) -> None:
-        """``op`` is ``read``, ``lift``, ``score`` or ``discard``."""
+Record = Callable[[str, Ids, Scores | None], None]
+"""Called with ``read``, ``lift``, ``score`` or ``discard`` before that call takes effect, from any thread. The scores
+are None except of ``score``. It must not block for long."""
 
 
 class Hierarchy:
@@ -49,7 +46,7 @@ class Hierarchy:
         home: Home,
         stamp: BlockStamp,
         device: torch.device | str = "cpu",
-        recorder: Recorder | None = None,
+        record: Record | None = None,
     ) -> None:
         self.home = home
         self.stamp = stamp
@@ -63,7 +60,7 @@ class Hierarchy:
         self._caches = [Cache(tier, stamp, self._truth.remembered, self._changing) for tier in tiers]
         self._levels: list[Level] = [*self._caches, self._truth]
         self._closed = False
-        self._recorder = recorder
+        self._record = record or (lambda *_: None)
         for cache in self._caches:
             cache.is_usable()  # takes what outlived the last process; a tier that fails is asked again later
 
@@ -74,14 +71,14 @@ class Hierarchy:
         the order of its current stream. Rows that are not found have no meaning afterwards. Raises what the home
         raises, and `TierClosedError`.
         """
-        self._record("read", ids)
+        self._record("read", ids, None)
         return self._read(ids, out, lifting=False)
 
     def lift(self, ids: Ids) -> Found:
-        """Copy blocks up to the fastest caching tier with room. Returns which ids a caching tier holds then."""
+        """Copy blocks up to the fastest caching tier with room. Returns as `held` does."""
         self._open()
         ids = np.asarray(ids)
-        self._record("lift", ids)
+        self._record("lift", ids, None)
         target = self._target
         if target is not None:
             wanted = np.unique(ids)
@@ -99,7 +96,7 @@ class Hierarchy:
             cache.score(ids, scores)
 
     def held(self, ids: Ids) -> Found:
-        """Which ids a caching tier holds now, so that reading them does not touch the home."""
+        """``bool[n]``: the ids that a caching tier holds now, so that reading them does not touch the home."""
         self._open()
         held = np.zeros(len(ids), np.bool_)
         for cache in self._caches:
@@ -107,7 +104,7 @@ class Hierarchy:
         return held
 
     def near(self, ids: Ids) -> Found:
-        """Which ids the fastest caching tier with room holds now: where `lift` copies blocks to."""
+        """``bool[n]``: the ids that the fastest caching tier with room holds now. `lift` copies blocks to it."""
         self._open()
         target = self._target
         return np.zeros(len(ids), np.bool_) if target is None else target.contains(ids)
@@ -115,7 +112,7 @@ class Hierarchy:
     def discard(self, ids: Ids) -> None:
         """Forget blocks, in the home first. Once this returned, no tier ever answers with them."""
         self._open()
-        self._record("discard", ids)
+        self._record("discard", ids, None)
         self._truth.discard(ids)
         self._forget(set(ids.tolist()))
 
@@ -127,11 +124,11 @@ class Hierarchy:
 
     def stats(self) -> tuple[TierStats, ...]:
         """A snapshot of each tier, the home's last."""
-        return tuple(level.tally.stats() for level in self._levels)
+        return tuple(level.stats for level in self._levels)
 
     def latencies(self) -> tuple[Latency, ...]:
         """The durations of the calls that read from each tier, the home's last. A snapshot."""
-        return tuple(level.tally.reads.latency() for level in self._levels)
+        return tuple(level.reads.latency() for level in self._levels)
 
     def close(self) -> None:
         """Close the caching tiers, all of them whatever one raises. Closing twice is fine."""
@@ -148,10 +145,6 @@ class Hierarchy:
     @property
     def _target(self) -> Cache | None:
         return next((cache for cache in self._caches if cache.tier.capacity), None)
-
-    def _record(self, op: str, ids: Ids, scores: Scores | None = None) -> None:
-        if self._recorder is not None:
-            self._recorder.record(op, ids, scores)
 
     def _open(self) -> None:
         if self._closed:

@@ -3,36 +3,15 @@
 import threading
 import time
 from abc import ABC, abstractmethod
-from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
 
 from m3runtime.errors import BlockError
 from m3runtime.memory.block import BlockStamp, Found, Ids, check
+from m3runtime.observe.counts import TierStats, increased
 from m3runtime.observe.latency import Timer
-from m3runtime.observe.tiers import TierStats
 from m3runtime.storage.tier import Tier
-
-
-class Tally:
-    """The counts of one tier. Thread-safe."""
-
-    def __init__(self, name: str) -> None:
-        self.reads = Timer()
-        """Durations of the calls that read from the tier, checks of digests included."""
-        self._stats = TierStats(name)
-        self._lock = threading.Lock()
-
-    def add(self, **more: int) -> None:
-        """Add to these counts."""
-        with self._lock:
-            self._stats = replace(self._stats, **{key: getattr(self._stats, key) + by for key, by in more.items()})
-
-    def stats(self) -> TierStats:
-        """A snapshot of the counts."""
-        with self._lock:
-            return self._stats
 
 
 class Level(ABC):
@@ -44,11 +23,24 @@ class Level(ABC):
     def __init__(self, tier: Tier, stamp: BlockStamp, *, is_checked: bool) -> None:
         self.tier = tier
         self.is_checked = is_checked
-        self.tally = Tally(tier.name)
+        self.reads = Timer()
+        """Durations of the calls that read from the tier, checks of digests included."""
+        self._stats = TierStats(tier.name)
+        self._counting_lock = threading.Lock()
         self._stamp = stamp
 
+    def count(self, **more: int) -> None:
+        """Add to these fields of `stats`."""
+        with self._counting_lock:
+            self._stats = increased(self._stats, **more)
+
+    @property
+    def stats(self) -> TierStats:
+        """A snapshot of the counts."""
+        return self._stats
+
     def read(self, ids: Ids, out: Tensor, *, lifting: bool) -> Found | None:
-        """Which rows the tier filled with the right bytes; None if it cannot answer. Raises what the home raises.
+        """``bool[n]``: the rows filled with the right bytes; None if the tier failed. Raises what the home raises.
 
         Counted as `lifted` while ``lifting``. Rows that are not found have no meaning afterwards.
         """
@@ -57,15 +49,15 @@ class Level(ABC):
         try:
             found = self._read(ids, out)
         finally:  # also where the home raises
-            self.tally.reads.add(time.perf_counter() - began)
+            self.reads.add(time.perf_counter() - began)
             if found is None and not lifting:
-                self.tally.add(unanswered=len(ids))
+                self.count(unanswered=len(ids))
         if found is not None:
             hits = int(found.sum())
             if lifting:
-                self.tally.add(lifted=hits)
+                self.count(lifted=hits)
             else:
-                self.tally.add(hits=hits, misses=len(ids) - hits, bytes=hits * self.tier.slot_bytes)
+                self.count(hits=hits, misses=len(ids) - hits, bytes=hits * self.tier.slot_bytes)
         return found
 
     @abstractmethod

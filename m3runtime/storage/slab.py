@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,15 +14,6 @@ from m3runtime.errors import ConfigError, TierClosedError, TierError
 from m3runtime.memory.block import Found, Ids
 from m3runtime.storage.eviction import make_policy
 from m3runtime.storage.tier import CachingTier, Scores, check_rows
-
-
-@dataclass(frozen=True, slots=True)
-class SlabStats:
-    """Counts since a slab was made: blocks that `read` found and missed, and blocks that were evicted."""
-
-    hits: int
-    misses: int
-    evictions: int
 
 
 class SlabTier(CachingTier):
@@ -64,7 +54,6 @@ class SlabTier(CachingTier):
         self._copies = Copies()
         self._held: dict[int, int] = {}
         self._free = list(range(self._slots - 1, -1, -1))
-        self._hits = self._misses = self._evictions = 0
         self._lock = threading.Lock()
 
     @property
@@ -95,8 +84,6 @@ class SlabTier(CachingTier):
                     self._copies.read(taken, stream.record_event())
             for id in ids[found].tolist():
                 self._policy.touched(id)
-            self._hits += len(rows)
-            self._misses += len(ids) - len(rows)
         if not is_direct:
             with self._device_errors():
                 for row in rows:
@@ -146,7 +133,7 @@ class SlabTier(CachingTier):
                     self._remove(id)
 
     def contains(self, ids: Ids) -> Found:
-        """Which ids are held; see `Tier.contains`."""
+        """The ids that are held; see `Tier.contains`."""
         with self._lock:
             self._open()
             return np.array([id in self._held for id in ids.tolist()], np.bool_)
@@ -158,11 +145,6 @@ class SlabTier(CachingTier):
             for id, score in zip(ids.tolist(), scores.tolist(), strict=True):
                 if id in self._held:
                     self._policy.scored(id, score)
-
-    def stats(self) -> SlabStats:
-        """A snapshot of the counts, also of a closed tier."""
-        with self._lock:
-            return SlabStats(self._hits, self._misses, self._evictions)
 
     def close(self) -> None:
         """Release the slab once the copies from and to it have ended; see `Tier.close`."""
@@ -202,7 +184,6 @@ class SlabTier(CachingTier):
             victim = self._policy.victim(lambda id: self._may_fill(self._held[id]))
             if victim is None:
                 return None
-            self._evictions += 1
             self._remove(victim)
         place = next((place for place, slot in enumerate(reversed(self._free)) if self._may_fill(slot)), None)
         return None if place is None else self._free.pop(-1 - place)

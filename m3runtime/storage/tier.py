@@ -63,7 +63,7 @@ class Tier(ABC):
 
     @abstractmethod
     def contains(self, ids: Ids) -> Found:
-        """Which ids are held now: ``bool[n]``. Not a use."""
+        """``bool[n]``: the ids that are held now. Not a use."""
 
     def __contains__(self, id: int) -> bool:
         return bool(self.contains(np.array([id], np.uint64))[0])

@@ -35,19 +35,15 @@ import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, BinaryIO, ClassVar, Literal, TypeVar
+from typing import Annotated, BinaryIO, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 
 from m3runtime.errors import InputError
 from m3runtime.memory.block import Ids
-from m3runtime.plugins.messages import reason
 from m3runtime.storage.tier import CachingTier, Scores
 
 FORMAT = 1
-_GONE = ("pin", "unpin")
-"""Ops of earlier releases, whose caching tiers had pins."""
-T = TypeVar("T")
 
 log = logging.getLogger("m3runtime")
 
@@ -101,19 +97,8 @@ class Header:
     tiers: tuple[TracedTier, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """The content of a trace."""
-
-    slot_bytes: int
-    tiers: tuple[TracedTier, ...]
-    """The caching tiers, fastest first."""
-    runs: tuple[tuple[Op, ...], ...]
-    """The calls of each process, one after the other."""
-
-
 class TraceWriter:
-    """Records into a file; a `m3runtime.storage.hierarchy.Recorder`. Thread-safe, for one process at a time.
+    """Records into a file: `record` is a `m3runtime.storage.hierarchy.Record`. Thread-safe, for one process at a time.
 
     An existing trace of equal tiers and slots gets another run. Raises `InputError` if the file cannot be
     written, or holds anything else. If it cannot be written later on, recording ends with a warning in the log, and
@@ -136,7 +121,7 @@ class TraceWriter:
             raise InputError(f"cannot record into {path}: {error.strerror or 'it is not a regular file'}") from error
 
     def record(self, op: str, ids: Ids, scores: Scores | None = None) -> None:
-        """Add a call; see `m3runtime.storage.hierarchy.Recorder.record`."""
+        """Add a call; see `m3runtime.storage.hierarchy.Record`."""
         self.write(Op(op, tuple(ids.tolist()), None if scores is None else tuple(scores.tolist())))  # type: ignore[arg-type]
 
     def write(self, op: Op) -> None:
@@ -158,44 +143,6 @@ class TraceWriter:
         """Close the file. Closing twice is fine."""
         with self._lock:
             self._file.close()
-
-
-def read_trace(path: Path) -> Trace:
-    """Read a whole trace. Raises `InputError` that names the file, the line and what is wrong with it."""
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise InputError(f"cannot read the trace {path}: {error.strerror}") from error
-    if not lines:
-        raise InputError(f"the trace {path} is empty; record one with `recall.trace` in the configuration")
-    header = _parse(_HEADER, lines[0], f"{path} is no trace: line 1")
-    if header.m3_trace != FORMAT:
-        raise InputError(f"{path}: a trace of format {header.m3_trace}, this release reads {FORMAT}")
-    runs: list[list[Op]] = [[]]
-    for number, line in enumerate(lines[1:], 2):
-        if line == lines[0]:
-            runs.append([])
-            continue
-        try:
-            op = _parse(_OP, line, f"{path}: line {number}")
-            if op.op not in _GONE:
-                runs[-1].append(op)
-        except InputError:
-            if number < len(lines) or line.endswith(b"\n"):
-                raise  # else the writer was stopped here
-    return Trace(header.slot_bytes, header.tiers, tuple(tuple(run) for run in runs))
-
-
-_HEADER, _OP = TypeAdapter(Header), TypeAdapter(Op)
-
-
-def _parse(kind: TypeAdapter[T], line: bytes, where: str) -> T:
-    try:
-        return kind.validate_json(line)
-    except ValidationError as error:
-        first = error.errors()[0]
-        what = reason(first).replace(" at line 1 column", " at column")  # which is this line
-        raise InputError(" ".join([where, *map(str, first["loc"]), what])) from None
 
 
 def _line(value: object) -> bytes:

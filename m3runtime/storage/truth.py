@@ -22,11 +22,11 @@ class Truth(Level):
         self.home = home
 
     def remembered(self, ids: Ids) -> Found | None:
-        """Which ids the home has; None if it fails."""
+        """``bool[n]``: the ids that the home has; None if it fails."""
         try:
             return self.home.contains(ids)
         except (TierError, BankError):
-            self.tally.add(faults=1)
+            self.count(faults=1)
             return None
 
     def discard(self, ids: Ids) -> None:
@@ -34,7 +34,7 @@ class Truth(Level):
         try:
             self.home.discard(ids)
         except (TierError, BankError):
-            self.tally.add(faults=1)
+            self.count(faults=1)
             raise
 
     def quarantine(self, id: int, reason: str) -> None:
@@ -44,7 +44,7 @@ class Truth(Level):
         except TierReadOnlyError:
             return
         except (TierError, BankError):
-            self.tally.add(faults=1)
+            self.count(faults=1)
 
     def _read(self, ids: Ids, out: Tensor) -> Found:
         found = self._ask(ids, out)
@@ -58,7 +58,7 @@ class Truth(Level):
         found[list(bad)] = False
         healed = found[rows]
         out[torch.from_numpy(rows[healed])] = again[torch.from_numpy(healed)]
-        self.tally.add(bad_blocks=len(bad), recovered=int(healed.sum()))
+        self.count(bad_blocks=len(bad), recovered=int(healed.sum()))
         for row, reason in bad.items():
             self.quarantine(int(ids[row]), reason)
         return found
@@ -67,5 +67,5 @@ class Truth(Level):
         try:
             return self.home.read(ids, out)
         except (TierError, BankError):
-            self.tally.add(faults=1)
+            self.count(faults=1)
             raise

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3runtime.codecs.base import Codec, Distortion
+from m3runtime.codecs.base import Codec
+from m3runtime.codecs.files import Distortion
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
 

@@ -9,6 +9,7 @@ from m3runtime.config.schema import Config
 from m3runtime.errors import BankMismatchError, CodecError, ConfigError, PluginError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.plugins.loading import available, load
+from m3runtime.plugins.messages import difference, one_line
 
 
 def load_any(path: Path) -> Codec:
@@ -17,12 +18,13 @@ def load_any(path: Path) -> Codec:
     Raises `CodecError` that names the file, and `PluginError` if no plug-in is called as the kind: a file cannot make
     us import what it likes.
     """
-    kind, spec = files.stated(path)
-    if kind not in (known := available("codecs")):
-        called = " ".join(str(kind).split())[:100]
-        raise PluginError(f"{path}: its codec is of kind {called}, which no plug-in has; known are {', '.join(known)}")
-    codec: type[Codec] = load("codecs", kind)
-    return codec.load(path, spec)
+    file = files.read(path)
+    if file.kind not in (known := available("codecs")):
+        raise PluginError(
+            f"{path}: its codec is of kind {one_line(file.kind)}, which no plug-in has; known are {', '.join(known)}"
+        )
+    codec: type[Codec] = load("codecs", file.kind)
+    return codec.load(path, file.spec)
 
 
 def configured(config: Config, spec: MemorySpec) -> Codec:
@@ -39,11 +41,8 @@ def configured(config: Config, spec: MemorySpec) -> Codec:
         codec = kind.load(path, spec)
     except CodecError as error:
         raise ConfigError(f"codec.file: {error}; make one with `m3 codec fit`, or leave `codec.file` out") from error
-    if config.codec.options:
-        theirs, ours = codec.options, assembly.make_codec(config, spec).options
-        if differing := sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)):
-            named = ", ".join(f"{name} {theirs.get(name)} against {ours.get(name)}" for name in differing)
-            raise ConfigError(f"codec.file: {path}: its options are not those of `codec`: {named}")
+    if config.codec.options and (differing := difference(codec.options, assembly.make_codec(config, spec).options)):
+        raise ConfigError(f"codec.file: {path}: its options are not those of `codec`: {differing}")
     return codec
 
 

@@ -1,11 +1,14 @@
 """Training of a codec on memories that an adapter computes from references."""
 
+import heapq
+import random
 from collections.abc import Callable, Sequence
 
 import torch
 
 from m3runtime.adapters.base import Adapter
 from m3runtime.codecs import Codec
+from m3runtime.documents.references import ReferenceSpool
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
 
@@ -21,6 +24,16 @@ OnReference = Callable[[int, int], None]
 def sample_size(spec: MemorySpec) -> int:
     """References that a codec of this spec is trained on."""
     return SAMPLE * spec.reference_tokens // spec.tokens
+
+
+def sample(references: ReferenceSpool, spec: MemorySpec) -> list[str]:
+    """The texts that a codec of this spec is trained on: a uniform sample in the order of the references.
+
+    Deterministic: the places depend on the number of references alone.
+    """
+    draw = random.Random(0).random  # the one method whose numbers are the same in every release of Python
+    places = heapq.nsmallest(sample_size(spec), range(len(references)), key=lambda _: draw())
+    return [references[place].text for place in sorted(places)]
 
 
 def fit_codec(

@@ -13,7 +13,6 @@ from m3runtime.writing.encoding import Group, Store, batches
 from m3runtime.writing.worker import Job, Worker
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 _BATCHES_AHEAD = 2
@@ -83,12 +82,14 @@ class Pipeline:
 
     def _timed(self, phase: str, work: Job, tensors: "Sequence[Tensor]" = ()) -> Job:
         """A job that does the work once the device has computed ``tensors``."""
-        return partial(self._after, self._stream.mark(), phase, work, tensors)
+        ready = self._stream.mark()
 
-    def _after(self, ready: "torch.Event | None", phase: str, work: Job, tensors: "Sequence[Tensor]") -> None:
-        with self._clock.phase(phase), self._stream.use():
-            self._stream.arrive(ready, tensors)
-            work()
+        def job() -> None:
+            with self._clock.phase(phase), self._stream.use():
+                self._stream.arrive(ready, tensors)
+                work()
+
+        return job
 
     def _store(self, store: Store, group: Group) -> None:
         with self._clock.phase("commit"):

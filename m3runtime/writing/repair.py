@@ -17,8 +17,7 @@ from m3runtime.errors import InputError, RecordError
 from m3runtime.memory.block import as_ids
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.storage.home import Home
-from m3runtime.writing import encoding
-from m3runtime.writing.encoding import GROUP
+from m3runtime.writing.encoding import GROUP, Group
 from m3runtime.writing.verification import OnProgress, VerifyReport, examine
 
 log = logging.getLogger("m3runtime")
@@ -130,14 +129,16 @@ class _Repair:
 
         def done(count: int) -> None:
             if self.progress:
-                self.progress("memories", len(self.recomputed) + count, total)
+                self.progress("Computing memories again", len(self.recomputed) + count, total)
 
         done(0)
         try:
-            size = self.config.memory.batch_size
-            batch = encoding.encoded(self.bank, adapter, embedder, list(group.values()), size, done)
-            self.bank.home.commit(batch, replacing=as_ids(list(group)))
-            self.recomputed.update(zip(group, batch.ids.tolist(), strict=True))
+            first = self.bank.home.next_id()
+            new = Group(self.bank, as_ids(range(first, first + len(group))), list(group.values()))
+            new.encode(adapter, self.config.memory.batch_size, done)
+            new.embed(embedder)
+            self.bank.home.commit(new.batch(), replacing=as_ids(list(group)))
+            self.recomputed.update(zip(group, new.ids.tolist(), strict=True))
         except InputError as error:  # a text that is no reference, or is another memory's too
             if len(group) == 1:
                 log.warning("memory %d cannot be computed again: %s", *group, error)

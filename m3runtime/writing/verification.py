@@ -21,7 +21,7 @@ from m3runtime.storage.home import Damage, Home
 from m3runtime.writing.index_check import wrong_vectors
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with the stage (``home``, ``blocks`` or ``index``), the steps done, and all steps."""
+"""Called with the title of a stage, its steps done, and all its steps."""
 
 BATCH_BYTES = 64 << 20
 """Bytes of blocks and of the memories decoded from them that are held at once, about."""
@@ -116,7 +116,7 @@ class _Examination:
 
     def read_records(self) -> None:
         """Let the home audit its own records."""
-        for one in self.home.audit(partial(self.progress, "home")):
+        for one in self.home.audit(partial(self.progress, "Reading the home's records")):
             self.found(one.where, one.id, one.what)
 
     def read_memories(self) -> None:
@@ -127,7 +127,8 @@ class _Examination:
         ids = self._remembered()
         size = self._batch_size()
         slots = torch.zeros(min(size, len(ids)), self.home.slot_bytes, dtype=torch.uint8)
-        self.progress("blocks", 0, len(ids))
+        title = "Reading memories"
+        self.progress(title, 0, len(ids))
         for start in range(0, len(ids), size):
             some = ids[start : start + size]
             damage, cold_ids = self._read_batch(some, slots[: len(some)])
@@ -141,7 +142,7 @@ class _Examination:
             self.cold += cold
             self.blocks += len(some) - cold
             self.good += len(some) - cold - sum(one.where == "block" for one in damage)
-            self.progress("blocks", min(start + size, len(ids)), len(ids))
+            self.progress(title, min(start + size, len(ids)), len(ids))
 
     def compare_index(self) -> None:
         """Compare the index file with the home's embeddings."""
@@ -161,7 +162,7 @@ class _Examination:
                 "it catches up when the bank is opened"
             )
         shared = np.intersect1d(ids, there)
-        progress = partial(self.progress, "index")
+        progress = partial(self.progress, "Comparing the index")
         for id in wrong_vectors(self.config, self.bank, index, shared, progress).tolist():
             self.found("index", id, "its vector in the index is not its embedding")
 

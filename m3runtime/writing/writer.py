@@ -21,12 +21,11 @@ from m3runtime.memory.block import HEADER_BYTES, as_ids
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.writing import codec_files
 from m3runtime.writing.encoding import GROUP, Group, Store
-from m3runtime.writing.fitting import fit_codec, sample_size
+from m3runtime.writing.fitting import fit_codec, sample
 from m3runtime.writing.pipeline import Clock, Pipeline
-from m3runtime.writing.sampling import reservoir
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with the phase (``codec`` or ``memories``), the steps done, and the number of all steps."""
+"""Called with the title of a stage, its steps done, and all its steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +92,12 @@ class Writer:
             with clock.phase("codec"):
                 bank = self._open(references, progress)
             with closing(bank):
+                title = "Cataloguing references" if catalogue else "Writing memories"
                 done = _Tally(bank, self.adapter.spec.tokens)
 
                 def computed(count: int) -> None:
                     if progress:
-                        progress("memories", done.known + count, len(references))
+                        progress(title, done.known + count, len(references))
 
                 pipeline = Pipeline(
                     self.adapter,
@@ -159,9 +159,9 @@ class Writer:
         codec = codec_files.configured(self.config, self.adapter.spec)
         if codec.trained:
             return codec
-        sample = reservoir(range(len(references)), sample_size(self.adapter.spec))
-        texts = [references[place].text for place in sample]
-        fit_codec(codec, self.adapter, texts, self.config.memory.batch_size, progress and partial(progress, "codec"))
+        texts = sample(references, self.adapter.spec)
+        trained = progress and partial(progress, "Training the codec")
+        fit_codec(codec, self.adapter, texts, self.config.memory.batch_size, trained)
         return codec
 
 

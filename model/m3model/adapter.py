@@ -153,7 +153,7 @@ class TransformersAdapter(Adapter):
         return importance(references, self.encode, self.ids, self.session)
 
     def baseline(self) -> TransformersBaseline:
-        """The model as its own library runs it; see `m3runtime.adapters.comparison.Comparable`."""
+        """The model as its own library runs it; see `m3runtime.lab.bench.comparison.Comparable`."""
         endless = copy.copy(self)
         endless.stop_tokens = frozenset()
         return TransformersBaseline(self.model, lambda prompts: self._prompt_ids(prompts, None), endless)

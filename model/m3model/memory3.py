@@ -5,6 +5,7 @@ forward pass is that of Memory³'s continual training (section 3.6): the model i
 text reads them.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from m3model.attention.implementation import IMPLEMENTATION, prepare
 from m3model.attention.layout import Pair
-from m3model.attention.passes import EncodingPass, ReadingPass, ReadMemories, until_encoded
+from m3model.attention.passes import EncodingPass, ReadingPass, ReadMemories
 from m3model.attention.rope import check_positions, fixed_positions
 from m3model.attention.selection import most_attended, observed
+from m3model.attention.stopping import StoredError
 from m3model.attention.versions import CACHE_NAMES, cache_name
 
 NO_LABEL = -100
@@ -203,7 +205,7 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
         layers = self.config.memory_layers
         encoding = EncodingPass(self.config.text_config.num_hidden_layers, sink.shape[1], valid, positions, layers)
         selects = self.config.tokens_per_head < width
-        with observed(self, layers if selects else ()) as scores, until_encoded():
+        with observed(self, layers if selects else ()) as scores, suppress(StoredError):
             self._run(torch.cat([sink, ids], dim=1), encoding, keep=1)
         parts = encoding.kept
         if selects:

@@ -4,7 +4,6 @@ import torch
 from m3backends.slabs import GpuTier, PinnedTier
 from m3runtime.device.resolve import resolve
 from m3runtime.errors import ConfigError
-from m3runtime.storage.slab import SlabStats
 from m3runtime.storage.tier import CachingTier
 from m3runtime.testing.blocks import SLOT_BYTES, make_blocks, make_ids, same_block
 from m3runtime.testing.slab import SlabTierContract
@@ -49,15 +48,6 @@ def test_lru_evicts_what_was_read_longest_ago() -> None:
         assert 2 in tier  # asking does not count as a use
         write(tier, make_ids(4))
         assert tier.contains(make_ids(1, 2, 3, 4)).tolist() == [True, False, True, True]
-
-
-def test_statistics() -> None:
-    tier = PinnedTier(slot_bytes=SLOT_BYTES, capacity=2 * SLOT_BYTES)
-    write(tier, make_ids(1, 2, 3))
-    check_read(tier, make_ids(2, 3, 3, 9))
-    assert tier.stats() == SlabStats(hits=3, misses=1, evictions=1)
-    tier.close()
-    assert tier.stats() == SlabStats(hits=3, misses=1, evictions=1)
 
 
 def test_made_in_inference_mode_it_works_outside() -> None:

@@ -15,7 +15,7 @@ from m3backends.slabs import GpuTier, PinnedTier
 from m3runtime.device.resolve import resolve
 from m3runtime.errors import InputError, TierClosedError, TierError
 from m3runtime.memory.block import BlockStamp, Found, Ids
-from m3runtime.observe.tiers import TierStats
+from m3runtime.observe.counts import TierStats
 from m3runtime.storage.eviction import POLICIES
 from m3runtime.storage.hierarchy import LIFT_BLOCKS, Hierarchy
 from m3runtime.storage.home import Home

@@ -1,72 +1,38 @@
-"""Laws of the reservoir."""
+"""Laws of the sample that a codec is trained on."""
 
 from collections import Counter
-from collections.abc import Iterator
-from itertools import pairwise
-from weakref import WeakSet
+from contextlib import closing
+from dataclasses import replace
 
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from m3runtime.writing.sampling import reservoir
-
-SEEDS = st.integers(0, 2**32)
+from m3runtime.documents.reading import Document
+from m3runtime.documents.references import ReferenceSpool
+from m3runtime.documents.splitting import Splitter
+from m3runtime.testing.codec_laws import SPEC
+from m3runtime.writing.fitting import SAMPLE, sample
 
 
-@given(items=st.lists(st.text(max_size=3)), size=st.integers(0, 40), seed=SEEDS)
-def test_size_subset_and_order(items: list[str], size: int, seed: int) -> None:
-    places = reservoir(range(len(items)), size, seed)
-    assert len(places) == min(size, len(items))
-    assert all(a < b for a, b in pairwise(places))
-    assert all(place in range(len(items)) for place in places)
-    # What is drawn does not depend on what the items are; and the same is drawn again.
-    assert reservoir(items, size, seed) == [items[place] for place in places] == reservoir(iter(items), size, seed)
+def spool(count: int) -> ReferenceSpool:
+    documents = (Document("a", f"Number {number}.") for number in range(count))
+    return ReferenceSpool(documents, Splitter(len, max_tokens=100), whole=True)
 
 
-@given(count=st.integers(0, 30), more=st.integers(0, 5), seed=SEEDS)
-def test_a_short_stream_is_kept_whole(count: int, more: int, seed: int) -> None:
-    assert reservoir(range(count), count + more, seed) == list(range(count))
+def numbers(count: int, tokens: int = SPEC.tokens) -> list[int]:
+    with closing(spool(count)) as references:
+        texts = sample(references, replace(SPEC, tokens=tokens))
+    return [int(text.removeprefix("Number ").removesuffix(".")) for text in texts]
 
 
-@pytest.mark.parametrize(("size", "count"), [(1, 2), (1, 10), (3, 10), (9, 10), (5, 50)])
-def test_every_item_and_every_pair_is_as_likely(size: int, count: int) -> None:
-    rounds = 6000
-    ones: Counter[int] = Counter()
-    pairs: Counter[tuple[int, int]] = Counter()
-    for seed in range(rounds):
-        found = reservoir(range(count), size, seed)
-        ones.update(found)
-        pairs.update((a, b) for a in found for b in found if a < b)
-    _alike([ones[i] for i in range(count)], rounds * size / count, rounds)
-    together = rounds * size * (size - 1) / (count * (count - 1))
-    _alike([pairs[a, b] for b in range(count) for a in range(b)], together, rounds)
+def test_few_references_are_all_in_it() -> None:
+    assert numbers(SAMPLE) == list(range(SAMPLE))
 
 
-def _alike(found: list[int], expected: float, rounds: int) -> None:
-    deviation = (expected * (1 - expected / rounds)) ** 0.5
-    assert all(abs(times - expected) <= 4.5 * deviation for times in found), (found, expected)
+def test_it_is_the_same_each_time_in_order_and_from_everywhere() -> None:
+    found = numbers(20 * SAMPLE)
+    assert found == numbers(20 * SAMPLE) == sorted(set(found))
+    assert len(found) == SAMPLE
+    quarters = Counter(number // (5 * SAMPLE) for number in found)
+    assert all(SAMPLE / 8 < quarters[quarter] < SAMPLE / 2 for quarter in range(4))
 
 
-def test_no_more_is_kept_than_drawn() -> None:
-    class Item:
-        pass
-
-    alive: WeakSet[Item] = WeakSet()
-    most = 0
-
-    def stream() -> Iterator[Item]:
-        nonlocal most
-        for _ in range(500):
-            item = Item()
-            alive.add(item)
-            most = max(most, len(alive))
-            yield item
-
-    assert len(reservoir(stream(), 7)) == 7
-    assert most <= 7 + 3  # the newest, and what the two loops still name
-
-
-def test_a_negative_size() -> None:
-    with pytest.raises(ValueError, match="not -1"):
-        reservoir([1], -1)
+def test_memories_of_fewer_tokens_need_more_references() -> None:
+    assert len(numbers(20 * SAMPLE, SPEC.tokens // 4)) == 4 * SAMPLE

@@ -97,5 +97,5 @@ def test_an_option_that_the_model_cannot_have_is_a_row_of_the_report() -> None:
     refused = ("", "its keys cannot be moved")
     tried = tuple(map(Tried, axis.options, [one, none], less_exact, less_likely, refused))
     results = SweepResults(one, (Walked(axis, tried, kept),), {"memory.positions": "parallel"}, ((1, one),), {})
-    text = sweep_report(results, (), SweepSettings(), BASE, "m3 eval sweep").markdown()
+    text = sweep_report(results, (), SweepSettings(), BASE).markdown()
     assert "| its keys cannot be moved |" in text

@@ -3,7 +3,6 @@ import os
 import resource
 import string
 from contextlib import closing
-from dataclasses import astuple
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from transformers import AutoTokenizer
 
 from m3runtime.documents.html import html_text
 from m3runtime.documents.reading import Document, find_files, read_documents
+from m3runtime.documents.reference import Reference
 from m3runtime.documents.references import ReferenceSpool
-from m3runtime.documents.splitting import CountTokens, Passage, Splitter
+from m3runtime.documents.splitting import CountTokens, Splitter
 from m3runtime.errors import ConfigError, InputError
 
 
@@ -58,9 +58,9 @@ class TestReading:
     def test_what_is_not_read_is_named(self, tmp_path: Path) -> None:
         for name in ("a.txt", "picture.png", ".hidden.txt", ".git/b.txt", "no-suffix"):
             write(tmp_path / name, "text")
-        found = find_files([tmp_path])
-        assert [path.name for path in found.files] == ["a.txt"]
-        assert [path.name for path in found.skipped] == [".hidden.txt", "no-suffix", "picture.png"]
+        files, skipped = find_files([tmp_path])
+        assert [path.name for path in files] == ["a.txt"]
+        assert [path.name for path in skipped] == [".hidden.txt", "no-suffix", "picture.png"]
 
     def test_a_file_of_any_suffix_is_read_when_it_is_named(self, tmp_path: Path) -> None:
         path = write(tmp_path / "LICENSE", "text")
@@ -200,8 +200,8 @@ class TestLongFiles:
         splitter = Splitter(WORDS, max_tokens=24)
         with closing(ReferenceSpool(read_documents([path]), splitter)) as references:
             assert len(references) == 40_000
-            for one, passage in zip(references, splitter.split(text), strict=True):
-                assert (one.text, one.start, one.end, one.tokens) == astuple(passage)
+            for one, passage in zip(references, splitter.split(text, path.as_posix()), strict=True):
+                assert one == passage
                 assert text[one.start : one.end] == one.text
             assert references[39_999].text.startswith("# House 39999")
 
@@ -299,7 +299,7 @@ prose = st.lists(
 texts = prose | st.text(st.characters(exclude_categories=["Cs"])) | st.text(string.whitespace + "ab.")
 
 
-def check(text: str, splitter: Splitter) -> list[Passage]:
+def check(text: str, splitter: Splitter) -> list[Reference]:
     """Assert what holds of every split."""
     passages = splitter.split(text)
     end = 0
@@ -347,7 +347,7 @@ class TestSplitting:
         assert Splitter(TINY).split(text) == []
 
     def test_one_word(self) -> None:
-        assert Splitter(TINY).split(" word\n") == [Passage("word", 1, 5, 1)]
+        assert Splitter(TINY).split(" word\n") == [Reference("word", "", 1, 5, 1)]
 
     def test_sentences_are_kept_whole(self) -> None:
         text = "One two three. Four five six. Seven eight nine."

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from m3backends.slabs import PinnedTier
 from m3runtime.errors import InputError, TierClosedError
-from m3runtime.storage.tier import CachingTier
-from m3runtime.storage.trace import Op, Trace, TracedTier, TraceWriter, read_trace
+from m3runtime.lab.bench.trace import Trace, read_trace
+from m3runtime.storage.tier import CachingTier, Tier
+from m3runtime.storage.trace import Op, TracedTier, TraceWriter
 from m3runtime.testing.blocks import LAST_ID, SLOT_BYTES, make_blocks, make_ids
-from m3runtime.testing.caching import CachingTierContract
 from m3runtime.testing.recording import RecordingTier, replay
+from m3runtime.testing.slab import SlabTierContract
 from m3runtime.testing.tier import together
 
 
@@ -224,8 +225,16 @@ for number in itertools.count():
 # Recording one tier
 
 
-class TestRecordingTier(CachingTierContract):
+class TestRecordingTier(SlabTierContract):
     """A tier that is recorded is a tier."""
+
+    def raw_read(self, tier: Tier, id: int) -> bytes | None:
+        assert isinstance(tier, RecordingTier)
+        return super().raw_read(tier.inner, id)
+
+    def raw_write(self, tier: Tier, id: int, block: bytes) -> None:
+        assert isinstance(tier, RecordingTier)
+        super().raw_write(tier.inner, id, block)
 
     def make(self, *, slot_bytes: int, capacity: int) -> CachingTier:
         return RecordingTier(PinnedTier(slot_bytes=slot_bytes, capacity=capacity), list[Op]().append)

@@ -81,7 +81,8 @@ def codecs(*arguments: object) -> tuple[ProductCodec, ProductCodec]:
     for each in pair(*arguments):
         design = design_of(*arguments)  # type: ignore[arg-type]
         codec = ProductCodec(design.spec, **design.options)
-        codec._state = codec._made(each.to(torch.device("cpu")), None)
+        codec.restore(each.to(torch.device("cpu")).tensors())
+        assert codec._state is not None
         codec._state.on[each.transform.mean.device] = each
         made.append(codec)
     return made[0], made[1]

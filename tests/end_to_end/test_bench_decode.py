@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from m3runtime import assembly
-from m3runtime.adapters.comparison import Comparable
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import read_documents
 from m3runtime.lab.bench.banks import full_pieces
+from m3runtime.lab.bench.comparison import Comparable
 from m3runtime.lab.bench.decode import boundaries, contender, draw_prompts, measured
 from m3runtime.lab.bench.decode_runs import (
     BARE,

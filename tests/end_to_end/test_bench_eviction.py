@@ -15,10 +15,11 @@ from m3backends.lmdb.home import LmdbHome
 from m3backends.slabs import PinnedTier
 from m3runtime.config.schema import Config
 from m3runtime.lab.bench.eviction import OPTIMUM, Run, bench_eviction, optimum, replay, requests
+from m3runtime.lab.bench.trace import read_trace
 from m3runtime.runtime import Runtime
 from m3runtime.storage.eviction import POLICIES, make_policy
 from m3runtime.storage.hierarchy import Hierarchy
-from m3runtime.storage.trace import Op, TraceWriter, read_trace
+from m3runtime.storage.trace import Op, TraceWriter
 from m3runtime.testing.blocks import LAST_ID, SLOT_BYTES, STAMP, make_batch, make_ids
 from tests.end_to_end.commands import FACTS, Place
 
@@ -57,7 +58,7 @@ def test_a_replay_counts_what_the_hierarchy_counted(tmp_path: Path, eviction: st
     with LmdbHome(path=tmp_path / "home", slot_bytes=SLOT_BYTES) as home:
         home.commit(make_batch(range(40)))
         recorder = TraceWriter(tmp_path / "trace", SLOT_BYTES, [tier])
-        hierarchy = Hierarchy([tier], home, STAMP, recorder=recorder)
+        hierarchy = Hierarchy([tier], home, STAMP, record=recorder.record)
         live(hierarchy, seed=slots, calls=250)
         hierarchy.close()
         recorder.close()

@@ -90,14 +90,13 @@ def test_an_unknown_setting_is_refused(place: Place) -> None:
 
 def test_a_stopped_sweep_ends_alike(place: Place, tmp_path: Path) -> None:
     config = Config.load(place.file, {})
-    settings = SweepSettings(seed=1, references=12, questions=4, batch=4, max_new_tokens=4)
-    only = ["memories", "margin"]
-    whole = SweepRun(config, settings, tmp_path / "whole", only).run(assembly.open_adapter(config))
+    settings = SweepSettings(seed=1, references=12, questions=4, batch=4, max_new_tokens=4, axes=("memories", "margin"))
+    whole = SweepRun(config, settings, tmp_path / "whole").run(assembly.open_adapter(config))
 
     def impatient(stage: str, done: int, _: int) -> None:
         if stage == "Trying margin" and done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        SweepRun(config, settings, tmp_path / "parts", only).run(assembly.open_adapter(config), impatient)
-    assert SweepRun(config, settings, tmp_path / "parts", only).run(assembly.open_adapter(config)) == whole
+        SweepRun(config, settings, tmp_path / "parts").run(assembly.open_adapter(config), impatient)
+    assert SweepRun(config, settings, tmp_path / "parts").run(assembly.open_adapter(config)) == whole

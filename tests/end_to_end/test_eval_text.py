@@ -132,7 +132,7 @@ def test_no_held_out_text_is_in_the_bank(config: Config, corpus: Corpus, once: P
         assert not any((left + right).strip() in text for left, right in pairwise(passage.chunks) for text in texts)
 
 
-@pytest.mark.parametrize("stop", [("memories", 0), ("none", 2), ("text", 0), ("text", 8), ("memory", 2)])
+@pytest.mark.parametrize("stop", [("Writing memories", 0), ("none", 2), ("text", 0), ("text", 8), ("memory", 2)])
 def test_an_interrupted_run_goes_on_to_equal_results(
     stop: tuple[str, int], config: Config, adapter: Adapter, corpus: Corpus, results: TextResults, tmp_path: Path
 ) -> None:
@@ -176,7 +176,7 @@ def test_progress_counts_scored_passages(config: Config, adapter: Adapter, corpu
     said: list[tuple[str, int, int]] = []
     run_text(config, adapter, corpus, tmp_path, batch_size=2, progress=lambda *words: said.append(words))
     assert [words for words in said if words[0] == "none"] == [("none", done, 5) for done in (0, 2, 4, 5)]
-    assert list(dict.fromkeys(stage for stage, *_ in said)) == ["memories", "none", "memory", "text"]
+    assert list(dict.fromkeys(stage for stage, *_ in said)) == ["Writing memories", "none", "memory", "text"]
     assert said[-1] == ("text", 15, 15)
 
 

@@ -416,7 +416,8 @@ WRITER = """
 import sys, threading
 from m3runtime import assembly
 from m3runtime.config.schema import Config
-from m3runtime.writing.encoding import encoded
+from m3runtime.memory.block import as_ids
+from m3runtime.writing.encoding import Group
 from m3runtime.runtime import Runtime
 from m3runtime.documents.reference import Reference
 
@@ -429,10 +430,13 @@ with Runtime.open(config) as runtime:
     while not ended.is_set():
         texts = [f"The keeper of lamp {number + i} rests." for i in range(3)]
         references = [Reference(text, "log", 0, len(text), adapter.count_tokens(text)) for text in texts]
-        batch = encoded(runtime.bank, adapter, runtime.retriever.embedder, references, 3, lambda _: None)
-        runtime.bank.home.commit(batch)
-        runtime.retriever.index.add(batch.ids, batch.embeddings)
-        runtime.forget(batch.ids[:2].tolist())
+        first = runtime.bank.home.next_id()
+        group = Group(runtime.bank, as_ids(range(first, first + 3)), references)
+        group.encode(adapter, 3)
+        group.embed(runtime.retriever.embedder)
+        group.commit()
+        runtime.retriever.index.add(group.ids, group.vectors)
+        runtime.forget(group.ids[:2].tolist())
         number += 3
         if number == 30:
             print("ready", flush=True)

@@ -165,12 +165,12 @@ def test_progress_counts_every_reference(desk: Desk, bank: Path) -> None:
     config = desk.config.model_copy(update={"bank": bank / "bank"})
     writer = Writer(config, desk.adapter, desk.embedder)
     writer.write(documents, progress=lambda *words: said.append(words))
-    assert said[0] == ("memories", 0, 150)
-    assert said[-1] == ("memories", 150, 150)
+    assert said[0] == ("Writing memories", 0, 150)
+    assert said[-1] == ("Writing memories", 150, 150)
     assert said == sorted(said)
     said.clear()
     writer.write([*documents, Document("more", "One more heron nests.")], progress=lambda *words: said.append(words))
-    assert list(dict.fromkeys(said)) == [("memories", 150, 151), ("memories", 151, 151)]
+    assert list(dict.fromkeys(said)) == [("Writing memories", 150, 151), ("Writing memories", 151, 151)]
 
 
 class Alive:
@@ -232,7 +232,7 @@ def test_codecs_learn_on_more_memories_of_fewer_tokens(
     totals = set()
 
     def progress(stage: str, _: int, total: int) -> None:
-        if stage == "codec":
+        if stage == "Training the codec":
             totals.add(total)
 
     documents = [Document(f"text {number}", f"The lamp of house {number} burns oil.") for number in range(200)]

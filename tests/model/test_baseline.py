@@ -4,8 +4,8 @@ import pytest
 
 from m3model.attention.implementation import IMPLEMENTATION
 from m3runtime.adapters.answers import Prompt
-from m3runtime.adapters.comparison import Comparable
 from m3runtime.config.schema import GenerateConfig
+from m3runtime.lab.bench.comparison import Comparable
 from tests.model.families import make_adapter, make_tokenizer
 
 PROMPTS = [Prompt("the harbour lamp of the old town"), Prompt("seven keepers rowed out with blue lanterns and")]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from m3model.attention.implementation import IMPLEMENTATION
-from m3model.memory3 import NO_LABEL, Memory3Config, Memory3ForCausalLM
+from m3model.attention.implementation import prepare
+from m3model.memory3 import NO_LABEL, Memory3Config, Memory3ForCausalLM, register
 from m3model.transformers import TransformersAdapter
 from m3runtime.config.schema import MemoryConfig, ModelConfig
 from tests.model.families import FAMILIES, LAYERS, REFERENCE_TOKENS, make_model, make_tokenizer, windows, with_masks
@@ -134,7 +134,7 @@ def exact(model: Any) -> Any:
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3-sliding", "gemma3_text", "olmo2"])
 def test_logits_and_gradients_are_those_of_plain_concatenation(family: str, tokens: int) -> None:
     model = exact(memory3(family, tokens=tokens, layers=(0, 2)))
-    model.set_attn_implementation(IMPLEMENTATION)
+    prepare(model)
     inputs = batch()
     kept = kept_by(model, inputs) if tokens < REFERENCE_TOKENS else None
     found = model(**{**inputs, "labels": None}).logits
@@ -207,7 +207,7 @@ def test_without_references_it_is_the_model() -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(ids, labels=ids).loss, model.language_model(ids, labels=ids).loss)
         before = model(ids).logits
-        model.set_attn_implementation(IMPLEMENTATION)  # as the adapter does
+        prepare(model)  # as the adapter does
         torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
         padded = torch.ones_like(ids)
         padded[1, -4:] = 0
@@ -267,6 +267,7 @@ def test_saved_and_loaded_by_the_auto_classes(family: str, tmp_path: Path) -> No
         wanted = model(**inputs).logits
     model.save_pretrained(tmp_path)
     make_tokenizer(eos=False).save_pretrained(tmp_path)
+    register()
     config = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(config, Memory3Config)
     assert (config.memory_layers, config.tokens_per_head, config.sink_ids) == ([1, 2], 4, list(SINK))

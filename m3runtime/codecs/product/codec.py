@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from m3runtime.codecs import files, layout
-from m3runtime.codecs.base import Codec, Distortion, Progress
+from m3runtime.codecs import layout
+from m3runtime.codecs.base import Codec, Progress
+from m3runtime.codecs.files import Distortion
 from m3runtime.codecs.product.quantiser import Design, Quantiser
 from m3runtime.codecs.product.stages_design import StagesDesign
 from m3runtime.codecs.product.transform_design import TransformDesign
@@ -27,7 +27,6 @@ class _State:
     """Replaced as a whole when the codec is trained, so that a thread sees all of it or nothing."""
 
     quantiser: Quantiser
-    fingerprint: str
     measured: Distortion | None
     on: dict[torch.device, Quantiser] = field(default_factory=dict)  # copies, made when first asked for
 
@@ -59,18 +58,14 @@ class ProductCodec(Codec):
         together: str | None = None,
     ) -> None:
         super().__init__(spec)
-        stages = {
-            "key_bytes": key_bytes,
-            "value_bytes": value_bytes,
-            "scope": scope,
-            "keys": keys,
-            "values": values,
-            "rotation": rotation,
-            "offset": offset,
-            "preset": preset,
-        }
-        transform = {"bytes": bytes, "together": together}
-        self.design: Design = _designed(spec, _given(stages), _given(transform))
+        stages = _given(key_bytes=key_bytes, value_bytes=value_bytes, scope=scope, keys=keys, values=values)
+        stages |= _given(rotation=rotation, offset=offset, preset=preset)
+        transform = _given(bytes=bytes, together=together)
+        if stages and transform:
+            raise CodecError(
+                f"{next(iter(transform))} of the product codec cannot be set together with {next(iter(stages))}"
+            )
+        self.design: Design = StagesDesign(spec, stages) if stages else TransformDesign(spec, **transform)
         self._state: _State | None = None
 
     @property
@@ -87,11 +82,6 @@ class ProductCodec(Codec):
     def weighs_errors(self) -> bool:
         """True for the transform: see `Codec.weighs_errors`."""
         return isinstance(self.design, TransformDesign)
-
-    @property
-    def fingerprint(self) -> str:
-        """Thirty-two hex digits that identify the codec: see `Codec.fingerprint`."""
-        return self._ready().fingerprint
 
     @property
     def measured(self) -> Distortion | None:
@@ -119,14 +109,14 @@ class ProductCodec(Codec):
         for i in range(len(sample) - held_out):
             keys, values = layout.vectors(sample, i, self.spec)
             memories.append((keys.cpu(), values.cpu()))
-        state = self._made(self.design.fit(memories, importance, progress), None)
+        quantiser = self.design.fit(memories, importance, progress)
         measured = None
         if held_out:
             rest = slice(len(sample) - held_out, None)
             judge = type(self)(self.spec, **self.options)
-            judge._state = state
+            judge._state = _State(quantiser, None)
             measured = judge.distortion(MemoryTensors(sample.keys[rest], sample.values[rest], sample.tokens[rest]))
-        self._state = _State(state.quantiser, state.fingerprint, measured)
+        self._state = _State(quantiser, measured)
 
     def encode(self, memories: MemoryTensors) -> Tensor:
         """Payloads of memories, ``uint8[n, bytes]`` on the CPU: see `Codec.encode`."""
@@ -143,37 +133,20 @@ class ProductCodec(Codec):
     def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> MemoryTensors:
         """Decode payloads on their device; refuses no bytes and never waits for it: see `Codec.decode`."""
         quantiser = self._on(payloads.device)
-        width = layout.width_of(payloads, tokens, self.spec)
-        layout.check_length(payloads, self.payload_bytes(width))
+        width = layout.width_of(payloads, tokens, self)
         keys, values = quantiser.decode(payloads, width)
         return layout.finish(keys, values, tokens, self.spec, dtype, quantiser.peak)
 
-    def save(self, path: Path) -> None:
-        """Write the codec's file: see `Codec.save`."""
-        state = self._ready()
-        files.write(path, self, state.quantiser.tensors(), state.measured)
-
-    @classmethod
-    def load(cls, path: Path, spec: MemorySpec) -> "ProductCodec":
-        """Read the codec's file: see `Codec.load`."""
-        file = files.read(path, cls.kind, spec)
-        codec = file.make(cls, spec)
-        try:
-            # The clones are aligned, whatever the file was: several floats are read as one number.
-            codec.restore({name: tensor.clone() for name, tensor in file.tensors.items()}, file.measured)
-        except CodecError as error:
-            raise CodecError(f"{path}: {error}") from error
-        return codec
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The tensors of the trained quantiser: see `Codec.tensors`."""
+        return self.quantiser.tensors()
 
     def restore(self, tensors: Mapping[str, Tensor], measured: Distortion | None = None) -> None:
-        """Take what a quantiser learned elsewhere, by name. Raises `CodecError` if it is not what these options learn.
-
-        The tensors lie on the CPU and are aligned.
-        """
+        """Take what a quantiser learned elsewhere: see `Codec.restore`."""
         quantiser = self.design.restore(tensors)
         if not quantiser.peak < torch.finfo(torch.bfloat16).max:
             raise CodecError("its values are too large")
-        self._state = self._made(quantiser, measured)
+        self._state = _State(quantiser, measured)
 
     @property
     def quantiser(self) -> Quantiser:
@@ -191,20 +164,6 @@ class ProductCodec(Codec):
             state.on[device] = state.quantiser if device.type == "cpu" else state.quantiser.to(device)
         return state.on[device]
 
-    def _made(self, quantiser: Quantiser, measured: Distortion | None) -> _State:
-        return _State(quantiser, files.codec_fingerprint(self, quantiser.tensors()), measured)
 
-
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _designed(spec: MemorySpec, stages: Mapping[str, Any], transform: Mapping[str, Any]) -> Design:
-    """The design that has these options: the transform, unless one of the others is given."""
-    if not stages:
-        return TransformDesign(spec, **transform)
-    if transform:
-        raise CodecError(
-            f"{next(iter(transform))} of the product codec cannot be set together with {next(iter(stages))}"
-        )
-    return StagesDesign(spec, **stages)

@@ -119,13 +119,13 @@ def _tables(index: Any, dim: int, name: str) -> Tables:
     if not index.is_trained:
         raise CodecError(f"{name}: it is not trained")
     rotation = None
-    inner = _exactly(index)
+    inner: Any = faiss.downcast_index(index)
     if isinstance(inner, faiss.IndexPreTransform):
         rotation = _rotation(inner, name)
-        inner = _exactly(inner.index)
+        inner = faiss.downcast_index(inner.index)
     quantisers: list[Any]
     if isinstance(inner, faiss.Index2Layer):
-        coarse = _exactly(_exactly(inner).q1.quantizer)
+        coarse = faiss.downcast_index(inner.q1.quantizer)  # type: ignore[attr-defined]
         if not isinstance(coarse, faiss.MultiIndexQuantizer):
             raise CodecError(f"{name}: its first stage is a {type(coarse).__name__}, not a MultiIndexQuantizer")
         quantisers = [coarse.pq, inner.pq]
@@ -143,11 +143,6 @@ def _tables(index: Any, dim: int, name: str) -> Tables:
     if not all(torch.isfinite(table).all() for table in centroids):
         raise CodecError(f"{name}: its centroids are not finite")
     return Tables(stages, tuple(centroids), rotation, None)
-
-
-def _exactly(index: Any) -> Any:
-    """The same index as the class that it is."""
-    return faiss.downcast_index(index)
 
 
 def _rotation(index: Any, name: str) -> Tensor | None:

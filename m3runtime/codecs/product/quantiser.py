@@ -52,25 +52,17 @@ class Quantiser(ABC):
 
 
 class Design(ABC):
-    """Untrained: how memories of a spec are to be quantised."""
+    """Untrained: the options by which memories of a spec are quantised."""
+
+    options: Mapping[str, Any]
+    """The codec's options that make this design, every one stated, as JSON values."""
+    fixed_bytes: int
+    """Most bytes of a payload before its tokens."""
+    token_bytes: int
+    """Most bytes of a token, all layers and heads together."""
 
     def __init__(self, spec: MemorySpec) -> None:
         self.spec = spec
-
-    @property
-    @abstractmethod
-    def options(self) -> Mapping[str, Any]:
-        """The codec's options that make this design, every one stated, as JSON values."""
-
-    @property
-    @abstractmethod
-    def fixed_bytes(self) -> int:
-        """Most bytes of a payload before its tokens."""
-
-    @property
-    @abstractmethod
-    def token_bytes(self) -> int:
-        """Most bytes of a token, all layers and heads together."""
 
     @abstractmethod
     def fit(self, memories: Sequence[Vectors], importance: Tensor | None, progress: Progress | None) -> Quantiser:

@@ -36,69 +36,33 @@ class StagesDesign(Design):
     `CodecError` for options that contradict each other or do not fit the spec.
     """
 
-    def __init__(
-        self,
-        spec: MemorySpec,
-        key_bytes: int | None = None,
-        value_bytes: int | None = None,
-        scope: str | None = None,
-        *,
-        keys: str | None = None,
-        values: str | None = None,
-        rotation: str | None = None,
-        offset: bool | None = None,
-        preset: str | None = None,
-    ) -> None:
+    def __init__(self, spec: MemorySpec, options: Mapping[str, Any]) -> None:
         super().__init__(spec)
-        given: dict[str, Any] = {
-            "key_bytes": key_bytes,
-            "value_bytes": value_bytes,
-            "scope": scope,
-            "keys": keys,
-            "values": values,
-            "rotation": rotation,
-            "offset": offset,
-        }
-        chosen = {name: value for name, value in given.items() if value is not None}
-        if preset is not None:
-            _one_of("preset", preset, PRESETS)
-            if chosen:
-                raise CodecError(
-                    f"{next(iter(chosen))} of the product codec cannot be set together with preset {preset}"
-                )
+        chosen = dict(options)
+        if "preset" in chosen:
+            preset = _one_of("preset", chosen.pop("preset"), PRESETS)
+            for other in chosen:
+                raise CodecError(f"{other} of the product codec cannot be set together with preset {preset}")
             chosen = _memory3(spec.head_dim)
         self.keys = _stages(chosen, "keys", "key_bytes", 32, spec.head_dim)
         self.values = _stages(chosen, "values", "value_bytes", 16, spec.head_dim)
-        self.scope: str = _one_of("scope", chosen.get("scope", "head"), SCOPES)
+        scope = _one_of("scope", chosen.get("scope", "head"), SCOPES)
         self.rotation: str = _one_of("rotation", chosen.get("rotation", "pca"), ROTATIONS)
-        taken_off = chosen.get("offset", True)
-        if not isinstance(taken_off, bool):
-            raise CodecError(f"offset of the product codec must be true or false, not {taken_off!r}")
-        self.offset = taken_off
+        self.offset: bool = chosen.get("offset", True)
+        if not isinstance(self.offset, bool):
+            raise CodecError(f"offset of the product codec must be true or false, not {self.offset!r}")
         self.heads = spec.vectors_per_token
         # Neighbouring heads that share what was learned.
-        self.sharing = {"head": 1, "layer": spec.kv_heads, "model": self.heads}[self.scope]
-
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """The options, every one stated: see `Design.options`."""
-        return {
+        self.sharing = {"head": 1, "layer": spec.kv_heads, "model": self.heads}[scope]
+        self.options = {
             "keys": text_of(self.keys),
             "values": text_of(self.values),
             "rotation": self.rotation,
-            "scope": self.scope,
+            "scope": scope,
             "offset": self.offset,
         }
-
-    @property
-    def fixed_bytes(self) -> int:
-        """Most bytes before the tokens: see `Design.fixed_bytes`."""
-        return self.heads * self.spec.head_dim if self.offset else 0
-
-    @property
-    def token_bytes(self) -> int:
-        """Most bytes of a token: see `Design.token_bytes`."""
-        return self.heads * sum(stage.bytes for stage in (*self.keys, *self.values))
+        self.fixed_bytes = self.heads * spec.head_dim if self.offset else 0
+        self.token_bytes = self.heads * sum(stage.bytes for stage in (*self.keys, *self.values))
 
     def fit(
         self,

@@ -45,7 +45,7 @@ def train_stages(
 
 
 def _most(centroids: int, groups: int) -> int:
-    """How many vectors of each of so many groups train the stages of a quantiser."""
+    """The number of vectors of each of so many groups that train the stages of a quantiser."""
     together = min(_MOST_TOGETHER, _MOST_DISTANCES // centroids)
     return max(MOST_VECTORS, _FOR_EACH_CENTROID * centroids, together // groups)
 

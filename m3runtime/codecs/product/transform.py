@@ -11,7 +11,7 @@ from m3runtime.memory.spec import MemorySpec
 CENTROIDS = 256
 """Centroids of a part: a code is a byte."""
 WIDTHS = (1, 2, 3, 4, 6, 8)
-"""How many coordinates can share a code."""
+"""Numbers of coordinates that can share a code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Transform:
 
 
 def kept_by(parts: Tensor, units: int) -> list[int]:
-    """How many coordinates each unit keeps."""
+    """The number of coordinates that each unit keeps."""
     kept = [0] * units
     for unit, first, width in parts.tolist():
         kept[unit] = max(kept[unit], first + width)

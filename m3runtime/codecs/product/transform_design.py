@@ -8,7 +8,6 @@ no query looks at get none.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,23 +44,9 @@ class TransformDesign(Design):
             raise CodecError(f"bytes of the product codec must be a whole number from 1 to {most}, not {bytes!r}")
         if together not in TOGETHER:
             raise CodecError(f"together of the product codec must be one of {', '.join(TOGETHER)}, not {together!r}")
-        self.bytes = bytes
         self.units = Units(spec, together)
-
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """The options, every one stated: see `Design.options`."""
-        return {"bytes": self.bytes, "together": self.units.together}
-
-    @property
-    def fixed_bytes(self) -> int:
-        """Most bytes before the tokens: see `Design.fixed_bytes`."""
-        return 0
-
-    @property
-    def token_bytes(self) -> int:
-        """Most bytes of a token: see `Design.token_bytes`."""
-        return self.bytes * self.units.heads
+        self.options = {"bytes": bytes, "together": together}
+        self.fixed_bytes, self.token_bytes = 0, bytes * self.units.heads
 
     def fit(
         self, memories: Sequence[Vectors], importance: Tensor | None, progress: Progress | None

@@ -34,10 +34,7 @@ class TransformQuantiser(Quantiser):
 
     transform: Transform
 
-    @property
-    def fixed_bytes(self) -> int:  # type: ignore[override]
-        """None: see `Quantiser`."""
-        return 0
+    fixed_bytes = 0
 
     @property
     def token_bytes(self) -> int:  # type: ignore[override]

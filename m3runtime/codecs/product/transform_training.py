@@ -6,8 +6,7 @@ bits log2(v / level) / 2, with one level for all. Here a code has eight bits, so
 coordinates share one: one where 8 bits pay, eight where 1 bit does, and none of those below the level.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from m3runtime.codecs.base import Progress
-from m3runtime.codecs.product.kmeans import train
+from m3runtime.codecs.product.kmeans import each, train
 from m3runtime.codecs.product.transform import CENTROIDS, WIDTHS, Transform, Units
 
 _FLOOR = 0.02
@@ -35,17 +34,18 @@ def train_transform(units: Units, sample: Tensor, costs: Tensor, codes: int, pro
     ``costs`` is ``float64[units, channels, channels]``: the importance of errors. Deterministic, whatever the number of
     threads.
     """
-    with _one_thread():
-        transforms = [_transform(x, cost) for x, cost in zip(sample, costs, strict=True)]
-        chosen = divide([spectrum for *_, spectrum in transforms], codes)
-        parts = sorted(
-            (width, unit, sum(widths[:i])) for unit, widths in enumerate(chosen) for i, width in enumerate(widths)
-        )
-        kept = [sum(widths) for widths in chosen]
-        coordinates = [
-            ((x - mean) @ forward[:, :count]).contiguous()
-            for x, (mean, forward, _, _), count in zip(sample, transforms, kept, strict=True)
-        ]
+    transforms = each(lambda unit: _transform(sample[unit], costs[unit]), range(len(sample)), None)
+    chosen = divide([spectrum for *_, spectrum in transforms], codes)
+    parts = sorted(
+        (width, unit, sum(widths[:i])) for unit, widths in enumerate(chosen) for i, width in enumerate(widths)
+    )
+    kept = [sum(widths) for widths in chosen]
+
+    def kept_coordinates(unit: int) -> Tensor:
+        mean, forward, _, _ = transforms[unit]
+        return ((sample[unit] - mean) @ forward[:, : kept[unit]]).contiguous()
+
+    coordinates = each(kept_coordinates, range(len(sample)), None)
     tables = []
     for done, width in enumerate(WIDTHS):
         own = [coordinates[unit][:, first : first + width] for size, unit, first in parts if size == width]
@@ -120,7 +120,7 @@ def lloyd(x: npt.NDArray[np.float32], levels: int) -> npt.NDArray[np.float32]:
 
 
 def divide(spectra: Sequence[Spectrum], codes: int) -> list[list[int]]:
-    """How many coordinates each code of each unit covers, from the greatest on, with at most ``codes`` in all.
+    """The number of coordinates that each code of each unit covers, from the greatest on; at most ``codes`` in all.
 
     What is left over at a spectrum's end gets no code. Minimises the predicted sum of squared errors: a price of a code
     is found by bisection at which all units together buy as many as there are.
@@ -163,14 +163,3 @@ def _bought(cost: tuple[list[list[float]], list[float]], price: float) -> list[i
         widths.append(choice[at])
         at += choice[at]
     return widths
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums are added up in the same order then, however many threads there are otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -3,10 +3,13 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import zstandard
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
 from torch import Tensor
 
 from m3runtime.adapters.base import Adapter
@@ -19,10 +22,11 @@ from m3runtime.errors import InputError
 from m3runtime.lab.bench.codec_error import Error, errors
 from m3runtime.lab.bench.codec_speed import Speed, decode_speed, filled
 from m3runtime.lab.bench.timing import threads
-from m3runtime.lab.results import environment, plain
+from m3runtime.lab.results import Result, environment, plain
 from m3runtime.memory.block import HEADER_BYTES
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
+from m3runtime.observe.figures import show_size
 from m3runtime.writing.codec_files import configured
 from m3runtime.writing.fitting import OnReference, fit_codec, join
 from m3runtime.writing.writer import OnProgress
@@ -57,7 +61,7 @@ class AtRest:
 
 
 @dataclass(frozen=True, slots=True)
-class CodecBench:
+class CodecBench(Result):
     """The results of ``m3 bench codec``."""
 
     settings: BenchSettings
@@ -86,6 +90,29 @@ class CodecBench:
             "at_rest": plain(self.at_rest),
             "environment": environment(),
         }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        error = Table("bytes of a vector", "codec", "keys", "values", "both", title="Relative squared error, held out")
+        for size, listed in self.errors.items():
+            for row in listed:
+                error.add_row(f"{row.bytes:.1f}", row.codec, f"{row.keys:.4f}", f"{row.values:.4f}", f"{row.both:.4f}")
+            for name, ratio in ratios(listed):
+                error.add_row(str(size), f"{name}: over the best of faiss", "", "", f"{ratio:.3f}", end_section=True)
+        if self.errors:
+            yield error
+        speed = self.speed
+        title = f"Decoding {speed.memories} memories, {speed.tokens} tokens"
+        times = Table("", "median (quartiles)", "of the copy", title=title)
+        for name, spread in speed.times.items():
+            times.add_row(name, str(spread), f"{spread.median / speed.limit(name):.1f}")
+        yield times
+        for name, ratio in speedups(speed).items():
+            yield f"{name}: {ratio:.2f}"
+        yield f"{show_size(speed.bytes)} written, on {self.device}, {self.settings.threads} threads"
+        rest = Table("codec", "bytes a memory", "with zstd", "of it", title="At rest")
+        for one in self.at_rest:
+            rest.add_row(one.codec, f"{one.bytes:,.0f}", f"{one.zstd:,.0f}", f"{one.zstd / one.bytes:.3f}")
+        yield rest
 
 
 def ratios(listed: Sequence[Error]) -> list[tuple[str, float]]:
@@ -118,17 +145,18 @@ def bench_codec(
     tokens = sum(adapter.count_tokens(text) for text in drawn[:cut])
     if tokens < LEAST:
         raise InputError(f"a sample of {tokens} tokens is too small to measure on; give more texts, for {LEAST}")
-    memories = _encode(adapter, drawn, config.memory.batch_size, lambda done, of: progress("memories", done, of))
+    memories = _encode(adapter, drawn, config.memory.batch_size, partial(progress, "Computing memories"))
     sample, held_out = rows(memories, slice(0, cut)), rows(memories, slice(cut, None))
     with threads(settings.threads):
         found: Mapping[int, Sequence[Error]] = {}
         if settings.layers:
             spec, few = fewer_layers(adapter.spec, settings.layers)
             pair = (rows(sample, slice(None), few), rows(held_out, slice(None), few))
-            found = errors(*pair, spec, settings.threads, lambda done, of: progress("errors", done, of))
+            found = errors(*pair, spec, settings.threads, partial(progress, "Measuring errors"))
         quarters = {scope: quarter(adapter.spec, sample, scope) for scope in ("head", "model")}
         ours = configured(config, adapter.spec)
-        fit_codec(ours, adapter, drawn[:cut], config.memory.batch_size, lambda done, of: progress("codec", done, of))
+        trained = partial(progress, "Training the codec")
+        fit_codec(ours, adapter, drawn[:cut], config.memory.batch_size, trained)
         others: dict[str, Codec] = {f"configured ({config.codec.kind})": ours}
         others |= {"scalar int4": ScalarCodec(adapter.spec, 4), "raw float32": RawCodec(adapter.spec, "float32")}
         speed = decode_speed(
@@ -138,7 +166,7 @@ def bench_codec(
             adapter.device,
             settings.rounds,
             settings.threads,
-            lambda done: progress("decoding", done, settings.rounds + 1),
+            lambda done: progress("Measuring times", done, settings.rounds + 1),
         )
         stored: dict[str, Codec] = {
             "raw bfloat16": RawCodec(adapter.spec, "bfloat16"),

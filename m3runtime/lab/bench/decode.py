@@ -8,16 +8,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
 from m3runtime.adapters.answers import Prompt
 from m3runtime.adapters.base import Adapter
-from m3runtime.adapters.comparison import Comparable
 from m3runtime.config.schema import Config
 from m3runtime.errors import InputError
 from m3runtime.lab.bench.banks import bank_for
+from m3runtime.lab.bench.comparison import Comparable
 from m3runtime.lab.bench.decode_runs import KINDS, MEMORIES, NOTHING, PLAIN, TEXT, WITHOUT_LOOKAHEAD, Contenders, Run
 from m3runtime.lab.bench.timeline import draw_timeline
 from m3runtime.lab.bench.timing import threads, turns
-from m3runtime.lab.results import Result, Spread
+from m3runtime.lab.results import Result, Spread, environment
+from m3runtime.observe.figures import show_size
 from m3runtime.writing.writer import OnProgress
 
 PROMPT_TOKENS = 20
@@ -117,6 +121,36 @@ class BatchBench:
     same_tokens: Mapping[str, bool]
     """True for ways that give the same tokens as lookahead and caching tiers, with waiting; empty if quick."""
 
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table("", "tokens/s", "kept", "first token, s", "of text's", title=f"Batch {self.batch}")
+        for name, one in self.contenders.items():
+            chosen = f" ({self.chosen[name]})" if name in self.chosen else ""
+            table.add_row(
+                name + chosen,
+                one.tokens_per_s.show(1),
+                "" if name == PLAIN else one.kept.show(3),
+                one.first_token_s.show(3),
+                one.first_token_of_text.show(3) if one.first_token_of_text else "",
+            )
+        yield table
+        bound, ends = self.bound, self.boundaries[MEMORIES]
+        yield (
+            f"bytes allow {bound.kept:.3f}: {show_size(bound.weight_bytes)} of weights, "
+            f"{self.batch} x {show_size(bound.memory_bytes)} of memories ({bound.memory_tokens:.0f} tokens); "
+            f"{self.contenders[MEMORIES].kept.median / bound.kept:.3f} of that reached"
+        )
+        for name, each in self.boundaries.items():
+            yield (
+                f"{name}: recalls take {each.recalling:.2%} of decoding, of which {each.waited:.2%} is waiting; "
+                f"{each.late} late in {each.chunks} chunks"
+            )
+        yield (
+            f"the chunk before had {ends.kept:.0%} of a chunk's memories; {ends.foreseen:.0%} of the others were "
+            f"prefetched; {ends.hit_rate:.0%} of {ends.guesses} prefetched memories were used"
+        )
+        for name, is_same in self.same_tokens.items():
+            yield f"{name}: {'the same tokens' if is_same else 'OTHER TOKENS'}"
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeBench(Result):
@@ -132,6 +166,14 @@ class DecodeBench(Result):
     fingerprints: Mapping[str, str]
     prompt_tokens: int
     batches: Sequence[BatchBench]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self.batches
+        settings = self.settings
+        yield (
+            f"{self.model}, {self.dtype}, on {self.device}; {settings.threads} threads; {settings.new_tokens} tokens "
+            f"after {self.prompt_tokens}; {settings.rounds} rounds; bank: {self.bank}; {environment()['machine']}"
+        )
 
 
 def bench_decode(
@@ -197,7 +239,7 @@ def _batch(
     prompted = {PLAIN: asked}
     if TEXT in settings.kinds:
         prompted[TEXT] = [contenders.with_text(some) for some in asked]
-    stage = f"baseline {size}"
+    stage = f"Choosing a baseline, batch {size}"
     variants: dict[str, dict[str, float | str]] = {kind: {} for kind in prompted}
     chosen: dict[str, str] = {}
     names = contenders.baseline.variants
@@ -219,13 +261,14 @@ def _batch(
         chosen[kind] = max(usable, key=lambda name: usable[name])
         contenders.choose(kind, chosen[kind], room)
     progress(stage, tries, tries)
+    title = f"Decoding, batch {size}"
     runs: dict[str, list[Run]] = {name: [] for name in settings.kinds}
     before = dict.fromkeys(runs, contenders.cool)
-    for number, name in turns(list(runs), rounds, lambda done: progress(f"rounds {size}", done, rounds + 1), before):
+    for number, name in turns(list(runs), rounds, lambda done: progress(title, done, rounds + 1), before):
         run = contenders.run(name, prompted.get(name, asked)[number], settings.new_tokens)
         if number:
             runs[name].append(run)
-    progress(f"rounds {size}", rounds + 1, rounds + 1)
+    progress(title, rounds + 1, rounds + 1)
     return BatchBench(
         batch=size,
         variants=variants,

@@ -10,8 +10,8 @@ from typing import Self
 from m3runtime import assembly
 from m3runtime.adapters.answers import Answer, Form, Prompt
 from m3runtime.adapters.base import Adapter
-from m3runtime.adapters.comparison import Comparable
 from m3runtime.config.schema import Config, GenerateConfig
+from m3runtime.lab.bench.comparison import Comparable
 from m3runtime.lab.bench.timing import wait
 from m3runtime.observe.metrics import Event
 from m3runtime.recall.recalled import Recalled

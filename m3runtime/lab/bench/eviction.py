@@ -11,9 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
 from m3runtime.errors import InputError
+from m3runtime.lab.bench.trace import Trace, read_trace
+from m3runtime.lab.results import Result
+from m3runtime.observe.figures import show_size
 from m3runtime.storage.eviction import EvictionPolicy, make_policy
-from m3runtime.storage.trace import Op, Trace, read_trace
+from m3runtime.storage.trace import Op
 
 REQUESTS = ("read", "lift")
 OPTIMUM = "optimum"
@@ -40,7 +46,7 @@ class PolicyCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class EvictionBench:
+class EvictionBench(Result):
     """The counts of all policies and capacities."""
 
     trace: str
@@ -58,6 +64,23 @@ class EvictionBench:
             {**asdict(row), "hit_rate": row.hit_rate, "bytes": row.brought_up * self.slot_bytes} for row in self.rows
         ]
         return {**asdict(self), "rows": rows}
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(
+            "capacity", "blocks", "policy", "hit rate", "lifted", "bytes", title="One tier before slower ones"
+        )
+        for row, following in zip(self.rows, [*self.rows[1:], None], strict=True):
+            table.add_row(
+                show_size(row.slots * self.slot_bytes),
+                f"{row.slots:,}",
+                row.policy,
+                f"{row.hit_rate:.3f}",
+                f"{row.brought_up:,}",
+                show_size(row.brought_up * self.slot_bytes),
+                end_section=following is None or following.slots != row.slots,
+            )
+        yield table
+        yield f"{self.requests:,} requests of {self.blocks:,} blocks; runs: {self.runs}; {self.trace}"
 
 
 def bench_eviction(path: Path, policies: Sequence[str], capacities: Sequence[int]) -> EvictionBench:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
 from m3runtime import assembly
 from m3runtime.bank.bank import Bank
 from m3runtime.config.schema import Config
 from m3runtime.lab.bench.synthetic import Built, build, centres, queries
 from m3runtime.lab.bench.timing import threads, turns, wait
-from m3runtime.lab.results import Result, Spread
+from m3runtime.lab.results import Result, Spread, environment
 from m3runtime.recall.recalled import Recalled
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.retrieval.retriever import Retriever
@@ -74,6 +77,32 @@ class RecallBench(Result):
     growth: Mapping[str, Spread]
     """For `WHOLE` and `OURS`: the time over the largest bank, over the time over the smallest for the same text."""
 
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield recall_table(self.rows)
+        first, last = self.built[0], self.built[-1]
+        for stage, growth in self.growth.items():
+            yield f"{stage}: {growth.show(2)} times as long at {last.memories:,} as at {first.memories:,}"
+        yield (
+            f"{last.memories:,} memories were made in {last.home_s:.0f} s and indexed in {last.index_s:.0f} s; "
+            f"on {self.device}; {self.settings.threads} threads; {self.settings.rounds} texts; no caching tiers, page "
+            f"cache warm; {self.embedder}; {environment()['machine']}"
+        )
+
+
+def recall_table(rows: Sequence[RecallTimes]) -> Table:
+    """The times of recalls as a table, one row for each."""
+    title = "Milliseconds, median (quartiles); below it, the ratio to the embedding's time"
+    table = Table("memories", *PARTS, WHOLE, title=title)
+    for row in rows:
+        cells = []
+        for stage in (*PARTS, WHOLE):
+            spread = row.stages[stage]
+            ratio = f"\n{row.of_embedding[stage].median:.2f}" if stage in row.of_embedding else ""
+            cells.append(f"{1e3 * spread.median:.2f} ({1e3 * spread.low:.2f} to {1e3 * spread.high:.2f}){ratio}")
+        name = row.name if row.name == f"{row.memories:,}" else f"{row.name}, {row.memories:,}"
+        table.add_row(name, *cells)
+    return table
+
 
 def bench_recall(config: Config, settings: RecallSettings, progress: OnProgress) -> RecallBench:
     """Measure recalls over synthetic banks in a temporary folder.
@@ -99,12 +128,12 @@ def bench_recall(config: Config, settings: RecallSettings, progress: OnProgress)
         found: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
         every = settings.rounds + 1
         names = {f"{size:,}": size for size in sizes}
-        for number, name in turns(list(names), settings.rounds, lambda done: progress("recall", done, every)):
+        for number, name in turns(list(names), settings.rounds, lambda done: progress("Recalling", done, every)):
             recalled, stages = timed_recall(runtimes[names[name]], texts[number])
             runtimes[names[name]].store.forget(recalled.ids)  # so that no later recall finds them decoded
             if number:
                 found[names[name]].append(stages)
-        progress("recall", every, every)
+        progress("Recalling", every, every)
         small, large = found[sizes[0]], found[sizes[-1]]
         return RecallBench(
             settings=settings,

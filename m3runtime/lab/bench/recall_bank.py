@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rich.console import Console, ConsoleOptions, RenderResult
+
 from m3runtime.config.schema import Config
 from m3runtime.errors import InputError
-from m3runtime.lab.bench.recall import WHOLE, RecallTimes, measured, timed_recall
+from m3runtime.lab.bench.recall import WHOLE, RecallTimes, measured, recall_table, timed_recall
 from m3runtime.lab.bench.timing import threads, turns
-from m3runtime.lab.results import Result, Spread
+from m3runtime.lab.results import Result, Spread, environment
 from m3runtime.runtime import Runtime
 from m3runtime.storage.defaults import HOME
 from m3runtime.writing.writer import OnProgress
@@ -53,6 +55,21 @@ class RecallBankBench(Result):
     warm_other: int
     """Warm recalls that chose other memories than the cold recall of the same text."""
 
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield recall_table(self.rows)
+        for row in self.rows:
+            yield f"{row.name}: {row.of_embedding[WHOLE].show(2)} times the embedding of the query"
+        yield f"cold over warm: {self.cold_of_warm.show(2)}"
+        rounds = self.settings.rounds
+        yield (
+            f"warm recalls that read or decoded a block: {self.warm_decoded} of {rounds}; that chose other memories: "
+            f"{self.warm_other}"
+        )
+        yield (
+            f"on {self.device}; {self.settings.threads} threads; {rounds} rounds; {self.settings.memories} memories, "
+            f"{self.memory_tokens.show(0)} tokens; no caching tiers, page cache as it is; {environment()['machine']}"
+        )
+
 
 def bench_bank(config: Config, settings: RecallBankSettings, progress: OnProgress) -> RecallBankBench:
     """Measure recalls over the configured bank, which is opened read-only, without caching tiers.
@@ -71,7 +88,7 @@ def bench_bank(config: Config, settings: RecallBankSettings, progress: OnProgres
         seconds: dict[str, list[dict[str, float]]] = {COLD: [], WARM: []}
         first, _ = timed_recall(runtime, texts[0])
         ids, tokens, other = [set(first.ids)], list[int](), 0
-        for number, name in turns(list(seconds), settings.rounds, lambda done: progress("recall", done, every)):
+        for number, name in turns(list(seconds), settings.rounds, lambda done: progress("Recalling", done, every)):
             # The cache of query embeddings knows a text by its spelling: a space more, and it is embedded again.
             text = texts[number + 1] if name == COLD else f"{texts[number]} "
             recalled, stages = timed_recall(runtime, text)
@@ -82,7 +99,7 @@ def bench_bank(config: Config, settings: RecallBankSettings, progress: OnProgres
                 other += set(recalled.ids) != ids[number]
             if number:
                 seconds[name].append(stages)
-        progress("recall", every, every)
+        progress("Recalling", every, every)
         home = len(runtime.bank.home)
         return RecallBankBench(
             settings=settings,
@@ -105,7 +122,7 @@ def _queries(runtime: Runtime, settings: RecallBankSettings, progress: OnProgres
     chosen: list[str] = []
     recalled: set[int] = set()
     for start in range(0, len(ids), _CANDIDATES):
-        progress("queries", len(chosen), wanted)
+        progress("Choosing queries", len(chosen), wanted)
         references = runtime.references(ids[start : start + _CANDIDATES])
         texts = list(dict.fromkeys(" ".join(one.text.split()[:_WORDS]) for one in references if one))
         for text, matches in zip(texts, runtime.search(texts, settings.memories), strict=True):
@@ -115,7 +132,7 @@ def _queries(runtime: Runtime, settings: RecallBankSettings, progress: OnProgres
                 recalled |= nearest
         if len(chosen) == wanted:
             break
-    progress("queries", wanted, wanted)
+    progress("Choosing queries", wanted, wanted)
     if len(chosen) < _FEWEST_ROUNDS + 2:
         raise InputError(
             f"the bank at {runtime.config.bank} has {len(chosen)} texts that recall different memories, "

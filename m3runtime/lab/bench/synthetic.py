@@ -53,7 +53,7 @@ def build(
     config: Config, embedder: Embedder, about: Embeddings, path: Path, size: int, progress: OnProgress
 ) -> tuple[Bank, Built]:
     """A bank of ``size`` memories near ``about``, with a saved index, in a home of the configured kind."""
-    stage = f"bank {size:,}"
+    stage = f"Making {size:,} memories"
     progress(stage, 0, size)
     began = time.perf_counter()
     codec = RawCodec(SPEC)

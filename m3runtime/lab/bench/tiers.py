@@ -5,12 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
 from m3runtime import assembly
 from m3runtime.config.schema import Config
 from m3runtime.lab.bench.banks import bank_for
 from m3runtime.lab.bench.tier_runs import Contender, TierRuns
 from m3runtime.lab.bench.timing import threads, timed
-from m3runtime.lab.results import Result, Spread
+from m3runtime.lab.results import Result, Spread, environment
+from m3runtime.observe.figures import show_size
 from m3runtime.writing.writer import OnProgress
 
 BATCHES = (1, 5, 32)
@@ -59,6 +63,21 @@ class TierBench(Result):
     """True if the page cache could be emptied; otherwise there are no cold rows."""
     rows: Sequence[TierTimes]
 
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for blocks in dict.fromkeys(row.blocks for row in self.rows):
+            rows = [row for row in self.rows if row.blocks == blocks]
+            title = f"{blocks} block{'s' if blocks > 1 else ''}, {show_size(rows[0].bytes)}"
+            table = Table("", "median (quartiles)", "per second", "relative speed", "baseline", title=title)
+            for row in rows:
+                speed = ("", "") if row.baseline == row.name else (row.speed.show(2), row.baseline)
+                table.add_row(row.name, str(row.seconds), show_size(row.bytes / row.seconds.median), *speed)
+            yield table
+        cold = "" if self.has_cold else " (no cold rows: the page cache cannot be emptied here)"
+        yield (
+            f"{' > '.join(self.tiers)}, on {self.device}; {self.settings.threads} threads; "
+            f"{self.settings.rounds} rounds; page cache warm{cold}; bank: {self.bank}; {environment()['machine']}"
+        )
+
 
 def bench_tiers(config: Config, corpus: Sequence[Path], settings: TierSettings, progress: OnProgress) -> TierBench:
     """Measure on the configured bank, or on a temporary one of the corpus; each round reads other blocks.
@@ -77,7 +96,7 @@ def bench_tiers(config: Config, corpus: Sequence[Path], settings: TierSettings, 
 
             def begin(number: int, size: int = size, done: int = done) -> None:
                 runs.draw(size, number)
-                progress("tiers", done + number, len(sizes) * (settings.rounds + 1))
+                progress("Measuring times", done + number, len(sizes) * (settings.rounds + 1))
 
             runs.sizes.clear()
             contenders = runs.contenders(size)
@@ -88,7 +107,7 @@ def bench_tiers(config: Config, corpus: Sequence[Path], settings: TierSettings, 
                 {name: one.before for name, one in contenders.items() if one.before},
             )
             rows += _rows(contenders, seconds, size, sum(runs.sizes[1:]) / settings.rounds)
-        progress("tiers", len(sizes) * (settings.rounds + 1), len(sizes) * (settings.rounds + 1))
+        progress("Measuring times", len(sizes) * (settings.rounds + 1), len(sizes) * (settings.rounds + 1))
         where = "temporary" if own is not config else str(config.bank)
         return TierBench(
             settings=settings,

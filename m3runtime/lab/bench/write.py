@@ -2,24 +2,27 @@
 
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
 
 from m3runtime import assembly
 from m3runtime.adapters.answers import Prompt
 from m3runtime.adapters.base import Adapter
-from m3runtime.adapters.comparison import Comparable
 from m3runtime.bank.bank import CODEC, Bank
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import Document, read_documents
 from m3runtime.documents.references import ReferenceSpool
 from m3runtime.documents.splitting import Splitter
 from m3runtime.lab.bench.banks import bank_references, full_pieces
-from m3runtime.lab.bench.timing import threads, turns, wait
+from m3runtime.lab.bench.comparison import Comparable
+from m3runtime.lab.bench.timing import threads, timed
 from m3runtime.lab.results import Result, Spread
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.writing import codec_files
@@ -68,6 +71,23 @@ class WriteBench(Result):
     """The share of `WRITE` by phase (`m3runtime.writing.pipeline.PHASES`); phases may overlap."""
     overlapping: bool
     """True if encoding and embedding overlapped with the model. Commits always do."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        title = f"{self.settings.references} references of {self.tokens} tokens, {self.batch} at once"
+        times = Table("", "seconds (quartiles)", "tokens/s", "kept by the write", title=title)
+        for name, spread in self.seconds.items():
+            kept = "" if name == WRITE else self.kept[name].show(3)
+            times.add_row(name, spread.show(2), f"{self.tokens / spread.median:,.0f}", kept)
+        yield times
+        shares = Table("stage", "of the whole write", title="Where the time goes")
+        for stage, spread in self.shares.items():
+            shares.add_row(stage, spread.show(3))
+        yield shares
+        how = "in parallel with the model" if self.overlapping else "in turn with the model"
+        yield (
+            f"encoding and embedding {how}; {self.model}, {self.dtype} on {self.device}, "
+            f"{self.settings.threads} threads; batch {self.batch}"
+        )
 
 
 def bench_write(
@@ -121,7 +141,7 @@ def _with_codec(
         file = config.bank / CODEC
     else:
         texts = [document.text for document in documents]
-        fit_codec(codec, adapter, texts, config.memory.batch_size, lambda done, of: progress("codec", done, of))
+        fit_codec(codec, adapter, texts, config.memory.batch_size, partial(progress, "Training the codec"))
         file = folder / CODEC
         codec.save(file)
     return own.model_copy(update={"codec": config.codec.model_copy(update={"file": file})})
@@ -149,16 +169,10 @@ def _measure(
     }
     if isinstance(adapter, Comparable):
         contenders[PLAIN] = _plain(adapter, read, max(reference.tokens for reference in references))
-    seconds = {name: list[float]() for name in contenders}
     before = {WRITE: lambda: shutil.rmtree(config.bank, ignore_errors=True)}
-    every = settings.rounds + 1
-    for number, name in turns(list(contenders), settings.rounds, lambda done: progress("writing", done, every), before):
-        began = time.perf_counter()
-        contenders[name]()
-        wait()
-        if number:
-            seconds[name].append(time.perf_counter() - began)
-    progress("writing", every, every)
+    rounds = settings.rounds + 1
+    seconds = timed(contenders, settings.rounds, lambda done: progress("Measuring times", done, rounds), before)
+    progress("Measuring times", rounds, rounds)
     of_write, counted = seconds[WRITE], reports[1:]
     return WriteBench(
         settings=replace(settings, references=len(references)),

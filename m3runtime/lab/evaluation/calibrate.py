@@ -35,6 +35,11 @@ class CalibrationSettings:
     batch: int = 8
     """Answers in one batch."""
 
+    @property
+    def command(self) -> str:
+        """The command that has these settings."""
+        return f"m3 eval calibrate --seed {self.seed} --statements {self.statements}"
+
 
 @dataclass(frozen=True, slots=True)
 class CalibrationResults:
@@ -77,9 +82,8 @@ def calibrate(
 ) -> CalibrationResults:
     """Score the answers of statements from the configured bank, which is not changed.
 
-    It can be stopped at any moment and called again: answers in the folder's journal are not scored again. ``progress``
-    is called with ``scores``, the answers scored, and all answers. ``open_adapter`` is called only if the bank is
-    usable.
+    It can be stopped at any moment and called again: answers in the folder's journal are not scored again.
+    ``open_adapter`` is called only if the bank is usable.
 
     Raises `InputError` if the bank gives too few statements.
     """
@@ -150,7 +154,7 @@ class _Scorer:
     def score(self, tasks: Sequence[_Task], size: int, journal: Journal, progress: OnProgress) -> None:
         """Score the tasks that the journal lacks."""
         ordered = sorted(tasks, key=lambda task: (task.tokens, task.key))  # so that little is padded
-        journal.fill(ordered, size, lambda task: task.key, self._score, partial(progress, "scores"))
+        journal.fill(ordered, size, lambda task: task.key, self._score, partial(progress, "Scoring answers"))
 
     def _score(self, tasks: Sequence[_Task]) -> list[list[float]]:
         ids = dict.fromkeys(match.id for task in tasks for match in task.recalled)

@@ -65,13 +65,13 @@ def findings(results: CalibrationResults, seed: int) -> Findings:
 
 
 def calibrate_report(
-    results: CalibrationResults, found: Findings, settings: CalibrationSettings, config: Config, command: str
+    results: CalibrationResults, found: Findings, settings: CalibrationSettings, config: Config
 ) -> Report:
     """The report: tables, pictures, and a summary in words."""
     by_memories = _by_memories(results, settings.seed)
     return Report(
         title=f"Calibration on {len(results.pairs)} statements of the bank's own references",
-        command=command,
+        command=settings.command,
         settings=asdict(settings),
         config=config.model_dump(mode="json"),
         fingerprints=results.fingerprints,

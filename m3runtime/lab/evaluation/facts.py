@@ -19,7 +19,7 @@ from m3runtime.lab.evaluation.modes import MODES, NEAREST, NEEDS_ANSWER, SEARCHI
 from m3runtime.lab.evaluation.world import Question, make_world
 from m3runtime.memory.block import as_ids
 from m3runtime.memory.spec import fingerprint
-from m3runtime.observe.tiers import TierStats
+from m3runtime.observe.counts import TierStats
 from m3runtime.retrieval.retriever import passing
 from m3runtime.runtime import Runtime
 from m3runtime.writing.writer import OnProgress
@@ -42,6 +42,15 @@ class FactsSettings:
     batch: int = 16
     timed: int = 8
     """Questions that are asked again, one at a time, to measure time."""
+
+    @property
+    def command(self) -> str:
+        """The command that has these settings."""
+        of_ask = " --statements" if self.ask == "statements" else ""
+        return (
+            f"m3 eval facts --seed {self.seed} --references {self.references} --questions {self.questions} "
+            f"--unanswerable {self.unanswerable}{of_ask}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +103,7 @@ class FactsRun:
     def run(self, adapter: Adapter, progress: OnProgress = silent, modes: Iterable[Mode] = MODES) -> FactsResults:
         """Write the bank, ask all questions in all modes, and measure times. A stopped run resumes.
 
-        ``progress`` is called with a stage (``codec``, ``memories``, a mode or ``timing``), the steps done, and all
+        ``progress`` is called with a stage (a mode, for one), the steps done, and all
         steps of the stage.
         """
         self.modes = modes = tuple(modes)
@@ -171,9 +180,9 @@ class FactsRun:
         chosen = [item for item in items if item.right is not None][: self.settings.timed]
         timings = []
         for number, item in enumerate(chosen):
-            progress("timing", number, len(chosen))
+            progress("Measuring times", number, len(chosen))
             timings += [time_one(asker, mode, item, self.config.generate) for mode in modes]
-        progress("timing", len(chosen), len(chosen))
+        progress("Measuring times", len(chosen), len(chosen))
         return tuple(timings)
 
     def _fingerprint(self, runtime: Runtime) -> str:

@@ -2,16 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from m3runtime import assembly
 from m3runtime.config.schema import Config
-from m3runtime.lab.evaluation.facts import FactsResults, FactsSettings
+from m3runtime.lab.evaluation.facts import FactsResults, FactsRun, FactsSettings
+from m3runtime.lab.evaluation.journal import silent
 from m3runtime.lab.evaluation.modes import MODES, Mode
 from m3runtime.lab.evaluation.plots import Plot, Series
 from m3runtime.lab.evaluation.report import Report, Table
 from m3runtime.lab.evaluation.statistics import Estimate, difference, mean, ratio
 from m3runtime.lab.results import Spread
+from m3runtime.writing.writer import OnProgress
 
 DEPTHS = (1, 2, 3, 5, 8)
 PAIRS: tuple[tuple[Mode, Mode], ...] = (
@@ -29,12 +33,18 @@ BASELINES: dict[Mode, str] = {
 }
 
 
-def facts_report(results: FactsResults, settings: FactsSettings, config: Config, command: str) -> Report:
+def evaluate_facts(config: Config, settings: FactsSettings, folder: Path, progress: OnProgress = silent) -> Report:
+    """Run the evaluation in a folder, or resume it; see `FactsRun`."""
+    run = FactsRun(config, settings, folder)
+    return facts_report(run.run(assembly.open_adapter(config), progress), settings, run.config)
+
+
+def facts_report(results: FactsResults, settings: FactsSettings, config: Config) -> Report:
     """The report: tables, pictures, and a summary in words."""
     figures = {mode: _Figures(results, mode, settings.seed) for mode in results.answers}
     return Report(
         title=f"Facts: {settings.questions} {settings.ask} over {settings.references} references",
-        command=command,
+        command=settings.command,
         settings=asdict(settings),
         config=config.model_dump(mode="json"),
         fingerprints=results.fingerprints,

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from m3runtime.documents.overlap import overlapping
 from m3runtime.documents.reading import Document, one_word
 from m3runtime.documents.splitting import Splitter
 from m3runtime.errors import InputError
+from m3runtime.lab.evaluation.overlapping import overlapping
 
 
 class Tokens(Protocol):
@@ -77,7 +77,7 @@ def hold_out(
     A passage is a prompt of one chunk and ``continuation`` scored chunks, from the last two thirds of a document at
     least twice as long; a document gives ``per_document`` passages at most, and never more than half of itself. The
     documents and the seed determine the passages. References that share more than ``share`` with a passage
-    (`m3runtime.documents.overlap`) are dropped.
+    (`m3runtime.documents.overlap.overlap`) are dropped.
 
     Raises `InputError` if there is too little text.
     """

@@ -47,6 +47,17 @@ class SweepSettings:
     questions: int = 100
     max_new_tokens: int = 16
     batch: int = 16
+    axes: tuple[str, ...] = ()
+    """Names of the axes to try; empty: all."""
+    corpus: tuple[str, ...] = ()
+    """Files and folders of real text to try chunk lengths on."""
+
+    @property
+    def command(self) -> str:
+        """The command that has these settings."""
+        more = [f"--axis '{name}'" for name in self.axes] + [f"--corpus {path}" for path in self.corpus]
+        sizes = f"--seed {self.seed} --references {self.references} --questions {self.questions}"
+        return " ".join(["m3 eval sweep", sizes, *more])
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +158,9 @@ def _as_good(values: Sequence[Sequence[float]], among: Sequence[int], seed: int)
 class SweepRun:
     """One sweep in one folder. It can be stopped at any moment and run again."""
 
-    def __init__(self, config: Config, settings: SweepSettings, folder: Path, only: Sequence[str] = ()) -> None:
-        """``only`` names the axes to try; empty: all."""
+    def __init__(self, config: Config, settings: SweepSettings, folder: Path) -> None:
         self.settings = settings
         self.folder = folder
-        self.only = tuple(only)
         generate = {"max_new_tokens": settings.max_new_tokens, "stop": ("\n",), "prompt": config.generate.prompt}
         self.config = config.model_copy(update={"generate": GenerateConfig.model_validate(generate)})
         self.world = make_world(
@@ -181,11 +190,11 @@ class SweepRun:
 
     def _axes(self, adapter: Adapter) -> list[Axis]:
         found = axes(len(adapter.spec.layers), adapter.spec.reference_tokens)
-        unknown = set(self.only) - {axis.name for axis in found}
+        unknown = set(self.settings.axes) - {axis.name for axis in found}
         if unknown:
             names = ", ".join(axis.name for axis in found)
             raise ConfigError(f"--axis {min(unknown)} is not known; known are {names}")
-        return [axis for axis in found if not self.only or axis.name in self.only]
+        return [axis for axis in found if not self.settings.axes or axis.name in self.settings.axes]
 
     def _walk(self, trials: Trials, journal: Journal, axis: Axis, kept: Changes, progress: OnProgress) -> Walked:
         found, refusals = [], []

@@ -2,26 +2,45 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from m3runtime import assembly
 from m3runtime.config.schema import Config
-from m3runtime.lab.evaluation.chunks import ChunkLength
+from m3runtime.documents.reading import read_documents
+from m3runtime.lab.evaluation.chunks import ChunkLength, chunk_lengths
+from m3runtime.lab.evaluation.journal import silent
 from m3runtime.lab.evaluation.plots import Plot, Series
 from m3runtime.lab.evaluation.report import Report, Table
 from m3runtime.lab.evaluation.statistics import Estimate, mean
-from m3runtime.lab.evaluation.sweep import Changes, SweepResults, SweepSettings, Tried
-from m3runtime.lab.evaluation.trials import Trial
+from m3runtime.lab.evaluation.sweep import Changes, SweepResults, SweepRun, SweepSettings, Tried
+from m3runtime.lab.evaluation.trials import Trial, changed
 from m3runtime.memory.spec import canonical_json
+from m3runtime.writing.writer import OnProgress
+
+
+def evaluate_sweep(config: Config, settings: SweepSettings, folder: Path, progress: OnProgress = silent) -> Report:
+    """Run the sweep in a folder, or resume it; see `SweepRun`. Raises `InputError` if a corpus has too little text."""
+    run = SweepRun(config, settings, folder)
+    documents = list(read_documents([Path(path) for path in settings.corpus])) if settings.corpus else []
+    adapter = assembly.open_adapter(config)
+    results = run.run(adapter, progress)
+    chunks: Sequence[ChunkLength] = ()
+    if documents:
+        found = changed(config, results.kept)
+        reader = adapter.with_memory(found.memory)
+        chunks = chunk_lengths(found, reader, documents, folder, passages=20, seed=settings.seed, progress=progress)
+    return sweep_report(results, chunks, settings, run.config)
 
 
 def sweep_report(
-    results: SweepResults, chunks: Sequence[ChunkLength], settings: SweepSettings, config: Config, command: str
+    results: SweepResults, chunks: Sequence[ChunkLength], settings: SweepSettings, config: Config
 ) -> Report:
     """The report: a table of all trials, plots, and the recommended settings with their reasons."""
     return Report(
         title=f"Sweep: {settings.questions} questions over {settings.references} references, setting by setting",
-        command=command,
+        command=settings.command,
         settings=asdict(settings),
         config=config.model_dump(mode="json"),
         fingerprints=results.fingerprints,

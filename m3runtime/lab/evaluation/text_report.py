@@ -2,15 +2,21 @@
 
 from dataclasses import asdict, dataclass
 from itertools import chain
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from m3runtime import assembly
 from m3runtime.config.schema import Config
-from m3runtime.lab.evaluation.passages import Corpus
+from m3runtime.documents.reading import read_documents
+from m3runtime.lab.evaluation.journal import silent
+from m3runtime.lab.evaluation.passages import Corpus, hold_out
 from m3runtime.lab.evaluation.plots import Plot, Series
 from m3runtime.lab.evaluation.report import Report, Table
 from m3runtime.lab.evaluation.statistics import Estimate, difference, mean
 from m3runtime.lab.evaluation.text_results import MODES, TextMode, TextResults
+from m3runtime.lab.evaluation.text_run import run_text
+from m3runtime.writing.writer import OnProgress
 
 _NAMES: dict[TextMode, str] = {
     "none": "the passage so far, alone",
@@ -31,19 +37,42 @@ class TextSettings:
     share: float = 2 / 3
     """References that share more than this with a passage are dropped."""
 
+    @property
+    def command(self) -> str:
+        """The command that has these settings."""
+        corpus = " ".join(f"--corpus {path}" for path in self.corpus)
+        return (
+            f"m3 eval text {corpus} --seed {self.seed} --passages {self.passages} --chunks {self.chunks} "
+            f"--share {self.share:g}"
+        )
 
-def text_report(
-    results: TextResults,
-    settings: TextSettings,
-    corpus: Corpus,
-    config: Config,
-    command: str,
+
+def evaluate_text(
+    config: Config, settings: TextSettings, folder: Path, batch_size: int, progress: OnProgress = silent
 ) -> Report:
+    """Run the evaluation in a folder, or resume it; see `run_text`. Raises `InputError` if there is too little text."""
+    documents = list(read_documents([Path(path) for path in settings.corpus]))
+    adapter = assembly.open_adapter(config)
+    corpus = hold_out(
+        documents,
+        adapter,
+        passages=settings.passages,
+        chunk_tokens=config.recall.chunk_tokens,
+        reference_tokens=adapter.spec.reference_tokens,
+        continuation=settings.chunks,
+        share=settings.share,
+        seed=settings.seed,
+    )
+    results = run_text(config, adapter, corpus, folder, batch_size=batch_size, progress=progress)
+    return text_report(results, settings, corpus, config)
+
+
+def text_report(results: TextResults, settings: TextSettings, corpus: Corpus, config: Config) -> Report:
     """The report: tables, a picture, and a summary in words."""
     seed = settings.seed
     return Report(
         title=f"Text: {results.passages} held-out passages of {', '.join(settings.corpus)}",
-        command=command,
+        command=settings.command,
         settings={**asdict(settings), "corpus": " ".join(settings.corpus)},
         config=config.model_dump(mode="json"),
         fingerprints=results.fingerprints,

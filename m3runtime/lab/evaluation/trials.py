@@ -115,7 +115,7 @@ class Trials:
         order = sorted(range(len(questions)), key=lambda row: (lengths[row], row))
         for start in range(0, len(order), self.batch):
             rows = order[start : start + self.batch]
-            self.progress("questions", start, len(order))
+            self.progress("Asking questions", start, len(order))
             batch = [prompts[row] for row in rows]
             wanted = [f" {questions[row].answers[0]}" for row in rows]
             streams = None if laboratory is None else [laboratory.stream(adapter.dtype) for _ in rows]
@@ -168,7 +168,7 @@ class Trials:
         parts: dict[int, Part] = {}
         order = sorted(self._references, key=lambda id: self._references[id].tokens)
         for start in range(0, len(order), self.batch):
-            self.progress("memories", start, len(order))
+            self.progress("Computing memories", start, len(order))
             ids = order[start : start + self.batch]
             memories = adapter.encode([self._references[id].text for id in ids])
             for row, (id, tokens) in enumerate(zip(ids, memories.tokens.tolist(), strict=True)):
@@ -181,10 +181,10 @@ class Trials:
         wanted = min(sample_size(adapter.spec), len(parts))
         drawn = sorted(random.Random(0).sample(sorted(parts), wanted))
         texts = [self._references[id].text for id in drawn]
-        fit_codec(codec, adapter, texts, self.batch, partial(self.progress, "codec"))
+        fit_codec(codec, adapter, texts, self.batch, partial(self.progress, "Training the codec"))
         found, size = {}, 0
         for done, (id, part) in enumerate(parts.items()):
-            self.progress("coding", done, len(parts))
+            self.progress("Encoding memories", done, len(parts))
             memory = _alone(part)
             device, dtype = part[0].device, part[0].dtype
             decoded = codec.decode(codec.encode(memory).to(device), memory.tokens, dtype)

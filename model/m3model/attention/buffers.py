@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from m3model.attention.layout import Pair
+from m3model.attention.stopping import StoringLayer
 
 
 class LayerStack:
@@ -25,27 +25,23 @@ class LayerStack:
         """Columns of context before the current forward pass."""
 
 
-class BufferLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subclass__ is untyped
+class BufferLayer(StoringLayer):  # type: ignore[no-untyped-call]  # an untyped __init_subclass__
     """One layer's buffers, ``[B, kv_heads, region + sink + context, head_dim]``."""
 
     keys: Tensor
     values: Tensor
 
     def __init__(self, stack: LayerStack) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.stack = stack
-        self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> Pair:
+    def store(self, keys: Tensor, values: Tensor) -> Pair:
         """Write the new columns, and return all that this layer's attention reads."""
-        first, start, length = self.stack.first, self.stack.next, key_states.shape[2]
-        self.keys.narrow(2, start, length).copy_(key_states)
-        self.values.narrow(2, start, length).copy_(value_states)
+        first, start, length = self.stack.first, self.stack.next, keys.shape[2]
+        self.keys.narrow(2, start, length).copy_(keys)
+        self.values.narrow(2, start, length).copy_(values)
         count = start + length - first
         return self.keys.narrow(2, first, count), self.values.narrow(2, first, count)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the buffers are allocated from the start."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The number of columns that attention reads, and their offset."""
@@ -54,7 +50,3 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __in
     def get_seq_length(self) -> int:
         """The number of columns of context so far."""
         return self.stack.context
-
-    def get_max_length(self) -> int:
-        """No bound: the buffers grow."""
-        return -1

@@ -4,15 +4,15 @@ Both run the model's own layers with the attention of `.implementation`, as a `S
 buffers, these concatenate: nothing is overwritten that a backward pass asks for.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from m3model.attention.layout import Pair
+from m3model.attention.stopping import StoringLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Pass(Cache):
 
     @property
     def query_valid(self) -> Tensor:
-        """Which queries are tokens of the text, ``bool[B, sink + T]``: neither the sink's nor padding."""
+        """The queries that are tokens of the text, ``bool[B, sink + T]``: neither the sink's nor padding."""
         return torch.nn.functional.pad(self.valid, (self.sink, 0))
 
     def take(self, layer: int, keys: Tensor, values: Tensor) -> Pair:
@@ -46,7 +46,7 @@ class Pass(Cache):
         raise NotImplementedError
 
     def columns(self, before: int) -> Tensor:
-        """Which of the ``before`` columns in front of the pass' own each query sees: ``bool[B, Q, before]``."""
+        """The columns that each query sees of the ``before`` ones in front of the pass' own: ``bool[B, Q, before]``."""
         raise NotImplementedError
 
     def mask(self, keys: int, window: int | None) -> Tensor:
@@ -73,36 +73,23 @@ class Pass(Cache):
 
 
 class EncodingPass(Pass):
-    """References, each after the sink: keeps the keys and values of the memory layers."""
+    """References, each after the sink: keeps the keys and values of the memory layers, then raises `StoredError`."""
 
     def __init__(self, layers: int, sink: int, valid: Tensor, positions: Tensor, memory_layers: Sequence[int]) -> None:
         super().__init__(layers, sink, valid, positions)
         self.wanted = frozenset(memory_layers)
-        self.last = max(memory_layers)
         self.kept: dict[int, Pair] = {}
+        self.layers[max(memory_layers)].is_last = True  # type: ignore[union-attr]  # typed as any layer of the library
 
     def take(self, layer: int, keys: Tensor, values: Tensor) -> Pair:
-        """Keep the memory layers; ends the pass at the last one, inside `until_encoded`."""
+        """Keep the memory layers."""
         if layer in self.wanted:
             self.kept[layer] = keys[:, :, self.sink :], values[:, :, self.sink :]
-        if layer == self.last:
-            raise _EncodedError
         return keys, values
 
     def columns(self, before: int) -> Tensor:
         """No column stands in front."""
         return self.valid.new_zeros(*self.positions.shape, before)
-
-
-class _EncodedError(Exception):
-    """No error: the last memory layer has its keys and values."""
-
-
-@contextmanager
-def until_encoded() -> Iterator[None]:
-    """Around an `EncodingPass`: neither attention nor a layer after what is wanted is computed."""
-    with suppress(_EncodedError):
-        yield
 
 
 class ReadingPass(Pass):
@@ -129,21 +116,17 @@ class ReadingPass(Pass):
         return seen
 
 
-class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subclass__ is untyped
+class _Layer(StoringLayer):  # type: ignore[no-untyped-call]  # an untyped __init_subclass__
     """Takes the keys and values of one layer."""
 
     def __init__(self, whole: Pass, layer: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._take: Callable[[int, Tensor, Tensor], Pair] = whole.take
         self._layer = layer
-        self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> Pair:
+    def store(self, keys: Tensor, values: Tensor) -> Pair:
         """Keys and values that attention reads."""
-        return self._take(self._layer, key_states, value_states)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is kept from one pass to the next."""
+        return self._take(self._layer, keys, values)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of this pass alone: `Pass.mask` builds the masks."""
@@ -152,7 +135,3 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_su
     def get_seq_length(self) -> int:
         """Nothing came before."""
         return 0
-
-    def get_max_length(self) -> int:
-        """No bound."""
-        return -1

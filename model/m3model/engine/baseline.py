@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,11 +12,22 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from m3runtime.adapters.answers import Prompt
 from m3runtime.adapters.base import Adapter
-from m3runtime.adapters.comparison import PlainRun
+
+
+@dataclass(frozen=True, slots=True)
+class PlainRun:
+    """The continuations of a batch of prompts by the library alone."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    """The tokens after each prompt, exactly as many as requested."""
+    first_token_s: float
+    """Seconds from the call to the first tokens."""
+    seconds: float
+    """Seconds of the whole call."""
 
 
 class TransformersBaseline:
-    """A `Baseline`. Between two calls the model has the attention implementation that it had.
+    """A `m3runtime.lab.bench.comparison.Baseline`. Between two calls the model has its former attention implementation.
 
     A variant is an attention implementation and a cache: ``dynamic``, the library's default, which grows by copying, or
     ``static``, allocated for ``room`` tokens; with that the library compiles decoding, where it compiles at all (CUDA).
@@ -36,7 +48,7 @@ class TransformersBaseline:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], new_tokens: int, variant: str, room: int) -> PlainRun:
-        """Continue prompts, padded on the left; see `m3runtime.adapters.comparison.Baseline`."""
+        """Continue prompts, padded on the left; see `m3runtime.lab.bench.comparison.Baseline`."""
         attention, _, cache = variant.partition(", ")
         with self._running_with(attention):
             began = time.perf_counter()
@@ -58,7 +70,7 @@ class TransformersBaseline:
             return PlainRun(tokens, clock.first - began, time.perf_counter() - began)
 
     def endless(self) -> Adapter:
-        """An adapter whose answers have no end; see `m3runtime.adapters.comparison.Baseline`."""
+        """An adapter whose answers have no end; see `m3runtime.lab.bench.comparison.Baseline`."""
         return self._endless
 
     @contextmanager

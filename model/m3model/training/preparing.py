@@ -92,7 +92,7 @@ def _write(
             assembly.make_index(config, embedder.dim),
             chunk_tokens=chunk,
             share=settings.overlap,
-            progress=lambda done, of: progress("retrieve", done, of),
+            progress=partial(progress, "Retrieving references"),
         )
     np.save(folder / "retrieved.npy", retrieved)
 

@@ -73,7 +73,7 @@ class TransformersTrainer(Trainer):
             if not folder.exists():
                 model = model or _start(config, settings, tokenizer, after=reports[-1].path if reports else None)
                 data = TrainingSequences(prepared, reading=name == "memory", begin=tokenizer.bos_token_id)
-                losses = run_stage(name, model, data, settings, stage, partial(progress, name))
+                losses = run_stage(name, model, data, settings, stage, partial(progress, f"Training, stage {name}"))
                 if processes.is_main_process:
                     _keep(model, tokenizer, losses, folder)
                 processes.wait_for_everyone()

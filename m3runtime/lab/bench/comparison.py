@@ -1,23 +1,29 @@
-"""`Comparable`: an adapter whose model also runs without anything of ours, as the baseline of benchmarks."""
+"""`Comparable`: an adapter whose model also runs without anything of ours, as the baseline of benchmarks.
+
+An adapter needs no import to be one: it has the methods.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from m3runtime.adapters.answers import Prompt
 from m3runtime.adapters.base import Adapter
 
 
-@dataclass(frozen=True, slots=True)
-class PlainRun:
+class PlainRun(Protocol):
     """The continuations of a batch of prompts by a model alone."""
 
-    tokens: tuple[tuple[int, ...], ...]
-    """The tokens after each prompt, exactly as many as requested."""
-    first_token_s: float
-    """Seconds from the call to the first tokens."""
-    seconds: float
-    """Seconds of the whole call."""
+    @property
+    def tokens(self) -> tuple[tuple[int, ...], ...]:
+        """The tokens after each prompt, exactly as many as requested."""
+
+    @property
+    def first_token_s(self) -> float:
+        """Seconds from the call to the first tokens."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole call."""
 
 
 class Baseline(Protocol):
