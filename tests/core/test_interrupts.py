@@ -3,6 +3,7 @@
 import gc
 import sys
 import threading
+from itertools import count
 from pathlib import Path
 from types import FrameType
 
@@ -68,15 +69,15 @@ def recalled(runtime: Runtime) -> Recalled:
     return results[0]
 
 
-@pytest.mark.parametrize("hinted", [False, True])
-@pytest.mark.parametrize("when_late", ["wait", "skip"])
-def test_an_interrupt_at_any_moment_harms_no_later_recall(when_late: str, hinted: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("when_late", "hinted"), [("wait", False), ("skip", True)])
+def test_an_interrupt_at_any_moment_harms_no_later_recall(
+    when_late: str, hinted: bool, step: int, tmp_path: Path
+) -> None:
     gc.collect()
     gc.freeze()  # so that the collections below look at little
     with open_runtime(tmp_path / "bank", when_late=when_late, deadline=60.0, decoded=6 * PART_BYTES) as runtime:
-        moment, goes_on = 0, True
-        while goes_on:
-            moment += 1
+        for moment in count(1, step):
             runtime.store.forget(range(len(TEXTS)))
             runtime.retriever.clear()
             with runtime.stream() as before:
@@ -91,5 +92,7 @@ def test_an_interrupt_at_any_moment_harms_no_later_recall(when_late: str, hinted
             stored = runtime.metrics().store
             assert (stored.leased, stored.guessed) == (0, 0), moment
             runtime.store.check_integrity()
+            if not goes_on:
+                break
     gc.unfreeze()
     assert moment > 100

@@ -48,6 +48,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = store(4)
         self.live: list[Lease] = []
         self.forgotten: set[Entry] = set()
+        self.claimed: set[Entry] = set()
         self.decoded = 0
         self.before = self.store.counts()
 
@@ -80,6 +81,7 @@ class StoreMachine(RuleBasedStateMachine):
         was = lease.entry.state
         entries = self.store.claim([lease], self)
         assert entries == ([lease.entry] if was == "wanted" else [])
+        self.claimed.update(entries)
         return multiple(*entries)
 
     @rule(entry=consumes(claims), size=st.sampled_from([2, FULL // 2]))
@@ -120,7 +122,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.forget([id])
 
     def entries(self) -> set[Entry]:
-        return {lease.entry for lease in self.live}
+        return {lease.entry for lease in self.live} | self.claimed
 
     @invariant()
     def the_books_agree(self) -> None:

@@ -31,6 +31,7 @@ NURSERY = (
 import json, os, sys, threading, time
 from random import Random
 
+import numpy as np
 import torch
 import m3backends.lmdb.home, m3backends.slabs, m3backends.usearch.index, m3runtime.codecs.raw
 import tests.end_to_end.embedders
@@ -77,7 +78,7 @@ def write(runtime, random):
         threading.Thread(target=work, daemon=True).start()
     while True:
         first = bank.home.next_id()
-        ids = assembly.np.arange(first, first + random.randrange(1, 5), dtype="uint64")
+        ids = np.arange(first, first + random.randrange(1, 5), dtype="uint64")
         references = [reference(int(id)) for id in ids]
         vectors = runtime.retriever.embedder.embed_references([one.text for one in references])
         batch = Batch(ids, bank.blocks(ids, memories(bank.manifest.spec, ids)), references, vectors)
@@ -100,7 +101,7 @@ def read(runtime, random):
             row = some.index(id)
             if not (torch.equal(keys, wanted.keys[row]) and torch.equal(values, wanted.values[row])):
                 say("wrong", "memory", id)
-        for id, one in zip(some, home.references(assembly.np.array(some, "uint64")), strict=True):
+        for id, one in zip(some, home.references(np.array(some, "uint64")), strict=True):
             if one not in (None, reference(id)):
                 say("wrong", "reference", id)
         if home.quarantined():
