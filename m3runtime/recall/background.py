@@ -13,7 +13,7 @@ log = logging.getLogger("m3runtime")
 class Background:
     """Two pools of threads: one prefetches, the other one loads what recalls wait for until their deadline.
 
-    Errors are counted, and raised only by the future of their own work: no other stream's call ever sees them. An
+    Errors are counted, and no stream's call sees them, but for a recall that waits for a part whose load failed. An
     error that is no `M3Error` is a mistake in a program and is logged with its traceback. Thread-safe.
     """
 

@@ -25,7 +25,11 @@ class Recalled:
     device: torch.device
     dtype: torch.dtype
     parts: tuple[Part, ...] = field(repr=False)
-    """One for each id, on the device. They count as leased until the stream's next recall."""
+    """One for each id, on the device. Only the CUDA stream that was current at the recall waits until they are ready.
+
+    They count as leased until the stream's next recall; whoever keeps them longer takes memory beyond
+    ``recall.decoded``.
+    """
     log_weights: tuple[float, ...]
     """Added to the attention logits of each memory's keys; zeros if ``recall.score_temperature`` is null."""
     stages: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False)
