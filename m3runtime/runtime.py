@@ -25,9 +25,9 @@ from m3runtime.observe.metrics import Event, Meter, Metrics, RecallStats, TierMe
 from m3runtime.recall.background import Background
 from m3runtime.recall.cold_start import ColdStart
 from m3runtime.recall.loader import Loader, part_bytes
+from m3runtime.recall.memory_store import MemoryStore, Part
 from m3runtime.recall.recall import Recall
 from m3runtime.recall.recalled import Recalled
-from m3runtime.recall.store import MemoryStore, Part
 from m3runtime.retrieval.retriever import Match, Retriever
 from m3runtime.storage.defaults import default_decoded
 from m3runtime.storage.hierarchy import Hierarchy

@@ -52,8 +52,8 @@ def fit(
     documents = read_documents(corpus, text_field=text_field)
 
     from m3runtime import assembly
-    from m3runtime.documents.references import ReferenceSpool
     from m3runtime.documents.splitting import Splitter
+    from m3runtime.documents.spool import ReferenceSpool
     from m3runtime.writing.fitting import fit_codec, sample
 
     adapter = assembly.open_adapter(settings)

@@ -65,7 +65,7 @@ class LookaheadCounts:
 
 @dataclass(frozen=True, slots=True)
 class StoreCounts:
-    """The decoded memories of a device (`m3runtime.recall.store.MemoryStore`)."""
+    """The decoded memories of a device (`m3runtime.recall.memory_store.MemoryStore`)."""
 
     capacity: int = gauge("Most bytes of parts.")
     bytes: int = gauge("Bytes of parts, loading ones included.")

@@ -13,11 +13,11 @@ from m3runtime.errors import TierClosedError
 from m3runtime.memory.block import BlockStamp, Found, Ids
 from m3runtime.observe.counts import TierStats
 from m3runtime.observe.latency import Latency
-from m3runtime.storage.cache import Cache
+from m3runtime.storage.checked_cache import CheckedCache
+from m3runtime.storage.checked_home import CheckedHome
+from m3runtime.storage.checked_tier import CheckedTier
 from m3runtime.storage.home import Home
-from m3runtime.storage.level import Level
 from m3runtime.storage.tier import CachingTier, Scores, Tier, check_rows
-from m3runtime.storage.truth import Truth
 
 LIFT_BLOCKS = 32
 """Blocks that `Hierarchy.lift` moves at a time: its scratch buffer holds them."""
@@ -33,10 +33,10 @@ class Hierarchy:
 
     ``device`` is where blocks are decoded and where `read` fills buffers. A block from the home, or from a tier that
     can rot or outlives the process, is checked against ``stamp``, its id and its digest; a bad one is never handed
-    out. A bad copy in a caching tier is discarded, and the next tier answers. For the home see `Truth`.
+    out. A bad copy in a caching tier is discarded, and the next tier answers. For the home see `CheckedHome`.
 
     A caching tier that fails is counted, and the next tier answers; what it could not do is owed, and done when it is
-    whole again (see `Cache`). What the home raises is raised, except where only keeping a copy, or quarantining,
+    whole again (see `CheckedCache`). What the home raises is raised, except where only keeping a copy, or quarantining,
     would have needed it. The hierarchy closes the caching tiers, while the home belongs to the bank.
     """
 
@@ -56,9 +56,9 @@ class Hierarchy:
         # come back (see `_promote`).
         self._changing = threading.RLock()
         self._forgets = 0
-        self._truth = Truth(home, stamp)
-        self._caches = [Cache(tier, stamp, self._truth.remembered, self._changing) for tier in tiers]
-        self._levels: list[Level] = [*self._caches, self._truth]
+        self._home = CheckedHome(home, stamp)
+        self._caches = [CheckedCache(tier, stamp, self._home.remembered, self._changing) for tier in tiers]
+        self._levels: list[CheckedTier] = [*self._caches, self._home]
         self._closed = False
         self._record = record or (lambda *_: None)
         for cache in self._caches:
@@ -113,13 +113,13 @@ class Hierarchy:
         """Forget blocks, in the home first. Once this returned, no tier ever answers with them."""
         self._open()
         self._record("discard", ids, None)
-        self._truth.discard(ids)
+        self._home.discard(ids)
         self._forget(set(ids.tolist()))
 
     def set_apart(self, id: int, reason: str) -> None:
         """Quarantine a block that is bad though its digest is right, and hold it in no caching tier."""
         self._open()
-        self._truth.quarantine(id, reason)
+        self._home.quarantine(id, reason)
         self._forget({id})
 
     def stats(self) -> tuple[TierStats, ...]:
@@ -143,7 +143,7 @@ class Hierarchy:
         return tuple(level.tier for level in self._levels)
 
     @property
-    def _target(self) -> Cache | None:
+    def _target(self) -> CheckedCache | None:
         return next((cache for cache in self._caches if cache.tier.capacity), None)
 
     def _open(self) -> None:
@@ -167,7 +167,14 @@ class Hierarchy:
         return found
 
     def _read_level(
-        self, level: Level, faster: Sequence[Cache], ids: Ids, missing: Found, out: Tensor, forgets: int, lifting: bool
+        self,
+        level: CheckedTier,
+        faster: Sequence[CheckedCache],
+        ids: Ids,
+        missing: Found,
+        out: Tensor,
+        forgets: int,
+        lifting: bool,
     ) -> Found:
         """Read the missing rows from one tier, and give what it had to all faster ones."""
         rows = np.flatnonzero(missing)
@@ -189,7 +196,7 @@ class Hierarchy:
 
     def _promote(
         self,
-        faster: Sequence[Cache],
+        faster: Sequence[CheckedCache],
         ids: Ids,
         found: Found,
         rows: npt.NDArray[np.intp],
@@ -200,11 +207,11 @@ class Hierarchy:
         """Give what a tier had to the faster ones, but nothing that was forgotten since it was read."""
         with self._changing:
             if self._forgets != forgets:
-                remembered = self._truth.remembered(ids)
+                remembered = self._home.remembered(ids)
                 if remembered is None:
                     return
                 found = found & remembered
-            for cache in filter(Cache.is_usable, faster):
+            for cache in filter(CheckedCache.is_usable, faster):
                 # What crossed to the device already does not cross again.
                 is_there = cache.caching.device == out.device
                 for start, end, source in _ranges(found, rows):

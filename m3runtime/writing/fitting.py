@@ -8,7 +8,7 @@ import torch
 
 from m3runtime.adapters.base import Adapter
 from m3runtime.codecs import Codec
-from m3runtime.documents.references import ReferenceSpool
+from m3runtime.documents.spool import ReferenceSpool
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
 

@@ -15,8 +15,8 @@ from m3runtime.codecs import Codec
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import Document
 from m3runtime.documents.reference import Reference
-from m3runtime.documents.references import ReferenceSpool
 from m3runtime.documents.splitting import Splitter
+from m3runtime.documents.spool import ReferenceSpool
 from m3runtime.memory.block import HEADER_BYTES, as_ids
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.writing import codec_files

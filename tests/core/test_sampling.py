@@ -5,8 +5,8 @@ from contextlib import closing
 from dataclasses import replace
 
 from m3runtime.documents.reading import Document
-from m3runtime.documents.references import ReferenceSpool
 from m3runtime.documents.splitting import Splitter
+from m3runtime.documents.spool import ReferenceSpool
 from m3runtime.testing.codec_laws import SPEC
 from m3runtime.writing.fitting import SAMPLE, sample
 

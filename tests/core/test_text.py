@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 from m3runtime.documents.html import html_text
 from m3runtime.documents.reading import Document, find_files, read_documents
 from m3runtime.documents.reference import Reference
-from m3runtime.documents.references import ReferenceSpool
 from m3runtime.documents.splitting import CountTokens, Splitter
+from m3runtime.documents.spool import ReferenceSpool
 from m3runtime.errors import ConfigError, InputError
 
 

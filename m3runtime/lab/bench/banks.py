@@ -12,8 +12,8 @@ from m3runtime.bank.bank import Bank
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import Document, one_word, read_documents
 from m3runtime.documents.reference import Reference
-from m3runtime.documents.references import ReferenceSpool
 from m3runtime.documents.splitting import Splitter
+from m3runtime.documents.spool import ReferenceSpool
 from m3runtime.errors import InputError
 from m3runtime.writing.writer import OnProgress, Writer
 

@@ -17,8 +17,8 @@ from m3runtime import assembly
 from m3runtime.config.schema import Config
 from m3runtime.config.train import TrainConfig
 from m3runtime.documents.reading import Document, read_documents
-from m3runtime.documents.references import ReferenceSpool
 from m3runtime.documents.splitting import Splitter
+from m3runtime.documents.spool import ReferenceSpool
 from m3runtime.errors import ConfigError
 from m3runtime.storage.files import sync_folder
 from m3runtime.writing.writer import OnProgress

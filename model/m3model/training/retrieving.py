@@ -7,7 +7,7 @@ import numpy as np
 
 from m3model.training.sequences import NOTHING, TokenRows, Tokens
 from m3runtime.documents.overlap import overlap
-from m3runtime.documents.references import ReferenceSpool
+from m3runtime.documents.spool import ReferenceSpool
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.retrieval.index import Index
 from m3runtime.retrieval.retriever import Retriever

@@ -1,4 +1,4 @@
-"""`Cache`: a caching tier as the hierarchy uses it. Its faults are counted and never raised."""
+"""`CheckedCache`: a caching tier as the hierarchy uses it. Its faults are counted and never raised."""
 
 from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, contextmanager
@@ -9,11 +9,11 @@ from torch import Tensor
 from m3runtime.errors import TierError
 from m3runtime.memory.block import BlockStamp, Found, Ids
 from m3runtime.storage.abilities import Persistent
-from m3runtime.storage.level import Level
+from m3runtime.storage.checked_tier import CheckedTier
 from m3runtime.storage.tier import CachingTier, Scores
 
 
-class Cache(Level):
+class CheckedCache(CheckedTier):
     """A caching tier, what the hierarchy knows of it, and the discards that it owes.
 
     A discard that failed is tried again before the tier is asked for anything. Until it succeeds the tier is asked for

@@ -1,4 +1,4 @@
-"""`Level`: one tier as the hierarchy uses it. Reads are checked, timed and counted."""
+"""`CheckedTier`: one tier as the hierarchy uses it. Reads are checked, timed and counted."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ from m3runtime.observe.latency import Timer
 from m3runtime.storage.tier import Tier
 
 
-class Level(ABC):
+class CheckedTier(ABC):
     """A caching tier or the home, as a hierarchy reads it. Thread-safe.
 
     ``is_checked``: are the digests of its blocks checked? The CPU does that, so it reads into RAM then.

@@ -1,4 +1,4 @@
-"""`Truth`: the home as the hierarchy uses it. Its faults are counted and, where a block is wanted, raised."""
+"""`CheckedHome`: the home as the hierarchy uses it. Its faults are counted and, where a block is wanted, raised."""
 
 import numpy as np
 import torch
@@ -6,11 +6,11 @@ from torch import Tensor
 
 from m3runtime.errors import BankError, TierError, TierReadOnlyError
 from m3runtime.memory.block import BlockStamp, Found, Ids
+from m3runtime.storage.checked_tier import CheckedTier
 from m3runtime.storage.home import Home
-from m3runtime.storage.level import Level
 
 
-class Truth(Level):
+class CheckedHome(CheckedTier):
     """The home, whose blocks are all checked.
 
     A block that is bad is read once more, for the drive or the way from it may have erred. One that is bad twice is
