@@ -36,7 +36,7 @@ from m3runtime.lab.evaluation.statistics import Estimate, mean
 from m3runtime.lab.evaluation.world import make_world
 from m3runtime.memory.block import HEADER_BYTES
 from m3runtime.memory.tensors import MemoryTensors
-from m3runtime.recall.memory_store import Part
+from m3runtime.recall.lease import Part
 from m3runtime.recall.recalled import Recalled
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.retrieval.retriever import Match, log_weights, passing

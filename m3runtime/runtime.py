@@ -24,8 +24,9 @@ from m3runtime.memory.block import Ids, as_ids
 from m3runtime.observe.metrics import Event, Meter, Metrics, RecallStats, TierMetrics
 from m3runtime.recall.background import Background
 from m3runtime.recall.cold_start import ColdStart
+from m3runtime.recall.lease import Part
 from m3runtime.recall.loader import Loader, part_bytes
-from m3runtime.recall.memory_store import MemoryStore, Part
+from m3runtime.recall.memory_store import MemoryStore
 from m3runtime.recall.recall import Recall
 from m3runtime.recall.recalled import Recalled
 from m3runtime.retrieval.retriever import Match, Retriever

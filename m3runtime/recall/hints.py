@@ -13,8 +13,8 @@ from m3runtime.memory.block import as_ids
 from m3runtime.observe.counts import LookaheadCounts
 from m3runtime.observe.metrics import Meter, Stages
 from m3runtime.recall.background import Background
+from m3runtime.recall.lease import Lease
 from m3runtime.recall.loader import Loader
-from m3runtime.recall.memory_store import Lease
 from m3runtime.retrieval.retriever import Match
 
 Search = Callable[[Sequence[str], Stages], list[list[Match]]]

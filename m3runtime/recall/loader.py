@@ -13,7 +13,8 @@ from m3runtime.documents.reference import Reference
 from m3runtime.errors import BlockError
 from m3runtime.memory.block import Ids, as_ids
 from m3runtime.observe.metrics import Stages
-from m3runtime.recall.memory_store import Entry, Lease, Loaded, MemoryStore, Part
+from m3runtime.recall.lease import Entry, Lease, Loaded, Part
+from m3runtime.recall.memory_store import MemoryStore
 from m3runtime.storage.hierarchy import Hierarchy
 
 DECODE_BYTES = 256 * 1024**2

@@ -8,7 +8,7 @@ import torch
 
 from m3runtime.documents.reference import Reference
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.recall.memory_store import Lease, Part
+from m3runtime.recall.lease import Lease, Part
 from m3runtime.retrieval.retriever import Match
 
 

@@ -11,7 +11,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import ConfigError, TierClosedError, TierError
-from m3runtime.recall.memory_store import Entry, Lease, Loaded, MemoryStore
+from m3runtime.recall.lease import Entry, Lease, Loaded
+from m3runtime.recall.memory_store import MemoryStore
 from m3runtime.testing.threads import together
 
 FULL = 8

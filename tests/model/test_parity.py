@@ -19,7 +19,7 @@ from m3model.transformers import TransformersAdapter
 from m3runtime.adapters.answers import Prompt
 from m3runtime.config.schema import GenerateConfig, MemoryConfig
 from m3runtime.errors import ConfigError, InputError
-from m3runtime.recall.memory_store import Part
+from m3runtime.recall.lease import Part
 from tests.model.families import (
     BOUNDED,
     FAMILIES,

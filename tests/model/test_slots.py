@@ -11,7 +11,7 @@ from torch import Tensor
 from m3model.attention.cache import MemoryCache
 from m3model.attention.layout import AttentionLayout
 from m3model.attention.slots import Slot, place
-from m3runtime.recall.memory_store import Part
+from m3runtime.recall.lease import Part
 from tests.model.families import make_adapter, random_text
 
 LAYOUT = AttentionLayout(layers=3, kv_heads=2, head_dim=4, dtype=torch.float32, device=torch.device("cpu"))

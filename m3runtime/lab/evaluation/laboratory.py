@@ -8,7 +8,7 @@ import torch
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.recall.memory_store import Part
+from m3runtime.recall.lease import Part
 from m3runtime.recall.recalled import Recalled
 from m3runtime.retrieval.retriever import Match, log_weights
 from m3runtime.stream import Stream

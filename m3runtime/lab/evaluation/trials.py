@@ -27,7 +27,7 @@ from m3runtime.lab.evaluation.world import World
 from m3runtime.memory.block import HEADER_BYTES
 from m3runtime.memory.spec import canonical_json
 from m3runtime.memory.tensors import MemoryTensors
-from m3runtime.recall.memory_store import Part
+from m3runtime.recall.lease import Part
 from m3runtime.retrieval.retriever import Match, passing
 from m3runtime.writing.codec_files import configured
 from m3runtime.writing.fitting import fit_codec, sample_size
