@@ -15,7 +15,7 @@ from m3runtime.lab.evaluation.judging import is_right
 from m3runtime.runtime import Runtime
 from m3runtime.writing.writer import Writer
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.slow]  # `make demo` asks the same questions
 
 QUESTIONS = [json.loads(line) for line in demo.QUESTIONS.read_text().splitlines()]
 

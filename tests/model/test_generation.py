@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, example, given
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from m3model.transformers import MemoryModel, TransformersAdapter
@@ -363,6 +363,7 @@ def writer() -> Writer:
     return Writer()
 
 
+@settings(suppress_health_check=[HealthCheck.filter_too_much])  # half characters are common in random text
 @given(seed=st.integers(0, 5), places=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), max_size=3))
 @example(seed=1, places=[(2, 3), (3, 1)])  # the one that begins later is complete earlier
 def test_what_is_shown_is_the_answer(writer: Writer, seed: int, places: list[tuple[int, int]]) -> None:
