@@ -94,7 +94,7 @@ def edited_text(text: str, values: Mapping[str, Value], evidence: Mapping[str, s
     starts = [key.start_mark.line for key, _ in root.value] + [root.end_mark.line]
     place = next((place for place, (key, _) in enumerate(root.value) if key.value == SECTION), None)
     first, end = (starts[-1], starts[-1]) if place is None else starts[place : place + 2]
-    while lines[end - 1].lstrip()[:1] in ("", "#"):
+    while place is not None and lines[end - 1].lstrip()[:1] in ("", "#"):
         end -= 1  # such lines belong to what follows
     first = min(first, end)
     indent = 2
