@@ -59,7 +59,7 @@ SUITES = ("tests/gpu", "tests/core", "tests/backends", "tests/model")
 
 @dataclass(frozen=True)
 class Place:
-    """What all checks are given. Forked children inherit it; nothing here has touched the device."""
+    """The input of every check. Forked children inherit it; nothing here has touched the device."""
 
     folder: Path
     device: str
@@ -67,7 +67,7 @@ class Place:
 
     @property
     def config(self) -> Config:
-        """Of the bank that `write` makes and the others read."""
+        """The configuration of the bank that `write` makes and the others read."""
         values: dict[str, Any] = {
             "bank": self.folder / "bank",
             "model": {"path": str(self.folder / "model"), "device": self.device},
