@@ -27,7 +27,7 @@ from m3runtime.cli.progress import stages
 from m3runtime.config.schema import Config
 from m3runtime.device.resolve import resolve
 from m3runtime.documents.reading import read_documents
-from m3runtime.documents.reference import Reference
+from m3runtime.documents.reference import Place, Reference
 from m3runtime.lab.evaluation.laboratory import Choice, Laboratory
 from m3runtime.lab.evaluation.passages import hold_out
 from m3runtime.lab.evaluation.plots import Plot, Series
@@ -87,7 +87,7 @@ class Nearest(Laboratory):
 
     def __init__(self, config: Config, adapter: TransformersAdapter, embedder: Embedder, texts: Sequence[str]) -> None:
         references = {
-            number: Reference(text, str(number), 0, len(text), adapter.count_tokens(text))
+            number: Reference(text, adapter.count_tokens(text), places=(Place(str(number), 0, len(text)),))
             for number, text in enumerate(texts)
         }
         super().__init__(config, adapter.spec, {}, references, {})
@@ -233,7 +233,7 @@ def facts(adapter: TransformersAdapter, config: Config) -> Set:
 
 def texts(adapter: TransformersAdapter, config: Config, corpus: Path) -> Set:
     """Held-out passages of real texts; the codec is trained on references that none of them can recall."""
-    documents = sorted(read_documents([corpus]), key=lambda document: document.source)[:TOPICS]
+    documents = sorted(read_documents([corpus]), key=lambda document: document.name)[:TOPICS]
     held_out = hold_out(
         documents,
         adapter,

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from m3runtime.cli.citing import citation, cited
 from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
 from m3runtime.errors import BankBusyError
 
 if TYPE_CHECKING:
     from m3runtime.adapters.answers import Answer, Prompt
     from m3runtime.adapters.base import Adapter
+    from m3runtime.documents.reference import Reference
     from m3runtime.runtime import Runtime
 
 NoMemory = Annotated[bool, typer.Option("--no-memory", help="The model as it is: recall nothing.")]
@@ -111,7 +113,7 @@ class _Talk(ExitStack):
         return {
             "answer": answer.text.strip(),
             "stopped_by": answer.stopped_by,
-            "memories": self._memories(answer),
+            "memories": [{"id": id, "score": round(score, 4), **citation(one)} for id, score, one in _memories(answer)],
             "first_token_s": answer.first_token_s,
             "tokens_per_s": answer.tokens_per_s,
         }
@@ -122,13 +124,12 @@ class _Talk(ExitStack):
             f"{answer.tokens_per_s:.1f} tokens/s",
             err=True,
         )
-        for memory in self._memories(answer):
-            text = " ".join(memory["text"].split())
-            typer.echo(f"  {memory['score']:.2f}  {memory['id']:>6}  {memory['source']}  {text[:70]}", err=True)
+        for id, score, reference in _memories(answer):
+            text = " ".join(reference.text.split())
+            typer.echo(f"  {score:.2f}  {id:>6}  {cited(reference)}  {text[:70]}", err=True)
 
-    def _memories(self, answer: "Answer") -> list[dict[str, Any]]:
-        references = {id: one for chunk in answer.chunks for id, one in zip(chunk.ids, chunk.references, strict=True)}
-        return [
-            {"id": id, "score": round(score, 4), "source": references[id].source, "text": references[id].text}
-            for id, score in answer.memories.items()
-        ]
+
+def _memories(answer: "Answer") -> "list[tuple[int, float, Reference]]":
+    """The id, score and reference of each memory that was read."""
+    references = {id: one for chunk in answer.chunks for id, one in zip(chunk.ids, chunk.references, strict=True)}
+    return [(id, score, references[id]) for id, score in answer.memories.items()]

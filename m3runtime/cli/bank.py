@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from m3runtime.cli.citing import citation, cited
 from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
 from m3runtime.errors import InputError
 from m3runtime.observe.figures import show_size
@@ -29,16 +30,12 @@ def search(
     with Runtime.open(settings, read_only=True) as runtime:
         (matches,) = runtime.search([text], k)
         references = runtime.references([match.id for match in matches])
-    found = [
-        {"id": match.id, "score": round(match.score, 4), "source": one.source, "text": one.text}
-        for match, one in zip(matches, references, strict=True)
-        if one is not None
-    ]
+    found = [(match, one) for match, one in zip(matches, references, strict=True) if one is not None]
     if json:
-        print_json(found)
+        print_json([{"id": match.id, "score": round(match.score, 4), **citation(one)} for match, one in found])
         return
-    for one in found:
-        typer.echo(f"{one['score']:.3f}  {one['id']:>6}  {one['source']}\n    {' '.join(str(one['text']).split())}")
+    for match, one in found:
+        typer.echo(f"{match.score:.3f}  {match.id:>6}  {cited(one)}\n    {' '.join(one.text.split())}")
 
 
 def inspect(
@@ -155,10 +152,8 @@ def _memory_facts(bank: "Bank", id: int) -> dict[str, Any]:
             state = str(error)
     return {
         "id": id,
-        "source": reference.source,
-        "span": f"{reference.start}-{reference.end}",
+        **citation(reference),
         "tokens": reference.tokens,
         "block_bytes": block.length(slot[0].numpy()) if state == "good" else 0,
         "block": bank.home.quarantined().get(id, state),
-        "text": reference.text,
     }

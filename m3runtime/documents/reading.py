@@ -6,12 +6,13 @@ parsed file by file, each as a whole.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 from m3runtime.documents.html import html_text
+from m3runtime.documents.reference import Place
 from m3runtime.documents.text import UNSPACED, file_blocks, text_blocks
 from m3runtime.errors import InputError
 
@@ -21,9 +22,16 @@ class Document:
     """A text and where it came from. A line feed ends its lines, whatever the file had."""
 
     source: str
-    """The path as it was given, with ``/``. A line of JSON adds ``:`` and its source, id or line number."""
+    """The path as it was given, with ``/``."""
     content: str | Path
     """The text, or the plain-text file that holds it, which is read each time that the text is asked for."""
+    metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """See `Place.metadata`. A line of JSON has its source, id or line number as ``record``."""
+
+    @property
+    def name(self) -> str:
+        """The source, and behind a colon its record, if it has any."""
+        return Place(self.source, 0, 0, self.metadata).name
 
     @property
     def text(self) -> str:
@@ -145,7 +153,8 @@ def _read_json_lines(path: Path, text_field: str) -> Iterator[Document]:
         except UnicodeEncodeError as error:
             raise InputError(f"{where}: {text_field!r} has half a character (a lone surrogate)") from error
         name = record.get("source", record.get("id", number))
-        yield Document(f"{path.as_posix()}:{name}", remembered.replace("\r\n", "\n").replace("\r", "\n"))
+        lines = remembered.replace("\r\n", "\n").replace("\r", "\n")
+        yield Document(path.as_posix(), lines, {"record": str(name)})
 
 
 def _lines(path: Path) -> Iterator[bytes]:

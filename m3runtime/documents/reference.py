@@ -1,14 +1,58 @@
-"""`Reference`: a text that is remembered, the unit of memory."""
+"""`Reference`: a text that is remembered, the unit of memory; and the `Place`s that it stands at."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place where a reference stands. ``start`` and ``end`` count characters of a document's text."""
+
+    source: str
+    """The file: or whatever else its document was read from."""
+    start: int
+    end: int
+    metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Short texts to cite, such as ``page``, ``row``, ``title`` and ``url``.
+
+    ``record`` names one document of a source that has many.
+    """
+
+    @property
+    def name(self) -> str:
+        """The source, and behind a colon its record, if it has any."""
+        record = self.metadata.get("record")
+        return self.source if record is None else f"{self.source}:{record}"
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A text that is remembered. ``start`` and ``end`` count characters of the text of ``source``."""
+    """A text that is remembered under a heading. A bank remembers the same heading and text once, whatever places."""
 
     text: str
-    source: str
-    start: int
-    end: int
     tokens: int
+    """Tokens that the text has to the model."""
+    heading: str = ""
+    """The headings that the text stands under, such as ``Chapter > Section``."""
+    places: tuple[Place, ...] = ()
+    """All places of this heading and text, in the order in which they were written."""
+
+    @property
+    def source(self) -> str:
+        """The source of the first place."""
+        return self.places[0].source
+
+    @property
+    def start(self) -> int:
+        """The start of the first place."""
+        return self.places[0].start
+
+    @property
+    def end(self) -> int:
+        """The end of the first place."""
+        return self.places[0].end
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The source of each place, each once."""
+        return tuple(dict.fromkeys(place.source for place in self.places))

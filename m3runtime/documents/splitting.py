@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 
-from m3runtime.documents.reference import Reference
+from m3runtime.documents.reference import Place, Reference
 from m3runtime.errors import ConfigError, InputError
 
 CountTokens = Callable[[str], int]
@@ -75,7 +75,7 @@ class Splitter:
             place = offset + error.start
             raise InputError(f"character {place} of the text is half a character (a lone surrogate)") from error
         for start, end, tokens in self._by_paragraph(text):
-            yield Reference(text[start:end], source, offset + start, offset + end, tokens)
+            yield Reference(text[start:end], tokens, places=(Place(source, offset + start, offset + end),))
 
     def _by_paragraph(self, text: str) -> Iterator[_Piece]:
         heading: _Span | None = None

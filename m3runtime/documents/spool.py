@@ -1,28 +1,35 @@
 """`ReferenceSpool`: the references that documents are remembered as, in a temporary file."""
 
+import json
 import sqlite3
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 
 from m3runtime.documents.reading import Document, one_word
-from m3runtime.documents.reference import Reference
+from m3runtime.documents.reference import Place, Reference
 from m3runtime.documents.splitting import Splitter
 from m3runtime.errors import InputError
 
 _CACHE_KIB = 16 << 10
 """Memory for pages of the file that are used again."""
 _SETTINGS = f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-{_CACHE_KIB};"
-_TABLE = """CREATE TABLE reference (
-    number INTEGER PRIMARY KEY, digest BLOB UNIQUE, text BLOB, source BLOB, start INTEGER, stop INTEGER, tokens INTEGER
-)"""
-_ADD = "INSERT OR IGNORE INTO reference VALUES (NULL, ?, ?, ?, ?, ?, ?)"
-_GET = "SELECT text, source, start, stop, tokens FROM reference"
+_TABLES = """
+CREATE TABLE reference (number INTEGER PRIMARY KEY, digest BLOB UNIQUE, text BLOB, tokens INTEGER, heading BLOB);
+CREATE TABLE place (reference INTEGER, source BLOB, start INTEGER, stop INTEGER, metadata TEXT);
+CREATE INDEX places_of ON place (reference);
+"""
+_ADD = "INSERT OR IGNORE INTO reference VALUES (NULL, ?, ?, ?, ?)"
+_ADD_PLACE = "INSERT INTO place SELECT number, ?, ?, ?, ? FROM reference WHERE digest = ?"
+_GET = "SELECT number, text, tokens, heading FROM reference"
+_GET_PLACES = "SELECT source, start, stop, metadata FROM place WHERE reference = ? ORDER BY rowid"
 
-_Row = tuple[bytes, bytes, int, int, int]
+_Row = tuple[int, bytes, int, bytes]
 
 
 class ReferenceSpool:
-    """The references of documents in order, equal texts once. With ``whole`` every document is one reference.
+    """The references of documents in order, equal ones once with all their places.
+
+    With ``whole`` every document is one reference.
 
     Documents are read once, to their end, when the spool is made: a mistake in any of them shows before the first
     reference is used. It takes bounded memory and a temporary file as large as the texts and some hundred bytes for
@@ -38,10 +45,14 @@ class ReferenceSpool:
         """Documents that were read."""
         self._file = sqlite3.connect("", isolation_level=None)  # without a name it is a temporary file
         try:
-            self._file.executescript(f"{_SETTINGS} {_TABLE}")
+            self._file.executescript(f"{_SETTINGS} {_TABLES}")
             self._file.execute("BEGIN")
-            self._count = self._file.executemany(_ADD, self._rows(documents, splitter, whole=whole)).rowcount
-            if self._count < 1:
+            for document in documents:
+                self.documents += 1
+                for reference in _split(document, splitter, whole=whole):
+                    self._add(reference, document)
+            self._count: int = self._file.execute("SELECT count(*) FROM reference").fetchone()[0]
+            if not self._count:
                 raise InputError("the corpus is empty: there is nothing to remember")
         except sqlite3.OperationalError as error:
             self.close()
@@ -54,30 +65,42 @@ class ReferenceSpool:
         return self._count
 
     def __iter__(self) -> Iterator[Reference]:
-        return map(_reference, self._file.execute(f"{_GET} ORDER BY number"))
+        return map(self._reference, self._file.execute(f"{_GET} ORDER BY number"))
 
     def __getitem__(self, place: int) -> Reference:
         """The reference at a place from 0 on."""
         row = self._file.execute(f"{_GET} WHERE number = ?", (place + 1,)).fetchone()
         if row is None:
             raise IndexError(place)
-        return _reference(row)
+        return self._reference(row)
 
     def close(self) -> None:
         """Remove the temporary file."""
         self._file.close()
 
-    def _rows(
-        self, documents: Iterable[Document], splitter: Splitter, *, whole: bool
-    ) -> Iterator[tuple[bytes, bytes, bytes, int, int, int]]:
-        for document in documents:
-            self.documents += 1
-            if all(one_word(block) for block in document.blocks()):
-                raise InputError(f"{document.source}: a text of one word is no reference; give it a sentence")
-            source = _packed(document.source)
-            for one in _uncut(document, splitter) if whole else splitter.stream(document.blocks(), document.source):
-                text = _packed(one.text)
-                yield blake2b(text, digest_size=16).digest(), text, source, one.start, one.end, one.tokens
+    def _add(self, reference: Reference, document: Document) -> None:
+        """Add a reference, or its places if it is known."""
+        text, heading = _packed(reference.text), _packed(reference.heading)
+        digest = blake2b(b"%d %b%b" % (len(heading), heading, text), digest_size=16).digest()
+        self._file.execute(_ADD, (digest, text, reference.tokens, heading))
+        for place in reference.places:
+            metadata = json.dumps({**document.metadata, **place.metadata})
+            self._file.execute(_ADD_PLACE, (_packed(place.source), place.start, place.end, metadata, digest))
+
+    def _reference(self, row: _Row) -> Reference:
+        number, text, tokens, heading = row
+        places = tuple(
+            Place(_unpacked(source), start, end, json.loads(metadata))
+            for source, start, end, metadata in self._file.execute(_GET_PLACES, (number,))
+        )
+        return Reference(_unpacked(text), tokens, _unpacked(heading), places)
+
+
+def _split(document: Document, splitter: Splitter, *, whole: bool) -> Iterator[Reference]:
+    """The references of a document. Raises `InputError` for a document of one word."""
+    if all(one_word(block) for block in document.blocks()):
+        raise InputError(f"{document.name}: a text of one word is no reference; give it a sentence")
+    return _uncut(document, splitter) if whole else splitter.stream(document.blocks(), document.source)
 
 
 def _uncut(document: Document, splitter: Splitter) -> Iterator[Reference]:
@@ -88,16 +111,15 @@ def _uncut(document: Document, splitter: Splitter) -> Iterator[Reference]:
     tokens, limit = splitter.count_tokens(text), splitter.max_tokens
     if tokens > limit:
         raise InputError(
-            f"{document.source}: {tokens} tokens, but a reference has at most {limit}; "
+            f"{document.name}: {tokens} tokens, but a reference has at most {limit}; "
             "shorten it, or write without --whole"
         )
-    yield Reference(text, document.source, start, start + len(text), tokens)
+    yield Reference(text, tokens, places=(Place(document.source, start, start + len(text)),))
 
 
 def _packed(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")  # file names may hold lone surrogates
 
 
-def _reference(row: _Row) -> Reference:
-    text, source, start, end, tokens = row
-    return Reference(text.decode("utf-8", "surrogatepass"), source.decode("utf-8", "surrogatepass"), start, end, tokens)
+def _unpacked(text: bytes) -> str:
+    return text.decode("utf-8", "surrogatepass")

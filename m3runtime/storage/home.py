@@ -2,13 +2,14 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from m3runtime.documents.reference import Reference
+from m3runtime.documents.reference import Place, Reference
+from m3runtime.documents.sources import SourceState
 from m3runtime.memory.block import Found, Ids
 from m3runtime.storage.tier import Tier
 
@@ -26,6 +27,16 @@ class Batch:
     references: Sequence[Reference]
     embeddings: npt.NDArray[np.float32]
     """``float32[n, dim]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Changes of places and of source states, made in one transaction."""
+
+    places: Mapping[int, tuple[Place, ...]] = field(default_factory=dict)
+    """All places that each of these ids has from now on. A reference without a place is forgotten."""
+    states: Mapping[str, SourceState | None] = field(default_factory=dict)
+    """The states of these sources; None: none is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +59,41 @@ class Home(Tier):
 
     A reference may be in the catalogue before it is encoded. It is **cold** then: remembered like any other, without a
     block, so `read` and `contains` miss it. It gets its block once, and is never cold again.
+
+    A reference has one or more places, and is a member of the source of each. The *state* of a source says that the
+    home holds exactly what the source held then. So a transaction that adds, moves or forgets a member of a source
+    removes the state of that source, unless it states another one.
     """
 
     @abstractmethod
-    def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
-        """Add a batch, and `discard` the ids that it is ``replacing``, in one transaction.
+    def commit(self, batch: Batch, *, replacing: Ids | None = None, changes: Changes | None = None) -> None:
+        """Make ``changes``, add a batch, and `discard` the ids that it is ``replacing``, in one transaction.
 
-        Ids are new (`next_id` or above), and no other id remembers one of the texts; else `InputError`. Raises
-        `BankFullError` and `TierReadOnlyError`. After any error nothing was written.
+        Ids are new (`next_id` or above), no other id remembers the heading and text of one, and each has a place; else
+        `InputError`, as for `change`. Raises `BankFullError` and `TierReadOnlyError`. After any error nothing was
+        written.
         """
 
     @abstractmethod
-    def catalogue(self, ids: Ids, references: Sequence[Reference], embeddings: npt.NDArray[np.float32]) -> None:
-        """Add cold references, which are not encoded yet, in one transaction.
+    def catalogue(
+        self,
+        ids: Ids,
+        references: Sequence[Reference],
+        embeddings: npt.NDArray[np.float32],
+        *,
+        changes: Changes | None = None,
+    ) -> None:
+        """Add cold references, which are not encoded yet, and make ``changes``, in one transaction.
 
-        ``embeddings`` is ``float32[n, dim]``. Ids and texts are new; else `InputError`. Raises `BankFullError` and
-        `TierReadOnlyError`. After any error nothing was written.
+        ``embeddings`` is ``float32[n, dim]``. The errors are those of `commit`.
+        """
+
+    @abstractmethod
+    def change(self, changes: Changes) -> None:
+        """Change places and states in one transaction. Text, heading, block and embedding stay as they are.
+
+        Raises `InputError` for other places of an id that is not remembered, `BankFullError` and `TierReadOnlyError`.
+        After any error nothing was written.
         """
 
     @abstractmethod
@@ -84,8 +114,11 @@ class Home(Tier):
         """The id above all that were ever used; forgotten ids are not used again."""
 
     @abstractmethod
-    def find(self, texts: Sequence[str]) -> list[int | None]:
-        """For each text the id of the reference with exactly this text, or None."""
+    def find(self, texts: Sequence[str], headings: Sequence[str] | None = None) -> list[int | None]:
+        """For each text the id of the reference with exactly this text and heading, or None.
+
+        Without ``headings`` it finds references that have none.
+        """
 
     @abstractmethod
     def references(self, ids: Ids) -> list[Reference | None]:
@@ -97,11 +130,15 @@ class Home(Tier):
 
     @abstractmethod
     def ids_of(self, source: str) -> Ids:
-        """The ids of the references from this source, ascending."""
+        """The ids of the references that have a place in this source, ascending."""
 
     @abstractmethod
     def sources(self) -> Mapping[str, int]:
-        """The number of references of each source."""
+        """The number of references of each source that has any."""
+
+    @abstractmethod
+    def states(self) -> Mapping[str, SourceState]:
+        """The states that are known, by source. A damaged one is left out: its source is read anew."""
 
     @abstractmethod
     def embeddings(self, ids: Ids | None = None, batch: int = 4096) -> Iterator[tuple[Ids, npt.NDArray[np.float32]]]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3runtime.documents.reference import Reference
+from m3runtime.documents.reference import Place, Reference
 from m3runtime.memory.block import HEADER_BYTES, BlockStamp, Ids, length, seal
 from m3runtime.storage.home import Batch
 
@@ -38,7 +38,7 @@ def make_blocks(ids: Ids, slot_bytes: int = SLOT_BYTES, stamp: BlockStamp = STAM
 def make_reference(id: int) -> Reference:
     """A reference; every third shares its source. Sources and texts hold what JSON and UTF-8 find hard."""
     text = f'Reference {id} says "naïve" \N{CLOUD} \\ \n to all.'
-    return Reference(text, source=f"notes/{id % 3}\udcff.md", start=3, end=3 + len(text), tokens=7)
+    return Reference(text, tokens=7, places=(Place(f"notes/{id % 3}\udcff.md", 3, 3 + len(text)),))
 
 
 def make_embeddings(ids: Ids) -> "np.typing.NDArray[np.float32]":

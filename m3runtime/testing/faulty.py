@@ -33,7 +33,7 @@ from torch import Tensor
 
 from m3runtime.errors import BankFullError, InputError, M3Error, TierError
 from m3runtime.memory.block import HEADER_BYTES, Found, Ids
-from m3runtime.storage.home import Batch, Home
+from m3runtime.storage.home import Batch, Changes, Home
 from m3runtime.storage.tier import CachingTier
 from m3runtime.testing.blocks import make_ids
 from m3runtime.testing.wrapping import InnerT, Wrapped, WrappedHome, WrappedTier
@@ -220,9 +220,9 @@ class FaultyHome(_Faulty[Home], WrappedHome):
 
     full = BankFullError
 
-    def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
+    def commit(self, batch: Batch, *, replacing: Ids | None = None, changes: Changes | None = None) -> None:
         def work(blocks: Tensor) -> None:
-            super(FaultyHome, self).commit(replace(batch, blocks=blocks), replacing=replacing)
+            super(FaultyHome, self).commit(replace(batch, blocks=blocks), replacing=replacing, changes=changes)
 
         self._tear("commit", batch.ids, batch.blocks, work)
 

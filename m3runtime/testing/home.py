@@ -8,16 +8,18 @@ from m3runtime.testing.home_cold import ColdLaws
 from m3runtime.testing.home_commits import CommitLaws
 from m3runtime.testing.home_contents import check_whole, contents
 from m3runtime.testing.home_durability import DurabilityLaws
+from m3runtime.testing.home_places import PlaceLaws
 from m3runtime.testing.tier import check_read
 
 __all__ = ["HomeContract", "check_whole", "contents"]
 
 
-class HomeContract(CommitLaws, ColdLaws, DurabilityLaws):
+class HomeContract(CommitLaws, PlaceLaws, ColdLaws, DurabilityLaws):
     """The laws of `Home`. Subclass it as ``TestMyHome``, open the home and its back door: see `TierContract`.
 
-    Its themes: the content of a home (here), transactions (`CommitLaws`), references without a block (`ColdLaws`), and
-    durability and other processes (`DurabilityLaws`).
+    Its themes: the content of a home (here), transactions (`CommitLaws`), places and the states of their
+    sources (`PlaceLaws`), references without a block (`ColdLaws`), and durability and other processes
+    (`DurabilityLaws`).
     """
 
     def test_a_new_home_holds_nothing(self, home: Home) -> None:
@@ -27,6 +29,7 @@ class HomeContract(CommitLaws, ColdLaws, DurabilityLaws):
         assert home.ids().dtype == np.uint64
         assert home.ids_of("anything").tolist() == []
         assert home.sources() == {}
+        assert home.states() == {}
         assert list(home.embeddings()) == []
         assert home.find(["anything", ""]) == [None, None]
         assert home.references(make_ids(0, 1)) == [None, None]

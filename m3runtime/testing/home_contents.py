@@ -24,6 +24,7 @@ def contents(home: Home) -> dict[str, Any]:
         "references": home.references(ids),
         "embeddings": [(i.tolist(), v.tolist()) for i, v in home.embeddings()],
         "sources": dict(home.sources()),
+        "states": dict(home.states()),
         "quarantined": dict(home.quarantined()),
         "cold": home.cold().tolist(),
         "manifest": home.get_meta("manifest"),

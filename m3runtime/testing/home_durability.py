@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from m3runtime.documents.reference import Place
+from m3runtime.documents.sources import SourceState
 from m3runtime.errors import BankBusyError, BankMissingError, TierReadOnlyError
-from m3runtime.storage.home import Home
+from m3runtime.storage.home import Changes, Home
 from m3runtime.testing.blocks import make_batch, make_blocks, make_ids
 from m3runtime.testing.cachestat import can_tell, unsynced_files
 from m3runtime.testing.home_cold import catalogue
@@ -27,6 +29,9 @@ CHANGES: dict[str, Change] = {
     "last commit": lambda home: home.commit(make_batch([40])),
     "catalogue": lambda home: catalogue(home, make_ids(41, 42, 43)),
     "fill": lambda home: home.fill(make_ids(43, 41), make_blocks(make_ids(43, 41))),
+    "change": lambda home: home.change(
+        Changes({42: (Place("here", 0, 1), Place("there", 5, 6, {"page": "7"}))}, {"here": SourceState(1, 2, "3", "4")})
+    ),
 }
 """Every kind of change, one after the other."""
 
@@ -98,6 +103,8 @@ class DurabilityLaws(HomeLaws):
                 lambda: again.commit(make_batch([]), replacing=make_ids(1)),
                 lambda: write(again, make_ids(4)),
                 lambda: again.discard(make_ids(1)),
+                lambda: again.change(Changes({1: ()})),
+                lambda: again.change(Changes(states={"a": None})),
                 lambda: again.quarantine(1, "bad"),
                 lambda: again.set_meta("a", b"1"),
             )

@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 
 from m3runtime.memory.block import Ids
-from m3runtime.storage.home import Home
+from m3runtime.storage.home import Changes, Home
 from m3runtime.storage.tier import Tier
 from m3runtime.testing.blocks import make_batch, make_blocks, make_embeddings, make_ids
 from m3runtime.testing.tier import UNKNOWN, TierContract
@@ -65,6 +65,8 @@ class HomeLaws(TierContract):
             tier.ids,
             lambda: tier.ids_of("a"),
             tier.sources,
+            tier.states,
+            lambda: tier.change(Changes()),
             lambda: list(tier.embeddings()),
             lambda: list(tier.embeddings(ids)),
             lambda: tier.quarantine(UNKNOWN, "bad"),

@@ -7,7 +7,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from m3runtime.memory.block import Found, Ids
-from m3runtime.storage.home import Batch, Home
+from m3runtime.storage.home import Batch, Changes, Home
 from m3runtime.storage.tier import CachingTier
 from m3runtime.testing.wrapping import InnerT, Wrapped, WrappedHome, WrappedTier
 
@@ -61,9 +61,9 @@ class SlowTier(_Slow[CachingTier], WrappedTier):
 class SlowHome(_Slow[Home], WrappedHome):
     """A home that takes its time, as on a drive that turns or beyond a network."""
 
-    def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
+    def commit(self, batch: Batch, *, replacing: Ids | None = None, changes: Changes | None = None) -> None:
         self.transfer(len(batch.ids))
-        super().commit(batch, replacing=replacing)
+        super().commit(batch, replacing=replacing, changes=changes)
 
     def fill(self, ids: Ids, blocks: Tensor) -> Found:
         self.transfer(len(ids))

@@ -8,9 +8,10 @@ import numpy.typing as npt
 from torch import Tensor
 
 from m3runtime.documents.reference import Reference
+from m3runtime.documents.sources import SourceState
 from m3runtime.memory.block import Found, Ids
 from m3runtime.storage.abilities import Persistent
-from m3runtime.storage.home import Batch, Damage, Home
+from m3runtime.storage.home import Batch, Changes, Damage, Home
 from m3runtime.storage.tier import CachingTier, Scores, Tier
 
 T = TypeVar("T")
@@ -72,11 +73,21 @@ class WrappedHome(Wrapped[Home], Home):
     def audit(self, progress: Callable[[int, int], None] | None = None) -> Iterator[Damage]:
         return self.around("audit", lambda: self.inner.audit(progress))
 
-    def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
-        self.around("commit", lambda: self.inner.commit(batch, replacing=replacing))
+    def commit(self, batch: Batch, *, replacing: Ids | None = None, changes: Changes | None = None) -> None:
+        self.around("commit", lambda: self.inner.commit(batch, replacing=replacing, changes=changes))
 
-    def catalogue(self, ids: Ids, references: Sequence[Reference], embeddings: npt.NDArray[np.float32]) -> None:
-        self.around("catalogue", lambda: self.inner.catalogue(ids, references, embeddings))
+    def catalogue(
+        self,
+        ids: Ids,
+        references: Sequence[Reference],
+        embeddings: npt.NDArray[np.float32],
+        *,
+        changes: Changes | None = None,
+    ) -> None:
+        self.around("catalogue", lambda: self.inner.catalogue(ids, references, embeddings, changes=changes))
+
+    def change(self, changes: Changes) -> None:
+        self.around("change", lambda: self.inner.change(changes))
 
     def cold(self, ids: Ids | None = None) -> Ids:
         return self.around("cold", lambda: self.inner.cold(ids))
@@ -87,8 +98,8 @@ class WrappedHome(Wrapped[Home], Home):
     def next_id(self) -> int:
         return self.around("next_id", self.inner.next_id)
 
-    def find(self, texts: Sequence[str]) -> list[int | None]:
-        return self.around("find", lambda: self.inner.find(texts))
+    def find(self, texts: Sequence[str], headings: Sequence[str] | None = None) -> list[int | None]:
+        return self.around("find", lambda: self.inner.find(texts, headings))
 
     def references(self, ids: Ids) -> list[Reference | None]:
         return self.around("references", lambda: self.inner.references(ids))
@@ -101,6 +112,9 @@ class WrappedHome(Wrapped[Home], Home):
 
     def sources(self) -> Mapping[str, int]:
         return self.around("sources", self.inner.sources)
+
+    def states(self) -> Mapping[str, SourceState]:
+        return self.around("states", self.inner.states)
 
     def embeddings(self, ids: Ids | None = None, batch: int = 4096) -> Iterator[tuple[Ids, npt.NDArray[np.float32]]]:
         return self.around("embeddings", lambda: self.inner.embeddings(ids, batch))

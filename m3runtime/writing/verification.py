@@ -171,7 +171,7 @@ class _Examination:
         damage = tuple(self._damage.values())
         ids = sorted({one.id for one in damage if one.id is not None})
         found, _ = records.references(self.home, as_ids(ids))
-        sources = {id: one.source for id, one in zip(ids, found, strict=True) if one is not None}
+        sources = {id: one.places[0].name for id, one in zip(ids, found, strict=True) if one is not None}
         quarantined = len(records.quarantined(self.home))
         return VerifyReport(
             self.blocks, self.good, self.bytes, quarantined, damage, sources, tuple(self.notes), self.cold

@@ -206,7 +206,7 @@ def _groups(bank: Bank, references: ReferenceSpool, tally: _Tally, *, catalogue:
 
     source = iter(references)
     while some := list(islice(source, GROUP)):
-        found = bank.home.find([one.text for one in some])
+        found = bank.home.find([one.text for one in some], [one.heading for one in some])
         known = as_ids([id for id in found if id is not None])
         lacking = set() if catalogue else set(bank.home.cold(known).tolist())
         for one, id in zip(some, found, strict=True):

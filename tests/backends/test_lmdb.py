@@ -106,9 +106,9 @@ def test_an_environment_of_another_program(tmp_path: Path) -> None:
 
 def test_a_newer_format(tmp_path: Path) -> None:
     LmdbHome(path=tmp_path, slot_bytes=SLOT_BYTES).close()
-    raw(tmp_path, "home", b"version", b"3")
+    raw(tmp_path, "home", b"version", b"4")
     with pytest.raises(
-        BankFormatError, match="LMDB home has schema 3, this release reads 2; install a newer m3runtime"
+        BankFormatError, match="LMDB home has schema 4, this release reads 3; install a newer m3runtime"
     ):
         LmdbHome(path=tmp_path)
 
@@ -117,7 +117,7 @@ def test_an_older_format(tmp_path: Path) -> None:
     LmdbHome(path=tmp_path, slot_bytes=SLOT_BYTES).close()
     raw(tmp_path, "home", b"version", b"1")
     raw(tmp_path, "home", b"slot_bytes", b"%d" % SLOT_BYTES)
-    with pytest.raises(BankFormatError, match="LMDB home has schema 1, this release reads 2; write the bank anew"):
+    with pytest.raises(BankFormatError, match="LMDB home has schema 1, this release reads 3; write the bank anew"):
         LmdbHome(path=tmp_path)
 
 

@@ -1,5 +1,6 @@
 """Cold references in an LMDB home: what its audit finds, homes of earlier releases, and room."""
 
+import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -10,8 +11,10 @@ import pytest
 
 from m3backends.lmdb.compression import ENOUGH
 from m3backends.lmdb.home import LmdbHome
+from m3runtime.documents.reference import Place
+from m3runtime.documents.sources import SourceState
 from m3runtime.errors import BankFormatError, BankFullError
-from m3runtime.storage.home import Damage
+from m3runtime.storage.home import Changes, Damage
 from m3runtime.testing.blocks import SLOT_BYTES, make_batch, make_blocks, make_ids
 from m3runtime.testing.home import check_whole, contents
 from m3runtime.testing.home_cold import catalogue
@@ -43,12 +46,18 @@ def add(home: LmdbHome, id: int) -> None:
     home.catalogue(batch.ids, batch.references, batch.embeddings)
 
 
-def without_cold(path: Path) -> None:
-    """Make it a home of an earlier release."""
+def without_later(path: Path) -> None:
+    """Make it a home of an earlier release: of schema 2, whose references have one place and no heading."""
     with lmdb.open(str(path), max_dbs=16, map_size=1 << 30) as env:
-        db = env.open_db(b"cold", create=False)
-        with env.begin(write=True) as txn:
-            txn.drop(db)
+        for name in (b"cold", b"states"):
+            db = env.open_db(name, create=False)
+            with env.begin(write=True) as txn:
+                txn.drop(db)
+    change(path, "home", b"version", lambda _: b"2")
+    for key, value in records(path, "references"):
+        text, tokens, _, ((source, start, end, _),) = json.loads(value[8:].decode("utf-8", "surrogatepass"))
+        fields = json.dumps([text, source, start, end, tokens], ensure_ascii=False).encode("utf-8", "surrogatepass")
+        change(path, "references", key, lambda _, key=key, fields=fields: sealed("references", key, fields))
 
 
 def test_cold_references_are_no_damage(path: Path) -> None:
@@ -105,9 +114,10 @@ def test_a_home_of_an_earlier_release_is_read_and_written(tmp_path: Path, read_o
         home.commit(unit_batch(range(3)))
         home.quarantine(1, "rotten")
         before = contents(home)
-    without_cold(tmp_path)
+    without_later(tmp_path)
     with LmdbHome(path=tmp_path, read_only=read_only) as home:
         assert contents(home) == before
+        assert home.states() == {}
         assert home.cold(make_ids(0, 1, 7)).tolist() == []
         assert list(home.audit()) == []
         if not read_only:
@@ -115,19 +125,22 @@ def test_a_home_of_an_earlier_release_is_read_and_written(tmp_path: Path, read_o
             add(home, 5)
             assert home.fill(make_ids(5, 1), make_blocks(make_ids(5, 1))).tolist() == [True, False]
             add(home, 6)
+            home.change(Changes({2: (Place("moved", 0, 1),)}, {"moved": SourceState(1, 2, "3", "4")}))
     if not read_only:
         with LmdbHome(path=tmp_path, read_only=True) as home:
             assert check_read(home, make_ids(2, 5)).all()
             assert home.ids().tolist() == [2, 5, 6]
             assert home.cold().tolist() == [6]
+            assert (home.ids_of("moved").tolist(), list(home.states())) == ([2], ["moved"])
             assert list(home.audit()) == []
+    assert (b"version", b"2" if read_only else b"3") in records(tmp_path, "home")
 
 
 def test_a_home_that_is_refused_is_left_as_it_is(tmp_path: Path) -> None:
     with LmdbHome(path=tmp_path, slot_bytes=SLOT_BYTES) as home:
         home.commit(make_batch([1]))
-    without_cold(tmp_path)
-    change(tmp_path, "home", b"version", lambda _: b"3")
+    without_later(tmp_path)
+    change(tmp_path, "home", b"version", lambda _: b"4")
     before = (tmp_path / "data.mdb").read_bytes()
     with pytest.raises(BankFormatError):
         LmdbHome(path=tmp_path)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from m3backends.lmdb.home import LmdbHome
+from m3runtime.documents.reference import Place
 from m3runtime.errors import BankError, InputError, M3Error, RecordError
 from m3runtime.storage.home import Damage
 from m3runtime.testing.blocks import DIM, LAST_ID, SLOT_BYTES, make_ids, make_reference
@@ -191,7 +192,7 @@ def test_what_is_damaged_is_forgotten_without_a_trace(path: Path, ids: list[int]
         assert check_read(home, left).all()
         assert home.references(left) == [make_reference(id) for id in left.tolist()]
         assert not check_read(home, make_ids(*ids)).any()
-        texts = [replace(make_reference(id), source="elsewhere") for id in ids]
+        texts = [replace(make_reference(id), places=(Place("elsewhere", 0, 1),)) for id in ids]
         home.commit(replace(unit_batch(range(20, 20 + len(ids))), references=texts))
         assert home.ids_of("elsewhere").tolist() == list(range(20, 20 + len(ids)))
         assert audited(home) == []

@@ -20,7 +20,7 @@ from m3runtime.bank.bank import Bank
 from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs.raw import RawCodec
 from m3runtime.config.schema import Config
-from m3runtime.documents.reference import Reference
+from m3runtime.documents.reference import Place, Reference
 from m3runtime.errors import InputError
 from m3runtime.memory.block import Found, Ids, as_ids
 from m3runtime.memory.spec import MemorySpec
@@ -240,7 +240,10 @@ def memories() -> MemoryTensors:
 
 def references() -> list[Reference]:
     counts = memories().tokens.tolist()
-    return [Reference(text, "words.txt", 0, len(text), count) for text, count in zip(TEXTS, counts, strict=True)]
+    return [
+        Reference(text, count, places=(Place("words.txt", 0, len(text)),))
+        for text, count in zip(TEXTS, counts, strict=True)
+    ]
 
 
 def embedder_of(runtime: Runtime) -> WordEmbedder:

@@ -90,10 +90,10 @@ def test_documents_are_their_passages_and_references(given: tuple[list[int], int
     tokens = Words()
     for document in texts:
         rest = document.text
-        for passage in reversed([one for one in corpus.passages if one.source == document.source]):
+        for passage in reversed([one for one in corpus.passages if one.source == document.name]):
             assert document.text[passage.start :].startswith(passage.text)
             rest = rest[: passage.start] + " " + rest[passage.start + len(passage.text) :]
-        references = [reference.text for reference in corpus.references if reference.source == document.source]
+        references = [reference.text for reference in corpus.references if reference.source == document.name]
         # A single word is no reference: there may be one before the passage, one after it and one at the end.
         said, remembered = rest.split(), " ".join(references).split()
         assert [word for word in said if word in remembered] == remembered
@@ -111,7 +111,7 @@ def test_passages_lie_apart_and_leave_half_of_a_document(per_document: int, leng
         assert per_document == 2, "the first may lie where no second one has room"
         return
     for document in texts:
-        passages = [one for one in corpus.passages if one.source == document.source]
+        passages = [one for one in corpus.passages if one.source == document.name]
         assert len(passages) == per_document
         ends = 0
         for passage in passages:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
-from m3runtime.documents.reference import Reference
+from m3runtime.documents.reference import Place, Reference
 from m3runtime.errors import ConfigError, TierClosedError, TierError
 from m3runtime.recall.lease import Entry, Lease, Loaded
 from m3runtime.recall.memory_store import MemoryStore
@@ -17,7 +17,7 @@ from m3runtime.testing.threads import together
 
 FULL = 8
 """Most bytes of a part, here."""
-REFERENCE = Reference("a text", "a source", 0, 6, 2)
+REFERENCE = Reference("a text", 2, places=(Place("a source", 0, 6),))
 
 
 def store(parts: int, eviction: str = "lru") -> MemoryStore:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from m3runtime.documents.html import html_text
 from m3runtime.documents.reading import Document, find_files, read_documents
-from m3runtime.documents.reference import Reference
+from m3runtime.documents.reference import Place, Reference
 from m3runtime.documents.splitting import CountTokens, Splitter
 from m3runtime.documents.spool import ReferenceSpool
 from m3runtime.errors import ConfigError, InputError
@@ -92,9 +92,9 @@ class TestReading:
         ]
         path = write(tmp_path / "a.jsonl", "\ufeff" + "\r\n".join(map(json.dumps, lines)) + "\n\n")
         assert list(read_documents([path])) == [
-            Document(f"{path}:1", "one"),
-            Document(f"{path}:7", "two\nlines"),
-            Document(f"{path}:manual", "three"),
+            Document(str(path), "one", {"record": "1"}),
+            Document(str(path), "two\nlines", {"record": "7"}),
+            Document(str(path), "three", {"record": "manual"}),
         ]
 
     def test_json_lines_with_another_field(self, tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ class TestSplitting:
         assert Splitter(TINY).split(text) == []
 
     def test_one_word(self) -> None:
-        assert Splitter(TINY).split(" word\n") == [Reference("word", "", 1, 5, 1)]
+        assert Splitter(TINY).split(" word\n") == [Reference("word", 1, places=(Place("", 1, 5),))]
 
     def test_sentences_are_kept_whole(self) -> None:
         text = "One two three. Four five six. Seven eight nine."

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ class TestWrite:
     def test_another_field_of_json_lines(self, place: Place) -> None:
         place.text("a.jsonl", '{"body": "The body of a record.", "source": "first"}\n')
         place.m3("write", "a.jsonl", "--text-field", "body")
-        assert place.m3("inspect", "--json").json["sources"] == {"a.jsonl:first": 1}
+        assert place.m3("inspect", "--json").json["sources"] == {"a.jsonl": 1}
 
     def test_codecs(self, new_place: NewPlace, tmp_path: Path) -> None:
         for codec in (
@@ -196,7 +197,7 @@ class TestAsk:
         }
         best = max(answer["memories"], key=lambda memory: memory["score"])
         assert best["source"] == source
-        assert best.keys() == {"id", "score", "source", "text"}
+        assert best.keys() == {"id", "score", "source", "heading", "places", "text"}
 
     def test_plain(self, written_once: Place) -> None:
         question = QUESTIONS["facts/lamp.txt"]
@@ -259,7 +260,7 @@ class TestInspect:
     def test_the_bank(self, written_once: Place) -> None:
         facts = quiet(written_once.m3("inspect", "--json")).json
         assert (facts["memories"], facts["quarantined"]) == (6, 0)
-        assert facts["sources"] == dict.fromkeys([*QUESTIONS, "facts/birds.jsonl:herons"], 1)
+        assert facts["sources"] == {**{f"facts/{name}": 1 for name in FACTS}, "facts/birds.jsonl": 2}
         assert facts["spec"]["layers"] == [0, 1, 2, 3]
         assert facts["codec"]["kind"] == "scalar"
         plain = quiet(written_once.m3("inspect")).out
@@ -272,12 +273,13 @@ class TestInspect:
             facts = quiet(written_once.m3("inspect", id, "--json")).json
             assert facts == {
                 "id": id,
-                "source": reference.source,
-                "span": f"{reference.start}-{reference.end}",
+                "source": reference.places[0].name,
+                "heading": "",
+                "places": [asdict(place) for place in reference.places],
+                "text": reference.text,
                 "tokens": reference.tokens,
                 "block_bytes": len(contents.blocks[id]),
                 "block": "good",
-                "text": reference.text,
             }
         assert "block: good\n" in written_once.m3("inspect", 0).out
 

@@ -40,7 +40,7 @@ from m3runtime.memory import block
 from m3runtime.config.schema import Config
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.runtime import Runtime
-from m3runtime.documents.reference import Reference
+from m3runtime.documents.reference import Place, Reference
 from m3runtime.storage.home import Batch
 
 
@@ -57,7 +57,8 @@ def memories(spec, ids):
 
 def reference(id):
     text = f"Keeper {id} lit the lamp on day {id * 37 % 1000}."
-    return Reference(text, f"log/{id % 5}.md", 0, len(text), 128)  # as many tokens as make large blocks
+    # As many tokens as make large blocks.
+    return Reference(text, 128, places=(Place(f"log/{id % 5}.md", 0, len(text)),))
 
 
 def write(runtime, random):

@@ -419,7 +419,7 @@ from m3runtime.config.schema import Config
 from m3runtime.memory.block import as_ids
 from m3runtime.writing.encoding import Group
 from m3runtime.runtime import Runtime
-from m3runtime.documents.reference import Reference
+from m3runtime.documents.reference import Place, Reference
 
 config = Config.load("m3.yaml", environ={})
 adapter = assembly.open_adapter(config)
@@ -429,7 +429,8 @@ with Runtime.open(config) as runtime:
     number = 0
     while not ended.is_set():
         texts = [f"The keeper of lamp {number + i} rests." for i in range(3)]
-        references = [Reference(text, "log", 0, len(text), adapter.count_tokens(text)) for text in texts]
+        places = (Place("log", 0, 1),)
+        references = [Reference(text, adapter.count_tokens(text), places=places) for text in texts]
         first = runtime.bank.home.next_id()
         group = Group(runtime.bank, as_ids(range(first, first + 3)), references)
         group.encode(adapter, 3)

@@ -15,6 +15,7 @@ from m3runtime.bank.bank import Bank
 from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs.product.codec import ProductCodec
 from m3runtime.config.schema import Config
+from m3runtime.documents import reference as documents
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import M3Error
 from m3runtime.memory import block
@@ -50,7 +51,9 @@ def make_reference(id: int, salt: str = "") -> Reference:
     """Of words that the queries share."""
     words = WORDS.split()
     text = f"{salt}Keeper {id}: {words[id % 16]} {words[id * 5 % 16]} {words[id * 7 % 16]}, page {id}."
-    return Reference(text, f"notes/{id % 4}.md", id, id + len(text), 1 + 3 * id % SPEC.tokens)
+    return Reference(
+        text, 1 + 3 * id % SPEC.tokens, places=(documents.Place(f"notes/{id % 4}.md", id, id + len(text)),)
+    )
 
 
 def make_bank(place: Place, salt: str = "", seed: int = 0) -> None:

@@ -152,7 +152,7 @@ CASES: dict[str, Case] = {
     "set apart for no text": sealed("quarantine", b"\xff\xfe", LESS),
     "nobody set apart": sealed("quarantine", b"why not", "^whole$|^less$", raw.key_of(999)),
     "version 1": stored("home", b"1", REFUSED, b"version"),
-    "version 3": stored("home", b"3", REFUSED, b"version"),
+    "version 4": stored("home", b"4", REFUSED, b"version"),
     "version 10^19": stored("home", b"1" + b"0" * 19, REFUSED, b"version"),
     "a version of 5000 digits": stored("home", b"9" * 5000, REFUSED, b"version"),
     "a version that is no number": stored("home", b"two\n", REFUSED, b"version"),

@@ -17,7 +17,7 @@ from m3runtime.bank.bank import Bank
 from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs.raw import RawCodec
 from m3runtime.config.schema import Config
-from m3runtime.documents.reference import Reference
+from m3runtime.documents.reference import Place, Reference
 from m3runtime.memory.block import Found, Ids, as_ids
 from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.retrieval.retriever import Retriever
@@ -103,7 +103,7 @@ def make_runtime(
     memories = adapter.encode(texts)
     ids = as_ids(range(bank.home.next_id(), bank.home.next_id() + len(texts)))
     references = [
-        Reference(text, "book.txt", 0, len(text), int(tokens))
+        Reference(text, int(tokens), places=(Place("book.txt", 0, len(text)),))
         for text, tokens in zip(texts, memories.tokens, strict=True)
     ]
     vectors = embedder.embed_references(texts)

@@ -1,7 +1,7 @@
 """The audit of a home's records: is every one sound, and do all agree with each other?"""
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import lmdb
 import numpy as np
@@ -11,16 +11,19 @@ from m3backends.lmdb.forgetting import members_of
 from m3backends.lmdb.records import (
     SEAL_BYTES,
     digest,
+    identity,
     pack_id,
     unpack_id,
     unpack_number,
     unpack_reference,
     unpack_source,
+    unpack_state,
     unpack_text,
 )
 from m3backends.lmdb.schema import Databases, above_all
 from m3backends.lmdb.structure import structure_problems
 from m3backends.lmdb.table import RecordTable
+from m3runtime.documents.reference import Reference
 from m3runtime.errors import RecordError
 from m3runtime.storage.home import Damage
 
@@ -53,6 +56,8 @@ def audit(environment: Environment, db: Databases, progress: Callable[[int, int]
     ]
     if db.cold.exists:
         walks.append(_Walk("home", db.cold.handle, books.cold))
+    if db.states.exists:
+        walks.append(_Walk("home", db.states.handle, books.state))
     steps = environment.read(lambda txn: sum(txn.stat(walk.database)["entries"] for walk in walks))
     done = 0
     for walk in walks:
@@ -130,13 +135,14 @@ class _Books:
             yield id, "its record is damaged"
             return
         try:
-            of_text = self._db.digests.read(txn, digest(reference.text), unpack_id)
+            of_text = self._db.digests.read(txn, identity(reference), unpack_id)
             if of_text != id:
                 yield id, f"its text stands for {of_text}"
         except RecordError:
             yield id, "the record of its text's digest is damaged"
-        if not txn.cursor(self._db.members).set_key_dup(digest(reference.source), key):
-            yield id, "its source does not list it"
+        for source in reference.sources:
+            if not txn.cursor(self._db.members).set_key_dup(digest(source), key):
+                yield id, "its source does not list it"
         if not _has(txn, self._db.embeddings.handle, key):
             yield id, "it has no embedding"
         if not (_has(txn, self._db.blocks, key) or self._db.cold.has(txn, key)):
@@ -146,15 +152,17 @@ class _Books:
         id = _read(self._db.digests, key, stored, unpack_id)
         if id is None:
             yield None, f"the record of the text with digest {key.hex()[:16]} is damaged"
-        elif (text := self._field(txn, pack_id(id), "text")) not in (None, key):
-            yield id, "there is a text for it and no reference" if not text else "there is another text for it"
+        elif (one := self._reference(txn, pack_id(id))) != "damaged" and (one is None or identity(one) != key):
+            yield id, "there is a text for it and no reference" if one is None else "there is another text for it"
 
     def member(self, txn: ReadTransaction, key: bytes, member: memoryview) -> Defects:
         id = _id(member)
         if id is None or not _has(txn, self._db.sources.handle, key):
             yield id, f"it is listed by the source with digest {key.hex()[:16]}, which is unknown"
-        elif (source := self._field(txn, bytes(member), "source")) not in (None, key):
-            yield id, "a source lists it and it has no reference" if not source else "another source lists it"
+        elif (one := self._reference(txn, bytes(member))) != "damaged" and (
+            one is None or key not in map(digest, one.sources)
+        ):
+            yield id, "a source lists it and it has no reference" if one is None else "another source lists it"
 
     def source(self, txn: ReadTransaction, key: bytes, stored: memoryview) -> Defects:
         known, members = _read(self._db.sources, key, stored, unpack_source), members_of(txn, self._db, key)
@@ -203,13 +211,17 @@ class _Books:
         if not _sound(self._db.meta, key, stored):
             yield None, f"the record {ascii(key)[2:-1]} of meta is damaged"
 
-    def _field(self, txn: ReadTransaction, key: bytes, field: str) -> bytes | None:
-        """The digest of the text or source of a reference, empty if there is none, None if it is damaged."""
+    def state(self, _: ReadTransaction, key: bytes, stored: memoryview) -> Defects:
+        known = _read(self._db.states, key, stored, unpack_state)
+        if known is None or digest(known[0]) != key:
+            yield None, f"the state of the source with digest {key.hex()[:16]} is damaged"
+
+    def _reference(self, txn: ReadTransaction, key: bytes) -> "Reference | Literal['damaged'] | None":
+        """The reference of an id, if there is any."""
         try:
-            reference = self._db.references.read(txn, key, unpack_reference)
+            return self._db.references.read(txn, key, unpack_reference)
         except RecordError:
-            return None
-        return b"" if reference is None else digest(getattr(reference, field))
+            return "damaged"
 
 
 def _read(table: RecordTable, key: bytes, stored: memoryview, unpack: Callable[[memoryview], T]) -> T | None:

@@ -1,4 +1,7 @@
-"""Forgetting, damaged records included: their traces are searched for where no record names them."""
+"""Forgetting, damaged records included: their traces are searched for where no record names them.
+
+A source that loses a reference loses its state, too, so that it is read anew when it is written again.
+"""
 
 import numpy as np
 
@@ -7,6 +10,7 @@ from m3backends.lmdb.records import (
     SEAL_BYTES,
     Source,
     digest,
+    identity,
     pack_ids,
     pack_source,
     unpack_id,
@@ -47,10 +51,8 @@ def _forget_known(txn: WriteTransaction, db: Databases, key: bytes) -> bool:
         return False
     if reference is None:
         return False
-    source = digest(reference.source)
-    listed = txn.delete(source, key, db=db.members)
-    _leave(txn, db, source, unpack_id(key), reference.source)
-    return _forget_text(txn, db, key, digest(reference.text)) and listed
+    listed = [leave(txn, db, source, key) for source in reference.sources]
+    return _forget_text(txn, db, key, identity(reference)) and all(listed)
 
 
 def _forget_text(txn: WriteTransaction, db: Databases, key: bytes, text: bytes) -> bool:
@@ -68,17 +70,22 @@ def _forget_lost(txn: WriteTransaction, db: Databases, lost: dict[bytes, bool]) 
         db.digests.delete(txn, text)
     for source, key in [(source, key) for source, key in txn.cursor(db.members) if key in lost]:
         txn.delete(source, key, db=db.members)
+        db.states.delete(txn, source)
         _unlist(txn, db, source, unpack_id(key), counted=lost[key])
 
 
-def _leave(txn: WriteTransaction, db: Databases, source: bytes, id: int, name: str) -> None:
-    """Take a reference off its source's count. A damaged record of the source is mended with ``name``."""
+def leave(txn: WriteTransaction, db: Databases, name: str, key: bytes) -> bool:
+    """Take a reference off a source that lists it; false if it does not. A damaged record of the source is mended."""
+    source = digest(name)
+    listed = txn.delete(source, key, db=db.members)
+    db.states.delete(txn, source)
     try:
         known = db.sources.read(txn, source, unpack_source)
     except RecordError:
         _store(txn, db, source, Source(name, 0, 0).with_more(members_of(txn, db, source).tolist()))
     else:
-        _store(txn, db, source, known and known.without(id))
+        _store(txn, db, source, known and known.without(unpack_id(key)))
+    return listed
 
 
 def _unlist(txn: WriteTransaction, db: Databases, source: bytes, id: int, *, counted: bool) -> None:

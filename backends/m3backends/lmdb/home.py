@@ -23,23 +23,15 @@ from m3backends.lmdb.compression import (
 )
 from m3backends.lmdb.environment import Durability, Environment, ReadTransaction, WriteTransaction
 from m3backends.lmdb.forgetting import forget
+from m3backends.lmdb.placing import join, move, state
 from m3backends.lmdb.reader import LmdbReader
-from m3backends.lmdb.records import (
-    Source,
-    digest,
-    pack_id,
-    pack_ids,
-    pack_reference,
-    pack_source,
-    pack_text,
-    unpack_source,
-)
-from m3backends.lmdb.schema import Databases, create_folder, open_databases, store_packing
+from m3backends.lmdb.records import identity, pack_id, pack_ids, pack_reference, pack_text
+from m3backends.lmdb.schema import Databases, create_folder, open_databases, state_schema, store_packing
 from m3runtime.config.units import Size
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError
 from m3runtime.memory.block import Found, Ids, Rows
-from m3runtime.storage.home import Batch, Damage
+from m3runtime.storage.home import Batch, Changes, Damage
 from m3runtime.storage.tier import check_ids
 
 
@@ -113,15 +105,32 @@ class LmdbHome(LmdbReader):
 
         self._environment.write(work, need=size)
 
-    def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
+    def commit(self, batch: Batch, *, replacing: Ids | None = None, changes: Changes | None = None) -> None:
         """Add a batch in one transaction; see `Home.commit`."""
         stored, size = self._packed(batch.ids, batch.blocks)
-        self._add(batch.ids, batch.references, batch.embeddings, stored, size, replacing)
+        self._add(batch.ids, batch.references, batch.embeddings, stored, size, replacing, changes)
 
-    def catalogue(self, ids: Ids, references: Sequence[Reference], embeddings: npt.NDArray[np.float32]) -> None:
+    def catalogue(
+        self,
+        ids: Ids,
+        references: Sequence[Reference],
+        embeddings: npt.NDArray[np.float32],
+        *,
+        changes: Changes | None = None,
+    ) -> None:
         """Add cold references in one transaction; see `Home.catalogue`."""
         check_ids(ids)
-        self._add(ids, references, embeddings, None, 0, None)
+        self._add(ids, references, embeddings, None, 0, None, changes)
+
+    def change(self, changes: Changes) -> None:
+        """Change places and states in one transaction; see `Home.change`."""
+
+        def work(txn: WriteTransaction) -> None:
+            state_schema(txn, self._db)
+            move(txn, self._db, changes.places)
+            state(txn, self._db, changes.states)
+
+        self._environment.write(work, reserve=True)
 
     def fill(self, ids: Ids, blocks: Tensor) -> Found:
         """Give cold ids their blocks in one transaction; see `Home.fill`."""
@@ -146,6 +155,7 @@ class LmdbHome(LmdbReader):
         stored: Sequence[bytes | memoryview] | None,
         size: int,
         replacing: Ids | None,
+        changes: Changes | None,
     ) -> None:
         """Add references with the stored form of their blocks, ``size`` bytes; without it they are cold."""
         count = len(ids)
@@ -156,31 +166,35 @@ class LmdbHome(LmdbReader):
             raise InputError("a batch has embeddings that are not finite")
         if len(np.unique(ids)) != count:
             raise InputError("a batch has an id twice")
+        if not all(reference.places for reference in references):
+            raise InputError("a batch has a reference without a place")
+        changes = changes or Changes()
 
         def work(txn: WriteTransaction) -> None:
             if replacing is not None:
                 forget(txn, self._db, replacing)
+            state_schema(txn, self._db)
+            move(txn, self._db, changes.places)
             self._use(txn, ids)
             if count:
                 self._check_length(txn, vectors.shape[1])
             for row, (key, reference) in enumerate(zip(pack_ids(ids), references, strict=True)):
-                if not self._db.digests.put(txn, digest(reference.text), key, overwrite=False):
+                if not self._db.digests.put(txn, identity(reference), key, overwrite=False):
                     raise InputError(f"id {ids[row]}: its text is remembered already: {reference.text[:60]!r}")
                 if stored is None:
                     self._db.cold.put(txn, key, b"")
                 else:
                     txn.put(key, stored[row], db=self._db.blocks)
                 self._db.references.put(txn, key, pack_reference(reference))
-                txn.put(digest(reference.source), key, db=self._db.members)
                 self._db.embeddings.put(txn, key, vectors[row].tobytes())
             members: dict[str, list[int]] = {}
             for id, reference in zip(ids.tolist(), references, strict=True):
-                members.setdefault(reference.source, []).append(id)
-            for name, more in members.items():
-                source = self._db.sources.read(txn, digest(name), unpack_source) or Source(name, 0, 0)
-                self._db.sources.put(txn, digest(name), pack_source(source.with_more(more)))
+                for name in reference.sources:
+                    members.setdefault(name, []).append(id)
+            join(txn, self._db, members)
+            state(txn, self._db, changes.states)
 
-        texts = sum(len(reference.text) + len(reference.source) for reference in references)
+        texts = sum(len(pack_reference(reference)) for reference in references)
         self._environment.write(work, need=size + vectors.nbytes + 4 * texts)
 
     def discard(self, ids: Ids) -> None:

@@ -1,6 +1,7 @@
 """`LmdbReader`: the half of `LmdbHome` that reads."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,13 @@ from m3backends.lmdb.records import (
     unpack_number,
     unpack_reference,
     unpack_source,
+    unpack_state,
     unpack_text,
 )
 from m3backends.lmdb.schema import Databases
 from m3runtime.documents.reference import Reference
+from m3runtime.documents.sources import SourceState
+from m3runtime.errors import RecordError
 from m3runtime.memory.block import HEADER_BYTES, Found, Ids, Rows, length
 from m3runtime.storage.home import Home
 from m3runtime.storage.tier import check_rows
@@ -91,13 +95,10 @@ class LmdbReader(Home):
         """The id above all that were ever used."""
         return self._environment.read(self._next_id)
 
-    def find(self, texts: Sequence[str]) -> list[int | None]:
+    def find(self, texts: Sequence[str], headings: Sequence[str] | None = None) -> list[int | None]:
         """The ids of the references with exactly these texts, or None; quarantined ones are found, too."""
-
-        def work(txn: ReadTransaction) -> list[int | None]:
-            return [self._db.digests.read(txn, digest(text), unpack_id) for text in texts]
-
-        return self._environment.read(work)
+        keys = [digest(text, heading) for text, heading in zip(texts, headings or [""] * len(texts), strict=True)]
+        return self._environment.read(lambda txn: [self._db.digests.read(txn, key, unpack_id) for key in keys])
 
     def references(self, ids: Ids) -> list[Reference | None]:
         """The references of ids, or None; those of quarantined ids are found, too."""
@@ -145,6 +146,19 @@ class LmdbReader(Home):
         return self._environment.read(
             lambda txn: {known.name: known.count for _, known in self._db.sources.items(txn, unpack_source)}
         )
+
+    def states(self) -> Mapping[str, SourceState]:
+        """The states of sources that are known; a damaged record is left out."""
+
+        def work(txn: ReadTransaction) -> dict[str, SourceState]:
+            found = {}
+            for key, stored in txn.cursor(self._db.states.handle) if self._db.states.exists else ():
+                with suppress(RecordError):
+                    name, state = self._db.states.unpack(key, self._db.states.open(key, stored), unpack_state)
+                    found[name] = state
+            return found
+
+        return self._environment.read(work)
 
     def embeddings(self, ids: Ids | None = None, batch: int = 4096) -> Iterator[tuple[Ids, npt.NDArray[np.float32]]]:
         """Embeddings in batches, as `Home.embeddings` says. Given ids are found in quarantine, too."""

@@ -6,13 +6,15 @@ names do, hence ``surrogatepass``. Functions that read raise `ValueError` for by
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import xxhash
 
-from m3runtime.documents.reference import Reference
+from m3runtime.documents.reference import Place, Reference
+from m3runtime.documents.sources import SourceState
 from m3runtime.memory.block import Ids
 
 SEAL_BYTES = 8
@@ -62,26 +64,74 @@ def unpack_text(value: bytes | memoryview) -> str:
     return bytes(value).decode("utf-8", "surrogatepass")
 
 
-def digest(text: str) -> bytes:
-    """BLAKE2b of a text, 32 bytes. Cryptographic: nobody can write two texts that share one."""
-    return blake2b(pack_text(text), digest_size=32).digest()
+def digest(text: str, heading: str = "") -> bytes:
+    """BLAKE2b of a text, or of a text under its heading, 32 bytes.
+
+    Cryptographic: nobody can write two that share one.
+    """
+    if not heading:
+        return blake2b(pack_text(text), digest_size=32).digest()
+    packed = pack_text(heading)
+    under = len(packed).to_bytes(4, "big") + packed
+    return blake2b(under + pack_text(text), digest_size=32, person=b"heading").digest()
+
+
+def identity(reference: Reference) -> bytes:
+    """The digest of a reference's text and heading."""
+    return digest(reference.text, reference.heading)
 
 
 def pack_reference(reference: Reference) -> bytes:
-    """A JSON array of the fields, in order."""
-    fields = [reference.text, reference.source, reference.start, reference.end, reference.tokens]
-    return pack_text(json.dumps(fields, separators=(",", ":"), ensure_ascii=False))
+    """A JSON array of text, tokens, heading and places; each place is an array of its fields."""
+    return _pack_json([reference.text, reference.tokens, reference.heading, [astuple(one) for one in reference.places]])
 
 
 def unpack_reference(value: bytes | memoryview) -> Reference:
-    """The reference that `pack_reference` wrote."""
+    """The reference that `pack_reference` wrote, or an earlier release: text, source, start, end and tokens."""
+    match _unpack_json(value):
+        case [str(text), str(source), int(start), int(end), int(tokens)] if _are_numbers(start, end, tokens):
+            return Reference(text, tokens, places=(Place(source, start, end),))
+        case [str(text), int(tokens), str(heading), list(places)] if places and _are_numbers(tokens):
+            return Reference(text, tokens, heading, tuple(map(_place, places)))
+    raise ValueError("not text, tokens, heading and places")
+
+
+def _place(fields: object) -> Place:
+    match fields:
+        case [str(source), int(start), int(end), dict(metadata)] if _are_numbers(start, end) and all(
+            isinstance(text, str) for text in metadata.values()
+        ):
+            return Place(source, start, end, metadata)
+    raise ValueError("not source, start, end and metadata of a place")
+
+
+def _are_numbers(*values: int) -> bool:
+    """Are none of these integers booleans?"""
+    return not any(isinstance(value, bool) for value in values)
+
+
+def pack_state(name: str, state: SourceState) -> bytes:
+    """A JSON array of the source's name and the fields of its state."""
+    return _pack_json([name, *astuple(state)])
+
+
+def unpack_state(value: bytes | memoryview) -> tuple[str, SourceState]:
+    """The name and the state that `pack_state` wrote."""
+    match _unpack_json(value):
+        case [str(name), int(size), int(time), str(digest), str(how)] if _are_numbers(size, time):
+            return name, SourceState(size, time, digest, how)
+    raise ValueError("not name, size, time, digest and settings")
+
+
+def _pack_json(value: object) -> bytes:
+    return pack_text(json.dumps(value, separators=(",", ":"), ensure_ascii=False))
+
+
+def _unpack_json(value: bytes | memoryview) -> Any:
     try:
-        fields = json.loads(unpack_text(value))
+        return json.loads(unpack_text(value))
     except RecursionError as error:
         raise ValueError(str(error)) from error
-    if not isinstance(fields, list) or [type(field) for field in fields] != [str, str, int, int, int]:
-        raise ValueError("not text, source, start, end and tokens")
-    return Reference(*fields)
 
 
 @dataclass(frozen=True, slots=True)

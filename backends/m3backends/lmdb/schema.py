@@ -3,27 +3,30 @@
 ==========  ==========================  =============================================================
 database    key                         value
 ==========  ==========================  =============================================================
-home        ``version``                 the schema, 2, and nothing else: every release can read it
+home        ``version``                 the schema, 2 or 3, and nothing else: every release can read it
 home        ``slot_bytes``              *sealed* decimal
 home        ``next_id``                 *sealed* decimal
 home        ``packing``                 *sealed* ``none``, ``zstd`` or ``dictionary``: see `Packing`
 home        ``dictionary``              *sealed* dictionary of zstd
 blocks      id                          exactly the block's bytes, not the slot, or a zstd frame of them
-references  id                          *sealed* JSON of text, source, start, end, tokens
-digests     digest of the text          *sealed* id
+references  id                          *sealed* JSON of text, tokens, heading, places
+digests     digest of heading and text  *sealed* id
 sources     digest of the source        *sealed* count and sum of its ids, 8 bytes each, and its name
 members     digest of the source        ids, sorted
+states      digest of the source        *sealed* JSON of its name, size, time, digest, settings
 embeddings  id                          *sealed* float32, little-endian
 quarantine  id                          *sealed* reason
 cold        id                          *sealed* nothing: a reference that has no block yet
 meta        any                         *sealed* any
 ==========  ==========================  =============================================================
 
-Ids have 8 bytes, big-endian. A digest of a text is BLAKE2b of its UTF-8, 32 bytes. A sealed value follows 8 bytes of
-XXH3-64 over the database's name, a zero byte, the key's length (16 bits), the key and the value.
+Ids have 8 bytes, big-endian. Digests are BLAKE2b of UTF-8, 32 bytes: see `m3backends.lmdb.records`. A sealed value
+follows 8 bytes of XXH3-64 over the database's name, a zero byte, the key's length (16 bits), the key and the value.
 
-The schema is not the bank's format, which its manifest states. A home of an earlier release lacks `cold`: opening it
-for writing adds the database, and for readers nothing is cold.
+The schema is not the bank's format, which its manifest states. Schema 2 has one place for each reference, and its
+records of references are JSON of text, source, start, end, tokens. They stay as they are: a home becomes schema 3 when
+the first reference of the later form is written. A home of an earlier release lacks `cold` or `states`: opening it for
+writing adds the databases, and for readers nothing is cold and no state is known.
 """
 
 import os
@@ -48,11 +51,12 @@ from m3runtime.errors import (
 )
 from m3runtime.storage.files import sync_folder
 
-SCHEMA = 2
+SCHEMA = 3
+_READABLE = (2, SCHEMA)
 _LARGEST_SLOT = 64 + 2**32
 _BY_ID = ("references", "embeddings", "quarantine", "cold")
 _UNSEALED = ("blocks", "members")
-_LATER = "cold"
+_LATER = ("cold", "states")
 """Missing in homes of earlier releases."""
 
 
@@ -69,6 +73,7 @@ class Databases(NamedTuple):
     quarantine: RecordTable
     meta: RecordTable
     cold: RecordTable
+    states: RecordTable
 
 
 class Opened(NamedTuple):
@@ -129,15 +134,20 @@ def open_databases(environment: Environment, slot_bytes: int | None) -> Opened:
     environment.confirm()
     if slot_bytes not in (None, opened.slot_bytes):
         raise BankMismatchError(f"bank {path} has slots of {opened.slot_bytes} bytes, not {slot_bytes}")
-    if not opened.databases.cold.exists and not environment.read_only:
-        with suppress(BankFullError):  # without room for it the home opens all the same
-            handle = environment.write(lambda txn: environment.env.open_db(_LATER.encode(), txn), reserve=True)
-            cold = RecordTable(path, _LATER, handle, by_id=True)
-            opened = opened._replace(databases=opened.databases._replace(cold=cold))
+    if not environment.read_only and not all(getattr(opened.databases, name).exists for name in _LATER):
+        with suppress(BankFullError):  # without room for them the home opens all the same
+            later = environment.write(lambda txn: _open_later(environment, txn), reserve=True)
+            opened = opened._replace(databases=opened.databases._replace(**later))  # type: ignore[arg-type]
     if not there:  # LMDB syncs the file, not the folders that name it
         sync_folder(path)
         sync_folder(path.parent)
     return opened
+
+
+def state_schema(txn: WriteTransaction, databases: Databases) -> None:
+    """State that the home has records which earlier releases cannot read."""
+    if unpack_number(txn.get(b"version", b"", db=databases.home.handle)) != SCHEMA:
+        txn.put(b"version", b"%d" % SCHEMA, db=databases.home.handle)
 
 
 def store_packing(txn: WriteTransaction, databases: Databases, packing: Packing) -> None:
@@ -165,7 +175,7 @@ def _open_all(environment: Environment, txn: WriteTransaction | None, there: set
     # LMDB drops handles that were opened in a transaction which did not commit, as one that only reads.
     for name in Databases._fields:
         by_id = name in _BY_ID
-        if name == _LATER and txn is None and name.encode() not in there:
+        if name in _LATER and txn is None and name.encode() not in there:
             opened[name] = RecordTable(environment.path, name, None, by_id=by_id)
             continue
         handle = environment.env.open_db(name.encode(), txn, dupsort=name == "members", create=txn is not None)
@@ -175,9 +185,15 @@ def _open_all(environment: Environment, txn: WriteTransaction | None, there: set
     return Databases(**opened)  # type: ignore[arg-type]
 
 
+def _open_later(environment: Environment, txn: WriteTransaction) -> dict[str, RecordTable]:
+    """Open the databases that homes of earlier releases lack, or make them."""
+    handles = {name: environment.env.open_db(name.encode(), txn) for name in _LATER}
+    return {name: RecordTable(environment.path, name, of, by_id=name in _BY_ID) for name, of in handles.items()}
+
+
 def _check_schema(txn: ReadTransaction, databases: Databases, path: Path) -> None:
     schema = unpack_number(txn.get(b"version", b"", db=databases.home.handle))
-    if schema != SCHEMA:
+    if schema not in _READABLE:
         mend = "install a newer m3runtime" if schema > SCHEMA else "write the bank anew"
         raise BankFormatError(f"bank {path}: its LMDB home has schema {schema}, this release reads {SCHEMA}; {mend}")
 

@@ -34,7 +34,7 @@ class RecordTable:
     def handle(self) -> "lmdb._Database":
         """LMDB's handle. Raises `BankFullError` if the home lacks the database, for which it had no room."""
         if self._handle is None:
-            raise BankFullError(f"bank {self._bank} is full: it has no room for its records of {self.name} references")
+            raise BankFullError(f"bank {self._bank} is full: it has no room for its records of {self.name}")
         return self._handle
 
     def get(self, txn: ReadTransaction | WriteTransaction, key: bytes) -> memoryview | None:

@@ -75,7 +75,7 @@ def full_pieces(adapter: Adapter, documents: Sequence[Document], most: int, seed
         for piece in adapter.cut(document.text, size):
             text = piece.strip()
             if text and not one_word(text) and _NEARLY * size <= adapter.count_tokens(text) <= size:
-                found.setdefault(text, Document(document.source, text))
+                found.setdefault(text, Document(document.name, text))
     if not found:
         raise InputError(f"the corpus has no text of {size} tokens; give more with --corpus")
     pieces = list(found.values())

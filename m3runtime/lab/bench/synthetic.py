@@ -14,7 +14,7 @@ from m3runtime.bank.bank import Bank
 from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs.raw import RawCodec
 from m3runtime.config.schema import Config
-from m3runtime.documents.reference import Reference
+from m3runtime.documents.reference import Place, Reference
 from m3runtime.memory.block import as_ids
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
@@ -104,7 +104,10 @@ def _batch(bank: Bank, start: int, vectors: Embeddings) -> Batch:
     drawing = torch.Generator().manual_seed(start)
     keys, values = (torch.randn(shape, generator=drawing) for _ in range(2))
     memories = MemoryTensors(keys, values, torch.full((len(ids),), SPEC.tokens))
-    references = [Reference(f"Memory {id} that nobody wrote.", f"made/{id // 1000}", 0, 29, 4) for id in ids.tolist()]
+    references = [
+        Reference(f"Memory {id} that nobody wrote.", 4, places=(Place(f"made/{id // 1000}", 0, 29),))
+        for id in ids.tolist()
+    ]
     return Batch(ids, bank.blocks(ids, memories), references, vectors)
 
 

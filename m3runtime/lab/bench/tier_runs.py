@@ -15,7 +15,7 @@ from torch import Tensor
 
 from m3runtime import assembly
 from m3runtime.config.schema import Config
-from m3runtime.documents.reference import Reference
+from m3runtime.documents.reference import Place, Reference
 from m3runtime.errors import InputError
 from m3runtime.memory import block
 from m3runtime.memory.block import Ids, as_ids
@@ -206,7 +206,7 @@ class TierRuns:
             block.seal(row, id=id, tokens=tokens, payload_bytes=size, stamp=self.bank.stamp)
 
     def _commit(self, ids: Ids, blocks: Tensor) -> None:
-        references = [Reference(f"reference {id}", "bench", 0, 10, 2) for id in ids.tolist()]
+        references = [Reference(f"reference {id}", 2, places=(Place("bench", 0, 10),)) for id in ids.tolist()]
         vectors = np.full((len(ids), self.bank.manifest.dim), self.bank.manifest.dim**-0.5, np.float32)
         self.copy.commit(Batch(ids, blocks, references, vectors))
 

@@ -118,7 +118,7 @@ def _documents(config: Config, adapter: Adapter, corpus: Sequence[Path], setting
     """The references, each as a document."""
     if corpus:
         return full_pieces(adapter, list(read_documents(corpus)), settings.references, settings.seed)
-    return [Document(one.source, one.text) for one in bank_references(config, settings.references)]
+    return [Document(one.places[0].name, one.text) for one in bank_references(config, settings.references)]
 
 
 def _with_codec(

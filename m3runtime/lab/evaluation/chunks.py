@@ -86,6 +86,6 @@ def _some(documents: Sequence[Document], adapter: Adapter, seed: int) -> list[Do
         if tokens >= BANK:
             break
         text = "".join(adapter.cut(document.text, BANK // 10)[:1])
-        drawn.append(Document(document.source, text))
+        drawn.append(Document(document.name, text))
         tokens += adapter.count_tokens(text)
     return drawn

@@ -95,7 +95,7 @@ def hold_out(
         for rest in _without(document.text, chosen.get(row, [])):
             for piece in splitter.split(rest):
                 if not one_word(piece.text):
-                    unique.setdefault(piece.text, Document(document.source, piece.text))
+                    unique.setdefault(piece.text, Document(document.name, piece.text))
     copied = overlapping(list(unique), [passage.text for passage in found], share)
     references = [document for document, copy in zip(unique.values(), copied, strict=True) if not copy]
     if not references:
@@ -148,7 +148,7 @@ def _candidates(
         part = pieces[start : start + chunks]
         if _stable(part, tokens, chunk_tokens):
             taken.append(start)
-            yield HeldOut(document.source, sum(map(len, pieces[:start])), tuple(part))
+            yield HeldOut(document.name, sum(map(len, pieces[:start])), tuple(part))
 
 
 def _stable(chunks: Sequence[str], tokens: Tokens, chunk_tokens: int) -> bool:

@@ -18,7 +18,7 @@ from m3runtime.adapters.answers import Prompt
 from m3runtime.adapters.base import Adapter
 from m3runtime.codecs import Codec
 from m3runtime.config.schema import Config
-from m3runtime.documents.reference import Reference
+from m3runtime.documents.reference import Place, Reference
 from m3runtime.lab.evaluation.journal import silent
 from m3runtime.lab.evaluation.judging import is_right
 from m3runtime.lab.evaluation.laboratory import Laboratory, weighted
@@ -75,7 +75,9 @@ class Trials:
         self._encoded: tuple[str, dict[int, Part]] = ("", {})
         self._coded: tuple[str, dict[int, Part], float] = ("", {}, 0.0)
         self._references = {
-            number: Reference(text, f"world-{world.seed}:{number}", 0, len(text), adapter.count_tokens(text))
+            number: Reference(
+                text, adapter.count_tokens(text), places=(Place(f"world-{world.seed}:{number}", 0, len(text)),)
+            )
             for number, text in enumerate(world.references)
         }
         self._nearest = self._search()

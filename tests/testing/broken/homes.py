@@ -13,7 +13,7 @@ from m3backends.lmdb.files import HomeFiles
 from m3backends.lmdb.home import LmdbHome
 from m3runtime.errors import InputError, TierClosedError, TierReadOnlyError
 from m3runtime.memory.block import Found, Ids
-from m3runtime.storage.home import Batch, Home
+from m3runtime.storage.home import Batch, Changes, Home
 from m3runtime.storage.tier import check_rows
 from m3runtime.testing.blocks import SLOT_BYTES, stored_bytes
 from tests.backends.lmdb_contract import LmdbContract
@@ -25,8 +25,8 @@ class LosesTheLastCommit(LmdbHome):
 
     last: Ids | None = None
 
-    def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
-        super().commit(batch, replacing=replacing)
+    def commit(self, batch: Batch, *, replacing: Ids | None = None, changes: Changes | None = None) -> None:
+        super().commit(batch, replacing=replacing, changes=changes)
         self.last = batch.ids
 
     def close(self) -> None:
@@ -45,21 +45,21 @@ class DoesNotSync(LmdbHome):
 
 
 class CommitsRowByRow(LmdbHome):
-    def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
+    def commit(self, batch: Batch, *, replacing: Ids | None = None, changes: Changes | None = None) -> None:
         if len(batch.references) != len(batch.ids):
             raise InputError("a reference for each id, please")
         parts = range(len(batch.ids)) if len(batch.ids) else [0]
         for row in parts:
             one = slice(row, row + 1)
             part = Batch(batch.ids[one], batch.blocks[one], batch.references[one], batch.embeddings[one])
-            super().commit(part, replacing=replacing if row == 0 else None)
+            super().commit(part, replacing=replacing if row == 0 else None, changes=changes if row == 0 else None)
 
 
 class ReplacesInTwoSteps(LmdbHome):
-    def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
+    def commit(self, batch: Batch, *, replacing: Ids | None = None, changes: Changes | None = None) -> None:
         if replacing is not None:
             self.discard(replacing)
-        super().commit(batch)
+        super().commit(batch, changes=changes)
 
 
 class ReusesIds(LmdbHome):
@@ -94,9 +94,9 @@ class ReadsWhatWasThereOnOpening(LmdbHome):
 
 
 class SaysNothingWhenReadOnly(LmdbHome):
-    def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
+    def commit(self, batch: Batch, *, replacing: Ids | None = None, changes: Changes | None = None) -> None:
         with suppress(TierReadOnlyError):
-            super().commit(batch, replacing=replacing)
+            super().commit(batch, replacing=replacing, changes=changes)
 
 
 class CompletesShortBlocks(LmdbHome):
@@ -161,13 +161,13 @@ class ForgetsTheTextNot(LmdbHome):
         self.texts: dict[str, int] = {}
         super().__init__(path=path, slot_bytes=slot_bytes, read_only=read_only)
 
-    def find(self, texts: Sequence[str]) -> list[int | None]:
-        found = super().find(texts)
+    def find(self, texts: Sequence[str], headings: Sequence[str] | None = None) -> list[int | None]:
+        found = super().find(texts, headings)
         self.texts.update((text, id) for text, id in zip(texts, found, strict=True) if id is not None)
         return [self.texts.get(text) for text in texts]
 
-    def commit(self, batch: Batch, *, replacing: Ids | None = None) -> None:
-        super().commit(batch, replacing=replacing)
+    def commit(self, batch: Batch, *, replacing: Ids | None = None, changes: Changes | None = None) -> None:
+        super().commit(batch, replacing=replacing, changes=changes)
         self.find([reference.text for reference in batch.references])
 
 
