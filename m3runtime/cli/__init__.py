@@ -1,5 +1,6 @@
 """The command ``m3``. Heavy libraries are imported only when a command runs."""
 
+import os
 import sys
 from io import TextIOWrapper
 
@@ -37,6 +38,9 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Run ``m3``. An error is printed as one line on standard error."""
+    # Idle threads of OpenMP would otherwise spin, and with one busy process elsewhere every step waits for a core that
+    # a spinning thread holds. The library reads it when torch loads it, which is later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:
