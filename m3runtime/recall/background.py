@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor, wait
 
 from m3runtime.errors import M3Error, TierClosedError
 
@@ -27,11 +27,16 @@ class Background:
         self._last_error = ""
 
     def submit(self, work: Callable[[], None], *, urgent: bool = False) -> "Future[None]":
-        """Do the work in the background. Raises `TierClosedError` after `close`."""
+        """Do the work in the background.
+
+        Raises `TierClosedError` after `close`, and `concurrent.futures.BrokenExecutor` if ``prepare`` raised.
+        """
         pool = self._urgent if urgent else self._ahead
         with self._lock:
             try:
                 future = pool.submit(self._run, work)
+            except BrokenExecutor:
+                raise
             except RuntimeError:  # how a pool says that it was shut down
                 raise TierClosedError("the runtime is closed") from None
             self._running = {future, *(one for one in self._running if not one.done())}

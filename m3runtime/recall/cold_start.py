@@ -22,8 +22,8 @@ log = logging.getLogger("m3runtime")
 Encode = Callable[[Ids, Sequence[Reference]], Tensor]
 """Computes and seals the blocks of references under these ids, ``uint8[n, slot_bytes]`` on the CPU."""
 
-_UNSTORED = 256
-"""Blocks kept in RAM that the home has no room for, so that their references are not encoded at every recall."""
+_UNSTORED_BYTES = 64 * 1024**2
+"""Bytes of blocks kept in RAM that the home has no room for, so that not every recall encodes their references."""
 
 
 class ColdStart:
@@ -84,7 +84,7 @@ class ColdStart:
             log.warning("%d memories encoded at recall could not be stored: %s", len(blocks), error)
             self._stats.count(unstored=len(new))
             self._unstored.update({id: block.clone() for id, block in new.items()})  # a view keeps its whole batch
-            while len(self._unstored) > _UNSTORED:
+            while len(self._unstored) * self._bank.home.slot_bytes > _UNSTORED_BYTES:
                 self._unstored.popitem(last=False)
             return blocks
         for id in blocks:

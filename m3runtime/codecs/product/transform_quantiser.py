@@ -87,11 +87,12 @@ class TransformQuantiser(Quantiser):
             return
         codes = torch.unflatten(payloads[:, : width * self.token_bytes], 1, (width, self.token_bytes))
         rows = -(-width // _TILE) * _TILE
+        x = keys.new_empty(n * rows // _TILE, _TILE, self.transform.units.channels)
         # One unit of all memories at a time: its matrix and its centroids are loaded into the cache once then.
         for unit, coordinates in enumerate(self._by_unit(codes, rows)):
             inverse = self._padded_inverse[unit, : coordinates.shape[2]]
             mean = self.transform.mean[unit].expand(len(coordinates), _TILE, -1)
-            x = torch.baddbmm(mean, coordinates, inverse.expand(len(coordinates), -1, -1))
+            torch.baddbmm(mean, coordinates, inverse.expand(len(coordinates), -1, -1), out=x)
             self.transform.units.put(x.view(n, rows, -1)[:, :width], unit, keys, values)
 
     def _by_unit(self, codes: Tensor, rows: int) -> Iterator[Tensor]:
