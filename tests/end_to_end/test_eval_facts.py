@@ -1,5 +1,6 @@
 """``m3 eval facts``, with a tiny model: that it runs, goes on after a stop, and repeats itself."""
 
+import copy
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from m3runtime.lab.evaluation.facts import FactsRun, FactsSettings
 from m3runtime.lab.evaluation.modes import MODES, NEEDS_ANSWER
 from m3runtime.plugins import loading as plugins
 from tests.end_to_end.commands import Place
+from tests.end_to_end.conftest import NewPlace
 
 FEW = FactsSettings(seed=3, references=24, questions=6, unanswerable=3, batch=4, max_new_tokens=4, timed=2)
 ARGUMENTS = ("--seed", "3", "--references", "24", "--questions", "6", "--unanswerable", "3")
@@ -28,6 +30,20 @@ class Stopped(Exception):  # noqa: N818 - like KeyboardInterrupt
 def place(place: Place) -> Place:
     place.configure(memory={"reference_tokens": 400})
     return place
+
+
+@pytest.fixture(scope="module")
+def reported(new_place: NewPlace, tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, Any]:
+    """A place with the folder ``report`` of one evaluation, and what the command printed. Only for looking at."""
+    place = new_place(tmp_path_factory.mktemp("reported"))
+    place.configure(memory={"reference_tokens": 400})
+    return place, place.m3("eval", "facts", "--out", "report", *ARGUMENTS, "--json").json
+
+
+@pytest.fixture(scope="module")
+def whole(reported: tuple[Place, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The results of `FEW`, of a run that nothing stopped."""
+    return run_of(reported[0], tmp_path_factory.mktemp("whole") / "report")
 
 
 def run_of(place: Place, folder: Path, settings: FactsSettings = FEW, **changes: Any) -> Any:
@@ -44,8 +60,8 @@ def stopping_at(stage: str, after: int) -> Callable[[str, int, int], None]:
     return progress
 
 
-def test_the_report_has_every_mode_and_what_is_needed_to_repeat_it(place: Place) -> None:
-    printed = place.m3("eval", "facts", "--out", "report", *ARGUMENTS, "--json").json
+def test_the_report_has_every_mode_and_what_is_needed_to_repeat_it(reported: tuple[Place, Any]) -> None:
+    place, printed = reported
     folder = place.folder / "report"
     report = json.loads((folder / "report.json").read_text())
     assert report == printed
@@ -66,10 +82,9 @@ def test_the_report_has_every_mode_and_what_is_needed_to_repeat_it(place: Place)
     assert not place.bank.exists(), "the user's bank is left alone"
 
 
-def test_the_same_seed_gives_the_same_report(place: Place) -> None:
-    one, two = (
-        place.m3("eval", "facts", "--out", f"report-{number}", *ARGUMENTS, "--json").json for number in range(2)
-    )
+def test_the_same_seed_gives_the_same_report(place: Place, reported: tuple[Place, Any]) -> None:
+    one = copy.deepcopy(reported[1])
+    two = place.m3("eval", "facts", "--out", "report", *ARGUMENTS, "--json").json
     for report in (one, two):
         del report["measured"]
         report["config"].pop("bank")
@@ -80,8 +95,7 @@ def test_the_same_seed_gives_the_same_report(place: Place) -> None:
 
 
 @pytest.mark.parametrize("stage", ["text", "memory", "memory-oracle"])
-def test_a_stopped_evaluation_goes_on_and_ends_alike(place: Place, tmp_path: Path, stage: str) -> None:
-    whole = run_of(place, tmp_path / "whole")
+def test_a_stopped_evaluation_goes_on_and_ends_alike(place: Place, whole: Any, tmp_path: Path, stage: str) -> None:
     with pytest.raises(Stopped):
         run_of(place, tmp_path / "parts", progress=stopping_at(stage, 4))
     journal = (tmp_path / "parts/answers-questions.jsonl").read_bytes()
@@ -138,8 +152,8 @@ def keys(answers: dict[str, Any]) -> Iterable[str]:
     return answers["memory"].keys()
 
 
-def test_memory_modes_read_what_they_say(place: Place, tmp_path: Path) -> None:
-    results = run_of(place, tmp_path / "report")
+def test_memory_modes_read_what_they_say(whole: Any) -> None:
+    results = whole
     for item in results.items:
         assert results.answers["memory"][item.key]["recalled"][0] == [match.id for match in item.recalled]
         if item.right is not None:

@@ -22,6 +22,7 @@ from m3model.memory3 import NO_LABEL, Memory3ForCausalLM
 from m3model.training.sequences import NOTHING, Prepared, TokenRows, TrainingSequences, cut_sequences
 from m3runtime.documents.overlap import overlap
 from m3runtime.errors import InputError
+from m3runtime.lab.bench.timing import threads
 from tests.end_to_end.commands import M3, Place, environment
 from tests.model.families import TEXT, make_tokenizer
 
@@ -149,7 +150,8 @@ def test_fresh_weights_are_the_seeds(school: Place) -> None:
 
 def test_killed_it_goes_on_to_the_same_losses(school: Place) -> None:
     """Killed in each stage, after a checkpoint and before the next; the losses are bit for bit those of one run."""
-    whole = school.process("train", "--set", "train.out=./whole")  # on as many threads
+    with threads(1):  # as many as the processes have
+        whole = school.m3("train", "--set", "train.out=./whole")
     assert whole.code == 0, whole.err
     for stage in ("warmup", "memory"):
         with subprocess.Popen(
@@ -166,7 +168,8 @@ def test_killed_it_goes_on_to_the_same_losses(school: Place) -> None:
             _, errors = process.communicate()
         assert process.returncode == -signal.SIGKILL, errors.decode()
         assert not (school.folder / "trained" / stage).exists()
-    assert school.process("train").code == 0
+    with threads(1):
+        assert school.m3("train").code == 0
     for stage in ("warmup", "memory"):
         assert losses(school, stage) == losses(school, stage, "whole")
     same = [

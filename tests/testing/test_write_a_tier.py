@@ -17,6 +17,13 @@ from m3runtime.testing.blocks import SLOT_BYTES, STAMP, make_batch, make_blocks,
 from tests.testing import guide
 
 CPU = torch.device("cpu")
+FEWER_EXAMPLES = """
+from hypothesis import settings
+
+settings.register_profile("fewer", max_examples=20, stateful_step_count=15, deadline=None)
+settings.load_profile("fewer")
+"""
+"""As many as each machine of tests/core/test_hierarchy.py gets: what is tested here is the example."""
 
 
 @pytest.fixture
@@ -41,6 +48,7 @@ def test_the_document_has_a_tier_its_test_and_a_configuration() -> None:
 
 
 def test_the_tier_passes_the_suite_and_the_machine(example: Path) -> None:
+    (example / "conftest.py").write_text(FEWER_EXAMPLES)
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "test_folder_tier.py"],

@@ -1,8 +1,10 @@
-"""One failure condemns an implementation: its other laws are not tried."""
+"""An implementation is held against the law that catches it; one whose law is not known, until a first law fails."""
 
 from collections.abc import Iterator
 
 import pytest
+
+from tests.testing.broken.laws import CAUGHT_BY
 
 FAILED = pytest.StashKey[set[str]]()
 
@@ -11,14 +13,26 @@ def owner(item: pytest.Item) -> str:
     return item.nodeid.rpartition("::")[0]
 
 
+def law_of(item: pytest.Item) -> str | None:
+    """The law that catches the item's implementation, if it is known."""
+    name = owner(item).rpartition("::")[2].removeprefix("Test")
+    return CAUGHT_BY.get(item.path.stem, {}).get(name)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[FAILED] = set()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Laws that take another process come last: most mistakes show without."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where no law is named, those that take another process come last: most mistakes show without."""
+    needless = [item for item in items if law_of(item) not in (None, getattr(item, "originalname", None))]
+    config.hook.pytest_deselected(items=needless)
     classes = list(dict.fromkeys(map(owner, items)))
-    items.sort(key=lambda item: (classes.index(owner(item)), "other" in getattr(item, "fixturenames", ())))
+    tried = set(items).difference(needless)
+    items[:] = sorted(
+        (item for item in items if item in tried),
+        key=lambda item: (classes.index(owner(item)), "other" in getattr(item, "fixturenames", ())),
+    )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from m3runtime.storage.eviction import EvictionPolicy, LruPolicy
+from m3runtime.storage.eviction.base import anything
 from m3runtime.testing.eviction import EvictionContract
 from tests.testing.broken.suites import make_suites
 
 
 class NamesWhatIsLeased(LruPolicy):
-    def victim(self, evictable: Callable[[int], bool]) -> int | None:
-        found = super().victim(evictable)
+    def victim(self, is_evictable: Callable[[int], bool] = anything) -> int | None:
+        found = super().victim(is_evictable)
         return next(iter(self._order), None) if found is None else found
 
 
@@ -19,9 +20,9 @@ class NamesWhatIsRemoved(LruPolicy):
 
     last: int | None = None
 
-    def victim(self, evictable: Callable[[int], bool]) -> int | None:
-        if self.last is None or not evictable(self.last):
-            self.last = super().victim(evictable)
+    def victim(self, is_evictable: Callable[[int], bool] = anything) -> int | None:
+        if self.last is None or not is_evictable(self.last):
+            self.last = super().victim(is_evictable)
         return self.last
 
 
@@ -41,8 +42,8 @@ class ForgetsAnId(LruPolicy):
 
 
 class RemovesOnItsOwn(LruPolicy):
-    def victim(self, evictable: Callable[[int], bool]) -> int | None:
-        found = super().victim(evictable)
+    def victim(self, is_evictable: Callable[[int], bool] = anything) -> int | None:
+        found = super().victim(is_evictable)
         if found is not None:
             del self._order[found]
         return found
@@ -52,8 +53,8 @@ class RemovesOnItsOwn(LruPolicy):
 
 
 class LooksAtTheOldestAlone(LruPolicy):
-    def victim(self, evictable: Callable[[int], bool]) -> int | None:
-        return next((id for id in list(self._order)[:6] if evictable(id)), None)
+    def victim(self, is_evictable: Callable[[int], bool] = anything) -> int | None:
+        return next((id for id in list(self._order)[:6] if is_evictable(id)), None)
 
 
 class Policies(EvictionContract):

@@ -1,0 +1,88 @@
+"""The law that catches each mistake: the suite's others are not tried on it.
+
+A mistake that is missing here is held against its whole suite: that tells which law catches it. So are those that only
+show where threads happen to meet, since more than one law has them meet.
+"""
+
+CAUGHT_BY = {
+    "codecs": {
+        "Dithers": "test_a_saved_codec_is_the_same_codec",
+        "ScalesByTheBatch": "test_encoding_does_not_depend_on_the_batch",
+        "DecodesWhatIsNotFinite": "test_any_bytes_decode_to_finite_values_or_are_refused",
+        "TakesADamagedFile": "test_a_file_with_a_wrong_byte_is_refused",
+        "EncodesWhatIsNotFinite": "test_values_that_are_not_finite_are_refused",
+        "LeavesNoiseInThePayload": "test_a_payload_ends_where_it_says_and_zeros_follow",
+        "ReadsBeyondTheTokens": "test_what_follows_a_payload_in_its_slot_does_not_matter",
+    },
+    "embedders": {
+        "NotOfLengthOne": "test_vectors_are_finite_and_of_length_one",
+        "DependsOnTheBatch": "test_a_text_has_one_vector_in_any_company",
+        "SortsByLength": "test_a_text_has_one_vector_in_any_company",
+        "GivesItsOwnCache": "test_vectors_are_the_caller_s",
+        "ABlankTextHasNoDirection": "test_vectors_are_finite_and_of_length_one",
+        "ItsFingerprintIsItsOwn": "test_another_one_has_the_same_fingerprint_and_vectors",
+    },
+    "folders": {
+        "IgnoresAShortRead": "test_a_block_cut_short_is_not_completed_by_what_the_row_held",
+        "ForgetsWhatItHeldOnOpening": "test_what_is_held_outlives_closing",
+        "HoldsAllThatItFinds": "test_less_room_than_before",
+        "LeavesTheFileOfWhatItDiscards": "test_what_is_discarded_leaves_the_storage",
+        "SignedFileNames": "test_what_is_held_outlives_closing",
+        "AnUnreadableFileIsAMiss": "test_closes_twice_and_then_refuses_everything",
+    },
+    "homes": {
+        "LosesTheLastCommit": "test_survives_closing",
+        "DoesNotSync": "test_is_on_the_drive_when_the_call_returns",
+        "CommitsRowByRow": "test_a_batch_that_is_refused_leaves_nothing",
+        "ReplacesInTwoSteps": "test_a_refused_batch_replaces_nothing",
+        "ReusesIds": "test_a_cold_reference_can_be_set_apart_and_forgotten",
+        "ForgetsQuarantineOnOpening": "test_survives_closing",
+        "BreaksTheLock": "test_two_may_not_write",
+        "ReadsWhatWasThereOnOpening": "test_a_reader_beside_the_writer_sees_every_change",
+        "SaysNothingWhenReadOnly": "test_reading_only",
+        "CompletesShortBlocks": "test_a_block_cut_short_is_not_completed_by_what_the_row_held",
+        "AnotherIdsBytesOnceInAThousand": "test_never_gives_another_id_s_bytes",
+        "KeepsMetadataForLater": "test_a_copy_of_its_files_holds_what_was_committed",
+        "ClosedIsEmpty": "test_closes_twice_and_then_refuses_everything",
+        "ForgetsTheTextNot": "test_forgets",
+        "EmbeddingsInOrderOfIds": "test_embeddings_in_batches",
+        "DiscardKeepsTheBlock": "test_what_lies_in_the_storage_is_found",
+        "FillsWhatHasABlock": "test_is_filled_once",
+        "FillsRowByRow": "test_blocks_that_do_not_fit_fill_nothing",
+        "ForgetsWhatIsColdOnOpening": "test_survives_closing",
+        "ColdIsHeld": "test_what_is_catalogued_is_remembered_without_a_block",
+    },
+    "indexes": {
+        "FindsWhatWasRemoved": "test_thousands_at_once",
+        "FarthestFirst": "test_save_and_load",
+        "KeepsWhatItHeldBeforeLoading": "test_what_is_loaded_replaces_what_was_held",
+        "WhatItCannotLoadIsAnEmptyIndex": "test_an_index_of_another_dim_is_refused",
+        "AppendsToTheFile": "test_saving_replaces_a_longer_file_and_leaves_no_other",
+        "TheLastVectorWins": "test_an_id_that_is_there_is_passed_over",
+        "SignedOrderOfTies": "test_equal_scores_come_in_order_of_ids",
+        "DotProductsBeyondOne": "test_save_and_load",
+    },
+    "policies": {
+        "NamesWhatIsLeased": "test_passes_over_what_is_not_evictable",
+        "NamesWhatIsRemoved": "test_what_was_removed_is_no_victim",
+        "ForgetsAnId": "test_thousands_are_given_up_once_each",
+        "RemovesOnItsOwn": "test_the_victim_is_held_and_is_not_gone_before_removed",
+        "LooksAtTheOldestAlone": "test_passes_over_what_is_not_evictable",
+    },
+    "slabs": {
+        "CapacityOffByOne": "test_capacity_is_exact",
+        "AnotherIdsBytesOnceInAThousand": "test_never_gives_another_id_s_bytes",
+        "MissesAsErrors": "test_what_lies_in_the_storage_is_found",
+        "ErrorsAsMisses": "test_closes_twice_and_then_refuses_everything",
+        "TouchesRowsThatItMisses": "test_what_lies_in_the_storage_is_found",
+        "KeepsTheCallersBuffer": "test_rows_may_lie_apart",
+        "SignedIds": "test_what_is_written_lies_in_the_storage",
+        "ZeroIsNoId": "test_what_lies_in_the_storage_is_found",
+        "CountsAnIdTwice": "test_an_id_twice_in_a_batch_is_held_once",
+        "OverwritesABlock": "test_a_block_that_is_held_is_not_overwritten",
+        "NoRoomIsAFault": "test_no_room_for_any",
+        "TakesAnyShape": "test_rows_or_ids_that_do_not_fit_are_refused",
+        "ClosesOnlyOnce": "test_closes_twice_and_then_refuses_everything",
+    },
+}
+"""Names of laws by implementation, by file."""
