@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -169,3 +170,4 @@ class LookaheadMachine(RuleBasedStateMachine):
 
 
 TestLookahead = LookaheadMachine.TestCase
+TestLookahead.settings = settings(max_examples=max(20, settings.default.max_examples // 2), stateful_step_count=25)
