@@ -44,14 +44,9 @@ def _package_folder(package: str) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    import torch
+    from m3model.loading.gguf import save
+    from m3model.loading.models import quiet, read, source_of
 
-    from m3model.loading.models import load, quiet
-
-    model, tokenizer = load(str(gguf), "float32", torch.device("cpu"))
-    # The weights are plain float32 now; marked as quantised, they would not be saved.
-    del model.config.quantization_config
-    model.hf_quantizer = None
+    model, tokenizer = read(str(gguf), source_of(str(gguf)), "float32")
     with quiet():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save(model, tokenizer, folder)

@@ -1,5 +1,6 @@
 """The command ``m3``. Heavy libraries are imported only when a command runs."""
 
+import gc
 import os
 import sys
 from io import TextIOWrapper
@@ -41,6 +42,7 @@ def main() -> None:
     # Idle threads of OpenMP would otherwise spin, and with one busy process elsewhere every step waits for a core that
     # a spinning thread holds. The library reads it when torch loads it, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    gc.set_threshold(100_000, 50, 50)  # heavy libraries make objects that stay; searching them takes a fifth of imports
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:

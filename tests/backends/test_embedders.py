@@ -1,17 +1,22 @@
 import json
 import shutil
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
 
+from m3backends.embedders.bert import MeanOfTokens
 from m3backends.embedders.loading import find_model, model_fingerprint, unit_rows
 from m3backends.embedders.sentence_transformers import SentenceTransformersEmbedder
 from m3runtime.errors import ConfigError, PluginError
-from m3runtime.testing.embedder import EmbedderContract, MakeEmbedder
+from m3runtime.testing.embedder import TEXTS, EmbedderContract, MakeEmbedder
+from tests.end_to_end.commands import environment
 
 pytestmark = pytest.mark.real_model
 
@@ -49,6 +54,63 @@ def test_near_in_meaning_is_near_in_vectors(minilm: SentenceTransformersEmbedder
     ]
     scores = minilm.embed_queries(queries) @ minilm.embed_references(references).T
     assert scores.argmax(1).tolist() == [0, 1, 2, 3]
+
+
+def pool_first_tokens(folder: Path) -> None:
+    """Pool by CLS, for which the library has to run the model."""
+    (folder / "1_Pooling/config.json").write_text('{"word_embedding_dimension": 384, "pooling_mode_cls_token": true}')
+
+
+def longer_texts(folder: Path) -> None:
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 512, "do_lower_case": false}')
+
+
+def newer_pooling(folder: Path) -> None:
+    (folder / "1_Pooling/config.json").write_text('{"embedding_dimension": 384, "pooling_mode": "mean"}')
+
+
+def cased(folder: Path) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "do_lower_case": False}))
+
+
+def own_prompts(folder: Path) -> None:
+    (folder / "config_sentence_transformers.json").write_text('{"prompts": {"query": "ask: "}}')
+
+
+@pytest.mark.parametrize(
+    ("change", "light"),
+    [(None, True), (longer_texts, True), (newer_pooling, True)]
+    + [(change, False) for change in (pool_first_tokens, cased, own_prompts)],
+)
+def test_vectors_are_those_of_the_library(copy: Path, change: Callable[[Path], None] | None, light: bool) -> None:
+    if change:
+        change(copy)
+    assert (MeanOfTokens.of(copy, "cpu") is not None) == light
+    embedder = SentenceTransformersEmbedder(copy, batch_size=4)
+    library = SentenceTransformer(str(copy), device="cpu")
+    texts = [*TEXTS, "Of the harbour " * 300, "a [SEP] b [MASK] \x00\u200b\u4e09 ", "walnut " * 254, "walnut " * 255]
+    assert (
+        np.abs(embedder.embed_references(texts) - library.encode_document(texts, normalize_embeddings=True)).max()
+        < 1e-6
+    )
+    assert np.abs(embedder.embed_queries(texts) - library.encode_query(texts, normalize_embeddings=True)).max() < 1e-6
+
+
+def test_banks_of_earlier_releases_know_the_fingerprint(minilm: SentenceTransformersEmbedder) -> None:
+    """Sentence-transformers ran the model then."""
+    assert minilm.fingerprint == "237843b9aa6287eba4e90de59310198b"
+
+
+def test_minilm_imports_neither_of_the_heavy_libraries(minilm_path: Path) -> None:
+    code = f"""
+import sys
+from m3backends.embedders.sentence_transformers import SentenceTransformersEmbedder
+SentenceTransformersEmbedder({str(minilm_path)!r}).embed_queries(["Why?"])
+print(sorted({{"sentence_transformers", "transformers"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_the_path_does_not_count_for_the_fingerprint(copy: Path, minilm: SentenceTransformersEmbedder) -> None:
@@ -142,10 +204,12 @@ def test_batch_size_of_zero(minilm_path: Path) -> None:
         SentenceTransformersEmbedder(minilm_path, batch_size=0)
 
 
-def test_a_missing_package_names_the_extra(minilm_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_names_the_extra(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)  # what Python itself keeps for a failed import
+    SentenceTransformersEmbedder(copy)  # runs by torch alone
+    pool_first_tokens(copy)
     with pytest.raises(PluginError, match=r"pip install 'm3runtime\[sentence-transformers\]'"):
-        SentenceTransformersEmbedder(minilm_path)
+        SentenceTransformersEmbedder(copy)
 
 
 @pytest.mark.parametrize("absent", ["cuda:77", "nonsense"])
@@ -154,14 +218,13 @@ def test_a_device_that_this_machine_does_not_have(minilm_path: Path, absent: str
         SentenceTransformersEmbedder(minilm_path, device=absent)
 
 
-def test_fingerprint_samples_large_parameters_evenly(minilm: SentenceTransformersEmbedder) -> None:
-    tokenizer = minilm._model.tokenizer
+def test_fingerprint_samples_large_parameters_evenly() -> None:
     large = torch.zeros(3, 100_000)
-    before = model_fingerprint([("w", large)], tokenizer, {})
-    assert model_fingerprint([("w", large.to(torch.bfloat16))], tokenizer, {}) == before
-    assert model_fingerprint([("w", large.T)], tokenizer, {}) != before
+    before = model_fingerprint([("w", large)], {}, [], {})
+    assert model_fingerprint([("w", large.to(torch.bfloat16))], {}, [], {}) == before
+    assert model_fingerprint([("w", large.T)], {}, [], {}) != before
     large[:, -6:] = 1
-    assert model_fingerprint([("w", large)], tokenizer, {}) != before
+    assert model_fingerprint([("w", large)], {}, [], {}) != before
 
 
 def test_unit_rows_of_huge_and_tiny_vectors() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from m3backends.embedders.loading import (
+    PROBE,
     LocalEmbedder,
     check_counts,
     find_model,
@@ -82,7 +83,12 @@ class FlagEmbedder(LocalEmbedder):
         }
         super().__init__(
             int(self._encoder.config.hidden_size),
-            model_fingerprint(self._encoder.named_parameters(), self._flag.tokenizer, settings),
+            model_fingerprint(
+                self._encoder.named_parameters(),
+                self._flag.tokenizer.get_vocab(),
+                self._flag.tokenizer(PROBE)["input_ids"],
+                settings,
+            ),
         )
 
     def embed_references(self, texts: Sequence[str]) -> Embeddings:

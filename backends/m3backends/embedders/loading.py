@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,17 +16,14 @@ from m3runtime.errors import ConfigError, PluginError
 from m3runtime.memory.spec import canonical_json
 from m3runtime.retrieval.embedder import Embedder, Embeddings
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 SAMPLE = 65_536
 """The number of elements of one parameter that a fingerprint covers at most."""
 
 # Formats of the same weights for other frameworks, often as large again.
 _NOT_FETCHED = ["*.onnx", "onnx/*", "openvino/*", "*.h5", "*.ot", "*.msgpack", "*.gguf", "imgs/*"]
 
-# Case, accents, white space, other scripts: tokenizers that agree on it and on their vocabulary are the same.
-_PROBE = "The Quick brown-fox's naïve CAFÉ,  3.14\tand 2,048!\nΓιώργος Москва 東京都 नमस्ते 😀"  # noqa: RUF001
+PROBE = "The Quick brown-fox's naïve CAFÉ,  3.14\tand 2,048!\nΓιώργος Москва 東京都 नमस्ते 😀"  # noqa: RUF001
+"""Case, accents, white space, other scripts: tokenizers that agree on it and on their vocabulary are the same."""
 
 
 # The extra of m3runtime that installs an embedder's packages.
@@ -114,10 +111,11 @@ def quietly(path: str | Path, kind: str) -> Iterator[None]:
 
 def model_fingerprint(
     parameters: Iterable[tuple[str, torch.Tensor]],
-    tokenizer: "PreTrainedTokenizerBase",
+    vocabulary: Mapping[str, int],
+    probe: Sequence[int],
     settings: Mapping[str, Any],
 ) -> str:
-    """Thirty-two hex digits (XXH3-128) over weights, tokenizer and settings.
+    """Thirty-two hex digits (XXH3-128) over weights, tokenizer and settings. ``probe`` are the tokens of `PROBE`.
 
     Each parameter counts with its name, its shape and at most `SAMPLE` elements, evenly spread and in float16, so a
     model has one fingerprint on every device and in every dtype that it runs in.
@@ -129,8 +127,8 @@ def model_fingerprint(
         state.update(canonical_json([name, list(parameter.shape)]).encode())
         state.update(sample.numpy().tobytes())
     about = {
-        "vocabulary": sorted(tokenizer.get_vocab().items()),
-        "probe": tokenizer(_PROBE)["input_ids"],
+        "vocabulary": sorted(vocabulary.items()),
+        "probe": list(probe),
         "settings": settings,
     }
     state.update(canonical_json(about).encode())

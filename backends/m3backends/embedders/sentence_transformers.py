@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from m3backends.embedders.bert import MeanOfTokens
 from m3backends.embedders.loading import (
+    PROBE,
     LocalEmbedder,
     check_counts,
     find_model,
@@ -21,6 +23,9 @@ from m3runtime.retrieval.embedder import Embeddings
 
 class SentenceTransformersEmbedder(LocalEmbedder):
     """Embeds with a sentence-transformers model, given as a folder or a hub name.
+
+    Models such as MiniLM, BERT with the mean over tokens, run by torch alone and do not import the library
+    (`m3backends.embedders.bert`). Their vectors and their fingerprint are the same either way.
 
     ``device`` is a torch device or ``auto``. ``query_prompt`` and ``reference_prompt`` are put before every text; None
     takes the model's own prompts, if it has any. Longer texts than the model takes are cut at their end.
@@ -42,14 +47,22 @@ class SentenceTransformersEmbedder(LocalEmbedder):
     ) -> None:
         check_counts(self.kind, batch_size=batch_size)
         folder, device = find_model(path, self.kind), str(resolve(device, "embedder.device"))
+        self._batch_size = batch_size
+        self._prompts = {"query": query_prompt, "reference": reference_prompt}
+        self._light = MeanOfTokens.of(folder, device)
+        if self._light is not None:
+            super().__init__(self._light.dim, self._light.fingerprint(self._prompts))
+            return
         library = import_extra("sentence_transformers", self.kind)
         with quietly(path, self.kind):
             self._model = library.SentenceTransformer(str(folder), device=device, local_files_only=True)
             dim = len(self._model.encode("dim", show_progress_bar=False))
-        self._batch_size = batch_size
-        self._prompts = {"query": query_prompt, "reference": reference_prompt}
+        tokenizer = self._model.tokenizer
         super().__init__(
-            dim, model_fingerprint(self._model.named_parameters(), self._model.tokenizer, self._settings())
+            dim,
+            model_fingerprint(
+                self._model.named_parameters(), tokenizer.get_vocab(), tokenizer(PROBE)["input_ids"], self._settings()
+            ),
         )
 
     def _settings(self) -> dict[str, Any]:
@@ -66,16 +79,21 @@ class SentenceTransformersEmbedder(LocalEmbedder):
 
     def embed_references(self, texts: Sequence[str]) -> Embeddings:
         """``float32[n, dim]`` of length 1, with the prompt for references."""
-        return self._embed(self._model.encode_document, texts, self._prompts["reference"])
+        return self._embed("encode_document", texts, self._prompts["reference"])
 
     def embed_queries(self, texts: Sequence[str]) -> Embeddings:
         """``float32[n, dim]`` of length 1, with the prompt for queries."""
-        return self._embed(self._model.encode_query, texts, self._prompts["query"])
+        return self._embed("encode_query", texts, self._prompts["query"])
 
-    def _embed(self, encode: Any, texts: Sequence[str], prompt: str | None) -> Embeddings:
+    def _embed(self, encode: str, texts: Sequence[str], prompt: str | None) -> Embeddings:
         if not texts:
             return np.zeros((0, self.dim), np.float32)
         with self.lock:
-            # The library batches texts of similar length and puts the rows back in order.
-            rows = encode(list(texts), prompt=prompt, batch_size=self._batch_size, show_progress_bar=False)
+            if self._light is not None:
+                rows = self._light.embed([f"{prompt or ''}{text}" for text in texts], self._batch_size)
+            else:
+                # The library batches texts of similar length and puts the rows back in order.
+                rows = getattr(self._model, encode)(
+                    list(texts), prompt=prompt, batch_size=self._batch_size, show_progress_bar=False
+                )
         return unit_rows(rows, self.dim, self.kind)

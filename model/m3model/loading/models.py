@@ -11,24 +11,35 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from m3model import memory3
+from m3model.loading import gguf
 from m3runtime.errors import ConfigError
 
 
 def load(path: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
     """Return ``(model, tokenizer)``, the model in evaluation mode on ``device``.
 
-    ``path`` is a folder, a hub name, or a ``.gguf`` file (de-quantised while loading). The ``dtype`` ``auto`` is the
-    checkpoint's own on an accelerator and float32 on the CPU. Raises `ConfigError` with one line if nothing can be
-    loaded from there.
+    ``path`` is a folder, a hub name, or a ``.gguf`` file, which is converted once (`m3model.loading.gguf`). The
+    ``dtype`` ``auto`` is the checkpoint's own on an accelerator and float32 on the CPU. Raises `ConfigError` with one
+    line if nothing can be loaded from there.
     """
     memory3.register()
     source = source_of(path)
     wanted = ("float32" if device.type == "cpu" else "auto") if dtype == "auto" else dtype
+    if "gguf_file" in source:
+        with quiet():
+            folder = gguf.converted(Path(path), lambda: read(path, source, "float32"))
+        source = source if folder is None else {"pretrained_model_name_or_path": str(folder)}
+    model, tokenizer = read(path, source, wanted)
+    return model.to(device).eval(), tokenizer
+
+
+def read(path: str, source: dict[str, Any], dtype: str) -> tuple[Any, Any]:
+    """The model and the tokenizer of a source. Raises `ConfigError`, which names ``path``."""
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(**source)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                **source, dtype=wanted if wanted == "auto" else getattr(torch, wanted), output_loading_info=True
+                **source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
             )
             model, info = loaded
     except Exception as error:  # of many kinds: each file format's library raises its own
@@ -40,7 +51,7 @@ def load(path: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
             f"model.path: cannot load a causal language model from {path}: "
             f"it lacks {len(missing)} of the weights, such as {missing[0]}"
         )
-    return model.to(device).eval(), tokenizer
+    return model, tokenizer
 
 
 def first_line(error: Exception) -> str:
@@ -49,11 +60,16 @@ def first_line(error: Exception) -> str:
 
 
 def source_of(path: str) -> dict[str, Any]:
-    """Arguments of the library's ``from_pretrained``. Raises `ConfigError` if the file or folder is missing."""
+    """Arguments of the library's ``from_pretrained``; a GGUF file's conversion if there is one.
+
+    Raises `ConfigError` if the file or folder is missing.
+    """
     file = Path(path)
     if file.suffix == ".gguf":
         if not file.is_file():
             raise ConfigError(f"model.path: no such file: {path}")
+        if (folder := gguf.folder_of(file)).is_dir():
+            return {"pretrained_model_name_or_path": str(folder)}
         return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     if file.is_absolute() or path.startswith((".", "~")):
         if not file.expanduser().is_dir():
@@ -79,7 +95,7 @@ def quiet() -> Iterator[None]:
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
-        with without_bars():
+        with without_bars(), gguf.without_bar():
             yield
     finally:
         transformers_logging.set_verbosity(level)
