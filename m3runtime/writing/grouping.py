@@ -38,6 +38,7 @@ class Groups:
         self._states = states
         self._catalogue = catalogue
         self._sources = dict.fromkeys(states, 0) | references.sources
+        self._stated = bank.home.states().keys()
         self._next_id = bank.home.next_id()
         self._new: list[Reference] = []
         self._cold: dict[int, Reference] = {}
@@ -114,7 +115,8 @@ class Groups:
         members = self._bank.home.ids_of(source).tolist()
         for start in range(0, len(members), GROUP):
             self._move(members[start : start + GROUP])
-        if (state := self._states.get(source)) is not None:
+        state = self._states.get(source)
+        if state is not None or source in self._stated:
             self._finished[source] = state
 
     def _move(self, ids: Sequence[int]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 OnProgress = Callable[[str, int, int], None]
 """Called with the title of a stage, its steps done, and all its steps."""
 
-_SETTINGS = "settings"
-"""The home's record of the settings that a bank was last written with."""
+_WRITTEN = "written"
+"""The home's record of the settings of the last write that came to its end, index included; empty during one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,21 @@ class MirrorReport:
     """References of sources that were not read, those of several sources counted in each."""
     forgotten: int
     """References that no source has any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Bank:
+    """What a bank has of its sources."""
+
+    exists: bool
+    is_whole: bool
+    """Did the last write come to its end, with the settings of this one?"""
+    sources: Mapping[str, int] = field(default_factory=dict)
+    states: Mapping[str, SourceState] = field(default_factory=dict)
+
+    def known(self, found: Survey) -> int:
+        """References of sources that are not read, those of several sources counted in each."""
+        return sum(self.sources.get(name, 0) for name in (*found.unchanged, *found.renamed.values()))
 
 
 class Mirror:
@@ -70,73 +85,74 @@ class Mirror:
 
         Raises `InputError` before anything is changed, and what `Writer.write` does.
         """
-        found, sources, states, fits = self._look(paths)
-        if found.read and not sources:
-            self._check_text(found)
+        found, bank = self._look(paths)
+        self._check(found, bank)
+        if found.is_in_step and bank.is_whole:
+            return MirrorReport(found, None, bank.known(found), 0)
+        changes_texts = bool(found.read or found.renamed or found.gone or found.aliases) or not bank.is_whole
+        reads = bool(found.read) or not bank.is_whole
+        writer = self._writer if reads else None  # before anything is changed
         forgotten, report = list[int](), None
-        alone = [] if found.read else [*found.gone, *found.aliases]  # otherwise what they share is kept by the writer
-        touched = found.states.keys() - found.read.keys() - found.renamed.keys()
-        if found.renamed or alone or touched:
-            forgotten = self._move(found, alone, touched, states)
-        if found.read or not fits:
-            report = self._read(found, progress)
-            if not (fits and sources):
-                with self._open_home() as home:
-                    home.set_meta(_SETTINGS, self._settings)
+        if bank.exists:
+            forgotten = self._move(found, bank, changes_texts)
+        if writer is not None:
+            report = self._read(found, writer, progress)
         elif forgotten:
             self._drop_traces(forgotten)
-        unread = [*found.unchanged, *found.renamed.values()]
-        known = sum(sources.get(name, 0) for name in unread)
-        return MirrorReport(found, report, known, len(forgotten) + (report.forgotten if report else 0))
+        if changes_texts:
+            with self._open_home() as home:
+                home.set_meta(_WRITTEN, self._settings)
+        return MirrorReport(found, report, bank.known(found), len(forgotten) + (report.forgotten if report else 0))
 
     def close(self) -> None:
         """Drop model and embedder, if they were loaded. Closing twice is fine."""
         self._opened.close()
 
-    def _look(self, paths: Sequence[Path]) -> tuple[Survey, Mapping[str, int], Mapping[str, SourceState], bool]:
-        """The survey, the bank's sources and states, and whether it was last written with the same settings."""
-        sources, states, fits = dict[str, int](), dict[str, SourceState](), True
+    def _look(self, paths: Sequence[Path]) -> tuple[Survey, "_Bank"]:
+        bank = _Bank(exists=False, is_whole=True)
         if self._home_folder.exists():
             with suppress(BankMissingError), self._open_home(read_only=True) as home:
-                sources, states = dict(home.sources()), dict(home.states())
-                fits = home.get_meta(_SETTINGS) == self._settings
-        found = survey(paths, self.names, sources, states, self.reading, keep_missing=self.keep_missing)
-        return found, sources, states, fits
+                is_whole = home.get_meta(_WRITTEN) == self._settings
+                bank = _Bank(True, is_whole, dict(home.sources()), dict(home.states()))
+        keep = self.keep_missing
+        return survey(paths, self.names, bank.sources, bank.states, self.reading, keep_missing=keep), bank
 
-    def _check_text(self, found: Survey) -> None:
-        """Raise `InputError` if there is no text to make a bank of."""
-        if not any(True for _ in self._documents(found)):
+    def _check(self, found: Survey, bank: "_Bank") -> None:
+        """Raise `InputError` for a file that cannot be read, and if there is no text to make a bank of."""
+        empty = True
+        for document in self._documents(found):
+            empty = False
+            for _ in document.blocks():
+                pass
+        if empty and not bank.exists:
             raise InputError(f"there is no text in {', '.join(map(str, found.read.values()))}")
 
     def _documents(self, found: Survey) -> Iterator[Document]:
         for name, path in found.read.items():
             yield from read_file(path, name, text_field=self.reading.text_field)
 
-    def _move(
-        self, found: Survey, gone: Sequence[str], touched: "set[str]", states: Mapping[str, SourceState]
-    ) -> list[int]:
-        """Rename and forget sources without reading any. Returns the forgotten ids."""
+    def _move(self, found: Survey, bank: "_Bank", changes_texts: bool) -> list[int]:
+        """Do all that needs no reading, and note that more is to be done. Returns the forgotten ids."""
+        alone = [] if found.read else [*found.gone, *found.aliases]  # otherwise the writer keeps what files share
+        last = {origin: name for name, origin in found.renamed.items()}
         with self._open_home() as home:
-            if home.states() != states:
+            if home.states() != bank.states:
                 raise BankBusyError(f"another process wrote to {self.config.bank} just now; write again")
+            if changes_texts:
+                home.set_meta(_WRITTEN, b"")
             moves = Moves(home)
-            left = set(gone) | set(found.gone)
-            last = {origin: name for name, origin in found.renamed.items()}
             for name, origin in found.renamed.items():
-                moves.copy(origin, name, found.states[name], instead=origin in left and last[origin] == name)
-            for name in gone:
+                moves.copy(origin, name, found.states[name], instead=origin in found.gone and last[origin] == name)
+            for name in alone:
                 if name not in last:
                     moves.forget(name)
-            for name in touched:
+            for name in found.states.keys() - found.read.keys() - found.renamed.keys():
                 moves.state(name, found.states[name])
             moves.make()
             return moves.forgotten
 
-    def _read(self, found: Survey, progress: OnProgress | None) -> "WriteReport":
+    def _read(self, found: Survey, writer: "Writer", progress: OnProgress | None) -> "WriteReport":
         """Write what is new or changed."""
-        for document in self._documents(found):
-            for _ in document.blocks():
-                pass  # a file that cannot be read shows before a model is loaded
 
         def states() -> Mapping[str, SourceState | None]:
             """How the files were; none of one that changed while it was read."""
@@ -146,7 +162,7 @@ class Mirror:
                 **dict.fromkeys([*found.gone, *found.aliases]),
             }
 
-        return self._writer.write(
+        return writer.write(
             self._documents(found),
             states=states,
             whole=self.reading.whole,
