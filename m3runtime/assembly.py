@@ -20,8 +20,9 @@ from m3runtime.plugins.loading import available, load
 from m3runtime.plugins.messages import one_line
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.retrieval.index import Index
+from m3runtime.storage import opening
 from m3runtime.storage.abilities import Persistent
-from m3runtime.storage.defaults import HOME, default_tiers
+from m3runtime.storage.defaults import default_tiers
 from m3runtime.storage.home import Home
 from m3runtime.storage.tier import CachingTier
 
@@ -41,10 +42,8 @@ def device(config: Config) -> "torch.device":
 
 def open_home(config: Config, *, read_only: bool = False) -> OpenHome:
     """The function that opens the home of the configured bank, or makes one."""
-    configured = config.tiers or (HOME,)
-    kind, options = _kinds(configured)[-1], configured[-1].options
-    where = f"tiers.{len(configured) - 1}"
-    return partial(construct, kind, options, where, slot_bytes=None, read_only=read_only)
+    _kinds(config.tiers or (opening.HOME,))
+    return opening.open_home(config, read_only=read_only)
 
 
 def open_bank(config: Config, *, read_only: bool = False) -> Bank:

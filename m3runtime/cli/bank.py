@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3runtime.cli.citing import citation, cited
+from m3runtime.cli.citing import citation, cited, summarised
 from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
 from m3runtime.errors import InputError
 from m3runtime.observe.figures import show_size
@@ -40,6 +40,7 @@ def search(
 
 def inspect(
     id: Annotated[int | None, typer.Argument(min=0, help="One memory; default: the bank as a whole.")] = None,
+    all: Annotated[bool, typer.Option("--all", help="List every source, not the folders of many.")] = False,
     config: ConfigFile = None,
     set: Set = None,
     json: Json = False,
@@ -53,6 +54,8 @@ def inspect(
     if json:
         print_json(facts)
         return
+    if id is None and not all:
+        facts["sources"] = summarised(facts["sources"])
     for name, value in facts.items():
         if isinstance(value, dict):
             typer.echo(f"{name}:")
@@ -63,47 +66,54 @@ def inspect(
 
 
 def forget(
-    ids: Annotated[list[int] | None, typer.Argument(min=0, help="Ids of memories.")] = None,
-    source: Annotated[list[str] | None, typer.Option("--source", help="Forget all memories from a source.")] = None,
+    what: Annotated[
+        list[str] | None, typer.Argument(help="Ids of memories, files, folders, patterns such as 'docs/*.md'.")
+    ] = None,
+    source: Annotated[
+        list[str] | None, typer.Option("--source", help="A file, folder, pattern or source, whatever it looks like.")
+    ] = None,
     quarantined: Annotated[bool, typer.Option("--quarantined", help="Forget all quarantined memories.")] = False,
     config: ConfigFile = None,
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Delete memories and their references for good: from the bank, its index and every persistent tier."""
+    """Delete memories and their references for good: from the bank, its index and every persistent tier.
+
+    A number is the id of a memory. A text that also stands in another file is remembered from there. A file that is
+    still in its folder is remembered again when the folder is written again.
+    """
     settings = configuration(config, set)
-    if not ids and not source and not quarantined:
-        raise InputError("nothing to forget is given: name ids, --source or --quarantined")
+    if not what and not source and not quarantined:
+        raise InputError("nothing to forget is given: name ids, files, --source or --quarantined")
     from m3runtime import assembly
     from m3runtime.bank import records
+    from m3runtime.documents.sources import SourceNames
     from m3runtime.memory.block import as_ids
-    from m3runtime.storage.hierarchy import Hierarchy
+    from m3runtime.writing.forgetting import drop_traces, sources_of
+    from m3runtime.writing.moving import Moves
 
+    ids = [int(one) for one in what or () if one.isdecimal()]
+    paths = [*(one for one in what or () if not one.isdecimal()), *(source or ())]
     with closing(assembly.open_bank(settings)) as bank:
-        wanted = dict.fromkeys(ids or [])
-        for name in source or ():
-            of_source = bank.home.ids_of(name).tolist()
-            if not of_source:
-                raise InputError(f"the bank remembers nothing from {name}; `m3 inspect` lists its sources")
-            wanted.update(dict.fromkeys(of_source))
-        found, damaged = records.references(bank.home, as_ids(list(wanted)))
-        unknown = [id for id, one in zip(wanted, found, strict=True) if one is None and id not in damaged]
+        names, home = SourceNames(settings.bank), bank.home
+        known = sorted({*home.sources(), *home.states()}) if paths else []
+        chosen = dict.fromkeys(one for path in paths for one in sources_of(path, names, known))
+        found, damaged = records.references(home, as_ids(ids))
+        unknown = [id for id, one in zip(ids, found, strict=True) if one is None and id not in damaged]
         if unknown:
             raise InputError(f"the bank has no memory {', '.join(map(str, unknown))}; nothing was forgotten")
-        if quarantined:
-            wanted.update(dict.fromkeys(bank.home.quarantined()))
-        # Remains of a crash in a tier or in the index are removed when they are opened again.
-        tiers = assembly.open_tiers(settings, bank.home.slot_bytes, assembly.device(settings), persistent=True)
-        with closing(Hierarchy(tiers, bank.home, bank.stamp)) as hierarchy:
-            hierarchy.discard(as_ids(list(wanted)))
-            failed = [tier.name for tier in hierarchy.stats() if tier.faults]
-        assembly.bank_index(settings, bank).update()
+        moves = Moves(home)
+        moves.drop([*ids, *(home.quarantined() if quarantined else ())])
+        for name, record in chosen:
+            moves.forget(name, record)
+        moves.make()
+        failed = drop_traces(settings, bank, moves.forgotten)
     for name in failed:
         typer.echo(f"tier {name} failed: what it still holds is discarded when it is used again", err=True)
     if json:
-        print_json({"forgotten": list(wanted)})
+        print_json({"forgotten": sorted(moves.forgotten)})
     else:
-        typer.echo(f"{len(wanted)} memories forgotten")
+        typer.echo(f"{len(moves.forgotten)} memories forgotten")
 
 
 def _bank_facts(bank: "Bank") -> dict[str, Any]:
@@ -128,7 +138,7 @@ def _bank_facts(bank: "Bank") -> dict[str, Any]:
             **({} if distortion is None else {"key_error": distortion.keys, "value_error": distortion.values}),
         },
         "fingerprint": bank.stamp.bank,
-        "sources": dict(home.sources()),
+        "sources": dict(sorted(home.sources().items())),
     }
 
 

@@ -1,8 +1,9 @@
 """``m3 write``: write texts into a bank."""
 
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,52 +11,110 @@ from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_js
 from m3runtime.cli.progress import stages
 from m3runtime.observe.figures import show_size
 
+if TYPE_CHECKING:
+    from m3runtime.documents.survey import Survey
+    from m3runtime.writing.mirror import MirrorReport
+
+Paths = Annotated[list[Path], typer.Argument(help="Files or folders: txt, md, rst, html, jsonl.")]
+TextField = Annotated[str, typer.Option(help="The field of a jsonl line that holds the text.")]
+Whole = Annotated[bool, typer.Option("--whole", help="Each document is one reference; do not split.")]
+KeepMissing = Annotated[
+    bool, typer.Option("--keep-missing", help="Keep the memories of files that are no longer in a folder.")
+]
+
 
 def write(
-    paths: Annotated[list[Path], typer.Argument(help="Files or folders: txt, md, rst, html, jsonl.")],
+    paths: Paths,
     config: ConfigFile = None,
-    text_field: Annotated[str, typer.Option(help="The field of a jsonl line that holds the text.")] = "text",
-    whole: Annotated[bool, typer.Option("--whole", help="Each document is one reference; do not split.")] = False,
+    text_field: TextField = "text",
+    whole: Whole = False,
     catalogue: Annotated[
         bool, typer.Option("--catalogue", help="Only embed: each is encoded at its first recall (recall.cold_start).")
     ] = False,
+    keep_missing: KeepMissing = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List the files that changed.")] = False,
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Write texts into the bank, and create the bank if it does not exist.
+    """Bring the bank in step with files and folders, and create the bank if it does not exist.
 
-    It can be interrupted at any moment and run again: it resumes, and stores nothing twice. References that were only
-    catalogued are encoded when they are written without --catalogue. A corpus may be larger than the machine's memory.
+    What is new is remembered, what changed is replaced, and what is gone from a file, or from a folder that is written
+    again, is forgotten. Unchanged files are not read, and cost no model. It can be interrupted at any moment and run
+    again. References that were only catalogued are encoded when they are written without --catalogue. A corpus may be
+    larger than the machine's memory.
     """
     settings = configuration(config, set)
-    from m3runtime.documents.reading import find_files, read_documents
+    from m3runtime.documents.survey import Reading
+    from m3runtime.writing.mirror import Mirror
 
-    _, skipped = find_files(paths)
-    for document in read_documents(paths, text_field=text_field):
-        for _ in document.blocks():
-            pass  # a file that cannot be read shows before a model is loaded
-
-    from m3runtime import assembly
-    from m3runtime.writing.writer import Writer
-
-    adapter = assembly.open_adapter(settings)
-    embedder = assembly.open_embedder(settings)
-    with stages(shown=not json) as progress:
-        report = Writer(settings, adapter, embedder).write(
-            read_documents(paths, text_field=text_field), whole=whole, catalogue=catalogue, progress=progress
-        )
+    reading = Reading(text_field, whole, catalogue)
+    with closing(Mirror(settings, reading, keep_missing=keep_missing)) as mirror:
+        if dry_run:
+            survey = mirror.survey(paths)
+            if json:
+                print_json({**_facts(survey), "bank": str(settings.bank)})
+            else:
+                _list(survey)
+                typer.echo(f"{counted(survey)}; nothing was changed: {settings.bank}")
+            return
+        with stages(shown=not json) as progress:
+            report = mirror.write(paths, progress)
     if json:
-        print_json({**asdict(report), "bank": str(settings.bank), "skipped": [str(path) for path in skipped]})
+        print_json({**_counts(report), **_facts(report.survey), "bank": str(settings.bank)})
         return
-    if catalogue:
-        typer.echo(
-            f"{report.catalogued} references catalogued, {report.known} known already, from {report.documents} "
-            f"documents, in {report.seconds:.1f} s: {settings.bank}"
-        )
-    else:
-        typer.echo(
-            f"{report.written} memories written, {report.known} known already, from {report.documents} documents; "
-            f"{show_size(report.bytes)} in {report.seconds:.1f} s: {settings.bank}"
-        )
-    if skipped:
+    if verbose:
+        _list(report.survey)
+    typer.echo(f"{summary(report)}: {settings.bank}")
+    if skipped := report.survey.skipped:
         typer.echo(f"{len(skipped)} files were passed over, such as {skipped[0]}", err=True)
+
+
+def summary(report: "MirrorReport") -> str:
+    """What was done, in a line."""
+    written, parts = report.written, [counted(report.survey)]
+    if written is not None:
+        new = (
+            f"{written.catalogued} references catalogued"
+            if written.catalogued
+            else f"{written.written} memories written"
+        )
+        parts = [f"{new}, {written.known + report.known} known already", *parts]
+    if report.forgotten:
+        parts.append(f"{report.forgotten} memories forgotten")
+    if written is not None:
+        parts.append(f"{show_size(written.bytes)} in {written.seconds:.1f} s")
+    return "; ".join(parts)
+
+
+def counted(survey: "Survey") -> str:
+    """The number of sources of each kind that there is."""
+    counts = {name: len(some) for name, some in _groups(survey).items()}
+    return "files: " + (", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none")
+
+
+def _groups(survey: "Survey") -> dict[str, list[str]]:
+    names = ("new", "changed", "renamed", "unchanged", "gone")
+    return {name: sorted(getattr(survey, name)) for name in names}
+
+
+def _facts(survey: "Survey") -> dict[str, Any]:
+    return {
+        "sources": {**_groups(survey), "renamed": dict(survey.renamed)},
+        "skipped": [str(path) for path in survey.skipped],
+    }
+
+
+def _counts(report: "MirrorReport") -> dict[str, Any]:
+    """The numbers of `WriteReport`, also where there was nothing to read."""
+    if report.written is None:
+        numbers = ("documents", "references", "written", "catalogued", "bytes")
+        return {**dict.fromkeys(numbers, 0), "known": report.known, "forgotten": report.forgotten, "seconds": 0.0}
+    return {**asdict(report.written), "known": report.known + report.written.known, "forgotten": report.forgotten}
+
+
+def _list(survey: "Survey") -> None:
+    for name, some in _groups(survey).items():
+        for source in some if name != "unchanged" else ():
+            origin = f" (was {survey.renamed[source]})" if name == "renamed" else ""
+            typer.echo(f"{name:>9}  {source}{origin}")

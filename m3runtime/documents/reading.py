@@ -5,9 +5,11 @@ parsed file by file, each as a whole.
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +24,7 @@ class Document:
     """A text and where it came from. A line feed ends its lines, whatever the file had."""
 
     source: str
-    """The path as it was given, with ``/``."""
+    """The name of the file."""
     content: str | Path
     """The text, or the plain-text file that holds it, which is read each time that the text is asked for."""
     metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -62,35 +64,51 @@ def find_files(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
     named itself is taken whatever its suffix. Raises `InputError` for a path that does not exist and for a
     folder in which there is nothing to read.
     """
-    files: dict[Path, Path] = {}
+    files: dict[str, Path] = {}
     skipped: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = False
-            for file in _walk(path, set()):
-                if file.name.startswith(".") or file.suffix.lower() not in READERS:
-                    skipped.append(file)
-                else:
-                    files.setdefault(file.resolve(), file)
-                    found = True
+            found, others = folder_files(path)
+            skipped += others
             if not found:
                 raise InputError(f"{path} holds no text: no file that ends in {', '.join(READERS)}")
+            for real, file in found.items():
+                files.setdefault(real, file)
         elif path.is_file():
-            files.setdefault(path.resolve(), path)
+            files.setdefault(os.path.realpath(path), path)
         else:
             raise InputError(f"{path} is neither a file nor a folder")
     return list(files.values()), skipped
 
 
+def folder_files(folder: Path) -> tuple[dict[str, Path], list[Path]]:
+    """The files in a folder by their real paths, and the skipped ones; see `find_files`."""
+    files: dict[str, Path] = {}
+    skipped: list[Path] = []
+    for file, real in _walk(str(folder), os.path.realpath(folder), set()):
+        if file.name.startswith(".") or file.suffix.lower() not in READERS:
+            skipped.append(file)
+        else:
+            files.setdefault(real, file)
+    return files, skipped
+
+
 def read_documents(paths: Iterable[str | Path], *, text_field: str = "text") -> Iterator[Document]:
     """The documents in files and folders (`find_files`), blank ones left out, read as they are asked for.
 
-    A file named ``.jsonl`` gives one document for each line, whose text is in ``text_field``. Raises
-    `InputError` at once for paths that cannot be used, and while it is iterated for a file that is not text
-    in UTF-8, for a bad line of JSON, and at the end if there was no text at all. A long file raises it when its text
-    is read.
+    The source of each is the path as it was given. A file named ``.jsonl`` gives one document for each line, whose text
+    is in ``text_field``. Raises `InputError` at once for paths that cannot be used, and while it is iterated for a file
+    that is not text in UTF-8, for a bad line of JSON, and at the end if there was no text at all. A long file raises it
+    when its text is read.
     """
     return _read(find_files(paths)[0], text_field)
+
+
+def read_file(path: Path, source: str, *, text_field: str = "text") -> Iterator[Document]:
+    """The documents of one file that are not blank; see `read_documents`."""
+    for document in READERS.get(path.suffix.lower(), _read_plain)(path, text_field):
+        if any(block.strip() for block in document.blocks()):
+            yield replace(document, source=source)
 
 
 def one_word(text: str) -> bool:
@@ -101,29 +119,30 @@ def one_word(text: str) -> bool:
 def _read(files: Sequence[Path], text_field: str) -> Iterator[Document]:
     empty = True
     for path in files:
-        for document in READERS.get(path.suffix.lower(), _read_plain)(path, text_field):
-            if any(block.strip() for block in document.blocks()):
-                empty = False
-                yield document
+        for document in read_file(path, path.as_posix(), text_field=text_field):
+            empty = False
+            yield document
     if empty:
         raise InputError(f"there is no text in {', '.join(str(path) for path in files) or 'no files'}")
 
 
-def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    real = folder.resolve()
+def _walk(folder: str, real: str, seen: set[str]) -> Iterator[tuple[Path, str]]:
+    """The regular files in a folder, each with its real path."""
     if real in seen:
         return
     seen.add(real)
     try:
-        entries = sorted(folder.iterdir())
+        with os.scandir(folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise InputError(f"{folder} cannot be read: {error.strerror}") from error
-    for entry in entries:
-        if entry.is_dir():
-            if not entry.name.startswith("."):
-                yield from _walk(entry, seen)
-        else:
-            yield entry
+    for entry in found:
+        real_path = os.path.realpath(entry.path) if entry.is_symlink() else f"{real}{os.sep}{entry.name}"
+        with suppress(OSError):  # a link that leads to itself
+            if entry.is_file():
+                yield Path(entry.path), real_path
+            elif entry.is_dir() and not entry.name.startswith("."):
+                yield from _walk(entry.path, real_path, seen)
 
 
 def _read_plain(path: Path, _: str) -> Iterator[Document]:

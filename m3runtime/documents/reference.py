@@ -37,6 +37,10 @@ class Reference:
     places: tuple[Place, ...] = ()
     """All places of this heading and text, in the order in which they were written."""
 
+    def places_in(self, source: str) -> list[Place]:
+        """The places in one source."""
+        return [place for place in self.places if place.source == source]
+
     @property
     def source(self) -> str:
         """The source of the first place."""

@@ -36,23 +36,37 @@ class ReferenceSpool:
     each reference, which is removed when the spool is closed or its process ends; the environment variable ``TMPDIR``
     says in which folder. For the thread that made it.
 
-    Raises `InputError` for a document of one word, one that is too long to be whole, for an empty corpus, and what
-    reading and splitting raise.
+    Raises `InputError` for a document of one word, one that is too long to be whole, for an empty corpus unless it
+    ``may_be_empty``, and what reading and splitting raise.
     """
 
-    def __init__(self, documents: Iterable[Document], splitter: Splitter, *, whole: bool = False) -> None:
+    def __init__(
+        self,
+        documents: Iterable[Document],
+        splitter: Splitter,
+        *,
+        whole: bool = False,
+        may_be_empty: bool = False,
+    ) -> None:
         self.documents = 0
         """Documents that were read."""
+        self.sources: dict[str, int] = {}
+        """The sources of the documents, in order, and the references known when the last document of each was read.
+
+        The references of a source are among so many first ones.
+        """
         self._file = sqlite3.connect("", isolation_level=None)  # without a name it is a temporary file
         try:
             self._file.executescript(f"{_SETTINGS} {_TABLES}")
             self._file.execute("BEGIN")
+            self._count = 0
             for document in documents:
                 self.documents += 1
                 for reference in _split(document, splitter, whole=whole):
                     self._add(reference, document)
-            self._count: int = self._file.execute("SELECT count(*) FROM reference").fetchone()[0]
-            if not self._count:
+                self.sources.pop(document.source, None)
+                self.sources[document.source] = self._count
+            if not (self._count or may_be_empty):
                 raise InputError("the corpus is empty: there is nothing to remember")
         except sqlite3.OperationalError as error:
             self.close()
@@ -74,15 +88,20 @@ class ReferenceSpool:
             raise IndexError(place)
         return self._reference(row)
 
+    def places(self, reference: Reference) -> tuple[Place, ...]:
+        """The places that the documents have of a reference's text and heading."""
+        row = self._file.execute(f"{_GET} WHERE digest = ?", (_digest(reference),)).fetchone()
+        return () if row is None else self._reference(row).places
+
     def close(self) -> None:
         """Remove the temporary file."""
         self._file.close()
 
     def _add(self, reference: Reference, document: Document) -> None:
         """Add a reference, or its places if it is known."""
-        text, heading = _packed(reference.text), _packed(reference.heading)
-        digest = blake2b(b"%d %b%b" % (len(heading), heading, text), digest_size=16).digest()
-        self._file.execute(_ADD, (digest, text, reference.tokens, heading))
+        digest = _digest(reference)
+        row = digest, _packed(reference.text), reference.tokens, _packed(reference.heading)
+        self._count += self._file.execute(_ADD, row).rowcount
         for place in reference.places:
             metadata = json.dumps({**document.metadata, **place.metadata})
             self._file.execute(_ADD_PLACE, (_packed(place.source), place.start, place.end, metadata, digest))
@@ -115,6 +134,11 @@ def _uncut(document: Document, splitter: Splitter) -> Iterator[Reference]:
             "shorten it, or write without --whole"
         )
     yield Reference(text, tokens, places=(Place(document.source, start, start + len(text)),))
+
+
+def _digest(reference: Reference) -> bytes:
+    text, heading = _packed(reference.text), _packed(reference.heading)
+    return blake2b(b"%d %b%b" % (len(heading), heading, text), digest_size=16).digest()
 
 
 def _packed(text: str) -> bytes:

@@ -7,9 +7,7 @@ import torch
 
 from m3runtime.config.schema import TierConfig
 from m3runtime.config.units import format_size
-
-HOME = TierConfig(kind="lmdb")
-"""The home of a configuration that names no tiers."""
+from m3runtime.storage.opening import HOME
 
 _MIB = 1024**2
 _GIB = 1024**3

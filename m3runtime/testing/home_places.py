@@ -124,8 +124,9 @@ class PlaceLaws(HomeLaws):
         home.quarantine(1, "rotten")
         home.fill(make_ids(1), make_blocks(make_ids(1)))
         home.commit(make_batch([9]))  # of a third source
+        home.change(Changes({1: (HERE, *make_reference(1).places)}))  # which stands in its source as before
         home.discard(make_ids(9, UNKNOWN))
-        home.change(Changes())
+        home.change(Changes({1: make_reference(1).places}))
         assert home.states() == {make_reference(id).source: STATE for id in (1, 2)}
 
     def test_a_source_changes_in_one_transaction(self, home: Home) -> None:

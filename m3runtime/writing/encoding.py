@@ -12,7 +12,7 @@ from m3runtime.documents.reference import Reference
 from m3runtime.memory.block import Ids
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.retrieval.embedder import Embedder, Embeddings
-from m3runtime.storage.home import Batch
+from m3runtime.storage.home import Batch, Changes
 
 GROUP = 64
 """References of one transaction. A constant, so that writing again after a crash gives equal bytes."""
@@ -25,6 +25,8 @@ class Group:
     bank: Bank
     ids: Ids
     references: Sequence[Reference]
+    changes: Changes = field(default_factory=Changes)
+    """Changes of other references, made in the same transaction."""
     blocks: Tensor = field(init=False)
     """The encoded blocks of all references, ``uint8[n, slot_bytes]``; zeros before `put`."""
     vectors: Embeddings = field(init=False)
@@ -58,11 +60,15 @@ class Group:
 
     def commit(self) -> None:
         """Commit new references with their blocks in one transaction."""
-        self.bank.home.commit(self.batch())
+        self.bank.home.commit(self.batch(), changes=self.changes)
 
     def catalogue(self) -> None:
         """Commit new references without blocks, cold, in one transaction."""
-        self.bank.home.catalogue(self.ids, self.references, self.vectors)
+        self.bank.home.catalogue(self.ids, self.references, self.vectors, changes=self.changes)
+
+    def change(self) -> None:
+        """Make the changes alone; the group has no references."""
+        self.bank.home.change(self.changes)
 
     def fill(self) -> None:
         """Store the blocks of cold references in one transaction."""
@@ -70,7 +76,7 @@ class Group:
 
 
 Store = Callable[[Group], None]
-"""A transaction of `Group`: `Group.commit`, `Group.catalogue` or `Group.fill`."""
+"""A transaction of `Group`: `Group.commit`, `Group.catalogue`, `Group.fill` or `Group.change`."""
 
 
 def batches(references: Sequence[Reference], size: int) -> list[list[int]]:

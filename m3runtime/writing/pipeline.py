@@ -67,7 +67,7 @@ class Pipeline:
                 encode = workers.enter_context(Worker(ahead=_BATCHES_AHEAD)).do
             for store, group in groups:
                 computed(count)
-                if store is not Group.fill:
+                if group.references and store is not Group.fill:
                     encode(self._timed("embed", partial(group.embed, self._embedder)))
                 for rows in batches(group.references, self._batch_size) if store is not Group.catalogue else ():
                     with self._clock.phase("model"):

@@ -1,11 +1,10 @@
 """`Writer`: turns documents into references and memories, and commits them to a bank."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 
 from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
@@ -14,14 +13,14 @@ from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs import Codec
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import Document
-from m3runtime.documents.reference import Reference
+from m3runtime.documents.sources import SourceState
 from m3runtime.documents.splitting import Splitter
 from m3runtime.documents.spool import ReferenceSpool
-from m3runtime.memory.block import HEADER_BYTES, as_ids
+from m3runtime.errors import InputError
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.writing import codec_files
-from m3runtime.writing.encoding import GROUP, Group, Store
 from m3runtime.writing.fitting import fit_codec, sample
+from m3runtime.writing.grouping import Groups
 from m3runtime.writing.pipeline import Clock, Pipeline
 
 OnProgress = Callable[[str, int, int], None]
@@ -46,6 +45,8 @@ class WriteReport:
     is waited for where its result is copied."""
     catalogued: int = 0
     """References that were added without being encoded."""
+    forgotten: int = 0
+    """References that no source has any more."""
 
 
 class Writer:
@@ -67,11 +68,16 @@ class Writer:
         self,
         documents: Iterable[Document],
         *,
+        states: Callable[[], Mapping[str, SourceState | None]] = dict,
         whole: bool = False,
         catalogue: bool = False,
         progress: OnProgress | None = None,
     ) -> WriteReport:
-        """Remember the content of these documents as far as the bank lacks it; makes the bank if there is none.
+        """Make the bank mirror the sources of these documents; makes the bank if there is none.
+
+        References that it lacks are added. Those that a source had before, and has no more, are forgotten unless
+        another source has them. All others keep their ids and bytes. ``states`` is called when all documents were read,
+        and returns the state of each source; a source in it that has no document is emptied.
 
         With ``whole`` every document is one reference. With ``catalogue`` the model does not read them: they are cold
         until they are recalled (``recall.cold_start``) or written without it. Writing can be stopped at any instant and
@@ -86,18 +92,19 @@ class Writer:
         """
         began, clock = time.perf_counter(), Clock()
         with clock.phase("split"):
-            spool = ReferenceSpool(documents, self.splitter, whole=whole)
+            spool = ReferenceSpool(documents, self.splitter, whole=whole, may_be_empty=True)
+            mirrored = states()
         with closing(spool) as references:
             assembly.make_index(self.config, self.embedder.dim)  # a mistake there should not show only at the end
             with clock.phase("codec"):
                 bank = self._open(references, progress)
             with closing(bank):
                 title = "Cataloguing references" if catalogue else "Writing memories"
-                done = _Tally(bank, self.adapter.spec.tokens)
+                groups = Groups(bank, references, mirrored, catalogue=catalogue)
 
                 def computed(count: int) -> None:
                     if progress:
-                        progress(title, done.known + count, len(references))
+                        progress(title, groups.known + count, len(references))
 
                 pipeline = Pipeline(
                     self.adapter,
@@ -106,20 +113,21 @@ class Writer:
                     batch_size=self.config.memory.batch_size,
                     parallel=self.parallel,
                 )
-                pipeline.run(_groups(bank, references, done, catalogue=catalogue), computed)
-                if done.stored:
-                    computed(done.stored)  # known references may have followed the last group
+                pipeline.run(groups, computed)
+                if groups.stored:
+                    computed(groups.stored)  # known references may have followed the last group
                 with clock.phase("index"):
                     assembly.bank_index(self.config, bank).update()
             return WriteReport(
                 documents=references.documents,
                 references=len(references),
-                written=0 if catalogue else done.stored,
-                known=done.known,
-                bytes=0 if catalogue else done.bytes,
+                written=0 if catalogue else groups.stored,
+                known=groups.known,
+                bytes=0 if catalogue else groups.bytes,
                 seconds=time.perf_counter() - began,
                 stages=clock.seconds,
-                catalogued=done.stored if catalogue else 0,
+                catalogued=groups.stored if catalogue else 0,
+                forgotten=groups.forgotten,
             )
 
     def _open(self, references: ReferenceSpool, progress: OnProgress | None) -> Bank:
@@ -137,6 +145,8 @@ class Writer:
                 bank.close()
                 raise
             return bank
+        if not len(references):
+            raise InputError("the corpus is empty: there is nothing to remember")
         codec = self._codec(references, progress)
         manifest = Manifest(
             model=adapter.model_fingerprint,
@@ -163,66 +173,3 @@ class Writer:
         trained = progress and partial(progress, "Training the codec")
         fit_codec(codec, self.adapter, texts, self.config.memory.batch_size, trained)
         return codec
-
-
-@dataclass(slots=True)
-class _Tally:
-    """Counts of one call of `Writer.write`."""
-
-    bank: Bank
-    most_tokens: int
-    """Most tokens of a memory."""
-    known: int = 0
-    stored: int = 0
-    bytes: int = 0
-    """Bytes that the blocks of stored references have, or will have."""
-
-    def store(self, references: Iterable[Reference]) -> None:
-        """Count references as stored."""
-        for one in references:
-            self.stored += 1
-            self.bytes += HEADER_BYTES + self.bank.codec.payload_bytes(min(one.tokens, self.most_tokens))
-
-
-def _groups(bank: Bank, references: ReferenceSpool, tally: _Tally, *, catalogue: bool) -> Iterator[tuple[Store, Group]]:
-    """References that are new or cold in groups of `GROUP`, and the transaction that stores each; counts the others.
-
-    Both kinds keep their order, and a group is made when it is full: run again after a crash, the groups are the same.
-    """
-    next_id = bank.home.next_id()
-    cold: dict[int, Reference] = {}
-    new: list[Reference] = []
-
-    def fill() -> tuple[Store, Group]:
-        tally.store(cold.values())
-        return Group.fill, Group(bank, as_ids(list(cold)), list(cold.values()))
-
-    def add() -> tuple[Store, Group]:
-        nonlocal next_id
-        tally.store(new)
-        ids = as_ids(range(next_id, next_id + len(new)))
-        next_id += len(new)
-        return Group.catalogue if catalogue else Group.commit, Group(bank, ids, new)
-
-    source = iter(references)
-    while some := list(islice(source, GROUP)):
-        found = bank.home.find([one.text for one in some], [one.heading for one in some])
-        known = as_ids([id for id in found if id is not None])
-        lacking = set() if catalogue else set(bank.home.cold(known).tolist())
-        for one, id in zip(some, found, strict=True):
-            if id is None:
-                new.append(one)
-            elif id in lacking:
-                cold[id] = one
-            else:
-                tally.known += 1
-            if len(cold) == GROUP:
-                yield fill()
-                cold = {}
-            if len(new) == GROUP:
-                yield add()
-                new = []
-    if cold:
-        yield fill()
-    if new:
-        yield add()

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import BytesIO, TextIOWrapper
@@ -170,8 +171,9 @@ def contents(file: Path) -> Contents:
             blocks[id] = slot[: block.check(slot, id=id, stamp=bank.stamp)].tobytes()
             assert reference is not None
             references[id] = reference
-        assert bank.home.find([one.text for one in references.values()]) == ids.tolist()
-        assert sum(bank.home.sources().values()) == len(ids)
+        headings = [one.heading for one in references.values()]
+        assert bank.home.find([one.text for one in references.values()], headings) == ids.tolist()
+        assert dict(bank.home.sources()) == Counter(name for one in references.values() for name in one.sources)
         vectors = {}
         for some, rows in bank.home.embeddings():
             assert np.isfinite(rows).all()

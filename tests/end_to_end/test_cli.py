@@ -50,7 +50,7 @@ class TestWrite:
     def test_a_folder_of_every_kind_of_file(self, place: Place) -> None:
         result = place.m3("write", place.facts())
         assert result.code == 0
-        assert result.out.startswith("6 memories written, 0 known already, from 6 documents; ")
+        assert result.out.startswith("6 memories written, 0 known already; files: 5 new; ")
         assert str(place.bank) in result.out
         texts = set(place.contents().texts.values())
         assert "# Wall\n\nQuarrymen built the northern wall in 1431 from granite." in texts
@@ -78,6 +78,14 @@ class TestWrite:
             "written": 6,
             "known": 0,
             "catalogued": 0,
+            "forgotten": 0,
+            "sources": {
+                "new": sorted(f"facts/{name}" for name in FACTS),
+                "changed": [],
+                "renamed": {},
+                "unchanged": [],
+                "gone": [],
+            },
             "bytes": sum(map(len, place.contents().blocks.values())),
             "bank": str(place.bank),
             "skipped": ["facts/picture.png"],
@@ -95,10 +103,18 @@ class TestWrite:
         assert written.contents() == before
         # Nor does the same text by another name, or twice in one corpus.
         shutil.copytree(written.folder / "facts", written.folder / "again/more")
-        shutil.copytree(written.folder / "facts", written.folder / "again/most")
+        written.text("again/lamp.txt", FACTS["lamp.txt"] + "\n" + FACTS["lamp.txt"])
         report = written.m3("write", "again", "facts", "--json").json
-        assert (report["documents"], report["references"], report["written"]) == (18, 6, 0)
-        assert written.contents() == before
+        assert (report["documents"], report["references"], report["written"]) == (1, 1, 0)
+        after = written.contents()
+        assert (after.blocks, after.embeddings, after.texts) == (before.blocks, before.embeddings, before.texts)
+        lamp = [(place.source, place.start) for place in after.references[4].places]
+        assert sorted(lamp) == [
+            ("again/lamp.txt", 0),
+            ("again/lamp.txt", 80),
+            ("again/more/lamp.txt", 0),
+            ("facts/lamp.txt", 0),
+        ]
 
     def test_a_second_corpus_extends(self, written: Place) -> None:
         before = written.contents()

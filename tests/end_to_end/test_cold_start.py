@@ -124,7 +124,7 @@ def test_new_texts_are_written_beside_what_is_cold(cold: Place) -> None:
     assert f"{COUNT} memories written, 1 known already" in report
     cold.text("facts/bees.txt", "The bees of the abbey make heather honey.")
     report = cold.m3("write", "facts", "--catalogue").out
-    assert f"1 references catalogued, {COUNT + 1} known already, from" in report
+    assert f"1 references catalogued, {COUNT + 1} known already; files: 1 new, 6 unchanged; " in report
 
 
 def test_what_is_cold_is_inspected_and_forgotten(cold: Place) -> None:

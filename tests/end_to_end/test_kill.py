@@ -30,6 +30,7 @@ from m3runtime import cli
 from m3runtime.writing import writer
 import faiss, lmdb, m3backends.lmdb.home, m3backends.slabs, m3backends.usearch.index, m3model.transformers
 import usearch.index
+import m3runtime.writing.mirror, m3runtime.writing.forgetting
 import m3model.memory3, m3model.attention.passes, m3runtime.codecs.product.kernels.sharing
 import m3runtime.codecs.product.codec, m3runtime.codecs.product.kmeans, m3runtime.config.loading
 import semantic_text_splitter
@@ -43,7 +44,7 @@ if m3runtime.codecs.product.kernels.sharing.compiled():
     by_numba.nearest_of(8), by_numba.scatter()
 
 BEGINS = {"Writer._codec": "codec", "Bank.create": "creation", "Pipeline.run": "commits", "BankIndex.save": "index",
-          "_Repair.mend": "repair", "_Repair._compute": "computing", "Hierarchy.discard": "forgetting",
+          "_Repair.mend": "repair", "_Repair._compute": "computing", "Moves.make": "forgetting",
           "KeptTier.discard": "tiers"}
 
 def everything():

@@ -97,8 +97,10 @@ def test_each_text_is_remembered_once_in_the_order_of_the_corpus(desk: Desk, tex
     with tempfile.TemporaryDirectory() as folder:
         report = desk.write(Path(folder), texts)
         references = desk.references(Path(folder))
-        again = desk.write(Path(folder), texts[::-1])
+        again = desk.write(Path(folder), texts)
         assert desk.references(Path(folder)) == references
+        desk.write(Path(folder), texts[::-1])
+        assert [one.text for one in desk.references(Path(folder))] == [one.text for one in references]
     passages = [
         passage.text
         for text in texts
@@ -254,11 +256,11 @@ class Failing:
         self.real = real
         self.left = after
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
         self.left -= 1
         if not self.left:
             raise InputError("it failed as asked")
-        return self.real(*arguments)
+        return self.real(*arguments, **named)
 
 
 def stored(desk: Desk, bank: Path) -> Contents:
@@ -304,7 +306,7 @@ def test_an_error_in_any_phase_comes_out_and_leaves_whole_groups(
     failing = Failing(real, after)
     with monkeypatch.context() as patched:
         # As a function where it becomes a method of a class.
-        patched.setattr(owner, name, (lambda *of: failing(*of)) if isinstance(owner, type) else failing)
+        patched.setattr(owner, name, (lambda *of, **by: failing(*of, **by)) if isinstance(owner, type) else failing)
         with pytest.raises(InputError, match="it failed as asked"):
             desk.write(bank / "bank", MANY, parallel=parallel)
     left = stored(desk, bank / "bank")

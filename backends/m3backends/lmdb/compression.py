@@ -5,15 +5,17 @@ The first blocks of a home decide how its blocks are packed, once: see `decide`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import zstandard
-from torch import Tensor
 
 from m3runtime.errors import InputError
 from m3runtime.memory.block import HEADER_BYTES, Ids, Rows, headers
 from m3runtime.storage.tier import check_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Compression = Literal["none", "zstd"]
 Method = Literal["none", "zstd", "dictionary"]
@@ -54,7 +56,7 @@ PLAIN = Packing("none")
 ZSTD = Packing("zstd")
 
 
-def without_padding(ids: Ids, blocks: Tensor, slot_bytes: int) -> list[Rows]:
+def without_padding(ids: Ids, blocks: "Tensor", slot_bytes: int) -> list[Rows]:
     """The bytes of each block, ``uint8[n, slot_bytes]``, on the CPU. Raises `InputError` if its header does not fit."""
     check_rows(ids, blocks, slot_bytes)
     if not len(ids):

@@ -5,10 +5,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from m3backends.lmdb.audit import audit
 from m3backends.lmdb.compression import (
@@ -33,6 +33,9 @@ from m3runtime.errors import InputError
 from m3runtime.memory.block import Found, Ids, Rows
 from m3runtime.storage.home import Batch, Changes, Damage
 from m3runtime.storage.tier import check_ids
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class LmdbHome(LmdbReader):
@@ -90,7 +93,7 @@ class LmdbHome(LmdbReader):
             raise
         self._dictionary = load_dictionary(self._packing.dictionary) if self._packing else None
 
-    def write(self, ids: Ids, blocks: Tensor) -> None:
+    def write(self, ids: Ids, blocks: "Tensor") -> None:
         """Store blocks without references: they can be read, and nothing will recall them.
 
         Ids that are held are passed over. Raises `InputError` for an id that was used and is no longer.
@@ -132,7 +135,7 @@ class LmdbHome(LmdbReader):
 
         self._environment.write(work, reserve=True)
 
-    def fill(self, ids: Ids, blocks: Tensor) -> Found:
+    def fill(self, ids: Ids, blocks: "Tensor") -> Found:
         """Give cold ids their blocks in one transaction; see `Home.fill`."""
         stored, size = self._packed(ids, blocks)
 
@@ -226,7 +229,7 @@ class LmdbHome(LmdbReader):
         """
         return audit(self._environment, self._db, progress)
 
-    def _packed(self, ids: Ids, blocks: Tensor) -> tuple[list[bytes | memoryview], int]:
+    def _packed(self, ids: Ids, blocks: "Tensor") -> tuple[list[bytes | memoryview], int]:
         """The stored form of each block, and their bytes altogether. Raises `InputError` if the headers do not fit."""
         own = without_padding(ids, blocks, self.slot_bytes)
         pack = self._how_to_pack(own).packer()

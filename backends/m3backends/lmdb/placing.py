@@ -37,9 +37,8 @@ def move(txn: WriteTransaction, db: Databases, places: Mapping[int, tuple[Place,
         for name in set(old.sources) - set(moved.sources):
             leave(txn, db, name, key)
         for name in moved.sources:
-            joined.setdefault(name, [])
-            if name not in old.sources:
-                joined[name].append(id)
+            if old.places_in(name) != moved.places_in(name):
+                joined.setdefault(name, []).extend([] if name in old.sources else [id])
     join(txn, db, joined)
     forget(txn, db, as_ids([id for id, new in places.items() if not new]))
 

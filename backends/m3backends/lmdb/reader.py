@@ -3,12 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import zstandard
-from torch import Tensor
 
 from m3backends.lmdb.compression import dictionary_of, load_dictionary, unpack
 from m3backends.lmdb.environment import Environment, ReadTransaction, WriteTransaction
@@ -33,6 +32,9 @@ from m3runtime.memory.block import HEADER_BYTES, Found, Ids, Rows, length
 from m3runtime.storage.home import Home
 from m3runtime.storage.tier import check_rows
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 class LmdbReader(Home):
     """The reading methods of `LmdbHome`. Each works on one snapshot, `embeddings` on one for each batch.
@@ -51,10 +53,12 @@ class LmdbReader(Home):
         """None: the home has no bound in blocks."""
         return None
 
-    def read(self, ids: Ids, out: Tensor) -> Found:
+    def read(self, ids: Ids, out: "Tensor") -> Found:
         """Copy blocks into rows of ``out``, as `Tier.read` says. Bytes that a damaged block lacks are zeros."""
         check_rows(ids, out, self.slot_bytes)
         if out.device.type != "cpu":
+            import torch  # sources are compared without it
+
             staging = torch.empty(out.shape, dtype=torch.uint8)
             found = self.read(ids, staging)
             rows = torch.from_numpy(np.flatnonzero(found))

@@ -13,7 +13,7 @@ from m3runtime.lab.bench.recall import WHOLE, RecallTimes, measured, recall_tabl
 from m3runtime.lab.bench.timing import threads, turns
 from m3runtime.lab.results import Result, Spread, environment
 from m3runtime.runtime import Runtime
-from m3runtime.storage.defaults import HOME
+from m3runtime.storage.opening import HOME
 from m3runtime.writing.writer import OnProgress
 
 COLD, WARM = "cold", "warm"

@@ -1,0 +1,169 @@
+"""`survey`: compares files with the sources of a bank, without a model and without reading what did not change."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from m3runtime.documents.reading import READERS, folder_files
+from m3runtime.documents.sources import READING, SourceNames, SourceState, is_as_stated, is_within, state_of
+from m3runtime.errors import InputError
+
+_COLD = " catalogue"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How files are read and split."""
+
+    text_field: str = "text"
+    whole: bool = False
+    catalogue: bool = False
+    """Only catalogued: the next write without it encodes them."""
+
+    def how(self, path: Path) -> str:
+        """`SourceState.how` of a file."""
+        field = f" {self.text_field}" if path.suffix.lower() == ".jsonl" else ""
+        return f"{READING}{field}{' whole' * self.whole}{_COLD * self.catalogue}"
+
+    def covers(self, how: str, other: str) -> bool:
+        """Is a source that was written in one way as good as one written in the ``other``?"""
+        return how in (other, other.removesuffix(_COLD))
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """The difference between files and a bank. Every source is in one of the five groups."""
+
+    new: Mapping[str, Path]
+    changed: Mapping[str, Path]
+    renamed: Mapping[str, str]
+    """Maps a source that the bank lacks to one with the same bytes, whose references it shares or takes over."""
+    unchanged: Sequence[str]
+    gone: Sequence[str]
+    states: Mapping[str, SourceState]
+    """How the files are now: of new, changed and renamed sources, and of unchanged ones whose time is another."""
+    aliases: Sequence[str]
+    """Names that earlier releases gave to sources which are new or changed here."""
+    skipped: Sequence[Path]
+
+    @property
+    def read(self) -> Mapping[str, Path]:
+        """The files that must be read."""
+        return {**self.new, **self.changed}
+
+    @property
+    def is_in_step(self) -> bool:
+        """Is there nothing to do?"""
+        return not (self.states or self.gone or self.aliases)
+
+
+def survey(
+    paths: Iterable[Path],
+    names: SourceNames,
+    sources: Mapping[str, int],
+    states: Mapping[str, SourceState],
+    reading: Reading,
+    *,
+    keep_missing: bool = False,
+) -> Survey:
+    """Compare files and folders with the ``sources`` and ``states`` of a bank.
+
+    Sources in a folder that are no longer there are gone, unless ``keep_missing``. One that the folder's walk passes
+    over, but that exists and was written by its own name, is looked at like the others.
+
+    Raises `InputError` for a path that does not exist, a folder in which there is nothing to read and of which the bank
+    knows nothing, and a file that cannot be read.
+    """
+    found = _Found(names, sources, states)
+    for path in paths:
+        found.add(path)
+    missing = found.missing()
+    gone = [] if keep_missing else missing
+    unchanged: list[str] = []
+    changed, new, renamed, now = dict[str, Path](), dict[str, Path](), dict[str, str](), dict[str, SourceState]()
+    twins = {(state.digest, state.how, Path(name).suffix): name for name, state in states.items()}
+    for name in gone:  # rather than one that stays
+        if (state := states.get(name)) is not None:
+            twins[state.digest, state.how, Path(name).suffix] = name
+    for name, path in found.files.items():
+        how, state = reading.how(path), states.get(name)
+        is_known = state is not None and reading.covers(state.how, how)
+        if state is not None and is_known and is_as_stated(path, state):
+            unchanged.append(name)
+            continue
+        seen = state_of(path, how)
+        if state is not None and is_known and state.digest == seen.digest:
+            unchanged.append(name)
+            if seen.time != state.time:
+                now[name] = SourceState(seen.size, seen.time, seen.digest, state.how)
+            continue
+        now[name] = seen
+        if state is not None or name in sources:
+            changed[name] = path
+        elif (twin := twins.get((seen.digest, seen.how, path.suffix))) is not None:
+            renamed[name] = twin
+        else:
+            new[name] = path
+    return Survey(new, changed, renamed, unchanged, gone, now, found.aliases, found.skipped)
+
+
+class _Found:
+    """The files that were found, by name, and what the bank knows of the places where they were looked for."""
+
+    def __init__(self, names: SourceNames, sources: Mapping[str, int], states: Mapping[str, SourceState]) -> None:
+        self.files: dict[str, Path] = {}
+        self.skipped: list[Path] = []
+        self._names = names
+        self._known = dict.fromkeys([*sources, *states])
+        self._states = states
+        self._real: dict[str, str] = {}
+        self._folders: list[str] = []
+
+    def add(self, path: Path) -> None:
+        """Take a file, or the files of a folder."""
+        name = self._names.name(path)
+        if path.is_dir():
+            found, skipped = folder_files(path)
+            self.skipped += skipped
+            if not found and not any(is_within(known, name) for known in self._known):
+                raise InputError(f"{path} holds no text: no file that ends in {', '.join(READERS)}")
+            self._folders.append(name)
+        elif path.is_file():
+            found = {os.path.realpath(path): path}
+        else:
+            known = any(is_within(one, name) for one in self._known)
+            hint = f"; `m3 forget {path}` forgets what the bank has of it" if known else ""
+            raise InputError(f"{path} is neither a file nor a folder{hint}")
+        for real, file in found.items():
+            self._take(real, file)
+
+    def missing(self) -> list[str]:
+        """Sources in the folders that are there no more. Those that still are become `files`."""
+        missing = []
+        for name in self._known:
+            if name in self.files or not any(is_within(name, folder) for folder in self._folders):
+                continue
+            path = self._names.path(name)
+            if path.is_file() and os.path.realpath(path) not in self._real:
+                self._take(os.path.realpath(path), path)
+            else:
+                missing.append(name)
+        return missing
+
+    @property
+    def aliases(self) -> list[str]:
+        """Sources that earlier releases named otherwise: as they were given, or with the record behind a colon."""
+        given = {file.as_posix() for file in self.files.values()} - self.files.keys()
+        whole = {name for name in (*self.files, *given) if name.lower().endswith(".jsonl")}
+        return [
+            name
+            for name in self._known
+            if name not in self._states and (name in given or any(name.startswith(f"{one}:") for one in whole))
+        ]
+
+    def _take(self, real: str, file: Path) -> None:
+        if real not in self._real:
+            name = self._names.name(file)
+            self._real[real] = name
+            self.files[name] = file

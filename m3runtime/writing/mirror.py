@@ -1,0 +1,208 @@
+"""`Mirror`: keeps a bank in step with files, and loads a model only where there is something to read."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from m3runtime.config.schema import Config
+from m3runtime.documents.reading import Document, read_file
+from m3runtime.documents.sources import SourceNames, SourceState, is_as_stated, state_of
+from m3runtime.documents.survey import Reading, Survey, survey
+from m3runtime.errors import BankBusyError, BankMissingError, InputError
+from m3runtime.memory.spec import fingerprint
+from m3runtime.storage.home import Home
+from m3runtime.storage.opening import open_home
+from m3runtime.writing.moving import Moves
+
+if TYPE_CHECKING:
+    from m3runtime.writing.writer import Writer, WriteReport
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with the title of a stage, its steps done, and all its steps."""
+
+_WRITTEN = "written"
+"""The home's record of the settings of the last write that came to its end, index included; empty during one."""
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorReport:
+    """The result of `Mirror.write`."""
+
+    survey: Survey
+    written: "WriteReport | None"
+    """The report about the files that were read; None if there were none."""
+    known: int
+    """References of sources that were not read, those of several sources counted in each."""
+    forgotten: int
+    """References that no source has any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Bank:
+    """What a bank has of its sources."""
+
+    exists: bool
+    is_whole: bool
+    """Did the last write come to its end, with the settings of this one?"""
+    sources: Mapping[str, int] = field(default_factory=dict)
+    states: Mapping[str, SourceState] = field(default_factory=dict)
+
+    def known(self, found: Survey) -> int:
+        """References of sources that are not read, those of several sources counted in each."""
+        return sum(self.sources.get(name, 0) for name in (*found.unchanged, *found.renamed.values()))
+
+
+class Mirror:
+    """Writes files and folders into one bank, again and again. One call at a time; `close` drops the model."""
+
+    def __init__(
+        self, config: Config, reading: Reading, *, keep_missing: bool = False, writer: "Writer | None" = None
+    ) -> None:
+        """Without a ``writer`` one is opened when there is something to read."""
+        self.config = config
+        self.reading = reading
+        self.keep_missing = keep_missing
+        self.names = SourceNames(config.bank)
+        self._opened = ExitStack()
+        self._given = writer
+        self._settings = fingerprint(
+            [getattr(config, name).model_dump(mode="json") for name in ("model", "memory", "codec", "embedder")]
+        ).encode()
+
+    def survey(self, paths: Sequence[Path]) -> Survey:
+        """The difference between files and bank; changes nothing. Raises what `survey` does, and `BankError`."""
+        return self._look(paths)[0]
+
+    def write(self, paths: Sequence[Path], progress: OnProgress | None = None) -> MirrorReport:
+        """Bring the bank in step with these files and folders; makes the bank if there is none.
+
+        Each source changes in one transaction; one of many references takes several, of which the last forgets what
+        the source no longer has. References that stay keep ids and bytes. A call can be stopped at any instant, and
+        made again.
+
+        Raises `InputError` before anything is changed, and what `Writer.write` does.
+        """
+        found, bank = self._look(paths)
+        self._check(found, bank)
+        if found.is_in_step and bank.is_whole:
+            return MirrorReport(found, None, bank.known(found), 0)
+        changes_texts = bool(found.read or found.renamed or found.gone or found.aliases) or not bank.is_whole
+        reads = bool(found.read) or not bank.is_whole
+        writer = self._writer if reads else None  # before anything is changed
+        forgotten, report = list[int](), None
+        if bank.exists:
+            forgotten = self._move(found, bank, changes_texts)
+        if writer is not None:
+            report = self._read(found, writer, progress)
+        elif forgotten:
+            self._drop_traces(forgotten)
+        if changes_texts:
+            with self._open_home() as home:
+                home.set_meta(_WRITTEN, self._settings)
+        return MirrorReport(found, report, bank.known(found), len(forgotten) + (report.forgotten if report else 0))
+
+    def close(self) -> None:
+        """Drop model and embedder, if they were loaded. Closing twice is fine."""
+        self._opened.close()
+
+    def _look(self, paths: Sequence[Path]) -> tuple[Survey, "_Bank"]:
+        bank = _Bank(exists=False, is_whole=True)
+        if self._home_folder.exists():
+            with suppress(BankMissingError), self._open_home(read_only=True) as home:
+                is_whole = home.get_meta(_WRITTEN) == self._settings
+                bank = _Bank(True, is_whole, dict(home.sources()), dict(home.states()))
+        keep = self.keep_missing
+        return survey(paths, self.names, bank.sources, bank.states, self.reading, keep_missing=keep), bank
+
+    def _check(self, found: Survey, bank: "_Bank") -> None:
+        """Raise `InputError` for a file that cannot be read, and if there is no text to make a bank of."""
+        empty = True
+        for document in self._documents(found):
+            empty = False
+            for _ in document.blocks():
+                pass
+        if empty and not bank.exists:
+            raise InputError(f"there is no text in {', '.join(map(str, found.read.values()))}")
+
+    def _documents(self, found: Survey) -> Iterator[Document]:
+        for name, path in found.read.items():
+            yield from read_file(path, name, text_field=self.reading.text_field)
+
+    def _move(self, found: Survey, bank: "_Bank", changes_texts: bool) -> list[int]:
+        """Do all that needs no reading, and note that more is to be done. Returns the forgotten ids."""
+        alone = [] if found.read else [*found.gone, *found.aliases]  # otherwise the writer keeps what files share
+        last = {origin: name for name, origin in found.renamed.items()}
+        with self._open_home() as home:
+            if home.states() != bank.states:
+                raise BankBusyError(f"another process wrote to {self.config.bank} just now; write again")
+            if changes_texts:
+                home.set_meta(_WRITTEN, b"")
+            moves = Moves(home)
+            for name, origin in found.renamed.items():
+                moves.copy(origin, name, found.states[name], instead=origin in found.gone and last[origin] == name)
+            for name in alone:
+                if name not in last:
+                    moves.forget(name)
+            for name in found.states.keys() - found.read.keys() - found.renamed.keys():
+                moves.state(name, found.states[name])
+            moves.make()
+            return moves.forgotten
+
+    def _read(self, found: Survey, writer: "Writer", progress: OnProgress | None) -> "WriteReport":
+        """Write what is new or changed."""
+
+        def states() -> Mapping[str, SourceState | None]:
+            """How the files were; none of one that changed while it was read."""
+            read = {name: found.states[name] for name in found.read}
+            return {
+                **{name: _as_it_stayed(found.read[name], state) for name, state in read.items()},
+                **dict.fromkeys([*found.gone, *found.aliases]),
+            }
+
+        return writer.write(
+            self._documents(found),
+            states=states,
+            whole=self.reading.whole,
+            catalogue=self.reading.catalogue,
+            progress=progress,
+        )
+
+    def _drop_traces(self, ids: Sequence[int]) -> None:
+        """Drop forgotten references from the index and from tiers that outlive the process."""
+        from m3runtime import assembly  # loads torch
+        from m3runtime.writing.forgetting import drop_traces
+
+        with closing(assembly.open_bank(self.config)) as bank:
+            drop_traces(self.config, bank, ids)
+
+    @cached_property
+    def _writer(self) -> "Writer":
+        """The writer with its model and embedder, loaded when there is something to read."""
+        if self._given is not None:
+            return self._given
+        from m3runtime import assembly  # loads torch
+        from m3runtime.writing.writer import Writer
+
+        adapter = assembly.open_adapter(self.config)
+        self._opened.callback(adapter.close)
+        embedder = assembly.open_embedder(self.config)
+        self._opened.callback(embedder.close)
+        return Writer(self.config, adapter, embedder)
+
+    @property
+    def _home_folder(self) -> Path:
+        return self.config.bank / "home"
+
+    def _open_home(self, *, read_only: bool = False) -> Home:
+        return open_home(self.config, read_only=read_only)(path=self._home_folder)
+
+
+def _as_it_stayed(path: Path, state: SourceState) -> SourceState | None:
+    """The state of a file that has been read since it was noted; None if the file changed."""
+    if state.time:
+        return state if is_as_stated(path, state) else None
+    again = state_of(path, state.how)
+    return again if again.digest == state.digest else None
