@@ -108,11 +108,11 @@ class ReferenceSpool:
 
     def _reference(self, row: _Row) -> Reference:
         number, text, tokens, heading = row
-        places = tuple(
+        places = [
             Place(_unpacked(source), start, end, json.loads(metadata))
             for source, start, end, metadata in self._file.execute(_GET_PLACES, (number,))
-        )
-        return Reference(_unpacked(text), tokens, _unpacked(heading), places)
+        ]
+        return Reference(_unpacked(text), tokens, _unpacked(heading), tuple(places))
 
 
 def _split(document: Document, splitter: Splitter, *, whole: bool) -> Iterator[Reference]:

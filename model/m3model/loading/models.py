@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def load(path: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
 def read(path: str, source: dict[str, Any], dtype: str) -> tuple[Any, Any]:
     """The model and the tokenizer of a source. Raises `ConfigError`, which names ``path``."""
     try:
-        with quiet():
+        with quiet(), gguf.without_bar() if "gguf_file" in source else nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(**source)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 **source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
@@ -95,7 +95,7 @@ def quiet() -> Iterator[None]:
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
-        with without_bars(), gguf.without_bar():
+        with without_bars():
             yield
     finally:
         transformers_logging.set_verbosity(level)
