@@ -53,7 +53,7 @@ def write(
         if dry_run:
             survey = mirror.survey(paths)
             if json:
-                print_json({**_facts(survey), "bank": str(settings.bank)})
+                print_json({**_differences(survey), "bank": str(settings.bank)})
             else:
                 _list(survey)
                 typer.echo(f"{counted(survey)}; nothing was changed: {settings.bank}")
@@ -61,7 +61,7 @@ def write(
         with stages(shown=not json) as progress:
             report = mirror.write(paths, progress)
     if json:
-        print_json({**_counts(report), **_facts(report.survey), "bank": str(settings.bank)})
+        print_json({**facts(report), "bank": str(settings.bank)})
         return
     if verbose:
         _list(report.survey)
@@ -87,6 +87,14 @@ def summary(report: "MirrorReport") -> str:
     return "; ".join(parts)
 
 
+def facts(report: "MirrorReport") -> dict[str, Any]:
+    """The numbers of `WriteReport`, also where there was nothing to read, and the sources of each kind."""
+    numbers = dict.fromkeys(("documents", "references", "written", "known", "catalogued", "bytes", "seconds"), 0)
+    written = {**numbers, **({} if report.written is None else asdict(report.written))}
+    known = {"known": written["known"] + report.known, "forgotten": report.forgotten}
+    return {**written, **known, **_differences(report.survey)}
+
+
 def counted(survey: "Survey") -> str:
     """The number of sources of each kind that there is."""
     counts = {name: len(some) for name, some in _groups(survey).items()}
@@ -98,19 +106,11 @@ def _groups(survey: "Survey") -> dict[str, list[str]]:
     return {name: sorted(getattr(survey, name)) for name in names}
 
 
-def _facts(survey: "Survey") -> dict[str, Any]:
+def _differences(survey: "Survey") -> dict[str, Any]:
     return {
         "sources": {**_groups(survey), "renamed": dict(survey.renamed)},
         "skipped": [str(path) for path in survey.skipped],
     }
-
-
-def _counts(report: "MirrorReport") -> dict[str, Any]:
-    """The numbers of `WriteReport`, also where there was nothing to read."""
-    if report.written is None:
-        numbers = ("documents", "references", "written", "catalogued", "bytes")
-        return {**dict.fromkeys(numbers, 0), "known": report.known, "forgotten": report.forgotten, "seconds": 0.0}
-    return {**asdict(report.written), "known": report.known + report.written.known, "forgotten": report.forgotten}
 
 
 def _list(survey: "Survey") -> None:

@@ -82,10 +82,7 @@ def survey(
     gone = [] if keep_missing else missing
     unchanged: list[str] = []
     changed, new, renamed, now = dict[str, Path](), dict[str, Path](), dict[str, str](), dict[str, SourceState]()
-    twins = {(state.digest, state.how, Path(name).suffix): name for name, state in states.items()}
-    for name in gone:  # rather than one that stays
-        if (state := states.get(name)) is not None:
-            twins[state.digest, state.how, Path(name).suffix] = name
+    twins: dict[tuple[str, str, str], str] | None = None
     for name, path in found.files.items():
         how, state = reading.how(path), states.get(name)
         is_known = state is not None and reading.covers(state.how, how)
@@ -101,11 +98,19 @@ def survey(
         now[name] = seen
         if state is not None or name in sources:
             changed[name] = path
-        elif (twin := twins.get((seen.digest, seen.how, path.suffix))) is not None:
+            continue
+        twins = _twins(states, gone) if twins is None else twins
+        if (twin := twins.get((seen.digest, seen.how, path.suffix))) is not None:
             renamed[name] = twin
         else:
             new[name] = path
     return Survey(new, changed, renamed, unchanged, gone, now, found.aliases, found.skipped)
+
+
+def _twins(states: Mapping[str, SourceState], gone: Sequence[str]) -> dict[tuple[str, str, str], str]:
+    """Maps digest, settings and suffix to a source with these, and to one that is gone rather than one that stays."""
+    order = [*states.items(), *((name, states[name]) for name in gone if name in states)]
+    return {(state.digest, state.how, Path(name).suffix): name for name, state in order}
 
 
 class _Found:

@@ -28,6 +28,7 @@ _EXTRAS = {
     "rapidfuzz": ("eval", "memory3"),
     "scipy": ("eval",),
     "tensorboard": ("memory3",),
+    "watchfiles": ("sync",),
 }
 """The extras that install each optional module."""
 

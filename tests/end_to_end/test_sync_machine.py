@@ -228,7 +228,7 @@ def _place(place: ReferencePlace) -> tuple[str, int, int, str]:
 def machine(new_place: NewPlace, tmp_path: Path) -> Iterator[type[SyncMachine]]:
     place = new_place(tmp_path)
     place.configure(
-        memory={"layers": [0], "reference_tokens": 96},
+        memory={"layers": [0], "reference_tokens": 40},
         codec={"kind": "raw"},
         embedder={"dim": 64},
         tiers=[{"kind": "tests.end_to_end.crashing:CrashingHome", "durability": "relaxed"}],
