@@ -29,6 +29,7 @@ from m3runtime.recall.loader import Loader, part_bytes
 from m3runtime.recall.memory_store import MemoryStore
 from m3runtime.recall.recall import Recall
 from m3runtime.recall.recalled import Recalled
+from m3runtime.recall.refresh import Refresh
 from m3runtime.retrieval.retriever import Match, Retriever
 from m3runtime.storage.defaults import default_decoded
 from m3runtime.storage.hierarchy import Hierarchy
@@ -67,6 +68,9 @@ class Runtime:
         self._cold_start = ColdStart(bank, self.stats, is_on=config.recall.cold_start)
         self._recall = Recall(
             config.recall, retriever, self._loader, self._cold_start, self.background, self.meter, self.stats
+        )
+        self._refresh = Refresh(
+            bank, retriever.index, self.store, hierarchy, config.recall.refresh, cold=config.recall.cold_start
         )
         self._encoder: Adapter | None = None
         self.encoder = encoder
@@ -172,6 +176,7 @@ class Runtime:
         """
         self._check(streams, texts)
         self._cold_start.check()
+        self._refresh()
         waits = self.config.recall.when_late == "wait" if wait is None else wait
         return self._recall([stream.state for stream in streams], texts, waits=waits) if streams else []
 
@@ -223,6 +228,7 @@ class Runtime:
 
     def search(self, texts: Sequence[str], k: int | None = None) -> list[list[Match]]:
         """The matches that a recall would choose for each text, best first; with ``k``, so many whatever the scores."""
+        self._refresh()
         if k is None:
             return self.retriever.search(texts)
         everything = Retriever(self.retriever.embedder, self.retriever.index, memories=k)

@@ -144,6 +144,8 @@ class RecallConfig(Section):
     Embedding, the search, encoding cold references, and loading blocks of the fastest tier are not bounded."""
     when_late: Literal["wait", "skip", "next_chunk"] = "skip"
     """Memories that miss the deadline are waited for, skipped, or given to the next chunk."""
+    refresh: Seconds | None = 2.0
+    """Time after which a running process looks whether another one changed the bank; null: never."""
     cold_start: bool = False
     """Encode references of the catalogue at their first recall, and store them; otherwise they are not recalled."""
     trace: File | None = None

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+from m3runtime.documents.reference import Reference
 from m3runtime.errors import TierClosedError
 from m3runtime.observe.counts import StoreCounts
 from m3runtime.recall.lease import Entry, Lease, Leased, Loaded
@@ -154,6 +155,12 @@ class MemoryStore:
                 entry.done.set_exception(error)
 
     # -- the end of a memory -----------------------------------------------------------------------------------
+
+    def references(self) -> dict[int, Reference]:
+        """The references of all parts that are ready, by id."""
+        with self._lock:
+            entries = list(self._ready.values())
+        return {entry.id: entry.loaded.reference for entry in entries if entry.loaded is not None}
 
     def forget(self, ids: Iterable[int]) -> None:
         """Remove every part of these memories: no later `lease` finds one, even if its load is under way."""

@@ -1,7 +1,7 @@
 """`Hierarchy`: the tiers in order, fastest first, the home last."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -115,6 +115,11 @@ class Hierarchy:
         self._record("discard", ids, None)
         self._home.discard(ids)
         self._forget(set(ids.tolist()))
+
+    def forget(self, ids: Iterable[int]) -> None:
+        """Drop blocks that another process forgot in the home from the caching tiers."""
+        self._open()
+        self._forget(set(ids))
 
     def set_apart(self, id: int, reason: str) -> None:
         """Quarantine a block that is bad though its digest is right, and hold it in no caching tier."""

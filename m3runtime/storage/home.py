@@ -164,6 +164,10 @@ class Home(Tier):
         """Store a small value durably, such as the manifest."""
 
     @abstractmethod
+    def revision(self) -> int:
+        """A number that rises with every transaction that changes the home, whichever process makes it."""
+
+    @abstractmethod
     def stored_bytes(self) -> int:
         """Bytes that the home takes on its drive."""
 

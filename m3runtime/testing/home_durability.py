@@ -133,6 +133,14 @@ class DurabilityLaws(HomeLaws):
         with pytest.raises(BankBusyError):
             self.open(self.place)
 
+    def test_the_revision_rises_with_every_change_and_with_nothing_else(self, home: Home) -> None:
+        for name, change in CHANGES.items():
+            before = home.revision()
+            contents(home)
+            assert home.revision() == before
+            change(home)
+            assert home.revision() > before or name == "opening"
+
     def test_a_reader_beside_the_writer_sees_every_change(self, home: Home, other: OtherProcess) -> None:
         assert self.open_there(other, read_only=True) == {}
         for name, change in CHANGES.items():

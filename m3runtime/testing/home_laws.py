@@ -73,6 +73,7 @@ class HomeLaws(TierContract):
             tier.quarantined,
             lambda: tier.get_meta("a"),
             lambda: tier.set_meta("a", b""),
+            tier.revision,
             tier.stored_bytes,
             lambda: tier.references(none),
         ]

@@ -131,5 +131,8 @@ class WrappedHome(Wrapped[Home], Home):
     def set_meta(self, key: str, value: bytes) -> None:
         self.around("set_meta", lambda: self.inner.set_meta(key, value))
 
+    def revision(self) -> int:
+        return self.around("revision", self.inner.revision)
+
     def stored_bytes(self) -> int:
         return self.around("stored_bytes", self.inner.stored_bytes)

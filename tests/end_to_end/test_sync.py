@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from m3runtime.config.schema import Config
 from m3runtime.documents.sources import SourceNames, is_within
+from m3runtime.memory.block import as_ids
+from m3runtime.runtime import Runtime
 from tests.end_to_end.commands import Place
 
 NINE, TWELVE = "The old mill of Tannhollow has nine sails.", "The old mill of Tannhollow has twelve sails."
@@ -222,3 +225,28 @@ class TestNames:
         assert not is_within("docs2/a.txt", "docs")
         assert not is_within("../a.txt", ".")
         assert not is_within("/x/a.txt", ".")
+
+
+def test_a_running_process_sees_what_another_changed(docs: Place) -> None:
+    config = Config.load(docs.file, environ={}, overrides={"recall.refresh": "0s"})
+    with Runtime.open(config, read_only=True) as runtime:
+
+        def found(text: str) -> dict[str, list[str]]:
+            stream = runtime.stream()
+            recalled = stream.recall(text)
+            searched = {match.id for match in runtime.search([text])[0]}
+            assert searched == set(recalled.ids)
+            return {one.text: [place.source for place in one.places] for one in recalled.references}
+
+        assert NINE in found("sails of the old mill")
+        assert found(SHARED)[SHARED] == ["docs/a.txt", "docs/deep/b.md"]
+        docs.text("docs/a.txt", f"{TWELVE}\n\n{SHARED}")
+        (docs.folder / "docs/deep/b.md").rename(docs.folder / "docs/z.md")
+        assert docs.process("write", "docs").code == 0
+        sails = found("sails of the old mill")
+        assert (TWELVE in sails, NINE in sails) == (True, False)
+        assert sorted(found(SHARED)[SHARED]) == ["docs/a.txt", "docs/z.md"]
+        assert docs.process("forget", "docs").code == 0
+        assert found(SHARED) == {}
+        assert not runtime.hierarchy.held(as_ids(range(9))).any()
+        assert runtime.store.references() == {}

@@ -191,6 +191,10 @@ class LmdbReader(Home):
         """The value that `set_meta` stored, or None."""
         return self._environment.read(lambda txn: self._db.meta.read(txn, pack_text(key), bytes))
 
+    def revision(self) -> int:
+        """The number of the last transaction."""
+        return self._environment.read(lambda txn: txn.id())
+
     def stored_bytes(self) -> int:
         """The size of ``data.mdb``. Room that forgetting leaves is used again and stays in the file."""
         return self._environment.read(lambda _: self._environment.files.data.stat().st_size)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from m3backends.lmdb.files import HomeFiles
 from m3backends.lmdb.home import LmdbHome
+from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError, TierClosedError, TierReadOnlyError
 from m3runtime.memory.block import Found, Ids
 from m3runtime.storage.home import Batch, Changes, Home
@@ -214,6 +216,52 @@ class ForgetsWhatIsColdOnOpening(LmdbHome):
         super().__init__(path=path, slot_bytes=slot_bytes, read_only=read_only)
         if not read_only:
             self._environment.write(lambda txn: txn.drop(self._db.cold.handle, delete=False))
+
+
+class KeepsTheFirstPlace(LmdbHome):
+    def references(self, ids: Ids) -> list[Reference | None]:
+        return [one and replace(one, places=one.places[:1]) for one in super().references(ids)]
+
+
+class OneTextUnderAllHeadings(LmdbHome):
+    """Takes a text for known whatever it stands under."""
+
+    def find(self, texts: Sequence[str], headings: Sequence[str] | None = None) -> list[int | None]:
+        found = zip(super().find(texts, headings), super().find(texts), strict=True)
+        return [plain if here is None else here for here, plain in found]
+
+
+class StatesWhatWasChanged(LmdbHome):
+    """Goes on to vouch for a source that lost a reference."""
+
+    def discard(self, ids: Ids) -> None:
+        before = self.states()
+        super().discard(ids)
+        if before != self.states():
+            self.change(Changes(states=before))
+
+
+class ChangesAndThenCommits(LmdbHome):
+    """Two transactions for one."""
+
+    def commit(self, batch: Batch, *, replacing: Ids | None = None, changes: Changes | None = None) -> None:
+        if changes is not None:
+            self.change(changes)
+        super().commit(batch, replacing=replacing)
+
+
+class LeavesPlacelessReferences(LmdbHome):
+    """A reference that loses its last place stays as it was."""
+
+    def change(self, changes: Changes) -> None:
+        super().change(replace(changes, places={id: places for id, places in changes.places.items() if places}))
+
+
+class IsAlwaysTheSame(LmdbHome):
+    """Counts its own transactions, and not those of other processes."""
+
+    def revision(self) -> int:
+        return 7 * (super().revision() > 0)
 
 
 class ColdIsHeld(LmdbHome):

@@ -1,0 +1,60 @@
+"""`Refresh`: a running process sees what others changed in its bank."""
+
+import threading
+import time
+
+import numpy as np
+
+from m3runtime.bank.bank import Bank
+from m3runtime.bank.index import catch_up
+from m3runtime.memory.block import as_ids
+from m3runtime.recall.memory_store import MemoryStore
+from m3runtime.retrieval.index import Index
+from m3runtime.storage.hierarchy import Hierarchy
+
+
+class Refresh:
+    """Brings index, store and caching tiers in line with a home that another process changed. Thread-safe.
+
+    It looks at most once in ``every`` seconds, at the cost of reading a number. Only if the home has another revision
+    it compares ids, which takes about a tenth of a second for a million, in the thread that asked; other threads go on
+    with what they had. With None it never looks.
+    """
+
+    def __init__(
+        self, bank: Bank, index: Index, store: MemoryStore, hierarchy: Hierarchy, every: float | None, *, cold: bool
+    ) -> None:
+        """``index`` is in line with the home now; with ``cold`` it has cold references, too."""
+        self._bank = bank
+        self._index = index
+        self._store = store
+        self._hierarchy = hierarchy
+        self._every = every
+        self._cold = cold
+        self._lock = threading.Lock()
+        self._revision = bank.home.revision()
+        self._looked = time.monotonic()
+
+    def __call__(self) -> None:
+        """Look, if it is time. Raises what the home raises."""
+        if self._every is None or time.monotonic() - self._looked < self._every:
+            return
+        if self._lock.acquire(blocking=False):
+            try:
+                self._looked = time.monotonic()
+                revision = self._bank.home.revision()
+                if revision != self._revision:
+                    self._catch_up()
+                    self._revision = revision
+            finally:
+                self._lock.release()
+
+    def _catch_up(self) -> None:
+        before = self._index.ids()
+        catch_up(self._index, self._bank, cold=self._cold)
+        gone = np.setdiff1d(before, self._index.ids()).tolist()
+        self._hierarchy.forget(gone)
+        held = self._store.references()
+        found = self._bank.home.references(as_ids(list(held)))
+        moved = [id for (id, one), now in zip(held.items(), found, strict=True) if one != now]  # places, too
+        self._store.forget([*gone, *moved])
