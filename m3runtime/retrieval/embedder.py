@@ -1,7 +1,8 @@
 """The `Embedder` contract: texts to unit vectors."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,14 @@ Embeddings = npt.NDArray[np.float32]
 
 class Embedder(ABC):
     """Turns texts into unit vectors whose cosine tells how near they are. Thread-safe, deterministic."""
+
+    @classmethod
+    def dim_of(cls, path: str, options: Mapping[str, Any]) -> int | None:  # noqa: ARG003 - for those that can tell
+        """The length of the vectors of a model that is not loaded, or None if it cannot be told from local files.
+
+        ``path`` and ``options`` are those of the configuration.
+        """
+        return None
 
     @property
     @abstractmethod

@@ -1,5 +1,6 @@
 """`LocalEmbedder`: the base of embedders that run a model on this machine, and how they find and load it."""
 
+import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,18 @@ class LocalEmbedder(Embedder):
         self._dim = dim
         self._fingerprint = fingerprint
         self.lock = threading.Lock()
+
+    @classmethod
+    def dim_of(cls, path: str, options: Mapping[str, Any]) -> int | None:  # noqa: ARG003 - no option changes it
+        """The length of the vectors, from the model's configuration; see `Embedder.dim_of`."""
+        folder = Path(path).expanduser()
+        try:
+            if not folder.is_dir():
+                hub = import_extra("huggingface_hub", cls.kind)
+                folder = Path(hub.snapshot_download(path, local_files_only=True))
+            return _stated_dim(folder)
+        except (OSError, ValueError, KeyError, TypeError, PluginError):
+            return None  # not here, or not readable
 
     @property
     def dim(self) -> int:
@@ -83,6 +96,21 @@ def find_model(path: str | Path, kind: str) -> Path:
             f"embedder {kind}: {name} is neither a folder nor a model that could be fetched from the hub "
             f"({_line(error)})"
         ) from error
+
+
+def _stated_dim(folder: Path) -> int:
+    """The length of the vectors of a model's folder: that of its last module that states one."""
+
+    def stated(name: str) -> Any:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+
+    dim = int(stated("config.json")["hidden_size"])
+    for module in stated("modules.json") if (folder / "modules.json").is_file() else ():
+        if module["type"].endswith((".Pooling", ".Dense")):
+            config = stated(f"{module['path']}/config.json")
+            keys = ("out_features", "embedding_dimension", "word_embedding_dimension")
+            dim = int(next(config[key] for key in keys if key in config))
+    return dim
 
 
 @contextmanager
