@@ -9,6 +9,7 @@ import typer
 
 from m3runtime.cli import ask, bank, bench, codec, config, interrupts, plan, top, train, verify, write
 from m3runtime.cli import eval as evaluation
+from m3runtime.cli.terminal import say
 from m3runtime.errors import BankError, CodecError, ConfigError, InputError, M3Error, PluginError
 
 app = typer.Typer(
@@ -61,4 +62,4 @@ def main() -> None:
 
 
 def _complain(message: str) -> None:
-    print(f"m3: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201 - the command's own output
+    say(f"m3: {' '.join(message.split())}", err=True)

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
+from m3runtime.cli.options import ConfigFile, Json, Set, as_text, configuration
+from m3runtime.cli.terminal import print_json, say
 from m3runtime.errors import InputError
 from m3runtime.observe.figures import show_size
 
@@ -22,7 +23,7 @@ def search(
 ) -> None:
     """Print the references nearest to a text, whatever their scores; no model is needed."""
     settings = configuration(config, set)
-    if not text.strip():
+    if not as_text("the text", text).strip():
         raise InputError("there is nothing to search for: the text is blank")
     from m3runtime.runtime import Runtime
 
@@ -38,7 +39,7 @@ def search(
         print_json(found)
         return
     for one in found:
-        typer.echo(f"{one['score']:.3f}  {one['id']:>6}  {one['source']}\n    {' '.join(str(one['text']).split())}")
+        say(f"{one['score']:.3f}  {one['id']:>6}  {one['source']}\n    {' '.join(str(one['text']).split())}")
 
 
 def inspect(
@@ -58,11 +59,11 @@ def inspect(
         return
     for name, value in facts.items():
         if isinstance(value, dict):
-            typer.echo(f"{name}:")
+            say(f"{name}:")
             for key, part in value.items():
-                typer.echo(f"  {key}: {part}")
+                say(f"  {key}: {part}")
         else:
-            typer.echo(f"{name}: {show_size(value) if name.endswith('bytes') else value}")
+            say(f"{name}: {show_size(value) if name.endswith('bytes') else value}")
 
 
 def forget(
@@ -102,11 +103,11 @@ def forget(
             failed = [tier.name for tier in hierarchy.stats() if tier.faults]
         assembly.bank_index(settings, bank).update()
     for name in failed:
-        typer.echo(f"tier {name} failed: what it still holds is discarded when it is used again", err=True)
+        say(f"tier {name} failed: what it still holds is discarded when it is used again", err=True)
     if json:
         print_json({"forgotten": list(wanted)})
     else:
-        typer.echo(f"{len(wanted)} memories forgotten")
+        say(f"{len(wanted)} memories forgotten")
 
 
 def _bank_facts(bank: "Bank") -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from m3runtime.cli.codec import in_short
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, parsed, print_json
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, parsed
+from m3runtime.cli.terminal import print_json, say
 from m3runtime.errors import ConfigError, InputError
 from m3runtime.observe.figures import short, show_size
 
@@ -102,9 +103,9 @@ def plan(
         return
     assumed = "" if dim else ", assumed; --embedding-dim sets it"
     for line in [*_memories(found), *_bank(found, need.text_bytes, f"{need.dim} dimensions each{assumed}")]:
-        typer.echo(line)
+        say(line)
     for line in [*_costs(found), *_reads(found)]:
-        typer.echo(line)
+        say(line)
 
 
 def _chosen(model: str | None, shape: str | None) -> "ModelShape | None":

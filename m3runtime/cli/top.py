@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Set, configuration, print_json
+from m3runtime.cli.options import ConfigFile, Set, configuration
+from m3runtime.cli.terminal import print_json, printable
 from m3runtime.errors import InputError
 from m3runtime.observe.figures import show_size
 
@@ -83,7 +84,7 @@ def read(where: str) -> Sample:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(f"http://{where}/metrics", timeout=5) as answer:
-            text = answer.read(1 << 22).decode("utf-8", "replace")
+            text = printable(answer.read(1 << 22).decode("utf-8", "replace"))  # names in it reach the terminal
     except (OSError, ValueError, HTTPException) as error:  # urllib's own errors are subclasses
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise InputError(f"nothing answers at {where} ({reason}); {_hint(where)}") from error

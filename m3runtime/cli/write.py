@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration
 from m3runtime.cli.progress import stages
+from m3runtime.cli.terminal import print_json, say
 from m3runtime.observe.figures import show_size
 
 
@@ -48,14 +49,14 @@ def write(
         print_json({**asdict(report), "bank": str(settings.bank), "skipped": [str(path) for path in skipped]})
         return
     if catalogue:
-        typer.echo(
+        say(
             f"{report.catalogued} references catalogued, {report.known} known already, from {report.documents} "
             f"documents, in {report.seconds:.1f} s: {settings.bank}"
         )
     else:
-        typer.echo(
+        say(
             f"{report.written} memories written, {report.known} known already, from {report.documents} documents; "
             f"{show_size(report.bytes)} in {report.seconds:.1f} s: {settings.bank}"
         )
     if skipped:
-        typer.echo(f"{len(skipped)} files were passed over, such as {skipped[0]}", err=True)
+        say(f"{len(skipped)} files were passed over, such as {skipped[0]}", err=True)

@@ -15,6 +15,7 @@ import xxhash
 
 from m3runtime.errors import ConfigError, PluginError
 from m3runtime.memory.spec import canonical_json
+from m3runtime.plugins import hub
 from m3runtime.retrieval.embedder import Embedder, Embeddings
 
 SAMPLE = 65_536
@@ -48,8 +49,8 @@ class LocalEmbedder(Embedder):
         folder = Path(path).expanduser()
         try:
             if not folder.is_dir():
-                hub = import_extra("huggingface_hub", cls.kind)
-                folder = Path(hub.snapshot_download(path, local_files_only=True))
+                client = import_extra("huggingface_hub", cls.kind)
+                folder = Path(client.snapshot_download(path, local_files_only=True))
             return _stated_dim(folder)
         except (OSError, ValueError, KeyError, TypeError, PluginError):
             return None  # not here, or not readable
@@ -87,14 +88,13 @@ def find_model(path: str | Path, kind: str) -> Path:
     name = str(path)
     if isinstance(path, Path) or name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1:
         raise ConfigError(f"embedder {kind}: there is no model folder {path}")
-    hub = import_extra("huggingface_hub", kind)
-
+    client, reachable = import_extra("huggingface_hub", kind), hub.is_reachable()
     try:
-        return Path(hub.snapshot_download(name, ignore_patterns=_NOT_FETCHED))
+        return Path(client.snapshot_download(name, ignore_patterns=_NOT_FETCHED, local_files_only=not reachable))
     except (OSError, ValueError) as error:
+        reason = _line(error) if reachable else f"the hub cannot be reached; {hub.ADVICE}"
         raise ConfigError(
-            f"embedder {kind}: {name} is neither a folder nor a model that could be fetched from the hub "
-            f"({_line(error)})"
+            f"embedder {kind}: {name} is neither a folder nor a model that could be fetched from the hub ({reason})"
         ) from error
 
 

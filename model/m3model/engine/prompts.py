@@ -49,4 +49,8 @@ def chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
             "choose an instruct model"
         )
     turns = [dict(message) for message in messages]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program of the model's author, and may raise anything
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"model.path: the model's chat template refuses this conversation: {line}") from error
