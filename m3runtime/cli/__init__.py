@@ -7,7 +7,7 @@ from io import TextIOWrapper
 
 import typer
 
-from m3runtime.cli import ask, bank, bench, codec, config, interrupts, plan, top, train, verify, write
+from m3runtime.cli import ask, bank, bench, codec, config, init, interrupts, plan, top, train, verify, write
 from m3runtime.cli import eval as evaluation
 from m3runtime.cli.terminal import say
 from m3runtime.errors import BankError, CodecError, ConfigError, InputError, M3Error, PluginError
@@ -21,7 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _PANELS = {
-    "Use a bank": (write.write, ask.ask, ask.chat, bank.search),
+    "Use a bank": (init.init, write.write, ask.ask, ask.chat, bank.search),
     "Keep a bank": (bank.inspect, bank.forget, verify.verify, config.config, plan.plan, top.top, codec.app),
     "Lab: evaluate, measure, train": (evaluation.app, bench.app, train.train),
 }

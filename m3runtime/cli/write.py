@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from m3runtime.cli import scripts
 from m3runtime.cli.options import ConfigFile, Json, Set, configuration
 from m3runtime.cli.progress import stages
 from m3runtime.cli.terminal import print_json, say
@@ -30,10 +31,12 @@ def write(
     """
     settings = configuration(config, set)
     from m3runtime.documents.reading import find_files, read_documents
+    from m3runtime.documents.sample import Sample
 
     _, skipped = find_files(paths)
+    sample = Sample()
     for document in read_documents(paths, text_field=text_field):
-        for _ in document.blocks():
+        for _ in sample.of(document.blocks()):
             pass  # a file that cannot be read shows before a model is loaded
 
     from m3runtime import assembly
@@ -41,6 +44,9 @@ def write(
 
     adapter = assembly.open_adapter(settings)
     embedder = assembly.open_embedder(settings)
+    warning = scripts.warning(embedder, sample.texts)
+    if warning:
+        say(f"warning: {warning}", err=True)
     with stages(shown=not json) as progress:
         report = Writer(settings, adapter, embedder).write(
             read_documents(paths, text_field=text_field), whole=whole, catalogue=catalogue, progress=progress

@@ -28,7 +28,8 @@ def read_yaml_file(file: Path) -> dict[str, Any]:
         with file.open("rb") as opened:
             data = opened.read(MOST_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(f"no such configuration file: {file}") from None
+        hint = "; `m3 init` makes one" if str(file) == "m3.yaml" else ""
+        raise ConfigError(f"no such configuration file: {file}{hint}") from None
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from error
     if len(data) > MOST_BYTES:
@@ -48,8 +49,8 @@ def parse_yaml(text: str, origin: str, *, written: bool = False) -> Any:
     """The value of one YAML document, made of plain Python values that no two places share.
 
     Dates stay text. With ``written``, numbers know their text (`WrittenInt`). Raises `ConfigError`, which begins with
-    ``origin``, for a text that is not YAML, gives a key twice, has a tag other than YAML's own, is too deeply nested, or
-    whose aliases multiply it beyond measure.
+    ``origin``, for a text that is not YAML, gives a key twice, has a tag other than YAML's own, is too deeply nested,
+    or whose aliases multiply it beyond measure.
     """
     yaml = YAML(typ="safe", pure=True)
     yaml.Constructor = _Constructor

@@ -28,8 +28,8 @@ def is_reachable() -> bool:
 
 
 def _answers() -> bool:
-    request = urllib.request.Request(os.environ.get("HF_ENDPOINT") or _ENDPOINT, method="HEAD")
     try:
+        request = urllib.request.Request(os.environ.get("HF_ENDPOINT") or _ENDPOINT, method="HEAD")
         with urllib.request.urlopen(request, timeout=_SECONDS):
             return True
     except urllib.error.HTTPError:

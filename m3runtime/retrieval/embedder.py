@@ -40,5 +40,9 @@ class Embedder(ABC):
     def embed_queries(self, texts: Sequence[str]) -> Embeddings:
         """``float32[n, dim]``, each row of length 1. Models with an instruction for queries prepend it here."""
 
+    def unknown_share(self, texts: Sequence[str]) -> float:  # noqa: ARG002 - for those that can tell
+        """The share of the texts' tokens that the model does not know, such as those of a foreign script, or 0."""
+        return 0.0
+
     def close(self) -> None:  # noqa: B027 - an embedder that holds nothing needs none
         """Give back what the embedder holds."""

@@ -163,6 +163,12 @@ def model_fingerprint(
     return state.hexdigest()
 
 
+def share_of(token: int | None, ids: Sequence[Sequence[int]]) -> float:
+    """The share of a token among all; 0 if there is no such token."""
+    count = sum(map(len, ids))
+    return sum(row.count(token) for row in map(list, ids)) / count if count and token is not None else 0.0
+
+
 def unit_rows(rows: Sequence[Embeddings] | Embeddings, dim: int, kind: str) -> Embeddings:
     """``float32[n, dim]``, every row of length 1. Raises `ConfigError` for a row without direction."""
     vectors = np.asarray(rows, np.float64).reshape(-1, dim)
