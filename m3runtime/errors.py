@@ -14,6 +14,7 @@ what to do about it. A cache miss is never an error; it is a value (see `m3runti
     │   ├── BankBusyError       already open for writing
     │   └── BankFullError       no room for the batch
     ├── BlockError              bytes are not the expected block
+    ├── ForkedError             a runtime is used in a process that was forked after it was opened
     ├── StoreFullError          leased memories fill the memory store
     ├── CodecError              a codec is untrained, unreadable or does not fit
     ├── IndexFileError          an index file cannot be used
@@ -66,6 +67,10 @@ class BankFullError(BankError):
 
 class BlockError(M3Error):
     """Bytes are not the expected block: they are damaged, of another bank, or of another id."""
+
+
+class ForkedError(M3Error):
+    """A runtime is used in a process that was forked after it was opened; threads and locks are not copied."""
 
 
 class StoreFullError(M3Error):

@@ -1,6 +1,7 @@
 """`Runtime`: an open bank with its tiers, index and embedder, serving streams."""
 
 import contextlib
+import os
 import threading
 import weakref
 from collections import deque
@@ -19,7 +20,7 @@ from m3runtime.bank.bank import Bank
 from m3runtime.config.schema import Config
 from m3runtime.device.threads import prepare
 from m3runtime.documents.reference import Reference
-from m3runtime.errors import BankBusyError, ConfigError, InputError, TierError
+from m3runtime.errors import BankBusyError, ConfigError, ForkedError, InputError, TierError
 from m3runtime.memory.block import Ids, as_ids
 from m3runtime.observe.metrics import Event, Meter, Metrics, RecallStats, TierMetrics
 from m3runtime.recall.background import Background
@@ -78,6 +79,7 @@ class Runtime:
         self._dropped: deque[int] = deque()  # numbers of streams that were collected without being closed
         self._lock = threading.Lock()
         self._closed = False
+        self._process = os.getpid()
         self._index_changed = False
         self._trace: TraceWriter | None = None
         self._endpoint: contextlib.AbstractContextManager[object] | None = None
@@ -190,14 +192,23 @@ class Runtime:
 
     def release(self, stream: Stream) -> None:
         """Release the memories of a stream and drop its hint; see `Stream.close`."""
-        self._recall.release(stream.state)
+        if os.getpid() == self._process:  # a forked process has copies, and locks that nobody opens
+            self._recall.release(stream.state)
 
     def _check(self, streams: Sequence[Stream], texts: Sequence[str]) -> None:
+        self._check_process()
         self._end_dropped()
         if len(streams) != len(texts):
             raise InputError(f"{len(streams)} streams, but {len(texts)} texts")
         if len({stream.dtype for stream in streams}) > 1:
             raise InputError("streams that recall together must have the same dtype")
+
+    def _check_process(self) -> None:
+        """Raise `ForkedError` in a process that was forked since: it would wait for threads that it does not have."""
+        if os.getpid() != self._process:
+            raise ForkedError(
+                "the runtime was opened before this process forked; open one in this process, or start it with spawn"
+            )
 
     def _end_dropped(self) -> None:
         """Drop the hints of streams that were collected without being closed; their leases give themselves back."""
@@ -228,6 +239,7 @@ class Runtime:
 
     def search(self, texts: Sequence[str], k: int | None = None) -> list[list[Match]]:
         """The matches that a recall would choose for each text, best first; with ``k``, so many whatever the scores."""
+        self._check_process()
         self._refresh()
         if k is None:
             return self.retriever.search(texts)
@@ -241,6 +253,7 @@ class Runtime:
 
     def fetch(self, ids: Sequence[int] | Ids, dtype: torch.dtype) -> dict[int, Part]:
         """The decoded memories of ids, on the device, without lease; forgotten, bad and cold ones are left out."""
+        self._check_process()
         stages, parts = self.meter.lookahead(), dict[int, Part]()
         wanted = list(dict.fromkeys(as_ids(ids).tolist()))
         size = max(1, self.store.capacity // part_bytes(self.bank, dtype) // 2)
@@ -256,6 +269,7 @@ class Runtime:
         Once this has returned, no recall that begins later delivers them. A crash may leave them in the index or in a
         tier that outlives the process: they are removed when the bank is opened again.
         """
+        self._check_process()
         wanted = as_ids(sorted(set(ids)))
         found, damaged = records.references(self.bank.home, wanted)
         self.hierarchy.discard(wanted)
@@ -265,7 +279,13 @@ class Runtime:
         return sum(one is not None for one in found) + len(damaged)
 
     def close(self) -> None:
-        """Save the index, if it changed, and close everything. Closing twice is fine."""
+        """Save the index, if it changed, and close everything. Closing twice is fine.
+
+        In a process that forked since, only the bank is closed, so that this process can open it anew.
+        """
+        if os.getpid() != self._process:
+            self.bank.close()
+            return
         with self._lock:
             if self._closed:
                 return

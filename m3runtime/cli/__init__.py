@@ -7,8 +7,9 @@ from io import TextIOWrapper
 
 import typer
 
-from m3runtime.cli import ask, bank, bench, codec, config, interrupts, plan, sync, top, train, verify, write
+from m3runtime.cli import ask, bank, bench, codec, config, init, interrupts, plan, sync, top, train, verify, write
 from m3runtime.cli import eval as evaluation
+from m3runtime.cli.terminal import say
 from m3runtime.errors import BankError, CodecError, ConfigError, InputError, M3Error, PluginError
 
 app = typer.Typer(
@@ -20,7 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _PANELS = {
-    "Use a bank": (write.write, sync.sync, ask.ask, ask.chat, bank.search),
+    "Use a bank": (init.init, write.write, sync.sync, ask.ask, ask.chat, bank.search),
     "Keep a bank": (bank.inspect, bank.forget, verify.verify, config.config, plan.plan, top.top, codec.app),
     "Lab: evaluate, measure, train": (evaluation.app, bench.app, train.train),
 }
@@ -61,4 +62,4 @@ def main() -> None:
 
 
 def _complain(message: str) -> None:
-    print(f"m3: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201 - the command's own output
+    say(f"m3: {' '.join(message.split())}", err=True)

@@ -1,15 +1,18 @@
 """``m3 ask`` and ``m3 chat``: answer from a bank."""
 
+import errno
 import sys
 from contextlib import ExitStack
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from m3runtime.cli.citing import citation, cited
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
-from m3runtime.errors import BankBusyError
+from m3runtime.cli.options import ConfigFile, Json, Set, as_text, configuration
+from m3runtime.cli.terminal import print_json, say
+from m3runtime.errors import BankBusyError, BankError
 
 if TYPE_CHECKING:
     from m3runtime.adapters.answers import Answer, Prompt
@@ -29,7 +32,7 @@ def ask(
 ) -> None:
     """Answer one question, and list the memories that were read."""
     with _Talk(config, set, no_memory=no_memory, lasting=False) as talk:
-        prompt = talk.adapter.render(question, talk.settings.generate.prompt)
+        prompt = talk.adapter.render(as_text("the question", question), talk.settings.generate.prompt)
         answer = talk.answer(prompt, shown=not json)
         if json:
             print_json({"question": question, **talk.summary(answer)})
@@ -43,16 +46,18 @@ def chat(config: ConfigFile = None, no_memory: NoMemory = False, set: Set = None
     Each message recalls memories. With --json, each answer is one line of JSON.
     """
     with _Talk(config, set, no_memory=no_memory, lasting=True) as talk:
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # so that a line that is no text can be told of
         messages: list[dict[str, str]] = []
         while True:
             if sys.stdin.isatty():
-                typer.echo("> ", nl=False, err=True)
+                say("> ", nl=False, err=True)
             line = sys.stdin.readline()
             if not line:
                 return
             if not line.strip():
                 continue
-            messages.append({"role": "user", "content": line.strip()})
+            messages.append({"role": "user", "content": as_text("the line", line.strip())})
             answer = talk.answer(talk.adapter.chat(messages), shown=not json)
             messages.append({"role": "assistant", "content": answer.text})
             if json:
@@ -90,14 +95,14 @@ class _Talk(ExitStack):
         cold_start = self.settings.recall.cold_start
         try:
             return Runtime.open(self.settings, read_only=lasting and not cold_start)
-        except BankBusyError:
-            if cold_start:
+        except BankError as error:
+            if cold_start or not (isinstance(error, BankBusyError) or _is_read_only(error)):
                 raise
             return Runtime.open(self.settings, read_only=True)
 
     def answer(self, prompt: "Prompt", *, shown: bool) -> "Answer":
         def show(_: int, text: str) -> None:
-            typer.echo(text, nl=False)
+            say(text, nl=False)
 
         on_text = show if shown else None
         if self.runtime is None:
@@ -106,7 +111,7 @@ class _Talk(ExitStack):
             with self.runtime.stream(self.adapter.dtype) as stream:
                 (answer,) = self.adapter.generate([prompt], [stream], self.settings.generate, on_text)
         if shown:
-            typer.echo()
+            say()
         return answer
 
     def summary(self, answer: "Answer") -> dict[str, Any]:
@@ -119,17 +124,23 @@ class _Talk(ExitStack):
         }
 
     def print_memories(self, answer: "Answer") -> None:
-        typer.echo(
+        say(
             f"\n{len(answer.memories)} memories read, first token after {answer.first_token_s:.2f} s, "
             f"{answer.tokens_per_s:.1f} tokens/s",
             err=True,
         )
         for id, score, reference in _memories(answer):
             text = " ".join(reference.text.split())
-            typer.echo(f"  {score:.2f}  {id:>6}  {cited(reference)}  {text[:70]}", err=True)
+            say(f"  {score:.2f}  {id:>6}  {cited(reference)}  {text[:70]}", err=True)
 
 
 def _memories(answer: "Answer") -> "list[tuple[int, float, Reference]]":
     """The id, score and reference of each memory that was read."""
     references = {id: one for chunk in answer.chunks for id, one in zip(chunk.ids, chunk.references, strict=True)}
     return [(id, score, references[id]) for id, score in answer.memories.items()]
+
+
+def _is_read_only(error: BankError) -> bool:
+    """Is the bank where this process may not write?"""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in (errno.EROFS, errno.EACCES, errno.EPERM)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from m3runtime.cli.citing import citation, cited, summarised
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
+from m3runtime.cli.options import ConfigFile, Json, Set, as_text, configuration
+from m3runtime.cli.terminal import print_json, say
 from m3runtime.errors import InputError
 from m3runtime.observe.figures import show_size
 
@@ -23,7 +24,7 @@ def search(
 ) -> None:
     """Print the references nearest to a text, whatever their scores; no model is needed."""
     settings = configuration(config, set)
-    if not text.strip():
+    if not as_text("the text", text).strip():
         raise InputError("there is nothing to search for: the text is blank")
     from m3runtime.runtime import Runtime
 
@@ -35,7 +36,7 @@ def search(
         print_json([{"id": match.id, "score": round(match.score, 4), **citation(one)} for match, one in found])
         return
     for match, one in found:
-        typer.echo(f"{match.score:.3f}  {match.id:>6}  {cited(one)}\n    {' '.join(one.text.split())}")
+        say(f"{match.score:.3f}  {match.id:>6}  {cited(one)}\n    {' '.join(one.text.split())}")
 
 
 def inspect(
@@ -58,11 +59,11 @@ def inspect(
         facts["sources"] = summarised(facts["sources"])
     for name, value in facts.items():
         if isinstance(value, dict):
-            typer.echo(f"{name}:")
+            say(f"{name}:")
             for key, part in value.items():
-                typer.echo(f"  {key}: {part}")
+                say(f"  {key}: {part}")
         else:
-            typer.echo(f"{name}: {show_size(value) if name.endswith('bytes') else value}")
+            say(f"{name}: {show_size(value) if name.endswith('bytes') else value}")
 
 
 def forget(
@@ -109,11 +110,11 @@ def forget(
         moves.make()
         failed = drop_traces(settings, bank, moves.forgotten)
     for name in failed:
-        typer.echo(f"tier {name} failed: what it still holds is discarded when it is used again", err=True)
+        say(f"tier {name} failed: what it still holds is discarded when it is used again", err=True)
     if json:
         print_json({"forgotten": sorted(moves.forgotten)})
     else:
-        typer.echo(f"{len(moves.forgotten)} memories forgotten")
+        say(f"{len(moves.forgotten)} memories forgotten")
 
 
 def _bank_facts(bank: "Bank") -> dict[str, Any]:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration
 from m3runtime.cli.progress import stages
+from m3runtime.cli.terminal import print_json, say
 from m3runtime.errors import CodecError, InputError
 from m3runtime.observe.figures import show_size
 
@@ -151,7 +152,7 @@ def export(
         print_json({"file": str(file), "keys": str(keys), "values": str(values), "fingerprint": codec.fingerprint})
         return
     for path, data in written.items():
-        typer.echo(f"{path}: {show_size(len(data))}")
+        say(f"{path}: {show_size(len(data))}")
 
 
 def _check_free(path: Path, *, force: bool, inputs: Mapping[str, Path] | None = None) -> None:
@@ -177,10 +178,10 @@ def _print(codec: "Codec", path: Path, *, json: bool) -> None:
     fewer = facts.pop("times_fewer")
     measured = [facts.pop(name) for name in ("key_error", "value_error")]
     for name, value in facts.items():
-        typer.echo(f"{name}: {show_size(value) if name.endswith('bytes') else value}")
-    typer.echo(f"smaller than bfloat16: {fewer:.2f} times")
+        say(f"{name}: {show_size(value) if name.endswith('bytes') else value}")
+    say(f"smaller than bfloat16: {fewer:.2f} times")
     for name, error in zip(("keys", "values"), measured, strict=True):
-        typer.echo(f"relative squared error of {name}: {'not measured' if error is None else f'{error:.4g}'}")
+        say(f"relative squared error of {name}: {'not measured' if error is None else f'{error:.4g}'}")
 
 
 def _facts(codec: "Codec", path: Path) -> dict[str, Any]:

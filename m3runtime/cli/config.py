@@ -2,9 +2,8 @@
 
 from json import dumps
 
-import typer
-
-from m3runtime.cli.options import ConfigFile, Json, Set, load, print_json
+from m3runtime.cli.options import ConfigFile, Json, Set, load
+from m3runtime.cli.terminal import print_json, say
 
 
 def config(config: ConfigFile = None, set: Set = None, json: Json = False) -> None:
@@ -25,7 +24,7 @@ def config(config: ConfigFile = None, set: Set = None, json: Json = False) -> No
         value: object = values
         for part in key.split("."):
             value = value[int(part)] if isinstance(value, list) else value[part]  # type: ignore[index]
-        typer.echo(f"{f'{key}: {_spelled(value)}':<60}  # {origin}")
+        say(f"{f'{key}: {_spelled(value)}':<60}  # {origin}")
 
 
 def _spelled(value: object) -> str:

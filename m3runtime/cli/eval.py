@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, load, overrides, print_json
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, load, overrides
 from m3runtime.cli.progress import stages
+from m3runtime.cli.terminal import print_json, say
 
 if TYPE_CHECKING:
     from m3runtime.lab.evaluation.report import Report
@@ -150,7 +151,7 @@ def calibrate(
 
     file = CalibratedFile(loaded, overrides(set), dry_run=dry_run)
     for key, origin in file.overridden.items():
-        typer.echo(f"m3: recall.{key} is set by {origin}, which goes before what the file says", err=True)
+        say(f"m3: recall.{key} is set by {origin}, which goes before what the file says", err=True)
     asked = CalibrationSettings(seed=seed, statements=statements, batch=batch)
     with stages(shown=not json) as progress:
         report, text = file.calibrated(asked, out, progress)
@@ -161,8 +162,8 @@ def calibrate(
         print_json({**report.to_json(), "file": str(file.path), "written": not dry_run, "text": text})
         return
     for line in [*report.summary, str(out / "report.md")]:
-        typer.echo(line, err=dry_run)  # standard output is then the file alone
-    typer.echo(text if dry_run else f"written into {file.path}", nl=not dry_run)
+        say(line, err=dry_run)  # standard output is then the file alone
+    say(text if dry_run else f"written into {file.path}", nl=not dry_run)
 
 
 def _require_libraries() -> None:
@@ -177,5 +178,5 @@ def _finish(report: "Report", out: Path, *, json: bool) -> None:
         print_json(report.to_json())
         return
     for line in report.summary:
-        typer.echo(line)
-    typer.echo(f"{out / 'report.md'}")
+        say(line)
+    say(f"{out / 'report.md'}")

@@ -1,12 +1,12 @@
 """Options of all commands, the configuration that they select, and output."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from m3runtime.cli.terminal import print_json
 from m3runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,17 +49,21 @@ def configuration(file: Path | None, settings: list[str] | None) -> "Config":
     return load(file, settings).config
 
 
+def as_text(what: str, argument: str) -> str:
+    """An argument that is text. Raises `InputError` for bytes that are none, which Python hides in surrogates."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{what} is not text in UTF-8") from None
+    return argument
+
+
 def parsed(option: str, parse: Callable[[str], T], text: str) -> T:
     """The value of an option's text. A `ValueError` of ``parse`` becomes an `InputError` that names the option."""
     try:
         return parse(text)
     except ValueError as error:
         raise InputError(f"{option} {error}") from None
-
-
-def print_json(value: Any) -> None:
-    """Print one line of JSON on standard output."""
-    typer.echo(json.dumps(value, ensure_ascii=False))
 
 
 def show(result: "Result", *, json: bool) -> None:

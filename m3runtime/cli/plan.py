@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from m3runtime.cli.codec import in_short
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, parsed, print_json
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration, parsed
+from m3runtime.cli.terminal import print_json, say
 from m3runtime.errors import ConfigError, InputError
 from m3runtime.observe.figures import short, show_size
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 _BYTES_OF_A_TOKEN = 4
 """Approximate bytes of a token of English text."""
+_DIM_OF_BGE_M3 = 1024
+"""Taken for an embedder that is not here to tell: that of the preset ``memory3``."""
 
 
 def plan(
@@ -49,7 +52,9 @@ def plan(
     speed: Annotated[
         float | None, typer.Option("--speed", metavar="N", help="Tokens per second that one stream decodes.")
     ] = None,
-    embedding_dim: Annotated[int, typer.Option(min=1, help="Dimensions of an embedding; BGE-M3 has 1024.")] = 1024,
+    embedding_dim: Annotated[
+        int | None, typer.Option(min=1, help="Dimensions of an embedding. Default: the configured embedder's.")
+    ] = None,
     text_bytes: Annotated[
         int | None, typer.Option(min=0, help="Bytes of the text of a reference. Default: four per token.")
     ] = None,
@@ -84,10 +89,11 @@ def plan(
 
     if chosen is None:
         settings, chosen = planning.sized(settings)
+    dim = embedding_dim or planning.embedding_dim(settings)
     need = planning.Need(
         references=count,
         text_bytes=_BYTES_OF_A_TOKEN * settings.memory.reference_tokens if text_bytes is None else text_bytes,
-        dim=embedding_dim,
+        dim=dim or _DIM_OF_BGE_M3,
         capacities=capacities,
         drive=Drive(bandwidth, reads, speed),
     )
@@ -95,8 +101,11 @@ def plan(
     if json:
         print_json(found.to_json())
         return
-    for line in [*_memories(found), *_bank(found, need.text_bytes, need.dim), *_costs(found), *_reads(found)]:
-        typer.echo(line)
+    assumed = "" if dim else ", assumed; --embedding-dim sets it"
+    for line in [*_memories(found), *_bank(found, need.text_bytes, f"{need.dim} dimensions each{assumed}")]:
+        say(line)
+    for line in [*_costs(found), *_reads(found)]:
+        say(line)
 
 
 def _chosen(model: str | None, shape: str | None) -> "ModelShape | None":
@@ -152,7 +161,7 @@ def _memories(found: "Plan") -> list[str]:
     ]
 
 
-def _bank(found: "Plan", text_bytes: int, dim: int) -> list[str]:
+def _bank(found: "Plan", text_bytes: int, embeddings: str) -> list[str]:
     """Lines about the size of the bank and the tiers."""
     bank = found.bank
     tiers = [
@@ -163,7 +172,7 @@ def _bank(found: "Plan", text_bytes: int, dim: int) -> list[str]:
     return [
         "",
         f"bank: {show_size(bank.total)}: blocks {show_size(bank.blocks)}, texts {show_size(bank.texts)} "
-        f"({text_bytes} bytes each), embeddings {show_size(bank.embeddings)} ({dim} dimensions each)",
+        f"({text_bytes} bytes each), embeddings {show_size(bank.embeddings)} ({embeddings})",
         "not counted: the index, and the internal structures of the home",
         *tiers,
     ]

@@ -1,18 +1,26 @@
-"""`stages`: progress bars, one for each stage of a command."""
+"""`stages`: the progress of a command: bars on a terminal, and a line every so often elsewhere."""
 
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress, Task
 
     from m3runtime.writing.writer import OnProgress
 
+EVERY = 10.0
+"""Seconds between two lines."""
+
 
 @contextmanager
 def stages(*, shown: bool) -> Iterator["OnProgress"]:
     """A function to call with a stage's title, its steps done, and all its steps."""
+    if shown and not sys.stderr.isatty():
+        yield Lines(sys.stderr)
+        return
     bar, tasks = _bar(shown=shown), dict[str, int]()
     with ExitStack() as showing:
 
@@ -24,6 +32,29 @@ def stages(*, shown: bool) -> Iterator["OnProgress"]:
             bar.update(tasks[stage], completed=done)  # type: ignore[arg-type]
 
         yield progress
+
+
+class Lines:
+    """Writes a line about a stage every `EVERY` seconds: what is done, how fast, and how long the rest takes."""
+
+    def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._out = out
+        self._clock = clock
+        self._stage = ""
+        self._began = self._last = clock()
+        self._from = 0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Report ``done`` of ``total`` steps."""
+        now = self._clock()
+        if stage != self._stage:
+            self._stage, self._began, self._from = stage, now, done
+        if now - self._last < EVERY:
+            return
+        self._last = now
+        rate = (done - self._from) / (now - self._began) if now > self._began else 0.0
+        rest = f", {rate:.1f}/s, {(total - done) / rate:.0f} s left" if rate else ""
+        print(f"{stage}: {done} of {total}{rest}", file=self._out, flush=True)
 
 
 def _bar(*, shown: bool) -> "Progress":

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration
+from m3runtime.cli.terminal import print_json, say
 from m3runtime.cli.write import KeepMissing, Paths, TextField, Whole, facts, summary, write
 
 
@@ -39,8 +40,8 @@ def sync(
     with closing(Mirror(settings, Reading(text_field, whole), keep_missing=keep_missing)) as mirror:
         for report in follow(mirror, paths):
             if isinstance(report, M3Error):
-                typer.echo(f"m3: {report}", err=True)
+                say(f"m3: {report}", err=True)
             elif json:
                 print_json({**facts(report), "bank": str(settings.bank)})
             else:
-                typer.echo(f"{summary(report)}: {settings.bank}")
+                say(f"{summary(report)}: {settings.bank}")

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Set, configuration, print_json
+from m3runtime.cli.options import ConfigFile, Set, configuration
+from m3runtime.cli.terminal import print_json, printable
 from m3runtime.errors import InputError
 from m3runtime.observe.figures import show_size
 
@@ -82,17 +84,27 @@ def read(where: str) -> Sample:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(f"http://{where}/metrics", timeout=5) as answer:
-            text = answer.read(1 << 22).decode("utf-8", "replace")
+            text = printable(answer.read(1 << 22).decode("utf-8", "replace"))  # names in it reach the terminal
     except (OSError, ValueError, HTTPException) as error:  # urllib's own errors are subclasses
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise InputError(
-            f"nothing answers at {where} ({reason}); start the process with M3_METRICS__PORT={DEFAULT_PORT}, "
-            "or give its port with --port"
-        ) from error
+        raise InputError(f"nothing answers at {where} ({reason}); {_hint(where)}") from error
     sample = parse(text)
     if "recall_chunks" not in sample.values:
         raise InputError(f"the process at {where} is not a runtime of m3")
     return sample
+
+
+def _hint(where: str) -> str:
+    """How a process comes to answer there."""
+    port = where.rpartition(":")[2]
+    if find_spec("prometheus_client") is None:
+        return (
+            f"first pip install 'm3runtime[metrics]', then start a process, such as `m3 chat`, with metrics.port={port}"
+        )
+    return (
+        f"only a running process answers: start `m3 chat --set metrics.port={port}` in another terminal, or your "
+        f"program with M3_METRICS__PORT={port}; --port watches another port"
+    )
 
 
 def parse(text: str) -> Sample:

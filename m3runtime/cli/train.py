@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration
 from m3runtime.cli.progress import stages
+from m3runtime.cli.terminal import print_json, say
 from m3runtime.errors import ConfigError
 
 
@@ -44,8 +45,8 @@ def train(
         return
     for stage in report.stages:
         first, last = stage.losses[0][1], stage.losses[-1][1]
-        typer.echo(f"{stage.name}: {stage.steps} steps, loss {first:.3f} to {last:.3f}: {stage.path}")
-    typer.echo(
+        say(f"{stage.name}: {stage.steps} steps, loss {first:.3f} to {last:.3f}: {stage.path}")
+    say(
         f"{report.sequences} sequences of {report.tokens} tokens; "
         f"{100 * report.retrieving:.0f} % of chunks retrieved one of {report.references} references"
     )

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration
 from m3runtime.cli.progress import stages
+from m3runtime.cli.terminal import print_json, say
 from m3runtime.errors import InputError
 from m3runtime.observe.figures import show_size
 
@@ -79,38 +80,38 @@ def _damage_facts(report: "VerifyReport") -> list[dict[str, Any]]:
 
 
 def _show(bank: str, report: "VerifyReport", mended: "RepairReport | None") -> None:
-    typer.echo(
+    say(
         f"{bank}: {report.blocks} memories, {report.good} good, {report.bad} bad ({report.quarantined} quarantined); "
         f"{show_size(report.bytes)} of good blocks" + (f"; {report.cold} references are cold" if report.cold else "")
     )
     for note in report.notes:
-        typer.echo(f"  note: {note}")
+        say(f"  note: {note}")
     _show_damage(report, "damaged:", _advice(report) if mended is None else [])
     if mended is None:
         if report.clean:
-            typer.echo("nothing is damaged")
+            say("nothing is damaged")
         return
     if not report.clean:
-        typer.echo(
+        say(
             f"{len(mended.quarantined)} memories quarantined, {len(mended.recomputed)} computed again under new ids, "
             f"{len(mended.dropped)} forgotten"
         )
         _show_damage(mended.left, "still damaged:", _advice(mended.left, repaired=True))
     if mended.left.clean:
-        typer.echo("the bank is sound")
+        say("the bank is sound")
 
 
 def _show_damage(report: "VerifyReport", title: str, advice: list[str]) -> None:
     if report.clean:
         return
-    typer.echo(title)
+    say(title)
     for one in report.damage[:_SHOWN]:
         source = "" if one.id is None else f", memory {one.id} ({report.sources.get(one.id, 'source unknown')})"
-        typer.echo(f"  {one.where}{source}: {one.what}")
+        say(f"  {one.where}{source}: {one.what}")
     if len(report.damage) > _SHOWN:
-        typer.echo(f"  and {len(report.damage) - _SHOWN} more; --json lists all")
+        say(f"  and {len(report.damage) - _SHOWN} more; --json lists all")
     for line in advice:
-        typer.echo(line)
+        say(line)
 
 
 def _advice(report: "VerifyReport", *, repaired: bool = False) -> list[str]:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration, print_json
+from m3runtime.cli.options import ConfigFile, Json, Set, configuration
 from m3runtime.cli.progress import stages
+from m3runtime.cli.terminal import print_json, say
 from m3runtime.observe.figures import show_size
 
 if TYPE_CHECKING:
@@ -56,18 +57,18 @@ def write(
                 print_json({**_differences(survey), "bank": str(settings.bank)})
             else:
                 _list(survey)
-                typer.echo(f"{counted(survey)}; nothing was changed: {settings.bank}")
+                say(f"{counted(survey)}; nothing was changed: {settings.bank}")
             return
         with stages(shown=not json) as progress:
-            report = mirror.write(paths, progress)
+            report = mirror.write(paths, progress, lambda warning: say(f"warning: {warning}", err=True))
     if json:
         print_json({**facts(report), "bank": str(settings.bank)})
         return
     if verbose:
         _list(report.survey)
-    typer.echo(f"{summary(report)}: {settings.bank}")
+    say(f"{summary(report)}: {settings.bank}")
     if skipped := report.survey.skipped:
-        typer.echo(f"{len(skipped)} files were passed over, such as {skipped[0]}", err=True)
+        say(f"{len(skipped)} files were passed over, such as {skipped[0]}", err=True)
 
 
 def summary(report: "MirrorReport") -> str:
@@ -117,4 +118,4 @@ def _list(survey: "Survey") -> None:
     for name, some in _groups(survey).items():
         for source in some if name != "unchanged" else ():
             origin = f" (was {survey.renamed[source]})" if name == "renamed" else ""
-            typer.echo(f"{name:>9}  {source}{origin}")
+            say(f"{name:>9}  {source}{origin}")

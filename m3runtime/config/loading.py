@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar, get_args
@@ -54,8 +55,11 @@ def load_config(
     environ = os.environ if environ is None else environ
     file = Path(path or environ.get(FILE_VARIABLE) or DEFAULT_FILE)
     tree = Tree(read_yaml_file(file), str(file))
-    for key, text, origin in [*_variables(environ), *_settings(overrides or {})]:
-        tree.override(key, parse_yaml(text, origin), origin)
+    for key, text, origin in [*_variables(environ, kind), *_settings(overrides or {})]:
+        # `sink=Reference:` is a text, and in YAML a mapping.
+        is_text = _annotation(kind, key) is str and text.rstrip().endswith(":")
+        value = text if is_text else parse_yaml(text, origin, written=True)
+        tree.override(key, value, origin)
     given = {name: value for name, value in tree.values.items() if value is not None}
     try:
         # With a mapping for every section, a message about a missing value has its whole key.
@@ -76,9 +80,12 @@ def load_config(
     return LoadedConfig(_with_absolute_paths(config, folder_of), file, MappingProxyType(origins))
 
 
-def _variables(environ: Mapping[str, str]) -> list[tuple[Key, str, str]]:
+def _variables(environ: Mapping[str, str], kind: type[Section]) -> list[tuple[Key, str, str]]:
     names = [name for name in environ if name.startswith(PREFIX) and name != FILE_VARIABLE]
     keyed = [(tuple(name.removeprefix(PREFIX).lower().split("__")), environ[name], name) for name in names]
+    known = list(kind.model_fields)
+    # Other programs have variables such as M3_HOME. One that is nearly a key is a mistake, which is complained of.
+    keyed = [one for one in keyed if len(one[0]) > 1 or get_close_matches(one[0][0], known, 1, cutoff=0.75)]
     return sorted(keyed, key=lambda item: _in_order(item[0]))
 
 
@@ -101,6 +108,18 @@ def _section(annotation: Any) -> type[Section] | None:
     """The section that a field holds, perhaps an optional one."""
     kinds = [one for one in (annotation, *get_args(annotation)) if isinstance(one, type)]
     return next((one for one in kinds if issubclass(one, Section)), None)
+
+
+def _annotation(kind: type[Section], key: Key) -> Any:
+    """The type of the value at a key; None for a key that is not known, or an option."""
+    for part in key[:-1]:
+        field = kind.model_fields.get(part)
+        section = None if field is None else _section(field.annotation)
+        if section is None:
+            return None
+        kind = section
+    field = kind.model_fields.get(key[-1])
+    return None if field is None else field.annotation
 
 
 def _with_absolute_paths(section: S, folder_of: Callable[[Key], Path], key: Key = ()) -> S:

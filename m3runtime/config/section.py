@@ -6,6 +6,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
+from m3runtime.config.yaml_file import plain
+
 
 def _as_text(value: object) -> object:
     # YAML reads a folder called 2024 as a number.
@@ -49,4 +51,4 @@ class PluginSection(Section):
     @property
     def options(self) -> dict[str, Any]:
         """The options for the plug-in's constructor."""
-        return dict(self.model_extra or {})
+        return plain(dict(self.model_extra or {}))  # type: ignore[no-any-return]

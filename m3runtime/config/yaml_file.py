@@ -28,7 +28,8 @@ def read_yaml_file(file: Path) -> dict[str, Any]:
         with file.open("rb") as opened:
             data = opened.read(MOST_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(f"no such configuration file: {file}") from None
+        hint = "; `m3 init` makes one" if str(file) == "m3.yaml" else ""
+        raise ConfigError(f"no such configuration file: {file}{hint}") from None
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from error
     if len(data) > MOST_BYTES:
@@ -38,23 +39,25 @@ def read_yaml_file(file: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{file} is not text in UTF-8 (line {line})") from error
-    tree = parse_yaml(text, str(file))
+    tree = parse_yaml(text, str(file), written=True)
     if tree is not None and not isinstance(tree, dict):
         raise ConfigError(f"{file} must be a mapping of keys to values")
     return tree or {}
 
 
-def parse_yaml(text: str, origin: str) -> Any:
+def parse_yaml(text: str, origin: str, *, written: bool = False) -> Any:
     """The value of one YAML document, made of plain Python values that no two places share.
 
-    Dates stay text. Raises `ConfigError`, which begins with ``origin``, for a text that is not YAML, gives a key twice,
-    has a tag other than YAML's own, is too deeply nested, or whose aliases multiply it beyond measure.
+    Dates stay text. With ``written``, numbers know their text (`WrittenInt`). Raises `ConfigError`, which begins with
+    ``origin``, for a text that is not YAML, gives a key twice, has a tag other than YAML's own, is too deeply nested,
+    or whose aliases multiply it beyond measure.
     """
     yaml = YAML(typ="safe", pure=True)
     yaml.Constructor = _Constructor
     yaml.composer.warn_double_anchors = False  # YAML allows an anchor to be given again
     try:
-        return _unshared(yaml.load(text))
+        found = _unshared(yaml.load(text))
+        return found if written else plain(found)
     except RecursionError:
         raise ConfigError(f"{origin}: too deeply nested") from None
     except ReaderError as error:
@@ -67,8 +70,45 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise ConfigError(f"{origin}: {shorten(str(error), 200)}") from error
 
 
+class WrittenInt(int):
+    """A whole number that knows how it was written: a key that takes text gets that text."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class WrittenFloat(float):
+    """A number that knows how it was written: a key that takes text gets that text."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def plain(value: Any) -> Any:
+    """A value without the texts of its numbers."""
+    if isinstance(value, dict):
+        return {name: plain(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [plain(inner) for inner in value]
+    return int(value) if isinstance(value, WrittenInt) else float(value) if isinstance(value, WrittenFloat) else value
+
+
 class _Constructor(SafeConstructor):
     """Leaves dates as text, since a folder may be called 2024-05-01, and counts values before any is made."""
+
+    def construct_written_int(self, node: Node) -> WrittenInt:
+        number = WrittenInt(self.construct_yaml_int(node))
+        number.text = node.value
+        return number
+
+    def construct_written_float(self, node: Node) -> WrittenFloat:
+        number = WrittenFloat(self.construct_yaml_float(node))
+        number.text = node.value
+        return number
 
     def construct_document(self, node: Node) -> Any:
         _count_values(node, {})
@@ -76,6 +116,8 @@ class _Constructor(SafeConstructor):
 
 
 _Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
+_Constructor.add_constructor("tag:yaml.org,2002:int", _Constructor.construct_written_int)
+_Constructor.add_constructor("tag:yaml.org,2002:float", _Constructor.construct_written_float)
 
 
 def _count_values(node: Node, known: dict[int, int]) -> int:

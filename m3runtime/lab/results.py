@@ -52,6 +52,10 @@ class Spread:
     def __str__(self) -> str:
         return f"{1e3 * self.median:.2f} ms ({1e3 * self.low:.2f} to {1e3 * self.high:.2f})"
 
+    def show_ms(self) -> str:
+        """Median and quartiles of seconds as milliseconds, without the unit."""
+        return f"{1e3 * self.median:.2f} ({1e3 * self.low:.2f} to {1e3 * self.high:.2f})"
+
     def show(self, digits: int) -> str:
         """Median and quartiles with ``digits`` decimal places, without a unit."""
         return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"

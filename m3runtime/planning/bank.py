@@ -17,6 +17,7 @@ from m3runtime.memory.spec import MemorySpec
 from m3runtime.planning.cost import Cost, cost
 from m3runtime.planning.drive import Drive, Reads, reads
 from m3runtime.plugins.loading import load
+from m3runtime.retrieval.embedder import Embedder
 from m3runtime.storage.defaults import default_tiers
 from m3runtime.writing import codec_files
 
@@ -119,6 +120,12 @@ def sized(config: "Config") -> "tuple[Config, ModelShape]":
     kind: type[Adapter] = load("adapters", config.model.adapter)
     shape = kind.shape(config.model)
     return config.model_copy(update={"memory": kind.carried(config.model, config.memory)}), shape
+
+
+def embedding_dim(config: "Config") -> int | None:
+    """The dimensions of the configured embedder, which is not loaded; None if its model is not on this machine."""
+    kind: type[Embedder] = load("embedders", config.embedder.kind)
+    return kind.dim_of(config.embedder.path, config.embedder.options)
 
 
 def plan(config: "Config", shape: ModelShape, need: Need, name: str) -> Plan:

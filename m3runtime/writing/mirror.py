@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import Document, read_file
+from m3runtime.documents.sample import Sample
 from m3runtime.documents.sources import SourceNames, SourceState, is_as_stated, state_of
 from m3runtime.documents.survey import Reading, Survey, survey
 from m3runtime.errors import BankBusyError, BankMissingError, InputError
 from m3runtime.memory.spec import fingerprint
 from m3runtime.storage.home import Home
 from m3runtime.storage.opening import open_home
+from m3runtime.writing import scripts
 from m3runtime.writing.moving import Moves
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the title of a stage, its steps done, and all its steps."""
+OnWarning = Callable[[str], None]
+"""Called with a line about texts that will hardly be found, before they are written."""
 
 _WRITTEN = "written"
 """The home's record of the settings of the last write that came to its end, index included; empty during one."""
@@ -76,7 +80,9 @@ class Mirror:
         """The difference between files and bank; changes nothing. Raises what `survey` does, and `BankError`."""
         return self._look(paths)[0]
 
-    def write(self, paths: Sequence[Path], progress: OnProgress | None = None) -> MirrorReport:
+    def write(
+        self, paths: Sequence[Path], progress: OnProgress | None = None, warn: OnWarning | None = None
+    ) -> MirrorReport:
         """Bring the bank in step with these files and folders; makes the bank if there is none.
 
         Each source changes in one transaction; one of many references takes several, of which the last forgets what
@@ -86,7 +92,7 @@ class Mirror:
         Raises `InputError` before anything is changed, and what `Writer.write` does.
         """
         found, bank = self._look(paths)
-        self._check(found, bank)
+        sample = self._check(found, bank)
         if found.is_in_step and bank.is_whole:
             return MirrorReport(found, None, bank.known(found), 0)
         changes_texts = bool(found.read or found.renamed or found.gone or found.aliases) or not bank.is_whole
@@ -96,6 +102,8 @@ class Mirror:
         if bank.exists:
             forgotten = self._move(found, bank, changes_texts)
         if writer is not None:
+            if warn and (warning := scripts.warning(writer.embedder, sample)):
+                warn(warning)
             report = self._read(found, writer, progress)
         elif forgotten:
             self._drop_traces(forgotten)
@@ -117,15 +125,19 @@ class Mirror:
         keep = self.keep_missing
         return survey(paths, self.names, bank.sources, bank.states, self.reading, keep_missing=keep), bank
 
-    def _check(self, found: Survey, bank: "_Bank") -> None:
-        """Raise `InputError` for a file that cannot be read, and if there is no text to make a bank of."""
-        empty = True
+    def _check(self, found: Survey, bank: "_Bank") -> Sequence[str]:
+        """A sample of the texts that are to be read.
+
+        Raises `InputError` for a file that cannot be read, and if there is no text to make a bank of.
+        """
+        empty, sample = True, Sample()
         for document in self._documents(found):
             empty = False
-            for _ in document.blocks():
+            for _ in sample.of(document.blocks()):
                 pass
         if empty and not bank.exists:
             raise InputError(f"there is no text in {', '.join(map(str, found.read.values()))}")
+        return sample.texts
 
     def _documents(self, found: Survey) -> Iterator[Document]:
         for name, path in found.read.items():

@@ -264,4 +264,12 @@ class TransformersAdapter(Adapter):
         """The tokens of prompts, after the sink where they have streams."""
         if streams is not None and len(streams) != len(prompts):
             raise InputError(f"{len(prompts)} prompts, but {len(streams)} streams")
-        return [self.tokens.of_prompt(prompt.text, sink=streams is not None) for prompt in prompts]
+        ids = [self.tokens.of_prompt(prompt.text, sink=streams is not None) for prompt in prompts]
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        room = None if positions is None else positions - (0 if streams is None else self.offset)
+        if room is not None and (longest := max(map(len, ids), default=0)) > room:
+            raise InputError(
+                f"the prompt has {longest} tokens, and of the model's {positions} positions {room} are left for a "
+                "prompt; shorten it"
+            )
+        return ids

@@ -324,6 +324,29 @@ def test_variables_override_the_file_and_settings_override_both(file: Path) -> N
     assert origins["codec.kind"] == origins["recall.deadline"] == "default"
 
 
+@pytest.mark.parametrize("name", ["2024_11", "2024.10", "007", "0x10", "1e3", "-5", "1_000.50"])
+def test_a_name_that_looks_like_a_number_stays_as_it_was_written(file: Path, tmp_path: Path, name: str) -> None:
+    file.write_text(f"bank: {name}\nmodel: {{path: {name}}}\nembedder: {{path: e, kind: {name}, size: {name}}}\n")
+    config = load_config(Config, file, {"M3_CODEC__KIND": name}, {"memory.sink": name}).config
+    assert config.bank == tmp_path / name
+    assert config.model.path == config.embedder.kind == config.codec.kind == config.memory.sink == name
+    assert type(config.embedder.options["size"]) in (int, float)  # an option stays a number
+
+
+def test_a_text_that_ends_in_a_colon_is_a_text(file: Path) -> None:
+    config = load(file, "", {"M3_MEMORY__SINK": "Note: "}, {"generate.stop.0": '"Q:"'}).config
+    assert (config.memory.sink, config.generate.stop) == ("Note: ", ("Q:",))
+    assert load(file, "", {}, {"memory.sink": "Reference:"}).config.memory.sink == "Reference:"
+
+
+def test_variables_of_other_programs_are_left_alone(file: Path) -> None:
+    foreign = {"M3_HOME": "/opt/maven", "M3_REPO_URL": "x", "M3_OPTS": "-X"}
+    assert load(file, "", foreign).config == load(file, "").config
+    for name in ("M3_BANKS", "M3_RECAL__MEMORIES", "M3_HOME__X"):
+        with pytest.raises(ConfigError, match=f"^{name}: .* is not known; "):
+            load(file, "", {name: "3"})
+
+
 def test_every_value_has_an_origin(file: Path) -> None:
     origins = load(file, "recall:\nmemory: {}\n").origins
     assert {key for key, origin in origins.items() if origin != "default"} == {"bank", "model.path", "embedder.path"}

@@ -1,7 +1,8 @@
 """An embedder that needs no model, reached from configurations by its import path."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -17,6 +18,10 @@ class HashedWords(Embedder):
     def __init__(self, path: str, *, dim: int = 256, salt: str = "") -> None:
         self._dim = dim
         self._salt = salt
+
+    @classmethod
+    def dim_of(cls, path: str, options: Mapping[str, Any]) -> int:
+        return int(options.get("dim", 256))
 
     @property
     def dim(self) -> int:

@@ -1,7 +1,9 @@
 """Mistakes of the user: each is one line that says what to do and exit code 2, and costs nothing that is there."""
 
 import json
+import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 
 from m3runtime import assembly
 from m3runtime.config.schema import Config
-from tests.end_to_end.commands import Contents, Place
+from tests.end_to_end.commands import M3, Contents, Place, environment
 from tests.end_to_end.conftest import NewPlace
 from tests.model.families import make_model, make_tokenizer
 
@@ -341,6 +343,44 @@ class TestArguments:
         written.configure(model={"path": str(other)})
         line = complaint(written, "ask", "Why?", "--set", "generate.prompt=chat")
         assert line == "m3: generate.prompt: this model has no chat template; use question or plain"
+
+    def test_no_chat_template_for_a_chat(self, written: Place, tmp_path: Path, model_path: Path) -> None:
+        other = tmp_path / "no-template"
+        shutil.copytree(model_path, other)
+        (other / "chat_template.jinja").unlink()
+        written.configure(model={"path": str(other)})
+        line = written.m3("chat", stdin="Why?\n").complaint
+        assert "no chat template, so it cannot chat; ask single questions with `m3 ask`" in line
+        (other / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+        line = written.m3("chat", stdin="Why?\n").complaint
+        assert line == "m3: model.path: the model's chat template refuses this conversation: roles must alternate"
+
+    def test_text_that_is_not_utf_8(self, written: Place) -> None:
+        for command in ("ask", "search"):
+            result = subprocess.run(
+                [os.fsencode(M3), command.encode(), b"wh\xff"],
+                cwd=written.folder,
+                env=environment(),
+                capture_output=True,
+            )
+            assert (result.returncode, result.stdout) == (2, b"")
+            assert result.stderr.endswith(b" is not text in UTF-8\n")
+            assert result.stderr.count(b"\n") == 1
+        result = subprocess.run(
+            [M3, "chat"], cwd=written.folder, env=environment(), capture_output=True, input=b"wh\xff\n"
+        )
+        assert (result.returncode, result.stderr) == (2, b"m3: the line is not text in UTF-8\n")
+
+    def test_a_prompt_beyond_the_model_s_positions(self, written: Place) -> None:
+        line = complaint(written, "ask", "lamp " * 600)
+        assert "tokens, and of the model's 512 positions " in line
+        assert line.endswith("are left for a prompt; shorten it")
+
+    def test_a_name_that_is_no_folder_here(self, written: Place) -> None:
+        written.configure(model={"path": "models/absent"})
+        line = complaint(written, "ask", "Why?")
+        assert "models/absent: no such folder in " in line
+        assert "the hub cannot be reached; write ./NAME for a folder here, or let `m3 init` find models" in line
 
     @pytest.mark.parametrize(
         "arguments", [["ask"], ["search", "why", "-k", "0"], ["forget", "-1"], ["forge"], ["ask", "a", "b"]]

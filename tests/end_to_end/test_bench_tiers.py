@@ -1,13 +1,17 @@
 """``m3 bench tiers``: every way of reading reads the same blocks, and what is said of them adds up."""
 
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from m3runtime.config.schema import Config
 from m3runtime.lab.bench.tier_runs import PREAD, PREAD_CHECKED, PREAD_COLD, WAY_UP, WAY_UP_CACHED, WAY_UP_KEPT, TierRuns
+from m3runtime.lab.bench.tiers import TierBench, TierSettings, TierTimes
+from m3runtime.lab.results import Spread
 from m3runtime.memory.block import length
 from tests.end_to_end.commands import Place
 
@@ -73,6 +77,18 @@ def test_the_report_adds_up_and_leaves_nothing_behind(written: Place) -> None:
     assert found["tiers"] == ["pinned", "lmdb"]
     assert sorted(path.name for path in written.folder.iterdir()) == there
     assert written.contents() == before
+
+
+def test_tables_fit_eighty_columns(runs: TierRuns) -> None:
+    slow = Spread(median=0.06012, low=0.05934, high=0.06123, rounds=15)  # on a slow drive
+    speed = Spread(median=11.25, low=10.92, high=11.61, rounds=15)
+    rows = [TierTimes(name, 32, 8e7, slow, one.baseline, speed) for name, one in runs.contenders(4).items()]
+    found = TierBench(TierSettings(), "cpu", ["pinned", "lmdb"], "bank", 4096, {}, {}, has_cold=True, rows=rows)
+    output = StringIO()
+    Console(file=output, width=80).print(found)
+    lines = [" ".join(line.split()) for line in output.getvalue().splitlines()]
+    for name in runs.contenders(4):
+        assert sum(line.startswith(f"{name} 60.12 (59.34 to 61.23) 1.24 GiB") for line in lines) == 1, lines
 
 
 def test_people_get_tables(written: Place, tmp_path: Path) -> None:

@@ -100,9 +100,15 @@ class TestConfigured:
         }
         stored = written_once.contents()
         assert planned["bank"]["blocks"] >= sum(map(len, stored.blocks.values()))  # of references that are not full
-        dim = {len(vector) // 4 for vector in stored.embeddings.values()}.pop()
-        again = written_once.m3("plan", "--references", "6", "--embedding-dim", dim, "--json").json
+        again = written_once.m3("plan", "--references", "6", "--json").json
         assert again["bank"]["embeddings"] == sum(map(len, stored.embeddings.values()))
+        twice = written_once.m3("plan", "--references", "6", "--embedding-dim", "512", "--json").json
+        assert twice["bank"]["embeddings"] == 2 * again["bank"]["embeddings"]
+
+    def test_an_embedder_that_is_not_here_is_assumed(self, place: Place) -> None:
+        place.configure(embedder={"kind": "sentence-transformers", "path": "nobody/never-was"})
+        result = place.m3("plan")
+        assert "(1024 dimensions each, assumed; --embedding-dim sets it)" in result.out, result.err
 
     def test_tiers(self, place: Place) -> None:
         found = place.m3("plan", "--json").json

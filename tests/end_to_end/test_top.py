@@ -3,6 +3,7 @@
 import socket
 
 from m3runtime import Config, Runtime
+from m3runtime.config.yaml_file import parse_yaml
 from tests.end_to_end.commands import Place
 
 
@@ -18,4 +19,7 @@ def test_a_runtime_that_is_told_so_can_be_watched_until_it_is_closed(written: Pl
         with runtime.stream() as stream:
             recalled = stream.recall("What does the harbour lamp burn?", wait=True)
         assert written.m3("top", "--json").json["recall_memories"] == len(recalled) > 0
-    assert "nothing answers at 127.0.0.1:" in written.m3("top", "--once").complaint
+    line = written.m3("top", "--once").complaint
+    assert "nothing answers at 127.0.0.1:" in line
+    port = parse_yaml(written.file.read_text(), "m3.yaml")["metrics"]["port"]
+    assert f"`m3 chat --set metrics.port={port}`" in line  # the port that was asked

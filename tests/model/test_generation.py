@@ -566,7 +566,7 @@ def test_a_model_without_chat_template_says_so() -> None:
     model = MemoryModel(make_adapter(tokenizer=tokenizer))
     with pytest.raises(ConfigError, match="no chat template; use question or plain"):
         model.generate("Which lamp?", prompt="chat")
-    with pytest.raises(ConfigError, match="no chat template"):
+    with pytest.raises(ConfigError, match="no chat template, so it cannot chat; ask single questions with `m3 ask`"):
         model.chat([{"role": "user", "content": "Which lamp?"}])
     with pytest.raises(InputError, match="at least one message"):
         model.chat([])

@@ -53,6 +53,18 @@ def test_one_changed_weight_matrix_makes_another_model() -> None:
     assert fingerprint_of(make_adapter("qwen2").model) == before
 
 
+def test_a_large_matrix_has_one_fingerprint_in_bfloat16() -> None:
+    class Large(_Shell):
+        def named_parameters(self) -> list[Any]:
+            return [("w", weights)]
+
+    config = make_model("llama").config
+    weights = torch.randn(3, 70_000).to(torch.bfloat16)
+    rounded = ModelIdentity.of(Large(config)).fingerprint
+    weights = weights.float()
+    assert ModelIdentity.of(Large(config)).fingerprint == rounded
+
+
 @pytest.mark.parametrize(
     ("family", "setting", "value"),
     [

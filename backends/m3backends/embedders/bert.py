@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from m3backends.embedders.loading import PROBE, model_fingerprint
+from m3backends.embedders.loading import PROBE, model_fingerprint, share_of
 from m3runtime.retrieval.embedder import Embeddings
 
 _MODULES = ["Transformer", "Pooling", "Normalize"]
@@ -126,6 +126,13 @@ class MeanOfTokens:
         }
         named = ((f"0.model.{name}", value) for name, value in self.weights.items())
         return model_fingerprint(named, self.tokenizer.get_vocab(), self.tokenizer.encode(PROBE).ids, settings)
+
+    def unknown_share(self, texts: Sequence[str]) -> float:
+        """The share of tokens that are [UNK]."""
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        ids = [one.ids for one in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        return share_of(self.tokenizer.token_to_id("[UNK]"), ids)
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str], batch_size: int) -> Embeddings:

@@ -1,5 +1,6 @@
 """`LocalEmbedder`: the base of embedders that run a model on this machine, and how they find and load it."""
 
+import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import xxhash
 
 from m3runtime.errors import ConfigError, PluginError
 from m3runtime.memory.spec import canonical_json
+from m3runtime.plugins import hub
 from m3runtime.retrieval.embedder import Embedder, Embeddings
 
 SAMPLE = 65_536
@@ -40,6 +42,18 @@ class LocalEmbedder(Embedder):
         self._dim = dim
         self._fingerprint = fingerprint
         self.lock = threading.Lock()
+
+    @classmethod
+    def dim_of(cls, path: str, options: Mapping[str, Any]) -> int | None:  # noqa: ARG003 - no option changes it
+        """The length of the vectors, from the model's configuration; see `Embedder.dim_of`."""
+        folder = Path(path).expanduser()
+        try:
+            if not folder.is_dir():
+                client = import_extra("huggingface_hub", cls.kind)
+                folder = Path(client.snapshot_download(path, local_files_only=True))
+            return _stated_dim(folder)
+        except (OSError, ValueError, KeyError, TypeError, PluginError):
+            return None  # not here, or not readable
 
     @property
     def dim(self) -> int:
@@ -74,15 +88,29 @@ def find_model(path: str | Path, kind: str) -> Path:
     name = str(path)
     if isinstance(path, Path) or name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1:
         raise ConfigError(f"embedder {kind}: there is no model folder {path}")
-    hub = import_extra("huggingface_hub", kind)
-
+    client, reachable = import_extra("huggingface_hub", kind), hub.is_reachable()
     try:
-        return Path(hub.snapshot_download(name, ignore_patterns=_NOT_FETCHED))
+        return Path(client.snapshot_download(name, ignore_patterns=_NOT_FETCHED, local_files_only=not reachable))
     except (OSError, ValueError) as error:
+        reason = _line(error) if reachable else f"the hub cannot be reached; {hub.ADVICE}"
         raise ConfigError(
-            f"embedder {kind}: {name} is neither a folder nor a model that could be fetched from the hub "
-            f"({_line(error)})"
+            f"embedder {kind}: {name} is neither a folder nor a model that could be fetched from the hub ({reason})"
         ) from error
+
+
+def _stated_dim(folder: Path) -> int:
+    """The length of the vectors of a model's folder: that of its last module that states one."""
+
+    def stated(name: str) -> Any:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+
+    dim = int(stated("config.json")["hidden_size"])
+    for module in stated("modules.json") if (folder / "modules.json").is_file() else ():
+        if module["type"].endswith((".Pooling", ".Dense")):
+            config = stated(f"{module['path']}/config.json")
+            keys = ("out_features", "embedding_dimension", "word_embedding_dimension")
+            dim = int(next(config[key] for key in keys if key in config))
+    return dim
 
 
 @contextmanager
@@ -133,6 +161,12 @@ def model_fingerprint(
     }
     state.update(canonical_json(about).encode())
     return state.hexdigest()
+
+
+def share_of(token: int | None, ids: Sequence[Sequence[int]]) -> float:
+    """The share of a token among all; 0 if there is no such token."""
+    count = sum(map(len, ids))
+    return sum(row.count(token) for row in map(list, ids)) / count if count and token is not None else 0.0
 
 
 def unit_rows(rows: Sequence[Embeddings] | Embeddings, dim: int, kind: str) -> Embeddings:

@@ -15,6 +15,7 @@ from m3backends.embedders.loading import (
     import_extra,
     model_fingerprint,
     quietly,
+    share_of,
     unit_rows,
 )
 from m3runtime.device.resolve import resolve
@@ -84,6 +85,16 @@ class SentenceTransformersEmbedder(LocalEmbedder):
     def embed_queries(self, texts: Sequence[str]) -> Embeddings:
         """``float32[n, dim]`` of length 1, with the prompt for queries."""
         return self._embed("encode_query", texts, self._prompts["query"])
+
+    def unknown_share(self, texts: Sequence[str]) -> float:
+        """The share of tokens that the tokenizer does not know; see `Embedder.unknown_share`."""
+        if not texts:
+            return 0.0
+        with self.lock:
+            if self._light is not None:
+                return self._light.unknown_share(texts)
+            tokenizer = self._model.tokenizer
+            return share_of(tokenizer.unk_token_id, tokenizer(list(texts), add_special_tokens=False)["input_ids"])
 
     def _embed(self, encode: str, texts: Sequence[str], prompt: str | None) -> Embeddings:
         if not texts:

@@ -67,10 +67,20 @@ class TierBench(Result):
         for blocks in dict.fromkeys(row.blocks for row in self.rows):
             rows = [row for row in self.rows if row.blocks == blocks]
             title = f"{blocks} block{'s' if blocks > 1 else ''}, {show_size(rows[0].bytes)}"
-            table = Table("", "median (quartiles)", "per second", "relative speed", "baseline", title=title)
-            for row in rows:
-                speed = ("", "") if row.baseline == row.name else (row.speed.show(2), row.baseline)
-                table.add_row(row.name, str(row.seconds), show_size(row.bytes / row.seconds.median), *speed)
+            table = Table("", "ms (quartiles)", "per second", "speed", title=title, box=None)
+            for baseline in dict.fromkeys(row.baseline for row in rows):
+                # Each baseline, and under it what is compared with it. The JSON has the quartiles of ratios: they would
+                # not fit 80 columns.
+                for row in sorted(
+                    (row for row in rows if row.baseline == baseline), key=lambda row: row.name != baseline
+                ):
+                    own = row.name == baseline
+                    table.add_row(
+                        row.name if own else f"  {row.name}",
+                        row.seconds.show_ms(),
+                        show_size(row.bytes / row.seconds.median),
+                        "" if own else f"{row.speed.median:.2f}",
+                    )
             yield table
         cold = "" if self.has_cold else " (no cold rows: the page cache cannot be emptied here)"
         yield (

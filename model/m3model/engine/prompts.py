@@ -20,6 +20,8 @@ def render(tokenizer: Any, question: str, form: Form, *, sink: str, texts: Seque
     """
     before = "".join(f"{sink} {text}\n\n" for text in texts or ())
     if form == "chat":
+        if not tokenizer.chat_template:
+            raise ConfigError("generate.prompt: this model has no chat template; use question or plain")
         return Prompt(chat(tokenizer, [{"role": "user", "content": before + question}]), query=question)
     asked = {"question": _QUESTION, "reference": _REFERENCE, "plain": "{question}"}[form].format(question=question)
     return Prompt(before + asked.lstrip("\n") if before else asked, query=question)
@@ -40,8 +42,15 @@ def turn_head(tokenizer: Any) -> str:
 
 
 def chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
-    """A conversation in the model's chat template, ready for the next answer."""
+    """A conversation in the model's chat template, ready for the next answer. Raises `ConfigError` if it has none."""
     if not tokenizer.chat_template:
-        raise ConfigError("generate.prompt: this model has no chat template; use question or plain")
+        raise ConfigError(
+            "model.path: this model has no chat template, so it cannot chat; ask single questions with `m3 ask`, or "
+            "choose an instruct model"
+        )
     turns = [dict(message) for message in messages]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program of the model's author, and may raise anything
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"model.path: the model's chat template refuses this conversation: {line}") from error

@@ -94,7 +94,7 @@ def _weights_fingerprint(model: Any) -> str:
     state = xxhash.xxh3_128(canonical_json({key: config.get(key) for key in _SHAPE}).encode())
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // SAMPLE)].to(torch.bfloat16).cpu()
+        sample = flat[:: max(1, flat.numel() // SAMPLE)].to(torch.bfloat16).cpu().contiguous()
         state.update(f"{name}{tuple(parameter.shape)}".encode())
         state.update(sample.view(torch.int16).numpy().data)
     return state.hexdigest()

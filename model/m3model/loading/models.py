@@ -1,18 +1,23 @@
 """Loading a model and its tokenizer from a local folder, a hub name or a GGUF file."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from m3model import memory3
 from m3model.loading import gguf
 from m3runtime.errors import ConfigError
+from m3runtime.plugins import hub
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def load(path: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
@@ -75,7 +80,29 @@ def source_of(path: str) -> dict[str, Any]:
         if not file.expanduser().is_dir():
             raise ConfigError(f"model.path: no such folder: {path}")
         return {"pretrained_model_name_or_path": str(file.expanduser())}
-    return {"pretrained_model_name_or_path": path}
+    return _of_the_hub(path)
+
+
+def _of_the_hub(name: str) -> dict[str, Any]:
+    """A model of the hub, or a folder in the working directory. Without a hub, a model that was fetched before.
+
+    Raises `ConfigError` for a name that no model of the hub has, and for one that cannot be fetched.
+    """
+    if Path(name).is_dir():
+        return {"pretrained_model_name_or_path": name}
+    if not _HUB_NAME.fullmatch(name):
+        raise ConfigError(
+            f"model.path: cannot load a causal language model from {name}: no such folder in {Path.cwd()}, and no name "
+            f"on the hub; {hub.ADVICE}"
+        )
+    if hub.is_reachable():
+        return {"pretrained_model_name_or_path": name}
+    if try_to_load_from_cache(name, "config.json") is None:
+        raise ConfigError(
+            f"model.path: cannot load a causal language model from {name}: no such folder in {Path.cwd()}, and the hub "
+            f"cannot be reached; {hub.ADVICE}"
+        )
+    return {"pretrained_model_name_or_path": name, "local_files_only": True}
 
 
 def configuration_of(path: str) -> Any:

