@@ -156,7 +156,7 @@ def _memory_facts(bank: "Bank", id: int) -> dict[str, Any]:
     state = "cold" if len(bank.home.cold(as_ids([id]))) else "missing"
     if bank.home.read(as_ids([id]), slot)[0]:
         try:
-            block.check(slot[0].numpy(), id=id, stamp=bank.stamp)
+            block.check(slot[0].numpy(), id=id, stamp=bank.codecs)
             state = "good"
         except BlockError as error:
             state = str(error)

@@ -39,7 +39,7 @@ def fit(
 ) -> None:
     """Train the configured codec on a sample of a corpus, and save it for `codec.file`.
 
-    The result is the codec that `m3 write` would train for a new bank of this corpus.
+    With `codec.file` a new bank has it from its first reference on, and does not begin with int8.
     """
     settings = configuration(config, set)
     if not corpus:
@@ -62,7 +62,7 @@ def fit(
         raise InputError(f"a codec of kind {settings.codec.kind} learns nothing and cannot be fitted")
     splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
     with closing(ReferenceSpool(documents, splitter, whole=whole)) as references:
-        texts = sample(references, adapter.spec)
+        texts = [one.text for one in sample(references, settings.codec.sample_tokens, adapter.spec)]
     with stages(shown=not json) as progress:
         fit_codec(codec, adapter, texts, settings.memory.batch_size, partial(progress, "Training the codec"))
     codec.save(path)
@@ -84,10 +84,10 @@ def report(
         return
     settings = configuration(config, set)
     from m3runtime import assembly
-    from m3runtime.bank.bank import CODEC
 
     with closing(assembly.open_bank(settings, read_only=True)) as bank:
-        _print(bank.codec, bank.path / CODEC, json=json)
+        path, codec = next(bank.codecs.files())
+        _print(codec, path, json=json)
 
 
 @app.command(name="import")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from m3runtime.codecs import files
 from m3runtime.codecs.files import Distortion
+from m3runtime.codecs.steps import Steps
 from m3runtime.errors import CodecError
 from m3runtime.memory.spec import MemorySpec, fingerprint
 from m3runtime.memory.tensors import MemoryTensors
@@ -58,9 +59,16 @@ class Codec(ABC):
         return False
 
     def fit(  # noqa: B027 - most learn nothing
-        self, sample: MemoryTensors, importance: Tensor | None = None, progress: Progress | None = None
+        self,
+        sample: MemoryTensors,
+        importance: Tensor | None = None,
+        progress: Progress | None = None,
+        steps: Steps | None = None,
     ) -> None:
         """Train on a sample of memories; a codec that learns nothing does nothing. Raises `CodecError` if too few.
+
+        ``steps`` keeps what parts of the training computed: interrupted and called again with the same sample, it goes
+        on.
 
         ``importance`` says what errors cost, where that is known: ``float32[layers, n, n]`` on the CPU with ``n`` of
         ``2 * kv_heads * head_dim``, one matrix for each memory layer over the channels of a token, keys of all heads

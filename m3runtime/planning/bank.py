@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
-from m3runtime.bank.bank import slot_bytes
+from m3runtime.bank.codecs import slot_bytes
 from m3runtime.config.units import parse_size
 from m3runtime.errors import ConfigError
 from m3runtime.memory.shape import ModelShape, memory_spec

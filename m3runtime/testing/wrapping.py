@@ -131,5 +131,9 @@ class WrappedHome(Wrapped[Home], Home):
     def set_meta(self, key: str, value: bytes) -> None:
         self.around("set_meta", lambda: self.inner.set_meta(key, value))
 
+    def widen(self, slot_bytes: int) -> None:
+        self.around("widen", lambda: self.inner.widen(slot_bytes))
+        self.slot_bytes = self.inner.slot_bytes
+
     def stored_bytes(self) -> int:
         return self.around("stored_bytes", self.inner.stored_bytes)
