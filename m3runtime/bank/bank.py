@@ -138,18 +138,20 @@ class Bank:
         """
         return self.codecs.decode(blocks, dtype)
 
-    def adopt(self, manifest: Manifest, codec: Codec | None = None) -> None:
-        """Store another manifest of this bank, with ``codec`` as its newest if that is new, and use it from now on.
+    def adopt(self, manifest: Manifest, *new: Codec) -> None:
+        """Store another manifest of this bank and the codecs that are ``new`` in it, and use them from now on.
 
-        It is stored as a whole or not at all. Raises `BankError` if the codec's file cannot be written.
+        It is stored as a whole or not at all. Raises `BankError` if the file of a codec cannot be written.
         """
-        if codec is not None:
-            try:
-                codec.save(new_codec_file(self.path, codec.fingerprint))
-            except CodecError as error:
-                raise BankError(str(error)) from error
+        before = {codec.fingerprint for codec in self.codecs.all}
+        for codec in new:
+            if codec.fingerprint not in before:
+                try:
+                    codec.save(new_codec_file(self.path, codec.fingerprint))
+                except CodecError as error:
+                    raise BankError(str(error)) from error
         manifest.write(self.home)
-        self.codecs.renew(manifest, *(() if codec is None else (codec,)))
+        self.codecs.renew(manifest, *new)
         self.codecs.remove_strays()
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="codec",
-    help="Train codecs by hand, describe them, and exchange quantisers with faiss.",
+    help="Train codecs by hand or anew, describe them, and exchange quantisers with faiss.",
     no_args_is_help=True,
 )
 
@@ -67,6 +68,33 @@ def fit(
         fit_codec(codec, adapter, texts, settings.memory.batch_size, partial(progress, "Training the codec"))
     codec.save(path)
     _print(codec, path, json=json)
+
+
+@app.command()
+def refit(config: ConfigFile = None, set: Set = None, json: Json = False) -> None:
+    """Train the bank's codec anew on what the bank holds now, and encode all memories by it, under new ids.
+
+    It can be interrupted at any moment and run again: it goes on. Blocks of the former codec can be read until the last
+    one is encoded anew. With `codec.file`, or another codec in the configuration, the bank gets that one.
+    """
+    settings = configuration(config, set)
+    from m3runtime.writing import refitting
+
+    with stages(shown=not json) as progress:
+        report = refitting.refit(settings, progress)
+    if json:
+        encoded = {str(old): new for old, new in report.encoded.items()}
+        print_json({**asdict(report), "encoded": encoded, "bank": str(settings.bank)})
+        return
+    typer.echo(
+        f"{len(report.encoded)} memories encoded anew by {report.codec} ({report.fingerprint[:16]}), "
+        f"{report.left} left as they were: {settings.bank}"
+    )
+    if report.planned:
+        typer.echo(
+            f"the configured codec ({settings.codec.kind}) is trained once there are {settings.codec.sample_tokens} "
+            "tokens of memories that it learns well; until then memories are stored in int8"
+        )
 
 
 @app.command()

@@ -66,6 +66,10 @@ def write(
     if verbose:
         _list(report.survey)
     typer.echo(f"{summary(report)}: {settings.bank}")
+    if report.written is not None and report.written.codec is not None:
+        typer.echo(
+            f"the codec ({report.written.codec}) was trained: it encodes new memories; earlier ones stay in int8"
+        )
     if skipped := report.survey.skipped:
         typer.echo(f"{len(skipped)} files were passed over, such as {skipped[0]}", err=True)
 
@@ -109,7 +113,8 @@ def _counts(report: "MirrorReport") -> dict[str, Any]:
     """The numbers of `WriteReport`, also where there was nothing to read."""
     if report.written is None:
         numbers = ("documents", "references", "written", "catalogued", "bytes")
-        return {**dict.fromkeys(numbers, 0), "known": report.known, "forgotten": report.forgotten, "seconds": 0.0}
+        counts = {**dict.fromkeys(numbers, 0), "known": report.known, "forgotten": report.forgotten}
+        return {**counts, "seconds": 0.0, "codec": None}
     return {**asdict(report.written), "known": report.known + report.written.known, "forgotten": report.forgotten}
 
 

@@ -80,6 +80,10 @@ class Codec(ABC):
         """The trained tensors by name, on the CPU; none if it learns nothing. Raises `CodecError` if untrained."""
         return {}
 
+    def learned_bytes(self) -> int:
+        """Bytes of the trained tensors; before training, about the most that they can take."""
+        return sum(tensor.nbytes for tensor in self.tensors().values()) if self.trained else 0
+
     def restore(self, tensors: Mapping[str, Tensor], measured: Distortion | None = None) -> None:  # noqa: ARG002
         """Take trained tensors, on the CPU and aligned. Raises `CodecError` if these options do not learn such."""
         files.check_tensors(tensors, {})

@@ -80,6 +80,17 @@ class BlockStamp:
         return self.bank_bytes if codec == self.codec_bytes else None
 
 
+class BlockStamps:
+    """The stamps of several codecs, as `Stamps`."""
+
+    def __init__(self, stamps: Sequence[BlockStamp]) -> None:
+        self._bank_of = {stamp.codec_bytes: stamp.bank_bytes for stamp in stamps}
+
+    def bank_of(self, codec: bytes) -> bytes | None:
+        """See `Stamps.bank_of`."""
+        return self._bank_of.get(codec)
+
+
 def as_ids(ids: Sequence[int] | Ids) -> Ids:
     """Ids as ``uint64[n]``. Raises `InputError` for a number that no id can be."""
     try:

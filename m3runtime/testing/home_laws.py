@@ -74,5 +74,6 @@ class HomeLaws(TierContract):
             lambda: tier.get_meta("a"),
             lambda: tier.set_meta("a", b""),
             tier.stored_bytes,
+            lambda: tier.widen(tier.slot_bytes),
             lambda: tier.references(none),
         ]

@@ -16,7 +16,7 @@ from m3runtime.adapters.base import Adapter
 from m3runtime.bank import records
 from m3runtime.bank.bank import Bank
 from m3runtime.bank.codecs import slot_bytes
-from m3runtime.bank.manifest import FORMAT, Manifest, OtherCodec, PlannedCodec
+from m3runtime.bank.manifest import Manifest, OtherCodec, PlannedCodec
 from m3runtime.codecs import Codec
 from m3runtime.codecs.raw import RawCodec
 from m3runtime.codecs.steps import Steps
@@ -56,9 +56,9 @@ class RefitReport:
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """The codec to encode by, and the manifest of a bank that has it."""
+    """The codecs to encode by, and the manifest of a bank that has them."""
 
-    codec: Codec
+    codecs: tuple[Codec, ...]
     manifest: Manifest
 
 
@@ -80,7 +80,7 @@ def refit(config: Config, progress: OnProgress | None = None) -> RefitReport:
             target = work.target()
             work.make_room(target)
             bank.home.set_meta(_PENDING, target.manifest.codec.encode())
-            bank.adopt(target.manifest, target.codec)
+            bank.adopt(target.manifest, *target.codecs)
             Steps(bank.path / TRAINING).remove()
         report = work.encode()
         assembly.bank_index(config, bank).update()
@@ -114,11 +114,12 @@ class _Refit:
         codec = codec_files.configured(self.config, spec)
         if codec.trained:
             new = manifest.with_codec(codec.kind, codec.options, codec.fingerprint)
-            return _Target(codec, replace(new, planned=None, typical_errors=()))
+            return _Target((codec,), replace(new, planned=None, typical_errors=()))
         chosen = sample(encoded(self.bank), self.config.codec.sample_tokens, spec)
         if memory_tokens(chosen, spec) >= self.config.codec.sample_tokens:
             ids = as_ids([id for id in self.bank.home.find([one.text for one in chosen]) if id is not None])
-            memories = (one.memory for some in self._batches(ids) for one in self._read(some) if one.memory is not None)
+            stored = (one for some in self._batches(ids) for one in self._read(some))
+            memories = (one.memory for one in stored if one.memory is not None)
             steps = Steps(self.bank.path / TRAINING, training_key(self.bank, codec, chosen))
             progress = partial(self._progress, "Training the codec")
             found = train(codec, self.adapter, chosen, memories, len(ids), self._size, steps, progress)
@@ -127,15 +128,16 @@ class _Refit:
                 first = OtherCodec(self._starter.kind, dict(self._starter.options), self._starter.fingerprint)
                 others = (first, *(one for one in new.others if one.fingerprint != first.fingerprint))
                 typical = found.limit.typical
-                return _Target(codec, replace(new, others=others, planned=None, typical_errors=typical))
+                return _Target(
+                    (codec, self._starter), replace(new, others=others, planned=None, typical_errors=typical)
+                )
         planned = PlannedCodec(codec.kind, dict(codec.options))
         new = manifest.with_codec(self._starter.kind, self._starter.options, self._starter.fingerprint)
-        return _Target(self._starter, replace(new, planned=planned, typical_errors=()))
+        return _Target((self._starter,), replace(new, planned=planned, typical_errors=()))
 
     def make_room(self, target: _Target) -> None:
         """Widen the slots of the home where a codec of the target needs it."""
-        codecs = [target.codec] if target.manifest.format == FORMAT else [target.codec, self._starter]
-        needed = max(map(slot_bytes, codecs))
+        needed = max(map(slot_bytes, target.codecs))
         if needed > self.bank.home.slot_bytes:
             self.bank.home.widen(needed)
 

@@ -144,6 +144,10 @@ class ProductCodec(Codec):
         """The tensors of the trained quantiser: see `Codec.tensors`."""
         return self.quantiser.tensors()
 
+    def learned_bytes(self) -> int:
+        """Bytes of the trained tensors, or the most that this design learns: see `Codec.learned_bytes`."""
+        return super().learned_bytes() if self.trained else self.design.learned_bytes
+
     def restore(self, tensors: Mapping[str, Tensor], measured: Distortion | None = None) -> None:
         """Take what a quantiser learned elsewhere: see `Codec.restore`."""
         quantiser = self.design.restore(tensors)

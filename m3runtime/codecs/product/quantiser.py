@@ -62,6 +62,8 @@ class Design(ABC):
     """Most bytes of a payload before its tokens."""
     token_bytes: int
     """Most bytes of a token, all layers and heads together."""
+    learned_bytes: int
+    """About the most bytes of what is learned."""
 
     def __init__(self, spec: MemorySpec) -> None:
         self.spec = spec

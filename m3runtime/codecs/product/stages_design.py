@@ -66,6 +66,10 @@ class StagesDesign(Design):
         }
         self.fixed_bytes = self.heads * spec.head_dim if self.offset else 0
         self.token_bytes = self.heads * sum(stage.bytes for stage in (*self.keys, *self.values))
+        dim, groups = spec.head_dim, self.heads // self.sharing
+        centroids = sum(stage.centroids for stage in (*self.keys, *self.values))
+        rotations = 0 if self.rotation == "none" else 2 * (dim + 1)
+        self.learned_bytes = 4 * dim * (groups * (centroids + rotations) + 2 * self.heads * self.offset)
 
     def fit(
         self,

@@ -50,6 +50,8 @@ class TransformDesign(Design):
         self.units = Units(spec, together)
         self.options = {"bytes": bytes, "together": together}
         self.fixed_bytes, self.token_bytes = 0, bytes * self.units.heads
+        n = self.units.channels
+        self.learned_bytes = 4 * self.units.count * n * (1 + 2 * n + CENTROIDS)
 
     def fit(
         self, sample: MemoryTensors, importance: Tensor | None, progress: Progress | None, steps: Steps
