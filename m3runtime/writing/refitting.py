@@ -27,9 +27,9 @@ from m3runtime.memory import block
 from m3runtime.memory.block import Ids, as_ids
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.retrieval.embedder import Embeddings
-from m3runtime.storage.home import Batch
+from m3runtime.storage.home import Batch, Changes
 from m3runtime.writing import codec_files
-from m3runtime.writing.codec_training import TRAINING, encoded, encoded_ids, starter, train, training_key
+from m3runtime.writing.codec_training import TRAINING, encoded, encoded_ids, known_ids, starter, train, training_key
 from m3runtime.writing.fitting import memory_tokens, sample
 from m3runtime.writing.writer import OnProgress
 
@@ -117,7 +117,7 @@ class _Refit:
             return _Target((codec,), replace(new, planned=None, typical_errors=()))
         chosen = sample(encoded(self.bank), self.config.codec.sample_tokens, spec)
         if memory_tokens(chosen, spec) >= self.config.codec.sample_tokens:
-            ids = as_ids([id for id in self.bank.home.find([one.text for one in chosen]) if id is not None])
+            ids = known_ids(self.bank, chosen)
             stored = (one for some in self._batches(ids) for one in self._read(some))
             memories = (one.memory for one in stored if one.memory is not None)
             steps = Steps(self.bank.path / TRAINING, training_key(self.bank, codec, chosen))
@@ -184,7 +184,9 @@ class _Refit:
         new = as_ids(range(first, first + len(taken)))
         embeddings = np.stack([vectors[one.id] for one in taken])
         batch = Batch(new, torch.cat(blocks), [one.reference for one in taken], embeddings)
-        home.commit(batch, replacing=as_ids([one.id for one in taken]))
+        states = home.states()
+        kept = {name: states[name] for one in taken for name in one.reference.sources if name in states}
+        home.commit(batch, replacing=as_ids([one.id for one in taken]), changes=Changes(states=kept))
         return dict(zip([one.id for one in taken], new.tolist(), strict=True))
 
     def _read(self, ids: Ids, but: bytes = b"") -> list[_Stored]:
