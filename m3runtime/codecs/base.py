@@ -58,6 +58,9 @@ class Codec(ABC):
         """True if `fit` uses an importance."""
         return False
 
+    def check_fit(self) -> None:  # noqa: B027 - most learn nothing
+        """Raise `PluginError` if a package is missing that `fit` needs."""
+
     def fit(  # noqa: B027 - most learn nothing
         self,
         sample: MemoryTensors,

@@ -97,11 +97,12 @@ def starter(spec: MemorySpec) -> Codec:
 def beginning(config: Config, spec: MemorySpec) -> Beginning:
     """The beginning of a new bank: with ``codec.file`` and codecs that learn nothing, the configured codec itself.
 
-    Raises `ConfigError`.
+    Raises `ConfigError`, and `PluginError` if what training will need is missing.
     """
     codec = codec_files.configured(config, spec)
     if codec.trained:
         return Beginning(codec, None, slot_bytes(codec))
+    codec.check_fit()
     first = starter(spec)
     planned = PlannedCodec(config.codec.kind, dict(codec.options))
     return Beginning(first, planned, max(slot_bytes(first), slot_bytes(codec)))
@@ -139,6 +140,7 @@ def train_if_due(
     chosen = due(config, bank, references)
     if not chosen:
         return Early()
+    assembly.make_codec(config, bank.manifest.spec).check_fit()
     stored = 0
 
     def computed(count: int) -> None:

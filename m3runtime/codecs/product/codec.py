@@ -92,6 +92,10 @@ class ProductCodec(Codec):
         of = self.design if self._state is None else self._state.quantiser
         return of.fixed_bytes + tokens * of.token_bytes
 
+    def check_fit(self) -> None:
+        """Raise `PluginError` if faiss is missing: see `Codec.check_fit`."""
+        require("training the product codec", "train")
+
     def fit(
         self,
         sample: MemoryTensors,
@@ -106,7 +110,7 @@ class ProductCodec(Codec):
         threads; ``progress`` is called from the caller's. Raises `CodecError` if the sample is empty or does not fit,
         `PluginError` if faiss is missing.
         """
-        require("training the product codec", "train")
+        self.check_fit()
         sample.check(self.spec)
         if not len(sample):
             raise CodecError("the product codec cannot be trained on no memories")
