@@ -41,9 +41,11 @@ from m3runtime.recall.recalled import Recalled
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.retrieval.retriever import Match, log_weights, passing
 from m3runtime.stream import Stream
-from m3runtime.writing.fitting import SAMPLE, WEIGHED, join
+from m3runtime.writing.fitting import WEIGHED, join
 
 BATCH = 16
+SAMPLE = 96
+"""References that a codec is trained on."""
 REFERENCES, QUESTIONS, PASSAGES, TOPICS = 160, 120, 32, 60
 
 

@@ -109,14 +109,14 @@ class Runtime:
             embedder = assembly.open_embedder(config, device)
             undo.callback(embedder.close)
             bank.manifest.check_embedder(embedder=embedder.fingerprint, name=config.embedder.path, where=bank.path)
-            tiers = assembly.open_tiers(config, bank.home.slot_bytes, device)
+            tiers = assembly.open_tiers(config, bank.slot_bytes, device)
             for tier in tiers:
                 undo.callback(tier.close)
             trace = None
             if config.recall.trace is not None:
-                trace = TraceWriter(config.recall.trace, bank.home.slot_bytes, tiers)
+                trace = TraceWriter(config.recall.trace, bank.slot_bytes, tiers)
                 undo.callback(trace.close)
-            hierarchy = Hierarchy(tiers, bank.home, bank.stamp, device, record=trace.record if trace else None)
+            hierarchy = Hierarchy(tiers, bank.home, bank.codecs, device, record=trace.record if trace else None)
             recall = config.recall
             index, changed = assembly.bank_index(config, bank).open(cold=recall.cold_start)
             retriever = Retriever(

@@ -1,12 +1,12 @@
 """`Manifest`: the record that says which model, tokenizer, codec and embedder a bank belongs to."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from m3runtime.errors import (
     BankError,
@@ -22,10 +22,34 @@ from m3runtime.plugins.messages import difference, first_fault, one_line
 from m3runtime.storage.home import Home
 
 FORMAT = 1
-"""The one number of the bank's format. How a home arranges its records is its own schema: see the home."""
+"""The bank's format. How a home arranges its records is its own schema: see the home."""
+SEVERAL = 2
+"""The format of a bank that has, or will have, blocks of several codecs. Its blocks are those of format 1."""
 _KEY = "manifest"
+Fingerprint = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 _RESTORE = "restore the bank from a copy, or write it anew"
 _MEND = "configure it as it was, or set `bank` to another folder"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedCodec:
+    """A codec that is trained once the bank has enough memories to train it on."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
+
+    kind: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class OtherCodec:
+    """A codec that some blocks of a bank may have, and that is not the newest."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
+
+    kind: str
+    options: Mapping[str, Any]
+    fingerprint: Fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +66,54 @@ class Manifest:
     sink: str
     spec: MemorySpec
     codec_kind: str
+    """The kind of the newest codec, which encodes new blocks."""
     codec_options: Mapping[str, Any]
-    codec: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-    """Fingerprint of the trained codec."""
+    codec: Fingerprint
+    """Fingerprint of the newest codec."""
     embedder: str
     """Fingerprint of the embedder."""
     embedder_name: str
     dim: Annotated[int, Field(ge=1, le=1 << 20)]
     """Length of an embedding."""
-    format: int = FORMAT
     model_settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """The settings that the model's fingerprint covers; banks of earlier releases have none."""
+    others: tuple[OtherCodec, ...] = ()
+    """The other codecs that blocks may have. The first one, if any, encodes what the newest would spoil."""
+    planned: PlannedCodec | None = None
+    """The codec to train when there is enough to train on; None if the bank has its codec."""
+    typical_errors: tuple[float, ...] = ()
+    """`m3runtime.bank.codecs.Spoiling.typical` of the newest codec; empty if its blocks are not compared with it."""
+
+    @property
+    def format(self) -> int:
+        """`FORMAT`, or `SEVERAL` for a bank that releases which know one codec must not touch."""
+        return SEVERAL if self.others or self.planned or self.typical_errors else FORMAT
 
     @property
     def stamp(self) -> BlockStamp:
-        """The fingerprint in every block: over all that a block's meaning depends on, and nothing else."""
-        of = [self.format, self.model, self.tokenizer, self.sink, self.spec.to_json(), self.codec_kind, self.codec]
-        return BlockStamp(bank=fingerprint(of), codec=self.codec)
+        """The stamp of new blocks: see `stamp_of`."""
+        return self.stamp_of(self.codec_kind, self.codec)
+
+    @property
+    def stamps(self) -> tuple[BlockStamp, ...]:
+        """The stamps of all codecs, the newest first."""
+        return (self.stamp, *(self.stamp_of(one.kind, one.fingerprint) for one in self.others))
+
+    def stamp_of(self, kind: str, codec: str) -> BlockStamp:
+        """The fingerprints in every block of a codec: over all that a block's meaning depends on, and nothing else."""
+        of = [FORMAT, self.model, self.tokenizer, self.sink, self.spec.to_json(), kind, codec]
+        return BlockStamp(bank=fingerprint(of), codec=codec)
+
+    def with_codec(self, kind: str, options: Mapping[str, Any], codec: str, **changes: Any) -> "Manifest":
+        """This manifest with another newest codec, and the one before among the others; not if it was that one.
+
+        ``changes`` are those of other fields.
+        """
+        known = {one.fingerprint: one for one in self.others}
+        known[self.codec] = OtherCodec(self.codec_kind, self.codec_options, self.codec)
+        known.pop(codec, None)
+        of_codec = {"codec_kind": kind, "codec_options": dict(options), "codec": codec}
+        return replace(self, **{"others": tuple(known.values()), **of_codec, **changes})
 
     def fingerprints(self) -> dict[str, str]:
         """The fingerprints of model, tokenizer, embedder, codec and bank, as text for people."""
@@ -71,24 +126,32 @@ class Manifest:
             "tokenizer": self.tokenizer,
             "embedder": f"{short(self.embedder_name)} ({self.embedder})",
             "codec": f"{self.codec_kind} ({self.codec})",
+            **{f"another codec, {n}": f"{one.kind} ({one.fingerprint})" for n, one in enumerate(self.others, 1)},
             "bank": self.stamp.bank,
         }
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON."""
-        return canonical_json({**asdict(self), "spec": self.spec.to_json()}).encode()
+        """Canonical JSON. Fields that only format 2 has are left out of format 1."""
+        fields = {**asdict(self), "spec": self.spec.to_json(), "format": self.format}
+        if self.format == FORMAT:
+            fields = {name: value for name, value in fields.items() if name not in _OF_SEVERAL}
+        return canonical_json(fields).encode()
 
     @classmethod
     def from_bytes(cls, value: bytes, where: Path) -> "Manifest":
         """The manifest that `to_bytes` wrote. Raises `BankFormatError` for another format, `BankError` for damage."""
         try:
             stated = from_json(value)
-            if (version := stated["format"]) != FORMAT:
-                mend = "install a newer m3runtime" if version > FORMAT else "write the bank anew"
+            if (version := stated["format"]) not in (FORMAT, SEVERAL):
+                mend = "install a newer m3runtime" if version > SEVERAL else "write the bank anew"
                 raise BankFormatError(
-                    f"{where}: bank of format {one_line(version)}, this release reads {FORMAT}; {mend}"
+                    f"{where}: bank of format {one_line(version)}, this release reads {FORMAT} and {SEVERAL}; {mend}"
                 )
-            return _MANIFEST.validate_json(value)
+            fields = {name: value for name, value in stated.items() if name != "format"}
+            manifest = _MANIFEST.validate_json(to_json(fields))
+            if manifest.format != version or type(version) is not int:
+                raise ValueError(f"it states format {one_line(version)}, and its fields are of {manifest.format}")
+            return manifest
         except (ValueError, KeyError, TypeError, ConfigError) as error:
             fault = first_fault(error) if isinstance(error, ValidationError) else error
             raise BankError(f"{where}: the manifest cannot be read: {one_line(fault)}; {_RESTORE}") from error
@@ -135,11 +198,12 @@ class Manifest:
             raise BankMismatchError(f"{where}: the bank was written with another spec: {differing}; {_MEND}")
 
     def check_codec(self, *, kind: str, options: Mapping[str, Any], where: Path) -> None:
-        """Raise `BankMismatchError` that names the differing options, unless the bank's codec is of these."""
-        if differing := difference({"kind": self.codec_kind, **self.codec_options}, {"kind": kind, **options}):
+        """Raise `BankMismatchError` that names the differing options, unless the codec is, or is planned, of these."""
+        of = self.planned or PlannedCodec(self.codec_kind, self.codec_options)
+        if differing := difference({"kind": of.kind, **of.options}, {"kind": kind, **options}):
             raise BankMismatchError(
                 f"{where}: the bank was written with another codec: {differing}; "
-                "set `codec` as it was, or write into another bank"
+                "set `codec` as it was, or encode the bank anew with `m3 codec refit`"
             )
 
     def check_embedder(self, *, embedder: str, name: str, where: Path) -> None:
@@ -151,3 +215,4 @@ class Manifest:
 
 
 _MANIFEST = TypeAdapter(Manifest)
+_OF_SEVERAL = ("others", "planned", "typical_errors")

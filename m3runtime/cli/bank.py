@@ -119,8 +119,13 @@ def forget(
 
 def _bank_facts(bank: "Bank") -> dict[str, Any]:
     manifest, home = bank.manifest, bank.home
-    distortion = getattr(bank.codec, "measured", None)
+    distortion = bank.codec.measured
     cold = len(home.cold())
+    several: dict[str, Any] = {}
+    if manifest.planned is not None:
+        several["planned_codec"] = {"kind": manifest.planned.kind, **manifest.planned.options}
+    if manifest.others:
+        several["other_codecs"] = {one.fingerprint: {"kind": one.kind, **one.options} for one in manifest.others}
     return {
         "bank": str(bank.path),
         "memories": len(home.ids()) - cold,
@@ -138,6 +143,8 @@ def _bank_facts(bank: "Bank") -> dict[str, Any]:
             "fingerprint": manifest.codec,
             **({} if distortion is None else {"key_error": distortion.keys, "value_error": distortion.values}),
         },
+        **several,
+        "codec_bytes": sum(path.stat().st_size for path, _ in bank.codecs.files()),
         "fingerprint": bank.stamp.bank,
         "sources": dict(sorted(home.sources().items())),
     }
@@ -154,11 +161,11 @@ def _memory_facts(bank: "Bank", id: int) -> dict[str, Any]:
     if reference is None:
         raise InputError(f"the bank has no memory {id}")
     slot = torch.zeros(1, bank.home.slot_bytes, dtype=torch.uint8)
-    state = "cold" if len(bank.home.cold(as_ids([id]))) else "missing"
+    kind, state = None, "cold" if len(bank.home.cold(as_ids([id]))) else "missing"
     if bank.home.read(as_ids([id]), slot)[0]:
         try:
-            block.check(slot[0].numpy(), id=id, stamp=bank.stamp)
-            state = "good"
+            block.check(slot[0].numpy(), id=id, stamp=bank.codecs)
+            state, kind = "good", bank.codecs.of(block.headers(slot.numpy())[0]).kind
         except BlockError as error:
             state = str(error)
     return {
@@ -167,4 +174,5 @@ def _memory_facts(bank: "Bank", id: int) -> dict[str, Any]:
         "tokens": reference.tokens,
         "block_bytes": block.length(slot[0].numpy()) if state == "good" else 0,
         "block": bank.home.quarantined().get(id, state),
+        "codec": kind,
     }

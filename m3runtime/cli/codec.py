@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="codec",
-    help="Train codecs by hand, describe them, and exchange quantisers with faiss.",
+    help="Train codecs by hand or anew, describe them, and exchange quantisers with faiss.",
     no_args_is_help=True,
 )
 
@@ -40,7 +41,7 @@ def fit(
 ) -> None:
     """Train the configured codec on a sample of a corpus, and save it for `codec.file`.
 
-    The result is the codec that `m3 write` would train for a new bank of this corpus.
+    With `codec.file` a new bank has it from its first reference on, and does not begin with int8.
     """
     settings = configuration(config, set)
     if not corpus:
@@ -63,11 +64,38 @@ def fit(
         raise InputError(f"a codec of kind {settings.codec.kind} learns nothing and cannot be fitted")
     splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
     with closing(ReferenceSpool(documents, splitter, whole=whole)) as references:
-        texts = sample(references, adapter.spec)
+        texts = [one.text for one in sample(references, settings.codec.sample_tokens, adapter.spec)]
     with stages(shown=not json) as progress:
         fit_codec(codec, adapter, texts, settings.memory.batch_size, partial(progress, "Training the codec"))
     codec.save(path)
     _print(codec, path, json=json)
+
+
+@app.command()
+def refit(config: ConfigFile = None, set: Set = None, json: Json = False) -> None:
+    """Train the bank's codec anew on what the bank holds now, and encode all memories by it, under new ids.
+
+    It can be interrupted at any moment and run again: it goes on. Blocks of the former codec can be read until the last
+    one is encoded anew. With `codec.file`, or another codec in the configuration, the bank gets that one.
+    """
+    settings = configuration(config, set)
+    from m3runtime.writing import refitting
+
+    with stages(shown=not json) as progress:
+        report = refitting.refit(settings, progress)
+    if json:
+        encoded = {str(old): new for old, new in report.encoded.items()}
+        print_json({**asdict(report), "encoded": encoded, "bank": str(settings.bank)})
+        return
+    typer.echo(
+        f"{len(report.encoded)} memories encoded anew by {report.codec} ({report.fingerprint[:16]}), "
+        f"{report.left} left as they were: {settings.bank}"
+    )
+    if report.planned:
+        typer.echo(
+            f"the configured codec ({settings.codec.kind}) is trained once there are {settings.codec.sample_tokens} "
+            "tokens of memories that it learns well; until then memories are stored in int8"
+        )
 
 
 @app.command()
@@ -85,10 +113,10 @@ def report(
         return
     settings = configuration(config, set)
     from m3runtime import assembly
-    from m3runtime.bank.bank import CODEC
 
     with closing(assembly.open_bank(settings, read_only=True)) as bank:
-        _print(bank.codec, bank.path / CODEC, json=json)
+        path, codec = next(bank.codecs.files())
+        _print(codec, path, json=json)
 
 
 @app.command(name="import")

@@ -172,7 +172,13 @@ def _bank(found: "Plan", text_bytes: int, embeddings: str) -> list[str]:
     return [
         "",
         f"bank: {show_size(bank.total)}: blocks {show_size(bank.blocks)}, texts {show_size(bank.texts)} "
-        f"({text_bytes} bytes each), embeddings {show_size(bank.embeddings)} ({embeddings})",
+        f"({text_bytes} bytes each), embeddings {show_size(bank.embeddings)} ({embeddings}), "
+        f"codec {show_size(bank.codec)}",
+        *(
+            [f"{found.beginning:,} of the blocks are in int8, {show_size(found.beginning_block)} each, to begin with"]
+            if found.beginning
+            else []
+        ),
         "not counted: the index, and the internal structures of the home",
         *tiers,
     ]

@@ -62,6 +62,7 @@ def _facts(bank: str, report: "VerifyReport", mended: "RepairReport | None") -> 
         "bank": bank,
         "clean": (report if mended is None else mended.left).clean,
         **{name: getattr(report, name) for name in ("blocks", "good", "bad", "bytes", "quarantined", "cold")},
+        "codecs": dict(report.codecs),
         "damage": _damage_facts(report),
         "notes": list(report.notes),
     }
@@ -84,6 +85,8 @@ def _show(bank: str, report: "VerifyReport", mended: "RepairReport | None") -> N
         f"{bank}: {report.blocks} memories, {report.good} good, {report.bad} bad ({report.quarantined} quarantined); "
         f"{show_size(report.bytes)} of good blocks" + (f"; {report.cold} references are cold" if report.cold else "")
     )
+    if len(report.codecs) > 1:
+        typer.echo("  blocks by codec: " + ", ".join(f"{count} {name}" for name, count in report.codecs.items()))
     for note in report.notes:
         say(f"  note: {note}")
     _show_damage(report, "damaged:", _advice(report) if mended is None else [])

@@ -67,6 +67,8 @@ def write(
     if verbose:
         _list(report.survey)
     say(f"{summary(report)}: {settings.bank}")
+    if report.written is not None and report.written.codec is not None:
+        say(f"the codec ({report.written.codec}) was trained: it encodes new memories; earlier ones stay in int8")
     if skipped := report.survey.skipped:
         say(f"{len(skipped)} files were passed over, such as {skipped[0]}", err=True)
 
@@ -91,7 +93,7 @@ def summary(report: "MirrorReport") -> str:
 def facts(report: "MirrorReport") -> dict[str, Any]:
     """The numbers of `WriteReport`, also where there was nothing to read, and the sources of each kind."""
     numbers = dict.fromkeys(("documents", "references", "written", "known", "catalogued", "bytes", "seconds"), 0)
-    written = {**numbers, **({} if report.written is None else asdict(report.written))}
+    written = {**numbers, "codec": None, **({} if report.written is None else asdict(report.written))}
     known = {"known": written["known"] + report.known, "forgotten": report.forgotten}
     return {**written, **known, **_differences(report.survey)}
 

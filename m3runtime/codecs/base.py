@@ -10,6 +10,7 @@ from torch import Tensor
 
 from m3runtime.codecs import files
 from m3runtime.codecs.files import Distortion
+from m3runtime.codecs.steps import Steps
 from m3runtime.errors import CodecError
 from m3runtime.memory.spec import MemorySpec, fingerprint
 from m3runtime.memory.tensors import MemoryTensors
@@ -57,10 +58,20 @@ class Codec(ABC):
         """True if `fit` uses an importance."""
         return False
 
+    def check_fit(self) -> None:  # noqa: B027 - most learn nothing
+        """Raise `PluginError` if a package is missing that `fit` needs."""
+
     def fit(  # noqa: B027 - most learn nothing
-        self, sample: MemoryTensors, importance: Tensor | None = None, progress: Progress | None = None
+        self,
+        sample: MemoryTensors,
+        importance: Tensor | None = None,
+        progress: Progress | None = None,
+        steps: Steps | None = None,
     ) -> None:
         """Train on a sample of memories; a codec that learns nothing does nothing. Raises `CodecError` if too few.
+
+        ``steps`` keeps what parts of the training computed: interrupted and called again with the same sample, it goes
+        on.
 
         ``importance`` says what errors cost, where that is known: ``float32[layers, n, n]`` on the CPU with ``n`` of
         ``2 * kv_heads * head_dim``, one matrix for each memory layer over the channels of a token, keys of all heads
@@ -71,6 +82,10 @@ class Codec(ABC):
     def tensors(self) -> Mapping[str, Tensor]:
         """The trained tensors by name, on the CPU; none if it learns nothing. Raises `CodecError` if untrained."""
         return {}
+
+    def learned_bytes(self) -> int:
+        """Bytes of the trained tensors; before training, about the most that they can take."""
+        return sum(tensor.nbytes for tensor in self.tensors().values()) if self.trained else 0
 
     def restore(self, tensors: Mapping[str, Tensor], measured: Distortion | None = None) -> None:  # noqa: ARG002
         """Take trained tensors, on the CPU and aligned. Raises `CodecError` if these options do not learn such."""

@@ -27,20 +27,25 @@ def split(payloads: Tensor, width: int, fixed: int, key_bytes: int, value_bytes:
     return codes[:, :, :key_bytes], codes[:, :, key_bytes:]
 
 
+def check_finite(memories: MemoryTensors, i: int) -> None:
+    """Raise `CodecError` unless all values of memory ``i`` are finite."""
+    own = int(memories.tokens[i])
+    if not all(finite(x[i, :, :, :own]) for x in (memories.keys, memories.values)):
+        raise CodecError(f"memory {i} of the batch has values that are not finite")
+
+
 def vectors(memories: MemoryTensors, i: int, spec: MemorySpec) -> tuple[Tensor, Tensor]:
     """Keys and values of memory ``i``, its own tokens only: ``float32[layers * kv_heads, tokens, head_dim]``.
 
     They are fresh and contiguous: what is computed from them cannot depend on the rest of the batch. Raises
     `CodecError` if one is not finite.
     """
+    check_finite(memories, i)
     own = int(memories.tokens[i])
     pair = []
     for x in (memories.keys, memories.values):
         x = x[i, :, :, :own].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        x = x.view(spec.vectors_per_token, own, spec.head_dim)
-        if not finite(x):
-            raise CodecError(f"memory {i} of the batch has values that are not finite")
-        pair.append(x)
+        pair.append(x.view(spec.vectors_per_token, own, spec.head_dim))
     return pair[0], pair[1]
 
 

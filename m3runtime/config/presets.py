@@ -36,14 +36,15 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 def fill(preset: object, section: str, given: object) -> object:
     """A section's values: the given ones, and the preset's for other keys. Nothing needs to be valid yet.
 
-    A codec section that gives anything but ``kind: product`` keeps its own options, since the preset's options fit no
-    others.
+    A codec section that gives anything but ``kind: product`` and ``sample_tokens`` keeps its own options, since the
+    preset's options fit no others.
     """
     ours = PRESETS.get(preset, {}).get(section, {}) if isinstance(preset, str) else {}
     if not ours or not isinstance(given, Mapping | None):
         return given
     given = given or {}
-    if section == "codec" and {"kind": "product", **given} != {"kind": "product"}:
+    own = {"kind": "product", **{key: value for key, value in given.items() if key != "sample_tokens"}}
+    if section == "codec" and own != {"kind": "product"}:
         ours = {"kind": ours["kind"]}
     return {**ours, **given}
 

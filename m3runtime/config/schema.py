@@ -90,7 +90,9 @@ class CodecConfig(PluginSection):
     kind: Name = "product"
     """A plug-in's name or an import path; further keys are its options."""
     file: File | None = None
-    """A trained codec for a new bank; null: a codec is trained on the references that are written."""
+    """A trained codec for a new bank; null: a bank begins with int8, and a codec is trained on what is written."""
+    sample_tokens: Count = 12_288
+    """Tokens of memories that a codec is trained on, as soon as there are as many."""
 
 
 class EmbedderConfig(PluginSection):

@@ -20,6 +20,7 @@ shorter block in its slot is never read.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -50,9 +51,16 @@ Ids = npt.NDArray[np.uint64]
 Found = npt.NDArray[np.bool_]
 
 
+class Stamps(Protocol):
+    """The stamps that the blocks of a bank may have: one for each of its codecs. Thread-safe."""
+
+    def bank_of(self, codec: bytes) -> bytes | None:
+        """The 16 bytes of the bank in blocks with these 8 bytes of a codec; None if the bank has no such codec."""
+
+
 @dataclass(frozen=True, slots=True)
 class BlockStamp:
-    """The fingerprints of bank and codec, as hex, that all blocks of a bank share."""
+    """The fingerprints of bank and codec, as hex, that all blocks of one codec share. Alone, it is `Stamps`."""
 
     bank: str
     codec: str
@@ -66,6 +74,21 @@ class BlockStamp:
     def codec_bytes(self) -> bytes:
         """The 8 bytes that a header holds."""
         return bytes.fromhex(self.codec)[:8]
+
+    def bank_of(self, codec: bytes) -> bytes | None:
+        """See `Stamps.bank_of`."""
+        return self.bank_bytes if codec == self.codec_bytes else None
+
+
+class BlockStamps:
+    """The stamps of several codecs, as `Stamps`."""
+
+    def __init__(self, stamps: Sequence[BlockStamp]) -> None:
+        self._bank_of = {stamp.codec_bytes: stamp.bank_bytes for stamp in stamps}
+
+    def bank_of(self, codec: bytes) -> bytes | None:
+        """See `Stamps.bank_of`."""
+        return self._bank_of.get(codec)
 
 
 def as_ids(ids: Sequence[int] | Ids) -> Ids:
@@ -103,7 +126,7 @@ def seal(block: Rows, *, id: int, tokens: int, payload_bytes: int, stamp: BlockS
     block[_DIGEST_AT:HEADER_BYTES] = np.frombuffer(digest(block, HEADER_BYTES + payload_bytes), np.uint8)
 
 
-def check(block: Rows, *, id: int, stamp: BlockStamp) -> int:
+def check(block: Rows, *, id: int, stamp: Stamps) -> int:
     """Return the length of a block after every field and the digest were found right.
 
     Raises `BlockError` that names the id and the first thing wrong. ``block`` may be a whole slot.
@@ -118,10 +141,11 @@ def check(block: Rows, *, id: int, stamp: BlockStamp) -> int:
         raise BlockError(f"block {id}: format version {header['version']}, this release reads {VERSION}")
     if int(header["id"]) != id:
         raise BlockError(f"block {id}: holds block {header['id']}")
-    if bytes(header["bank"]) != stamp.bank_bytes:
-        raise BlockError(f"block {id}: belongs to another bank")
-    if bytes(header["codec"]) != stamp.codec_bytes:
+    bank = stamp.bank_of(bytes(header["codec"]))
+    if bank is None:
         raise BlockError(f"block {id}: was encoded by another codec")
+    if bytes(header["bank"]) != bank:
+        raise BlockError(f"block {id}: belongs to another bank")
     if end > len(block):
         raise BlockError(f"block {id}: {end} bytes do not fit {len(block)}")
     if header["zero"] != 0 or bytes(header["digest"]) != digest(block, end):

@@ -31,6 +31,10 @@ class MemoryTensors:
     def __len__(self) -> int:
         return self.keys.shape[0]
 
+    def rows(self, which: slice | list[int]) -> "MemoryTensors":
+        """Some of these memories."""
+        return MemoryTensors(self.keys[which], self.values[which], self.tokens[which])
+
     def exists(self) -> Tensor:
         """``bool[n, tokens]`` on the CPU: which tokens exist."""
         return torch.arange(self.keys.shape[3]) < self.tokens[:, None]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
-from m3runtime.bank.bank import slot_bytes
+from m3runtime.bank.codecs import slot_bytes
 from m3runtime.config.units import parse_size
 from m3runtime.errors import ConfigError
 from m3runtime.memory.shape import ModelShape, memory_spec
@@ -20,6 +20,7 @@ from m3runtime.plugins.loading import load
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.storage.defaults import default_tiers
 from m3runtime.writing import codec_files
+from m3runtime.writing.codec_training import starter
 
 if TYPE_CHECKING:
     from m3runtime.config.schema import Config
@@ -63,11 +64,13 @@ class MemoryBytes:
 
 @dataclass(frozen=True, slots=True)
 class BankBytes:
-    """The size of a bank's home in bytes, without its internal structures and the index."""
+    """The size of a bank in bytes, without the internal structures of its home and the index."""
 
     blocks: int
     texts: int
     embeddings: int
+    codec: int
+    """Bytes of the trained codec; about the most that it can take if it is not trained yet."""
     total: int
 
 
@@ -92,6 +95,10 @@ class Plan:
     codec: Mapping[str, Any]
     """Kind and options of the codec."""
     references: int
+    beginning: int
+    """References whose blocks are in int8, since the bank begins with them; the codec is trained on them."""
+    beginning_block: int
+    """Bytes of a block in int8."""
     memories: int
     """Memories of each chunk."""
     chunk_tokens: int
@@ -141,7 +148,8 @@ def plan(config: "Config", shape: ModelShape, need: Need, name: str) -> Plan:
         dtype=_computed_in(config, shape),
     )
     codec = codec_files.configured(config, spec)
-    block = slot_bytes(codec)
+    block, first = slot_bytes(codec), slot_bytes(starter(spec))
+    sampled = 0 if codec.trained else -(-config.codec.sample_tokens // spec.tokens)
     of_token = 2 * shape.layers * shape.head_dim * _BFLOAT16  # a key and a value of every layer
     memory = MemoryBytes(
         raw=of_token * shape.heads * spec.reference_tokens,
@@ -151,13 +159,18 @@ def plan(config: "Config", shape: ModelShape, need: Need, name: str) -> Plan:
         block=block,
     )
     n, recall = need.references, config.recall
-    stored = (n * block, n * need.text_bytes, n * need.dim * _FLOAT32)
+    beginning = min(n, sampled)
+    blocks = beginning * first + (n - beginning) * block
+    # What is not enough to train on has no trained codec.
+    stored = (blocks, n * need.text_bytes, n * need.dim * _FLOAT32, 0 if n < sampled else codec.learned_bytes())
     return Plan(
         model=name,
         shape=shape,
         spec=spec,
         codec={"kind": codec.kind, **codec.options},
         references=n,
+        beginning=beginning,
+        beginning_block=first,
         memories=recall.memories,
         chunk_tokens=recall.chunk_tokens,
         memory=memory,

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from m3runtime.errors import TierError
-from m3runtime.memory.block import BlockStamp, Found, Ids
+from m3runtime.memory.block import Found, Ids, Stamps
 from m3runtime.storage.abilities import Persistent
 from m3runtime.storage.checked_tier import CheckedTier
 from m3runtime.storage.tier import CachingTier, Scores
@@ -27,7 +27,7 @@ class CheckedCache(CheckedTier):
     def __init__(
         self,
         tier: CachingTier,
-        stamp: BlockStamp,
+        stamp: Stamps,
         remembered: Callable[[Ids], Found | None],
         changing: AbstractContextManager[object],
     ) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from m3runtime.errors import BankError, TierError, TierReadOnlyError
-from m3runtime.memory.block import BlockStamp, Found, Ids
+from m3runtime.memory.block import Found, Ids, Stamps
 from m3runtime.storage.checked_tier import CheckedTier
 from m3runtime.storage.home import Home
 
@@ -17,7 +17,7 @@ class CheckedHome(CheckedTier):
     quarantined.
     """
 
-    def __init__(self, home: Home, stamp: BlockStamp) -> None:
+    def __init__(self, home: Home, stamp: Stamps) -> None:
         super().__init__(home, stamp, is_checked=True)
         self.home = home
 

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from m3runtime.errors import BlockError
-from m3runtime.memory.block import BlockStamp, Found, Ids, check
+from m3runtime.memory.block import Found, Ids, Stamps, check
 from m3runtime.observe.counts import TierStats, increased
 from m3runtime.observe.latency import Timer
 from m3runtime.storage.tier import Tier
@@ -20,7 +20,7 @@ class CheckedTier(ABC):
     ``is_checked``: are the digests of its blocks checked? The CPU does that, so it reads into RAM then.
     """
 
-    def __init__(self, tier: Tier, stamp: BlockStamp, *, is_checked: bool) -> None:
+    def __init__(self, tier: Tier, stamp: Stamps, *, is_checked: bool) -> None:
         self.tier = tier
         self.is_checked = is_checked
         self.reads = Timer()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from m3runtime.errors import TierClosedError
-from m3runtime.memory.block import BlockStamp, Found, Ids
+from m3runtime.memory.block import HEADER_BYTES, Found, Ids, Stamps, headers
 from m3runtime.observe.counts import TierStats
 from m3runtime.observe.latency import Latency
 from m3runtime.storage.checked_cache import CheckedCache
@@ -35,6 +35,9 @@ class Hierarchy:
     can rot or outlives the process, is checked against ``stamp``, its id and its digest; a bad one is never handed
     out. A bad copy in a caching tier is discarded, and the next tier answers. For the home see `CheckedHome`.
 
+    Slots of the caching tiers may be smaller than those of the home: they hold the blocks that fit, and longer ones are
+    read from the home each time.
+
     A caching tier that fails is counted, and the next tier answers; what it could not do is owed, and done when it is
     whole again (see `CheckedCache`). What the home raises is raised, except where only keeping a copy, or quarantining,
     would have needed it. The hierarchy closes the caching tiers, while the home belongs to the bank.
@@ -44,7 +47,7 @@ class Hierarchy:
         self,
         tiers: Sequence[CachingTier],
         home: Home,
-        stamp: BlockStamp,
+        stamp: Stamps,
         device: torch.device | str = "cpu",
         record: Record | None = None,
     ) -> None:
@@ -57,6 +60,7 @@ class Hierarchy:
         self._changing = threading.RLock()
         self._forgets = 0
         self._home = CheckedHome(home, stamp)
+        self._short = min((tier.slot_bytes for tier in tiers), default=home.slot_bytes)
         self._caches = [CheckedCache(tier, stamp, self._home.remembered, self._changing) for tier in tiers]
         self._levels: list[CheckedTier] = [*self._caches, self._home]
         self._closed = False
@@ -85,7 +89,7 @@ class Hierarchy:
             wanted = wanted[~target.contains(wanted)]
             for start in range(0, len(wanted), LIFT_BLOCKS):
                 some = wanted[start : start + LIFT_BLOCKS]
-                self._read(some, self._buffer(len(some), self.device), lifting=True)
+                self._read(some, self._buffer(len(some), self.device, self.slot_bytes), lifting=True)
         return self.held(ids)
 
     def score(self, ids: Ids, scores: Scores) -> None:
@@ -184,9 +188,10 @@ class Hierarchy:
         """Read the missing rows from one tier, and give what it had to all faster ones."""
         rows = np.flatnonzero(missing)
         where = torch.device("cpu") if level.is_checked else out.device
+        size = level.tier.slot_bytes
         # One copy where the missing rows lie side by side, and where they are checked.
-        is_direct = rows[-1] - rows[0] + 1 == len(rows) and where == out.device
-        buffer = out[rows[0] : rows[-1] + 1] if is_direct else self._buffer(len(rows), where)
+        is_direct = rows[-1] - rows[0] + 1 == len(rows) and where == out.device and size == self.slot_bytes
+        buffer = out[rows[0] : rows[-1] + 1] if is_direct else self._buffer(len(rows), where, size)
         found = np.zeros_like(missing)
         got = level.read(ids[rows], buffer, lifting=lifting)
         if got is None or not got.any():
@@ -195,9 +200,18 @@ class Hierarchy:
         if not is_direct:
             # Not waited for: torch gives a page-locked buffer to nobody else before the copies out of it have ended.
             for start, end, source in _ranges(found, rows):
-                out[start:end].copy_(buffer[source : source + end - start], non_blocking=True)
-        self._promote(faster, ids, found, rows, out, buffer, forgets)
+                out[start:end, :size].copy_(buffer[source : source + end - start], non_blocking=True)
+        self._promote(faster, ids, self._fitting(found, rows, buffer), rows, out, buffer, forgets)
         return found
+
+    def _fitting(self, found: Found, rows: npt.NDArray[np.intp], buffer: Tensor) -> Found:
+        """Those of the found blocks that fit the slots of the caching tiers."""
+        if buffer.shape[1] == self._short:
+            return found
+        ends = HEADER_BYTES + headers(buffer[:, :HEADER_BYTES].cpu().numpy())["payload"].astype(np.int64)
+        fitting = found.copy()
+        fitting[rows] &= ends <= self._short
+        return fitting
 
     def _promote(
         self,
@@ -221,12 +235,14 @@ class Hierarchy:
                 is_there = cache.caching.device == out.device
                 for start, end, source in _ranges(found, rows):
                     blocks = out[start:end] if is_there else buffer[source : source + end - start]
+                    if blocks.shape[1] != self._short:
+                        blocks = blocks[:, : self._short].contiguous()
                     if not cache.write(ids[start:end], blocks):
                         break
 
-    def _buffer(self, count: int, device: torch.device) -> Tensor:
+    def _buffer(self, count: int, device: torch.device, size: int) -> Tensor:
         is_locked = device.type == "cpu" and self.device.type == "cuda"
-        return torch.empty((count, self.slot_bytes), dtype=torch.uint8, device=device, pin_memory=is_locked)
+        return torch.empty((count, size), dtype=torch.uint8, device=device, pin_memory=is_locked)
 
 
 def _ranges(found: Found, rows: npt.NDArray[np.intp]) -> Iterator[tuple[int, int, int]]:

@@ -168,6 +168,14 @@ class Home(Tier):
         """A number that rises with every transaction that changes the home, whichever process makes it."""
 
     @abstractmethod
+    def widen(self, slot_bytes: int) -> None:
+        """Make slots larger, durably: ``self.slot_bytes`` is that many then. Blocks stay as they are.
+
+        Homes that other processes have open keep their slots; a longer block is a bad block to them. Raises
+        `InputError` for fewer bytes than a slot has, `BankFullError` and `TierReadOnlyError`.
+        """
+
+    @abstractmethod
     def stored_bytes(self) -> int:
         """Bytes that the home takes on its drive."""
 

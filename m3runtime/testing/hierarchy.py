@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from m3runtime.errors import BankError, TierError
-from m3runtime.memory.block import Found
+from m3runtime.memory.block import Found, length
 from m3runtime.storage.abilities import Persistent
 from m3runtime.storage.hierarchy import Hierarchy
 from m3runtime.storage.home import Home
@@ -234,10 +234,12 @@ class HierarchyMachine(RuleBasedStateMachine):
         self.drain()  # a fault notes a torn block when it is held already
         place = number % len(self.tiers)
         tier, given = self.tiers[place], make_ids(*self.committed.intersection(wanted))
-        tier.write(given, make_blocks(given))
+        blocks = make_blocks(given)
+        fit = [row for row, block in enumerate(blocks.numpy()) if length(block) <= tier.slot_bytes]
+        tier.write(given[fit], blocks[fit, : tier.slot_bytes].contiguous())
         known = range(self.next_id) if self.whole[place] else sorted(self.committed)
         ids = [id for id in known if id not in self.torn(place)]
-        rows = torch.zeros((len(ids), SLOT_BYTES), dtype=torch.uint8)
+        rows = torch.zeros((len(ids), tier.slot_bytes), dtype=torch.uint8)
         self.check_rows(ids, tier.read(make_ids(*ids), rows).tolist(), rows)
 
     def damage(self, wanted: list[int], _: int) -> None:
@@ -323,7 +325,7 @@ class HierarchyMachine(RuleBasedStateMachine):
     def capacity_is_kept(self) -> None:
         for tier in self.tiers:
             assert tier.capacity is not None
-            assert len(tier) * SLOT_BYTES <= tier.capacity
+            assert len(tier) * tier.slot_bytes <= tier.capacity
 
     def the_statistics_add_up(self) -> None:
         if self.is_busy:  # what runs in the background counts too
@@ -333,7 +335,7 @@ class HierarchyMachine(RuleBasedStateMachine):
             injected = self.injected(place)
             assert stats.faults == sum(one.id is None and one.method != "commit" for one in injected)
             assert stats.hits + stats.misses + stats.unanswered == asked
-            assert stats.bytes == stats.hits * SLOT_BYTES
+            assert stats.bytes == stats.hits * [*self.tiers, self.home][place].slot_bytes
             asked = stats.misses + stats.unanswered
             is_home = place == len(self.tiers)
             failed_checks = stats.bad_blocks + is_home * (stats.bad_blocks + stats.recovered)

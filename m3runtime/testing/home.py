@@ -1,9 +1,20 @@
 """`HomeContract`: the laws of a home."""
 
 import numpy as np
+import pytest
+import torch
 
+from m3runtime.errors import InputError
 from m3runtime.storage.home import Home
-from m3runtime.testing.blocks import make_batch, make_embeddings, make_ids, make_reference
+from m3runtime.testing.blocks import (
+    SLOT_BYTES,
+    make_batch,
+    make_blocks,
+    make_embeddings,
+    make_ids,
+    make_reference,
+    same_block,
+)
 from m3runtime.testing.home_cold import ColdLaws
 from m3runtime.testing.home_commits import CommitLaws
 from m3runtime.testing.home_contents import check_whole, contents
@@ -35,6 +46,21 @@ class HomeContract(CommitLaws, PlaceLaws, ColdLaws, DurabilityLaws):
         assert home.references(make_ids(0, 1)) == [None, None]
         assert home.quarantined() == {}
         assert home.get_meta("manifest") is None
+
+    def test_wider_slots_hold_longer_blocks(self, home: Home) -> None:
+        home.commit(make_batch([4, 0, 9]))
+        home.widen(2 * SLOT_BYTES)
+        assert home.slot_bytes == 2 * SLOT_BYTES
+        home.commit(make_batch([11, 10], 2 * SLOT_BYTES))
+        ids = make_ids(0, 4, 9, 10, 11)
+        rows = torch.zeros((len(ids), 2 * SLOT_BYTES), dtype=torch.uint8)
+        assert home.read(ids, rows).all()
+        made = [*make_blocks(ids[:3]), *make_blocks(ids[3:], 2 * SLOT_BYTES)]
+        assert all(map(same_block, rows, made))
+        for fewer in (SLOT_BYTES, 0):
+            with pytest.raises(InputError):
+                home.widen(fewer)
+        assert home.slot_bytes == 2 * SLOT_BYTES
 
     def test_holds_all_that_was_committed(self, home: Home) -> None:
         home.commit(make_batch([4, 0, 9]))

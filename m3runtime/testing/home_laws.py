@@ -75,5 +75,6 @@ class HomeLaws(TierContract):
             lambda: tier.set_meta("a", b""),
             tier.revision,
             tier.stored_bytes,
+            lambda: tier.widen(tier.slot_bytes),
             lambda: tier.references(none),
         ]

@@ -134,5 +134,9 @@ class WrappedHome(Wrapped[Home], Home):
     def revision(self) -> int:
         return self.around("revision", self.inner.revision)
 
+    def widen(self, slot_bytes: int) -> None:
+        self.around("widen", lambda: self.inner.widen(slot_bytes))
+        self.slot_bytes = self.inner.slot_bytes
+
     def stored_bytes(self) -> int:
         return self.around("stored_bytes", self.inner.stored_bytes)

@@ -56,5 +56,5 @@ def check_bank(config: Config, bank: Bank) -> None:
     if config.codec.file is not None and codec.fingerprint != bank.manifest.codec:
         raise BankMismatchError(
             f"{bank.path}: the bank's codec ({bank.manifest.codec[:8]}) is not that of {config.codec.file} "
-            f"({codec.fingerprint[:8]}); leave `codec.file` out, or write into another bank"
+            f"({codec.fingerprint[:8]}); leave `codec.file` out, or encode the bank by it with `m3 codec refit`"
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 from m3runtime.adapters.base import Adapter
 from m3runtime.bank.bank import Bank
 from m3runtime.documents.reference import Reference
-from m3runtime.memory.block import Ids
+from m3runtime.memory.block import HEADER_BYTES, Ids, headers
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.storage.home import Batch, Changes
@@ -49,6 +49,11 @@ class Group:
         for rows in batches(self.references, batch_size):
             self.put(rows, adapter.encode(self.texts(rows)))
             done(count := count + len(rows))
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all blocks, without what follows them in their slots."""
+        return len(self.blocks) * HEADER_BYTES + int(headers(self.blocks.numpy())["payload"].sum())
 
     def embed(self, embedder: Embedder) -> None:
         """Embed all references."""

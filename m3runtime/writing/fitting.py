@@ -1,19 +1,19 @@
-"""Training of a codec on memories that an adapter computes from references."""
+"""Training of a codec: the sample, the cost of errors, and the memories, within a bounded amount of RAM."""
 
 import heapq
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
 
+import numpy as np
 import torch
 
 from m3runtime.adapters.base import Adapter
 from m3runtime.codecs import Codec
-from m3runtime.documents.spool import ReferenceSpool
+from m3runtime.codecs.steps import Steps
+from m3runtime.documents.reference import Reference
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
 
-SAMPLE = 96
-"""References whose memories a codec is trained on; as many times more as memories have fewer tokens."""
 WEIGHED = 48
 """References on which the cost of errors is measured. That takes about three times as long as encoding them."""
 
@@ -21,19 +21,31 @@ OnReference = Callable[[int, int], None]
 """Called with the steps done, and the number of all steps."""
 
 
-def sample_size(spec: MemorySpec) -> int:
-    """References that a codec of this spec is trained on."""
-    return SAMPLE * spec.reference_tokens // spec.tokens
+def memory_tokens(references: Iterable[Reference], spec: MemorySpec) -> int:
+    """The tokens that the memories of these references have."""
+    return sum(min(one.tokens, spec.tokens) for one in references)
 
 
-def sample(references: ReferenceSpool, spec: MemorySpec) -> list[str]:
-    """The texts that a codec of this spec is trained on: a uniform sample in the order of the references.
+def sample(references: Iterable[Reference], tokens: int, spec: MemorySpec) -> list[Reference]:
+    """A uniform sample of references whose memories have that many tokens, or all; equal texts are in it once.
 
-    Deterministic: the places depend on the number of references alone.
+    It depends on the set of texts alone, and so does its order: a text is drawn by its digest. So it is the same when
+    some of them are known already, and a part of it is a uniform sample too.
     """
-    draw = random.Random(0).random  # the one method whose numbers are the same in every release of Python
-    places = heapq.nsmallest(sample_size(spec), range(len(references)), key=lambda _: draw())
-    return [references[place].text for place in sorted(places)]
+    drawn: list[tuple[int, int, Reference]] = []  # the greatest digest first
+    digests = set[int]()
+    total = 0
+    for number, one in enumerate(references):
+        digest = int.from_bytes(blake2b(one.text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+        if digest in digests or (total >= tokens and digest > -drawn[0][0]):
+            continue
+        heapq.heappush(drawn, (-digest, number, one))
+        digests.add(digest)
+        total += memory_tokens([one], spec)
+        while total - (last := memory_tokens([drawn[0][2]], spec)) >= tokens:
+            digests.remove(-heapq.heappop(drawn)[0])
+            total -= last
+    return [one for _, _, one in sorted(drawn, key=lambda item: -item[0])]
 
 
 def fit_codec(
@@ -41,31 +53,60 @@ def fit_codec(
 ) -> None:
     """Train a codec on the memories of these references; a codec that learns nothing is left as it is.
 
-    Errors are weighed by their cost if the codec weighs errors and the adapter can measure it. Takes about three times
-    the bytes of these memories.
+    The memories are computed by the model. Errors are weighed by their cost if the codec weighs errors and the adapter
+    can measure it.
     """
     if codec.trained:
         return
+    report = _Report(progress, 3 * len(texts))
+    importance = weigh(codec, adapter, texts, batch_size, Steps(), report.part(len(texts)))
+    encoding = report.part(len(texts))
+
+    def batches() -> Iterable[MemoryTensors]:
+        for start in range(0, len(texts), batch_size):
+            encoding(start / len(texts))
+            yield adapter.encode(texts[start : start + batch_size])
+
+    memories = collected(batches(), len(texts), adapter.spec)
+    codec.fit(memories, importance, report.part(len(texts)))
+
+
+def weigh(
+    codec: Codec,
+    adapter: Adapter,
+    texts: Sequence[str],
+    batch_size: int,
+    steps: Steps,
+    progress: Callable[[float], None],
+) -> torch.Tensor | None:
+    """The importance that `Codec.fit` takes, of some of these references; None if nobody measures it, or uses it."""
     weighed = texts[:: max(1, len(texts) // WEIGHED)][:WEIGHED] if codec.weighs_errors else []
-    steps = 2 * len(texts) + len(weighed)
-
-    def report(done: float) -> None:
-        if progress:
-            progress(round(done), steps)
-
-    memories: list[MemoryTensors] = []
-    for start in range(0, len(texts), batch_size):
-        report(start)
-        memories.append(adapter.encode(texts[start : start + batch_size]))
-    report(len(texts))
-    found = []
+    found: list[torch.Tensor] = []
     for start in range(0, len(weighed), batch_size):
-        if (cost := adapter.importance(weighed[start : start + batch_size])) is not None:
-            found.append(cost)
-        report(len(texts) + min(start + batch_size, len(weighed)))
-    importance = torch.stack(found).mean(0) if found else None
-    before = len(texts) + len(weighed)
-    codec.fit(join(memories), importance, lambda share: report(before + len(texts) * share))
+        progress(start / len(weighed))
+
+        def work(some: Sequence[str] = weighed[start : start + batch_size]) -> dict[str, torch.Tensor]:
+            cost = adapter.importance(some)
+            return {} if cost is None else {"cost": cost}
+
+        found += steps.take(f"importance-{start}", work).values()
+    progress(1.0)
+    return torch.stack(found).mean(0) if found else None
+
+
+def collected(parts: Iterable[MemoryTensors], count: int, spec: MemorySpec) -> MemoryTensors:
+    """Batches of ``count`` memories in all as one, in float32 on the CPU. Only the tokens that exist take RAM."""
+    shape = (count, len(spec.layers), spec.kv_heads, spec.tokens, spec.head_dim)
+    keys, values = (torch.from_numpy(np.zeros(shape, np.float32)) for _ in range(2))
+    tokens = torch.zeros(count, dtype=torch.int64)
+    at = 0
+    for part in parts:
+        for row, own in enumerate(part.tokens.tolist()):
+            keys[at, :, :, :own] = part.keys[row, :, :, :own]
+            values[at, :, :, :own] = part.values[row, :, :, :own]
+            tokens[at] = own
+            at += 1
+    return MemoryTensors(keys[:at], values[:at], tokens[:at])
 
 
 def join(parts: Sequence[MemoryTensors]) -> MemoryTensors:
@@ -80,3 +121,21 @@ def join(parts: Sequence[MemoryTensors]) -> MemoryTensors:
         values=torch.cat([padded(part.values) for part in parts]),
         tokens=torch.cat([part.tokens for part in parts]),
     )
+
+
+class _Report:
+    """Progress of several parts as one number of steps."""
+
+    def __init__(self, progress: OnReference | None, total: int) -> None:
+        self._progress, self._total, self._before = progress, total, 0
+
+    def part(self, steps: int) -> Callable[[float], None]:
+        """The progress of the next part, in shares."""
+        before = self._before
+        self._before += steps
+
+        def report(share: float) -> None:
+            if self._progress:
+                self._progress(before + round(steps * share), self._total)
+
+        return report

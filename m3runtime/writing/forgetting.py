@@ -40,8 +40,8 @@ def drop_traces(config: Config, bank: Bank, ids: Sequence[int]) -> list[str]:
 
     Returns the names of tiers that failed: they discard what they still hold when they are used again.
     """
-    tiers = assembly.open_tiers(config, bank.home.slot_bytes, assembly.device(config), persistent=True)
-    with closing(Hierarchy(tiers, bank.home, bank.stamp)) as hierarchy:
+    tiers = assembly.open_tiers(config, bank.slot_bytes, assembly.device(config), persistent=True)
+    with closing(Hierarchy(tiers, bank.home, bank.codecs)) as hierarchy:
         hierarchy.discard(as_ids(ids))
         failed = [tier.name for tier in hierarchy.stats() if tier.faults]
     assembly.bank_index(config, bank).update()

@@ -1,6 +1,6 @@
 """`Groups`: the transactions that make a bank mirror its sources."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
 from m3runtime.bank import records
@@ -8,7 +8,7 @@ from m3runtime.bank.bank import Bank
 from m3runtime.documents.reference import Place, Reference
 from m3runtime.documents.sources import SourceState
 from m3runtime.documents.spool import ReferenceSpool
-from m3runtime.memory.block import HEADER_BYTES, as_ids
+from m3runtime.memory.block import as_ids
 from m3runtime.storage.home import Changes
 from m3runtime.writing.encoding import GROUP, Group, Store
 
@@ -31,8 +31,6 @@ class Groups:
     ) -> None:
         """``states`` are of all sources that are mirrored. Those of the documents are, too; these have no state."""
         self.known = self.stored = self.forgotten = 0
-        self.bytes = 0
-        """Bytes that the blocks of stored references have, or will have."""
         self._bank = bank
         self._references = references
         self._states = states
@@ -93,22 +91,16 @@ class Groups:
 
     def _fill(self) -> tuple[Store, Group]:
         cold, self._cold = self._cold, {}
-        self._count(cold.values())
+        self.stored += len(cold)
         return Group.fill, Group(self._bank, as_ids(list(cold)), list(cold.values()))
 
     def _group(self) -> Group:
         """The new references, and all changes."""
         new, self._new = self._new, []
         changes, self._places, self._finished = Changes(self._places, self._finished), {}, {}
-        self._count(new)
+        self.stored += len(new)
         first, self._next_id = self._next_id, self._next_id + len(new)
         return Group(self._bank, as_ids(range(first, self._next_id)), new, changes)
-
-    def _count(self, references: Iterable[Reference]) -> None:
-        codec = self._bank.codec
-        for one in references:
-            self.stored += 1
-            self.bytes += HEADER_BYTES + codec.payload_bytes(min(one.tokens, codec.spec.tokens))
 
     def _finish(self, source: str) -> None:
         """Move and forget what a source had and has no more. All that it has is in a group."""

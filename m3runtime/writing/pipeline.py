@@ -48,9 +48,11 @@ class Pipeline:
     def __init__(self, adapter: Adapter, embedder: Embedder, clock: Clock, *, batch_size: int, parallel: bool) -> None:
         self._adapter = adapter
         self._embedder = embedder
-        self._clock = clock
+        self.clock = clock
         self._batch_size = batch_size
         self._parallel = parallel
+        self.bytes = 0
+        """Bytes of the blocks that were stored."""
         self._stream = SideStream(adapter.device)
 
     def run(self, groups: "Iterable[tuple[Store, Group]]", computed: Callable[[int], None]) -> None:
@@ -70,7 +72,7 @@ class Pipeline:
                 if group.references and store is not Group.fill:
                     encode(self._timed("embed", partial(group.embed, self._embedder)))
                 for rows in batches(group.references, self._batch_size) if store is not Group.catalogue else ():
-                    with self._clock.phase("model"):
+                    with self.clock.phase("model"):
                         memories = self._adapter.encode(group.texts(rows))
                     put = partial(group.put, rows, memories)
                     encode(self._timed("encode", put, (memories.keys, memories.values)))
@@ -85,12 +87,13 @@ class Pipeline:
         ready = self._stream.mark()
 
         def job() -> None:
-            with self._clock.phase(phase), self._stream.use():
+            with self.clock.phase(phase), self._stream.use():
                 self._stream.arrive(ready, tensors)
                 work()
 
         return job
 
     def _store(self, store: Store, group: Group) -> None:
-        with self._clock.phase("commit"):
+        with self.clock.phase("commit"):
             store(group)
+        self.bytes += 0 if store is Group.catalogue else group.bytes

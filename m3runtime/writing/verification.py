@@ -1,7 +1,8 @@
 """`verify`: reads all of a bank and reports its damage."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -16,7 +17,7 @@ from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import BankError, BankFormatError, BankMissingError, BlockError, IndexFileError
 from m3runtime.memory import block
-from m3runtime.memory.block import Ids, as_ids
+from m3runtime.memory.block import BlockStamps, Ids, as_ids
 from m3runtime.storage.home import Damage, Home
 from m3runtime.writing.index_check import wrong_vectors
 
@@ -49,6 +50,8 @@ class VerifyReport:
     """Harmless findings: the index, which is a cache, may be missing or behind."""
     cold: int = 0
     """References that are in the catalogue and not encoded yet."""
+    codecs: Mapping[str, int] = field(default_factory=dict)
+    """Blocks whose header and digest are right, by the kind and the fingerprint of their codec."""
 
     @property
     def bad(self) -> int:
@@ -91,6 +94,7 @@ class _Examination:
         self.manifest: Manifest | None = None
         self.bank: Bank | None = None
         self.blocks = self.good = self.bytes = self.cold = 0
+        self.codecs = Counter[str]()
         self.notes: list[str] = []
         # Keyed by part and id: the home's own audit and the reading of each memory may find the same damage.
         self._damage: dict[tuple[str, int | None, str | None], Damage] = {}
@@ -174,7 +178,7 @@ class _Examination:
         sources = {id: one.places[0].name for id, one in zip(ids, found, strict=True) if one is not None}
         quarantined = len(records.quarantined(self.home))
         return VerifyReport(
-            self.blocks, self.good, self.bytes, quarantined, damage, sources, tuple(self.notes), self.cold
+            self.blocks, self.good, self.bytes, quarantined, damage, sources, tuple(self.notes), self.cold, self.codecs
         )
 
     def _remembered(self) -> Ids:
@@ -229,12 +233,17 @@ class _Examination:
         """The length of a block, after every check. Raises `BlockError`."""
         if self.manifest is None:
             return 0
-        end = block.check(slot.numpy(), id=id, stamp=self.manifest.stamp)
-        tokens, spec = int(block.headers(slot[None].numpy())["tokens"][0]), self.manifest.spec
+        stamps = BlockStamps(self.manifest.stamps) if self.bank is None else self.bank.codecs
+        end = block.check(slot.numpy(), id=id, stamp=stamps)
+        header = block.headers(slot[None].numpy())[0]
+        tokens, spec = int(header["tokens"]), self.manifest.spec
         if not 1 <= tokens <= spec.tokens or (reference and tokens != min(reference.tokens, spec.tokens)):
             raise BlockError(f"block {id}: {tokens} tokens are not those of its reference")
-        if self.bank is not None and end != block.HEADER_BYTES + (size := self.bank.codec.payload_bytes(tokens)):
-            raise BlockError(f"block {id}: a payload of {end - block.HEADER_BYTES} bytes, not {size}")
+        if self.bank is not None:
+            codec = self.bank.codecs.of(header)
+            if end != block.HEADER_BYTES + (size := codec.payload_bytes(tokens)):
+                raise BlockError(f"block {id}: a payload of {end - block.HEADER_BYTES} bytes, not {size}")
+            self.codecs[f"{codec.kind} ({codec.fingerprint[:16]})"] += 1
         return end
 
     def _undecodable(self, slots: Tensor, rows: list[int]) -> dict[int, str]:

@@ -4,13 +4,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 
 from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
 from m3runtime.bank.bank import Bank
 from m3runtime.bank.manifest import Manifest
-from m3runtime.codecs import Codec
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import Document
 from m3runtime.documents.sources import SourceState
@@ -18,8 +16,7 @@ from m3runtime.documents.splitting import Splitter
 from m3runtime.documents.spool import ReferenceSpool
 from m3runtime.errors import InputError
 from m3runtime.retrieval.embedder import Embedder
-from m3runtime.writing import codec_files
-from m3runtime.writing.fitting import fit_codec, sample
+from m3runtime.writing import codec_files, codec_training
 from m3runtime.writing.grouping import Groups
 from m3runtime.writing.pipeline import Clock, Pipeline
 
@@ -47,6 +44,8 @@ class WriteReport:
     """References that were added without being encoded."""
     forgotten: int = 0
     """References that no source has any more."""
+    codec: str | None = None
+    """The kind of the codec that was trained, and encodes new blocks from now on."""
 
 
 class Writer:
@@ -97,15 +96,8 @@ class Writer:
         with closing(spool) as references:
             assembly.make_index(self.config, self.embedder.dim)  # a mistake there should not show only at the end
             with clock.phase("codec"):
-                bank = self._open(references, progress)
+                bank = self._open(references)
             with closing(bank):
-                title = "Cataloguing references" if catalogue else "Writing memories"
-                groups = Groups(bank, references, mirrored, catalogue=catalogue)
-
-                def computed(count: int) -> None:
-                    if progress:
-                        progress(title, groups.known + count, len(references))
-
                 pipeline = Pipeline(
                     self.adapter,
                     self.embedder,
@@ -113,6 +105,16 @@ class Writer:
                     batch_size=self.config.memory.batch_size,
                     parallel=self.parallel,
                 )
+                first = codec_training.Early()
+                if not catalogue:
+                    first = codec_training.train_if_due(self.config, bank, self.adapter, references, pipeline, progress)
+                title = "Cataloguing references" if catalogue else "Writing memories"
+                groups = Groups(bank, references, mirrored, catalogue=catalogue)
+
+                def computed(count: int) -> None:
+                    if progress:
+                        progress(title, groups.known + count, len(references))
+
                 pipeline.run(groups, computed)
                 if groups.stored:
                     computed(groups.stored)  # known references may have followed the last group
@@ -121,17 +123,18 @@ class Writer:
             return WriteReport(
                 documents=references.documents,
                 references=len(references),
-                written=0 if catalogue else groups.stored,
-                known=groups.known,
-                bytes=0 if catalogue else groups.bytes,
+                written=0 if catalogue else first.stored + groups.stored,
+                known=groups.known - first.stored,
+                bytes=pipeline.bytes,
                 seconds=time.perf_counter() - began,
                 stages=clock.seconds,
                 catalogued=groups.stored if catalogue else 0,
                 forgotten=groups.forgotten,
+                codec=bank.codec.kind if first.trained else None,
             )
 
-    def _open(self, references: ReferenceSpool, progress: OnProgress | None) -> Bank:
-        """The bank after its manifest was found to fit, or a new one with its codec."""
+    def _open(self, references: ReferenceSpool) -> Bank:
+        """The bank after its manifest was found to fit, or a new one with the codec that it begins with."""
         adapter, open_home = self.adapter, assembly.open_home(self.config)
         if Bank.exists(self.config.bank, open_home):
             bank = assembly.open_bank(self.config)
@@ -147,29 +150,20 @@ class Writer:
             return bank
         if not len(references):
             raise InputError("the corpus is empty: there is nothing to remember")
-        codec = self._codec(references, progress)
+        first = codec_training.beginning(self.config, adapter.spec)
         manifest = Manifest(
             model=adapter.model_fingerprint,
             model_name=adapter.name,
             tokenizer=adapter.tokenizer_fingerprint,
             sink=adapter.sink,
             spec=adapter.spec,
-            codec_kind=self.config.codec.kind,
-            codec_options=dict(codec.options),
-            codec=codec.fingerprint,
+            codec_kind=self.config.codec.kind if first.planned is None else first.codec.kind,
+            codec_options=dict(first.codec.options),
+            codec=first.codec.fingerprint,
             embedder=self.embedder.fingerprint,
             embedder_name=self.config.embedder.path,
             dim=self.embedder.dim,
             model_settings=dict(adapter.model_settings),
+            planned=first.planned,
         )
-        return Bank.create(self.config.bank, open_home, manifest, codec)
-
-    def _codec(self, references: ReferenceSpool, progress: OnProgress | None) -> Codec:
-        """The codec of ``codec.file``, or the configured one, trained if it learns on a sample of the references."""
-        codec = codec_files.configured(self.config, self.adapter.spec)
-        if codec.trained:
-            return codec
-        texts = sample(references, self.adapter.spec)
-        trained = progress and partial(progress, "Training the codec")
-        fit_codec(codec, self.adapter, texts, self.config.memory.batch_size, trained)
-        return codec
+        return Bank.create(self.config.bank, open_home, manifest, first.codec, first.slot_bytes)

@@ -424,3 +424,14 @@ def test_write_takes_blocks_that_have_no_reference(tmp_path: Path) -> None:
 def child_environment() -> dict[str, str]:
     """Where a child process finds what pytest's ``pythonpath`` gives this one."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def test_wider_slots_are_there_when_it_is_opened_again(tmp_path: Path) -> None:
+    with LmdbHome(path=tmp_path, slot_bytes=SLOT_BYTES) as home:
+        home.commit(make_batch([0, 1]))
+        home.widen(3 * SLOT_BYTES)
+    for read_only in (False, True):
+        with LmdbHome(path=tmp_path, read_only=read_only) as again:
+            assert again.slot_bytes == 3 * SLOT_BYTES
+    with pytest.raises(BankMismatchError, match=f"slots of {3 * SLOT_BYTES} bytes, not {SLOT_BYTES}"):
+        LmdbHome(path=tmp_path, slot_bytes=SLOT_BYTES)

@@ -14,7 +14,7 @@ from m3backends.lmdb.home import LmdbHome
 from m3backends.slabs import GpuTier, PinnedTier
 from m3runtime.device.resolve import resolve
 from m3runtime.errors import InputError, TierClosedError, TierError
-from m3runtime.memory.block import BlockStamp, Found, Ids
+from m3runtime.memory.block import BlockStamp, Found, Ids, length
 from m3runtime.observe.counts import TierStats
 from m3runtime.storage.eviction import POLICIES
 from m3runtime.storage.hierarchy import LIFT_BLOCKS, Hierarchy
@@ -27,20 +27,21 @@ from m3runtime.testing.hierarchy import HierarchyMachine
 from m3runtime.testing.threads import together
 
 
-def gpu(slots: int, policy: str = "lru") -> GpuTier:
-    return GpuTier(slot_bytes=SLOT_BYTES, capacity=slots * SLOT_BYTES, eviction=policy, device=torch.device("cpu"))
+def gpu(slots: int, policy: str = "lru", slot: int = SLOT_BYTES) -> GpuTier:
+    return GpuTier(slot_bytes=slot, capacity=slots * slot, eviction=policy, device=torch.device("cpu"))
 
 
-def pinned(slots: int, policy: str = "lru") -> PinnedTier:
-    return PinnedTier(slot_bytes=SLOT_BYTES, capacity=slots * SLOT_BYTES, eviction=policy)
+def pinned(slots: int, policy: str = "lru", slot: int = SLOT_BYTES) -> PinnedTier:
+    return PinnedTier(slot_bytes=slot, capacity=slots * slot, eviction=policy)
 
 
 class Machine(HierarchyMachine):
     slots: tuple[int, ...] = ()
     policy = "lru"
+    slot = SLOT_BYTES
 
     def make_tiers(self) -> Sequence[CachingTier]:
-        return [(gpu, pinned)[place % 2](slots, self.policy) for place, slots in enumerate(self.slots)]
+        return [(gpu, pinned)[place % 2](slots, self.policy, self.slot) for place, slots in enumerate(self.slots)]
 
     def open_home(self, folder: Path) -> Home:
         return LmdbHome(path=folder, slot_bytes=SLOT_BYTES)
@@ -99,6 +100,11 @@ class ThreeTiers(Machine):
     slots = (1, 3, 6)
 
 
+class TiersThatHoldHalfOfTheBlocks(Machine):
+    slots = (2, 5)
+    slot = 160
+
+
 class UselessTiers(Machine):
     slots = (0, 4, 0, 1)
 
@@ -121,6 +127,7 @@ MACHINES: list[type[Machine]] = [
     TwoTiersThatDoNotRot,
     ThreeTiers,
     UselessTiers,
+    TiersThatHoldHalfOfTheBlocks,
     ATierThatOutlivesTheProcess,
     *(type(f"TwoTiersThatEvictBy-{policy}", (TwoTiers,), {"policy": policy}) for policy in POLICIES if policy != "lru"),
 ]
@@ -209,6 +216,20 @@ def test_lifts(home: LmdbHome) -> None:
     assert read(hierarchy, *ids.tolist()) == [True] * len(ids)
     assert [stats.hits for stats in hierarchy.stats()] == [len(ids), 0, 0]
     hierarchy.close()
+
+
+def test_a_block_that_fits_no_tier_comes_from_the_home(home: LmdbHome) -> None:
+    tiers = [gpu(64, slot=160), pinned(64, slot=160)]
+    hierarchy = Hierarchy(tiers, home, STAMP)
+    ids = home.ids()
+    fits = [length(block.numpy()) <= 160 for block in make_blocks(ids)]
+    assert any(fits)
+    assert not all(fits)
+    for _ in range(2):
+        assert all(read(hierarchy, *ids.tolist()))
+        assert hierarchy.held(ids).tolist() == fits
+    assert [stats.hits for stats in hierarchy.stats()][-1] == 2 * len(ids) - sum(fits)
+    assert hierarchy.lift(ids).tolist() == fits
 
 
 def test_a_bad_block_is_quarantined_and_recall_goes_on(home: LmdbHome) -> None:

@@ -79,7 +79,8 @@ class TestFit:
         assert "smaller than bfloat16: " in result.out
         assert result.out == fitted.m3("codec", "report", "own.safetensors").out
 
-    def test_it_is_what_writing_would_train(self, fitted: Place, said: dict[str, Any]) -> None:
+    def test_a_bank_can_have_it_from_its_first_reference_on(self, fitted: Place, said: dict[str, Any]) -> None:
+        fitted.configure(codec={"file": "own.safetensors"})
         assert fitted.m3("write", "facts").code == 0
         assert fitted.m3("inspect", "--json").json["codec"]["fingerprint"] == said["fingerprint"]
 
@@ -94,9 +95,12 @@ class TestFit:
     def test_a_corpus_larger_than_the_sample(self, fitted: Place) -> None:
         lines = "\n\n".join(f"Keeper {number} lit it on day {number * 37 % 1000}." for number in range(150))
         fitted.text("long.txt", lines)
-        made = fitted.m3("codec", "fit", "--corpus", "long.txt", "--out", "long", "--json").json
-        assert fitted.m3("write", "long.txt").code == 0
-        assert fitted.m3("codec", "report", "--json").json["fingerprint"] == made["fingerprint"]
+        command = ("codec", "fit", "--corpus", "long.txt", "--json", "--out")
+        some, more = (
+            fitted.m3(*command, tokens, "--set", f"codec.sample_tokens={tokens}").json for tokens in ("500", "1000")
+        )
+        again = fitted.m3(*command, "again", "--set", "codec.sample_tokens=500").json
+        assert some["fingerprint"] == again["fingerprint"] != more["fingerprint"]
 
     def test_into_the_configured_file(self, fitted: Place, said: dict[str, Any]) -> None:
         fitted.configure(codec={"file": "codecs/new"})
@@ -218,6 +222,7 @@ class TestReport:
 
     def test_of_the_bank_without_a_model(self, fitted: Place, said: dict[str, Any]) -> None:
         assert "there is no bank at" in fitted.m3("codec", "report").complaint
+        fitted.configure(codec={"file": "own.safetensors"})
         assert fitted.m3("write", "facts").code == 0
         fitted.configure(model={"path": "./none"}, embedder={"path": "./none"})
         path = str(fitted.bank / "codec.safetensors")

@@ -138,7 +138,7 @@ def test_what_is_cold_is_inspected_and_forgotten(cold: Place) -> None:
     assert cold.m3("verify", "--json").json["clean"]
 
 
-def test_a_codec_that_learns_is_trained_for_a_catalogue(place: Place, tmp_path: Path, new_place: NewPlace) -> None:
+def test_a_catalogue_begins_with_the_codec_of_any_other_bank(place: Place, tmp_path: Path, new_place: NewPlace) -> None:
     places = place, new_place(tmp_path / "other")
     shown = []
     for one, extra in zip(places, (["--catalogue"], []), strict=True):

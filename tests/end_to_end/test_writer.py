@@ -222,27 +222,6 @@ def test_cold_and_new_references_are_told_apart_in_each_group(desk: Desk, bank: 
     assert len(stored(desk, bank / "bank").blocks) == 4 * GROUP
 
 
-@pytest.mark.parametrize(("tokens", "sample"), [("all", 96), (48, 192), (8, 200)])
-def test_codecs_learn_on_more_memories_of_fewer_tokens(
-    new_place: NewPlace, tmp_path: Path, tokens: object, sample: int
-) -> None:
-    place = new_place(tmp_path)
-    place.configure(memory={"layers": [0], "reference_tokens": 96, "tokens_per_head": tokens}, codec=None)
-    place.configure(codec={"kind": "product", "key_bytes": 2, "value_bytes": 2})
-    config = Config.load(place.file, environ={})
-    adapter = assembly.open_adapter(config)
-    totals = set()
-
-    def progress(stage: str, _: int, total: int) -> None:
-        if stage == "Training the codec":
-            totals.add(total)
-
-    documents = [Document(f"text {number}", f"The lamp of house {number} burns oil.") for number in range(200)]
-    Writer(config, adapter, assembly.open_embedder(config)).write(documents, progress=progress)
-    adapter.close()
-    assert totals == {2 * sample}  # encoded, then trained on
-
-
 # -- phases in parallel --------------------------------------------------------------------------------------------
 
 MANY = [f"Heron number {number} nests in tree {number * 37 % 100}." for number in range(2 * GROUP + 9)]

@@ -17,7 +17,7 @@ import lmdb
 import numpy as np
 import pytest
 
-from m3runtime.bank.bank import CODEC
+from m3runtime.bank.codecs import CODEC
 from m3runtime.bank.index import INDEX
 from m3runtime.errors import M3Error
 from tests.end_to_end.commands import Place

@@ -16,7 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from m3runtime.bank.bank import CODEC
+from m3runtime.bank.codecs import CODEC
 from m3runtime.codecs import files
 from m3runtime.codecs.product.codec import ProductCodec
 from m3runtime.codecs.product.transform_design import TransformDesign

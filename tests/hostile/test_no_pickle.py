@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from m3runtime.bank.bank import CODEC
+from m3runtime.bank.codecs import CODEC
 from tests.end_to_end.commands import REPOSITORY, Place
 from tests.hostile import test_codec_file, test_index_file
 from tests.hostile.cases import spoiled

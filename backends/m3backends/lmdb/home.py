@@ -222,6 +222,13 @@ class LmdbHome(LmdbReader):
 
         self._environment.write(work, need=len(value), reserve=True)
 
+    def widen(self, slot_bytes: int) -> None:
+        """Make slots larger; see `Home.widen`."""
+        if slot_bytes < self.slot_bytes:
+            raise InputError(f"slots of {self.slot_bytes} bytes cannot become slots of {slot_bytes}")
+        self._environment.write(lambda txn: self._db.home.put(txn, b"slot_bytes", b"%d" % slot_bytes), reserve=True)
+        self.slot_bytes = slot_bytes
+
     def audit(self, progress: Callable[[int, int], None] | None = None) -> Iterator[Damage]:
         """Audit pages and records, as `Home.audit` says; the pages not while another process has the home for writing.
 

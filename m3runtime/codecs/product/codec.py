@@ -10,16 +10,15 @@ from torch import Tensor
 from m3runtime.codecs import layout
 from m3runtime.codecs.base import Codec, Progress
 from m3runtime.codecs.files import Distortion
+from m3runtime.codecs.limit import held_out
 from m3runtime.codecs.product.quantiser import Design, Quantiser
 from m3runtime.codecs.product.stages_design import StagesDesign
 from m3runtime.codecs.product.transform_design import TransformDesign
+from m3runtime.codecs.steps import Steps
 from m3runtime.errors import CodecError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.plugins.loading import require
-
-_HELD_OUT = 8
-"""One of so many memories of the sample is kept from training, to measure the distortion on."""
 
 
 @dataclass(frozen=True)
@@ -93,29 +92,37 @@ class ProductCodec(Codec):
         of = self.design if self._state is None else self._state.quantiser
         return of.fixed_bytes + tokens * of.token_bytes
 
-    def fit(self, sample: MemoryTensors, importance: Tensor | None = None, progress: Progress | None = None) -> None:
+    def check_fit(self) -> None:
+        """Raise `PluginError` if faiss is missing: see `Codec.check_fit`."""
+        require("training the product codec", "train")
+
+    def fit(
+        self,
+        sample: MemoryTensors,
+        importance: Tensor | None = None,
+        progress: Progress | None = None,
+        steps: Steps | None = None,
+    ) -> None:
         """Train on all but the last eighth of a sample (at least one memory), and measure on the rest.
 
+        Takes a few hundred MB besides the sample, and for `StagesDesign` half as much as the sample again.
         Deterministic. About 50 references of 100 tokens are enough. Runs on the CPU on ``torch.get_num_threads()``
         threads; ``progress`` is called from the caller's. Raises `CodecError` if the sample is empty or does not fit,
         `PluginError` if faiss is missing.
         """
-        require("training the product codec", "train")
+        self.check_fit()
         sample.check(self.spec)
         if not len(sample):
             raise CodecError("the product codec cannot be trained on no memories")
-        held_out = 0 if len(sample) == 1 else max(1, len(sample) // _HELD_OUT)
-        memories = []
-        for i in range(len(sample) - held_out):
-            keys, values = layout.vectors(sample, i, self.spec)
-            memories.append((keys.cpu(), values.cpu()))
-        quantiser = self.design.fit(memories, importance, progress)
+        for i in range(len(sample)):
+            layout.check_finite(sample, i)
+        cut = len(sample) - held_out(len(sample))
+        quantiser = self.design.fit(sample.rows(slice(0, cut)), importance, progress, steps or Steps())
         measured = None
-        if held_out:
-            rest = slice(len(sample) - held_out, None)
+        if cut < len(sample):
             judge = type(self)(self.spec, **self.options)
             judge._state = _State(quantiser, None)
-            measured = judge.distortion(MemoryTensors(sample.keys[rest], sample.values[rest], sample.tokens[rest]))
+            measured = judge.distortion(sample.rows(slice(cut, None)))
         self._state = _State(quantiser, measured)
 
     def encode(self, memories: MemoryTensors) -> Tensor:
@@ -140,6 +147,10 @@ class ProductCodec(Codec):
     def tensors(self) -> Mapping[str, Tensor]:
         """The tensors of the trained quantiser: see `Codec.tensors`."""
         return self.quantiser.tensors()
+
+    def learned_bytes(self) -> int:
+        """Bytes of the trained tensors, or the most that this design learns: see `Codec.learned_bytes`."""
+        return super().learned_bytes() if self.trained else self.design.learned_bytes
 
     def restore(self, tensors: Mapping[str, Tensor], measured: Distortion | None = None) -> None:
         """Take what a quantiser learned elsewhere: see `Codec.restore`."""

@@ -29,16 +29,6 @@ _W = TypeVar("_W")
 _R = TypeVar("_R")
 
 
-def train(vectors: Tensor, parts: int, centroids: int, progress: Progress | None = None) -> Tensor:
-    """The centroids of product quantisers, ``float32[groups, parts, centroids, dim / parts]``, one for each group.
-
-    ``vectors`` are ``float32[groups, vectors, dim]``. Deterministic, whatever the number of threads.
-    """
-    noise = new_noise()
-    work = sampled(vectors, centroids, MOST_VECTORS, noise)
-    return torch.stack(each(lambda group: quantiser(group, parts, centroids), list(work), progress))
-
-
 def new_noise() -> torch.Generator:
     """The random numbers of one training, always the same."""
     return torch.Generator().manual_seed(_SEED)

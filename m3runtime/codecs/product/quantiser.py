@@ -1,14 +1,16 @@
 """`Design` and `Quantiser`: the two states of the `product` codec, before and after training."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from m3runtime.codecs.base import Progress
+from m3runtime.codecs.steps import Steps
 from m3runtime.memory.spec import MemorySpec
+from m3runtime.memory.tensors import MemoryTensors
 
 Vectors = tuple[Tensor, Tensor]
 """Keys and values of one memory: ``float32[layers * kv_heads, tokens, head_dim]`` each, contiguous and finite."""
@@ -60,13 +62,17 @@ class Design(ABC):
     """Most bytes of a payload before its tokens."""
     token_bytes: int
     """Most bytes of a token, all layers and heads together."""
+    learned_bytes: int
+    """About the most bytes of what is learned."""
 
     def __init__(self, spec: MemorySpec) -> None:
         self.spec = spec
 
     @abstractmethod
-    def fit(self, memories: Sequence[Vectors], importance: Tensor | None, progress: Progress | None) -> Quantiser:
-        """Train on the vectors of memories, at least one, on the CPU. Deterministic.
+    def fit(
+        self, sample: MemoryTensors, importance: Tensor | None, progress: Progress | None, steps: Steps
+    ) -> Quantiser:
+        """Train on memories, at least one and finite, on the CPU. Deterministic, also if ``steps`` were kept before.
 
         ``importance`` is that of `m3runtime.codecs.base.Codec.fit`. Raises `PluginError` if faiss is missing.
         """

@@ -1,6 +1,6 @@
 """`StagesDesign`: each vector is cut into parts, and each part is replaced by its nearest centroid, in stages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,12 +8,15 @@ from torch import Tensor
 
 from m3runtime.codecs.base import Progress
 from m3runtime.codecs.files import check_tensors
-from m3runtime.codecs.product.quantiser import Design, Vectors
+from m3runtime.codecs.product.kmeans import new_noise
+from m3runtime.codecs.product.quantiser import Design
 from m3runtime.codecs.product.stages import BITS, Stage, parse, text_of
 from m3runtime.codecs.product.stages_quantiser import StagesQuantiser, Tables, offset_codes, offset_of
 from m3runtime.codecs.product.stages_training import train_stages
+from m3runtime.codecs.steps import Steps
 from m3runtime.errors import CodecError
 from m3runtime.memory.spec import MemorySpec
+from m3runtime.memory.tensors import MemoryTensors
 
 SCOPES = ("head", "layer", "model")
 ROTATIONS = ("none", "pca", "opq")
@@ -63,32 +66,57 @@ class StagesDesign(Design):
         }
         self.fixed_bytes = self.heads * spec.head_dim if self.offset else 0
         self.token_bytes = self.heads * sum(stage.bytes for stage in (*self.keys, *self.values))
+        dim, groups = spec.head_dim, self.heads // self.sharing
+        centroids = sum(stage.centroids for stage in (*self.keys, *self.values))
+        rotations = 0 if self.rotation == "none" else 2 * (dim + 1)
+        self.learned_bytes = 4 * dim * (groups * (centroids + rotations) + 2 * self.heads * self.offset)
 
     def fit(
         self,
-        memories: Sequence[Vectors],
+        sample: MemoryTensors,
         importance: Tensor | None,  # noqa: ARG002 - centroids minimise plain squared error
         progress: Progress | None,
+        steps: Steps,
     ) -> StagesQuantiser:
         """Train a quantiser: see `Design.fit`. Too few vectors for a set of centroids are repeated with noise."""
-        all_keys = [keys for keys, _ in memories]
-        offset = None
-        if self.offset:
-            means = torch.stack([keys.mean(1) for keys in all_keys])
+        noise, found = new_noise(), []
+        offset = self._offset(sample) if self.offset else None
+        for number, (x, stages) in enumerate(((sample.keys, self.keys), (sample.values, self.values))):
+            vectors = self._vectors(x, sample, offset if number == 0 else None)
+
+            def done(share: float, number: int = number) -> None:
+                if progress:
+                    progress((number + share) / 2)
+
+            found.append(train_stages(vectors, stages, self.rotation, noise, done, steps, "kv"[number]))
+        return StagesQuantiser(self.heads, found[0], found[1], offset)
+
+    def _vectors(self, x: Tensor, sample: MemoryTensors, offset: Tensor | None) -> Tensor:
+        """The vectors that share what is learned, ``float32[groups, vectors, head_dim]``, without their offset."""
+        exists = sample.exists()
+        heads = torch.empty(self.heads, int(exists.sum()), self.spec.head_dim)
+        for head, into in enumerate(heads):
+            into.copy_(x[:, head // self.spec.kv_heads, head % self.spec.kv_heads].cpu()[exists])
+        if offset is not None:
+            at = 0
+            for own in sample.tokens.tolist():
+                of_one = heads[:, at : at + own]
+                of_one -= offset_of(offset_codes(of_one, offset), offset)[:, None]
+                at += own
+        return heads.view(self.heads // self.sharing, -1, self.spec.head_dim)
+
+    def _offset(self, sample: MemoryTensors) -> Tensor:
+        """Low and step of the mean of a memory's keys, ``float32[2, heads, head_dim]``."""
+        exists = sample.exists()
+        found = []
+        for head in range(self.heads):
+            keys = sample.keys[:, head // self.spec.kv_heads, head % self.spec.kv_heads].cpu().float()
+            means = torch.stack([row[:own].mean(0) for row, own in zip(keys, sample.tokens.tolist(), strict=True)])
             # Room on both sides for memories unlike those of the sample.
-            room = torch.cat(all_keys, 1).std(1, correction=0)
+            room = keys[exists].std(0, correction=0)
             low = means.amin(0) - room
-            offset = torch.stack([low, (means.amax(0) + room - low) / 255])
-            all_keys = [keys - offset_of(offset_codes(keys, offset), offset)[:, None] for keys in all_keys]
-        groups = self.heads // self.sharing
-
-        def grouped(vectors: list[Tensor]) -> Tensor:  # of [heads, tokens, dim] -> [groups, all tokens, dim]
-            return torch.cat(vectors, 1).reshape(groups, -1, self.spec.head_dim)
-
-        all_values = [values for _, values in memories]
-        jobs = [(grouped(all_keys), self.keys), (grouped(all_values), self.values)]
-        keys, values = train_stages(jobs, self.rotation, progress)
-        return StagesQuantiser(self.heads, keys, values, offset)
+            found.append(torch.stack([low, (means.amax(0) + room - low) / 255]))
+        return torch.stack(found, 1)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> StagesQuantiser:
         """The quantiser of learned tensors: see `Design.restore`."""

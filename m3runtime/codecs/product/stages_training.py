@@ -1,6 +1,6 @@
 """Training of a `StagesDesign`: rotations, and the centroids of each stage on the residuals of those before it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -8,9 +8,10 @@ from torch import Tensor
 from m3runtime.codecs.base import Progress
 from m3runtime.codecs.product.kernels.nearest import nearest, scorer
 from m3runtime.codecs.product.kernels.rotate import rotate_
-from m3runtime.codecs.product.kmeans import MOST_VECTORS, each, new_noise, quantiser, sampled, settled
+from m3runtime.codecs.product.kmeans import MOST_VECTORS, each, quantiser, sampled, settled
 from m3runtime.codecs.product.stages import Stage
 from m3runtime.codecs.product.stages_quantiser import Tables
+from m3runtime.codecs.steps import Steps
 
 _MOST_TOGETHER = 2**17
 """For all groups, where that gives each more: the vectors of a whole model are more varied than those of a head."""
@@ -23,25 +24,28 @@ _ROTATION_STEPS = 10
 
 
 def train_stages(
-    jobs: Sequence[tuple[Tensor, tuple[Stage, ...]]], rotation: str, progress: Progress | None
-) -> list[Tables]:
-    """The tables of each job: vectors ``float32[groups, vectors, dim]`` and the stages that quantise them.
+    vectors: Tensor,
+    stages: tuple[Stage, ...],
+    rotation: str,
+    noise: torch.Generator,
+    progress: Progress | None,
+    steps: Steps,
+    name: str,
+) -> Tables:
+    """The tables of ``stages`` that quantise vectors ``float32[groups, vectors, dim]``.
 
-    ``rotation`` is ``none``, ``pca`` or ``opq``. Deterministic, whatever the number of threads.
+    ``rotation`` is ``none``, ``pca`` or ``opq``; ``name`` tells these steps from others. Deterministic, whatever the
+    number of threads.
     """
-    noise, work = new_noise(), []
-    for vectors, stages in jobs:
-        centroids = max(stage.centroids for stage in stages)
-        groups = sampled(vectors, centroids, _most(centroids, len(vectors)), noise)
-        work += [(group, stages, rotation) for group in groups]
-    done = iter(each(lambda item: _trained(*item), work, progress))
-    tables = []
-    for vectors, stages in jobs:
-        of_groups = [next(done) for _ in vectors]
-        names = of_groups[0].tensors("")
-        stacked = {name: torch.cat([group.tensors("")[name] for group in of_groups]) for name in names}
-        tables.append(Tables.of("", stages, stacked))
-    return tables
+    centroids = max(stage.centroids for stage in stages)
+    work = enumerate(sampled(vectors, centroids, _most(centroids, len(vectors)), noise))
+
+    def trained(item: tuple[int, Tensor]) -> Mapping[str, Tensor]:
+        number, group = item
+        return steps.take(f"{name}-{number}", lambda: _trained(group, stages, rotation).tensors(""))
+
+    found = each(trained, list(work), progress)
+    return Tables.of("", stages, {key: torch.cat([of[key] for of in found]) for key in found[0]})
 
 
 def _most(centroids: int, groups: int) -> int:

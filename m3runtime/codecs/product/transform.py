@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from m3runtime.memory.spec import MemorySpec
+from m3runtime.memory.tensors import MemoryTensors
 
 CENTROIDS = 256
 """Centroids of a part: a code is a byte."""
@@ -36,6 +37,17 @@ class Units:
     def channels(self) -> int:
         """Channels of a unit."""
         return 2 * self.heads * self.spec.head_dim // self.count
+
+    def sample(self, memories: MemoryTensors, unit: int) -> Tensor:
+        """The vectors of one unit of all tokens of memories, ``float32[tokens, channels]`` on the CPU."""
+        exists = memories.exists()
+        layer = unit % self.heads // self.spec.kv_heads if self.together == "head" else unit
+        of = [memories.keys, memories.values]
+        if self.together == "head":
+            head = unit % self.spec.kv_heads
+            return of[unit // self.heads][:, layer, head].cpu()[exists].float()
+        both = [x[:, layer].transpose(1, 2).cpu()[exists].float().flatten(1) for x in of]
+        return torch.cat(both, 1)
 
     def joined(self, keys: Tensor, values: Tensor) -> Tensor:
         """Vectors ``[layers * kv_heads, tokens, head_dim]`` as ``[units, tokens, channels]`` of the caller's own."""

@@ -8,18 +8,21 @@ no query looks at get none.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from m3runtime.codecs.base import Progress
 from m3runtime.codecs.files import check_tensors
-from m3runtime.codecs.product.quantiser import Design, Vectors
+from m3runtime.codecs.product.quantiser import Design
 from m3runtime.codecs.product.transform import CENTROIDS, WIDTHS, Transform, Units, kept_by
 from m3runtime.codecs.product.transform_quantiser import TransformQuantiser
 from m3runtime.codecs.product.transform_training import train_transform
+from m3runtime.codecs.steps import Steps
 from m3runtime.errors import CodecError
 from m3runtime.memory.spec import MemorySpec
+from m3runtime.memory.tensors import MemoryTensors
 
 TOGETHER = ("layer", "head")
 _SHARE = 48 / 64
@@ -47,17 +50,23 @@ class TransformDesign(Design):
         self.units = Units(spec, together)
         self.options = {"bytes": bytes, "together": together}
         self.fixed_bytes, self.token_bytes = 0, bytes * self.units.heads
+        n = self.units.channels
+        self.learned_bytes = 4 * self.units.count * n * (1 + 2 * n + CENTROIDS)
 
     def fit(
-        self, memories: Sequence[Vectors], importance: Tensor | None, progress: Progress | None
+        self, sample: MemoryTensors, importance: Tensor | None, progress: Progress | None, steps: Steps
     ) -> TransformQuantiser:
         """Train a quantiser: see `Design.fit`.
 
         Without importance, an error costs its square relative to the mean square of its head's vectors.
         """
-        sample = torch.cat([self.units.joined(*vectors) for vectors in memories], 1)
-        costs = self._blocks(importance, sample)
-        return TransformQuantiser(train_transform(self.units, sample, costs, self.token_bytes, progress))
+        of_units = None if importance is None else self._blocks(importance)
+
+        def costs(unit: int, vectors: Tensor) -> Tensor:
+            return self._by_power(vectors) if of_units is None else of_units[unit]
+
+        vectors = partial(self.units.sample, sample)
+        return TransformQuantiser(train_transform(self.units, vectors, costs, self.token_bytes, progress, steps))
 
     def restore(self, tensors: Mapping[str, Tensor]) -> TransformQuantiser:
         """The quantiser of learned tensors: see `Design.restore`."""
@@ -82,14 +91,16 @@ class TransformDesign(Design):
         check_tensors({name: tensor for name, tensor in tensors.items() if name != "parts"}, wanted)
         return TransformQuantiser(Transform.of(self.units, tensors))
 
-    def _blocks(self, importance: Tensor | None, sample: Tensor) -> Tensor:
+    def _by_power(self, vectors: Tensor) -> Tensor:
+        """The cost of errors of one unit without importance, ``float64[channels, channels]``."""
+        centred = (vectors - vectors.mean(0)).double()
+        power = torch.unflatten(centred.square().mean(0), 0, (-1, self.spec.head_dim))
+        weight = 1 / power.sum(1, keepdim=True).clamp_min(1e-12)
+        return torch.diag(weight.expand_as(power).flatten())
+
+    def _blocks(self, importance: Tensor) -> Tensor:
         """The cost of errors, ``float64[units, channels, channels]``."""
         n = 2 * self.spec.kv_heads * self.spec.head_dim
-        if importance is None:
-            centred = (sample - sample.mean(1, keepdim=True)).double()
-            power = torch.unflatten(centred.square().mean(1), 1, (-1, self.spec.head_dim))
-            weight = 1 / power.sum(2, keepdim=True).clamp_min(1e-12)
-            return torch.diag_embed(weight.expand_as(power).flatten(1))
         if importance.shape != (len(self.spec.layers), n, n) or not torch.isfinite(importance).all():
             raise CodecError(f"importance must be finite [{len(self.spec.layers)}, {n}, {n}]")
         if self.units.together == "layer":

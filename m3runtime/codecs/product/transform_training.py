@@ -6,7 +6,8 @@ bits log2(v / level) / 2, with one level for all. Here a code has eight bits, so
 coordinates share one: one where 8 bits pay, eight where 1 bit does, and none of those below the level.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from m3runtime.codecs.base import Progress
-from m3runtime.codecs.product.kmeans import each, train
+from m3runtime.codecs.product.kmeans import MOST_VECTORS, each, new_noise, quantiser, sampled
 from m3runtime.codecs.product.transform import CENTROIDS, WIDTHS, Transform, Units
+from m3runtime.codecs.steps import Steps
 
 _FLOOR = 0.02
 """Share of a unit's mean importance that every direction has: what is measured on few tokens is not quite zero."""
@@ -28,45 +30,65 @@ Spectrum = npt.NDArray[np.float64]
 """Variances of the coordinates of one unit, falling."""
 
 
-def train_transform(units: Units, sample: Tensor, costs: Tensor, codes: int, progress: Progress | None) -> Transform:
-    """The transform of ``sample``, ``float32[units, tokens, channels]``, with at most ``codes`` codes a token.
+def train_transform(
+    units: Units,
+    vectors: Callable[[int], Tensor],
+    costs: Callable[[int, Tensor], Tensor],
+    codes: int,
+    progress: Progress | None,
+    steps: Steps,
+) -> Transform:
+    """The transform of a sample with at most ``codes`` codes a token, unit by unit.
 
-    ``costs`` is ``float64[units, channels, channels]``: the importance of errors. Deterministic, whatever the number of
-    threads.
+    ``vectors`` gives the sample of a unit, ``float32[tokens, channels]``, and ``costs`` the importance of errors in it,
+    ``float64[channels, channels]``. Deterministic, whatever the number of threads.
     """
-    transforms = each(lambda unit: _transform(sample[unit], costs[unit]), range(len(sample)), None)
-    chosen = divide([spectrum for *_, spectrum in transforms], codes)
+
+    def transformed(unit: int) -> Mapping[str, Tensor]:
+        def work() -> dict[str, Tensor]:
+            x = vectors(unit)
+            names = ("mean", "forward", "inverse", "spectrum")
+            return dict(zip(names, _transform(x, costs(unit, x)), strict=True))
+
+        return steps.take(f"transform-{unit}", work)
+
+    transforms = each(transformed, range(units.count), None)
+    chosen = divide([of["spectrum"].numpy() for of in transforms], codes)
+
+    def tabulated(unit: int) -> Mapping[str, Tensor]:
+        def work() -> dict[str, Tensor]:
+            kept = transforms[unit]["forward"][:, : sum(chosen[unit])]
+            return _tables(((vectors(unit) - transforms[unit]["mean"]) @ kept).contiguous(), chosen[unit])
+
+        return steps.take(f"tables-{unit}", work)
+
+    tables = each(tabulated, range(units.count), progress)
     parts = sorted(
         (width, unit, sum(widths[:i])) for unit, widths in enumerate(chosen) for i, width in enumerate(widths)
     )
     kept = [sum(widths) for widths in chosen]
-
-    def kept_coordinates(unit: int) -> Tensor:
-        mean, forward, _, _ = transforms[unit]
-        return ((sample[unit] - mean) @ forward[:, : kept[unit]]).contiguous()
-
-    coordinates = each(kept_coordinates, range(len(sample)), None)
-    tables = []
-    for done, width in enumerate(WIDTHS):
-        own = [coordinates[unit][:, first : first + width] for size, unit, first in parts if size == width]
-
-        def finished(share: float, done: int = done) -> None:
-            if progress:
-                progress((done + share) / len(WIDTHS))
-
-        tables.append(_centroids(own, width, finished))
-        finished(1.0)
     return Transform(
         units,
         parts=torch.tensor([[unit, first, width] for width, unit, first in parts], dtype=torch.int32).view(-1, 3),
-        mean=torch.stack([mean for mean, *_ in transforms]),
-        forward=torch.cat([forward[:, :n].T for (_, forward, _, _), n in zip(transforms, kept, strict=True)]),
-        inverse=torch.cat([inverse[:n] for (_, _, inverse, _), n in zip(transforms, kept, strict=True)]),
-        tables=tuple(tables),
+        mean=torch.stack([of["mean"] for of in transforms]),
+        forward=torch.cat([of["forward"][:, :n].T for of, n in zip(transforms, kept, strict=True)]),
+        inverse=torch.cat([of["inverse"][:n] for of, n in zip(transforms, kept, strict=True)]),
+        tables=tuple(torch.cat([of[f"width{width}"] for of in tables]) for width in WIDTHS),
     )
 
 
-def _transform(x: Tensor, importance: Tensor) -> tuple[Tensor, Tensor, Tensor, Spectrum]:
+def _tables(coordinates: Tensor, widths: Sequence[int]) -> dict[str, Tensor]:
+    """The centroids of each width of one unit, ``float32[parts, 256, width]``, of ``float32[tokens, kept]``."""
+    starts = list(accumulate(widths, initial=0))[:-1]
+    return {
+        f"width{width}": _centroids(
+            [coordinates[:, at : at + width] for at, own in zip(starts, widths, strict=True) if own == width], width
+        )
+        for width in WIDTHS
+    }
+
+
+def _transform(x: Tensor, importance: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean, ``forward`` and ``inverse`` ``float32[channels, channels]``, and the spectrum.
 
     ``(x - mean) @ forward`` has uncorrelated coordinates whose squared errors add up to the cost.
@@ -82,16 +104,17 @@ def _transform(x: Tensor, importance: Tensor) -> tuple[Tensor, Tensor, Tensor, S
     spectrum, rotation = torch.linalg.eigh(seen.T @ seen / len(seen))
     spectrum, rotation = spectrum.flip(0).clamp_min(0), rotation.flip(1)
     inverse = rotation.T @ (axes / costs.clamp_min(floor).sqrt()).T
-    return mean, (whiten @ rotation).float(), inverse.float(), spectrum.numpy()
+    return mean, (whiten @ rotation).float(), inverse.float(), spectrum
 
 
-def _centroids(parts: list[Tensor], width: int, progress: Progress) -> Tensor:
+def _centroids(parts: list[Tensor], width: int) -> Tensor:
     """``float32[parts, 256, width]`` of vectors ``float32[n, width]`` each."""
     if not parts:
         return torch.zeros(0, CENTROIDS, width)
     if width == 1:
         return torch.from_numpy(np.stack([lloyd(part[:, 0].numpy(), CENTROIDS) for part in parts]))[..., None]
-    return train(torch.stack(parts), 1, CENTROIDS, progress)[:, 0].contiguous()
+    some = sampled(torch.stack(parts), CENTROIDS, MOST_VECTORS, new_noise())
+    return torch.cat([quantiser(group, 1, CENTROIDS) for group in some])
 
 
 def lloyd(x: npt.NDArray[np.float32], levels: int) -> npt.NDArray[np.float32]:

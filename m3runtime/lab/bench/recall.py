@@ -173,6 +173,6 @@ def _open(opened: ExitStack, config: Config, bank: Bank, embedder: Embedder) -> 
     device = assembly.device(config)
     index, _ = assembly.bank_index(config, bank).open(cold=config.recall.cold_start)
     retriever = Retriever(embedder, index, memories=config.recall.memories)
-    runtime = Runtime(config, bank, Hierarchy([], bank.home, bank.stamp, device), retriever, device)
+    runtime = Runtime(config, bank, Hierarchy([], bank.home, bank.codecs, device), retriever, device)
     opened.callback(runtime.close)
     return runtime

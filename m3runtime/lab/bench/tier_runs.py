@@ -61,9 +61,9 @@ class TierRuns:
             every = self.bank.home.ids()
             self.ids = np.sort(np.array(random.Random(0).sample(every.tolist(), min(MOST, len(every))), np.uint64))
             self._tiers = assembly.open_tiers(config, self.slot_bytes, device)
-            self.hierarchy = Hierarchy(self._tiers, self.bank.home, self.bank.stamp, device)
+            self.hierarchy = Hierarchy(self._tiers, self.bank.home, self.bank.codecs, device)
             opening.callback(self.hierarchy.close)
-            self._bare = Hierarchy([], self.bank.home, self.bank.stamp, device)
+            self._bare = Hierarchy([], self.bank.home, self.bank.codecs, device)
             self._slots = self._buffer(len(self.ids))
             found = self._bare.home.read(self.ids, self._slots)
             self.ids, self._slots = self.ids[found], self._slots[torch.from_numpy(found)]
@@ -177,7 +177,7 @@ class TierRuns:
         self._pread()
         out = self.out.numpy()
         for place, id in enumerate(self.drawn.tolist()):
-            block.check(out[place], id=id, stamp=self.bank.stamp)
+            block.check(out[place], id=id, stamp=self.bank.codecs)
 
     def _copy_blocks(self) -> None:
         source, out = self._source.numpy(), self.out.numpy()

@@ -15,7 +15,8 @@ from rich.table import Table
 from m3runtime import assembly
 from m3runtime.adapters.answers import Prompt
 from m3runtime.adapters.base import Adapter
-from m3runtime.bank.bank import CODEC, Bank
+from m3runtime.bank.bank import Bank
+from m3runtime.bank.codecs import CODEC, codec_file
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import Document, read_documents
 from m3runtime.documents.splitting import Splitter
@@ -131,15 +132,17 @@ def _with_codec(
     codec = codec_files.configured(config, adapter.spec)
     if codec.trained:
         return own
+    has_codec = False
     if Bank.exists(config.bank, assembly.open_home(config, read_only=True)):
         bank = assembly.open_bank(config, read_only=True)
         try:
             adapter.check(bank.manifest, bank.path)
             codec_files.check_bank(config, bank)
+            file = codec_file(config.bank, bank.manifest.codec)
+            has_codec = bank.manifest.planned is None
         finally:
             bank.close()
-        file = config.bank / CODEC
-    else:
+    if not has_codec:
         texts = [document.text for document in documents]
         fit_codec(codec, adapter, texts, config.memory.batch_size, partial(progress, "Training the codec"))
         file = folder / CODEC

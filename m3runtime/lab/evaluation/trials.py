@@ -4,7 +4,6 @@ References are encoded once for all settings that read the same memories, and co
 written: the quality of memories is measured, not their storage.
 """
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +29,7 @@ from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.recall.lease import Part
 from m3runtime.retrieval.retriever import Match, passing
 from m3runtime.writing.codec_files import configured
-from m3runtime.writing.fitting import fit_codec, sample_size
+from m3runtime.writing.fitting import fit_codec, sample
 from m3runtime.writing.writer import OnProgress
 
 TrialMode = Literal["none", "text", "memory"]
@@ -180,9 +179,8 @@ class Trials:
     def _recode(self, codec: Codec, adapter: Adapter) -> tuple[dict[int, Part], float]:
         """Every memory after encoding and decoding, and the mean size of a block in bytes."""
         parts = self._encoded[1]
-        wanted = min(sample_size(adapter.spec), len(parts))
-        drawn = sorted(random.Random(0).sample(sorted(parts), wanted))
-        texts = [self._references[id].text for id in drawn]
+        drawn = sample([self._references[id] for id in parts], self.config.codec.sample_tokens, adapter.spec)
+        texts = [one.text for one in drawn]
         fit_codec(codec, adapter, texts, self.batch, partial(self.progress, "Training the codec"))
         found, size = {}, 0
         for done, (id, part) in enumerate(parts.items()):

@@ -271,6 +271,19 @@ class ColdIsHeld(LmdbHome):
         return super().__len__() + len(self.cold())
 
 
+class WidensByForgetting(LmdbHome):
+    """Has larger slots, and none of the blocks that lay in the smaller ones."""
+
+    def widen(self, slot_bytes: int) -> None:
+        super().widen(slot_bytes)
+        self._environment.write(lambda txn: txn.drop(self._db.blocks, delete=False))
+
+
+class NarrowsSlots(LmdbHome):
+    def widen(self, slot_bytes: int) -> None:
+        self.slot_bytes = slot_bytes
+
+
 class Homes(LmdbContract):
     kind: ClassVar[type[LmdbHome]]
 

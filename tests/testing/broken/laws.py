@@ -51,6 +51,8 @@ CAUGHT_BY = {
         "FillsRowByRow": "test_blocks_that_do_not_fit_fill_nothing",
         "ForgetsWhatIsColdOnOpening": "test_survives_closing",
         "ColdIsHeld": "test_what_is_catalogued_is_remembered_without_a_block",
+        "WidensByForgetting": "test_wider_slots_hold_longer_blocks",
+        "NarrowsSlots": "test_wider_slots_hold_longer_blocks",
     },
     "indexes": {
         "FindsWhatWasRemoved": "test_thousands_at_once",
