@@ -1,7 +1,7 @@
 """`Mirror`: keeps a bank in step with files, and loads a model only where there is something to read."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -95,22 +95,13 @@ class Mirror:
         sample = self._check(found, bank)
         if found.is_in_step and bank.is_whole:
             return MirrorReport(found, None, bank.known(found), 0)
-        changes_texts = bool(found.read or found.renamed or found.gone or found.aliases) or not bank.is_whole
-        reads = bool(found.read) or not bank.is_whole
-        writer = self._writer if reads else None  # before anything is changed
-        forgotten, report = list[int](), None
-        if bank.exists:
-            forgotten = self._move(found, bank, changes_texts)
-        if writer is not None:
-            if warn and (warning := scripts.warning(writer.embedder, sample)):
+        if found.read or not bank.is_whole:
+            if warn and (warning := scripts.warning(self._writer.embedder, sample)):
                 warn(warning)
-            report = self._read(found, writer, progress)
-        elif forgotten:
-            self._drop_traces(forgotten)
-        if changes_texts:
-            with self._open_home() as home:
-                home.set_meta(_WRITTEN, self._settings)
-        return MirrorReport(found, report, bank.known(found), len(forgotten) + (report.forgotten if report else 0))
+            forgotten, report = self._read(found, bank, progress)
+        else:
+            forgotten, report = self._leave_unread(found, bank), None
+        return MirrorReport(found, report, bank.known(found), forgotten)
 
     def close(self) -> None:
         """Drop model and embedder, if they were loaded. Closing twice is fine."""
@@ -128,14 +119,15 @@ class Mirror:
     def _check(self, found: Survey, bank: "_Bank") -> Sequence[str]:
         """A sample of the texts that are to be read.
 
-        Raises `InputError` for a file that cannot be read, and if there is no text to make a bank of.
+        Raises `InputError` for a file that cannot be read, and if all files are new and there is no text in them.
         """
         empty, sample = True, Sample()
         for document in self._documents(found):
             empty = False
             for _ in sample.of(document.blocks()):
                 pass
-        if empty and not bank.exists:
+        known = (*found.changed, *found.renamed, *found.unchanged, *found.gone)
+        if empty and not (bank.exists and known):
             raise InputError(f"there is no text in {', '.join(map(str, found.read.values()))}")
         return sample.texts
 
@@ -143,28 +135,9 @@ class Mirror:
         for name, path in found.read.items():
             yield from read_file(path, name, text_field=self.reading.text_field)
 
-    def _move(self, found: Survey, bank: "_Bank", changes_texts: bool) -> list[int]:
-        """Do all that needs no reading, and note that more is to be done. Returns the forgotten ids."""
-        alone = [] if found.read else [*found.gone, *found.aliases]  # otherwise the writer keeps what files share
-        last = {origin: name for name, origin in found.renamed.items()}
-        with self._open_home() as home:
-            if home.states() != bank.states:
-                raise BankBusyError(f"another process wrote to {self.config.bank} just now; write again")
-            if changes_texts:
-                home.set_meta(_WRITTEN, b"")
-            moves = Moves(home)
-            for name, origin in found.renamed.items():
-                moves.copy(origin, name, found.states[name], instead=origin in found.gone and last[origin] == name)
-            for name in alone:
-                if name not in last:
-                    moves.forget(name)
-            for name in found.states.keys() - found.read.keys() - found.renamed.keys():
-                moves.state(name, found.states[name])
-            moves.make()
-            return moves.forgotten
-
-    def _read(self, found: Survey, writer: "Writer", progress: OnProgress | None) -> "WriteReport":
-        """Write what is new or changed."""
+    def _read(self, found: Survey, bank: "_Bank", progress: OnProgress | None) -> "tuple[int, WriteReport]":
+        """Write what is new or changed, and all else. Returns the number of forgotten references, too."""
+        before = list[int]()
 
         def states() -> Mapping[str, SourceState | None]:
             """How the files were; none of one that changed while it was read."""
@@ -174,21 +147,60 @@ class Mirror:
                 **dict.fromkeys([*found.gone, *found.aliases]),
             }
 
-        return writer.write(
+        @contextmanager
+        def during(home: Home) -> Iterator[None]:
+            if bank.exists:
+                self._check_states(home, bank)
+                home.set_meta(_WRITTEN, b"")
+            before.extend(self._move(home, found, []))  # what is gone may share texts with what is read
+            yield
+            home.set_meta(_WRITTEN, self._settings)
+
+        report = self._writer.write(
             self._documents(found),
             states=states,
+            during=during,
             whole=self.reading.whole,
             catalogue=self.reading.catalogue,
             progress=progress,
         )
+        return len(before) + report.forgotten, report
 
-    def _drop_traces(self, ids: Sequence[int]) -> None:
-        """Drop forgotten references from the index and from tiers that outlive the process."""
-        from m3runtime import assembly  # loads torch
-        from m3runtime.writing.forgetting import drop_traces
+    def _leave_unread(self, found: Survey, bank: "_Bank") -> int:
+        """Rename, forget and state sources without a model. Returns the number of forgotten references."""
+        moved = set(found.renamed.values())  # whose references stay
+        gone = [name for name in (*found.gone, *found.aliases) if name not in moved]
+        with self._open_home() as home:
+            self._check_states(home, bank)
+            if gone:
+                home.set_meta(_WRITTEN, b"")
+            forgotten = self._move(home, found, gone)
+        if gone:
+            from m3runtime import assembly  # loads torch
+            from m3runtime.writing.forgetting import drop_traces
 
-        with closing(assembly.open_bank(self.config)) as bank:
-            drop_traces(self.config, bank, ids)
+            with closing(assembly.open_bank(self.config)) as opened:
+                drop_traces(self.config, opened, forgotten)
+                opened.home.set_meta(_WRITTEN, self._settings)
+        return len(forgotten)
+
+    def _check_states(self, home: Home, bank: "_Bank") -> None:
+        """Raise `BankBusyError` if the bank is not as it was when the files were compared with it."""
+        if home.states() != bank.states:
+            raise BankBusyError(f"another process wrote to {self.config.bank} just now; write again")
+
+    @staticmethod
+    def _move(home: Home, found: Survey, gone: Sequence[str]) -> list[int]:
+        """Rename and forget sources, and note other times of unchanged ones. Returns the forgotten ids."""
+        moves, last = Moves(home), {origin: name for name, origin in found.renamed.items()}
+        for name, origin in found.renamed.items():
+            moves.copy(origin, name, found.states[name], instead=origin in found.gone and last[origin] == name)
+        for name in gone:
+            moves.forget(name)
+        for name in found.states.keys() - found.read.keys() - found.renamed.keys():
+            moves.state(name, found.states[name])
+        moves.make()
+        return moves.forgotten
 
     @cached_property
     def _writer(self) -> "Writer":

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 
 from m3runtime import assembly
@@ -16,6 +16,7 @@ from m3runtime.documents.splitting import Splitter
 from m3runtime.documents.spool import ReferenceSpool
 from m3runtime.errors import InputError
 from m3runtime.retrieval.embedder import Embedder
+from m3runtime.storage.home import Home
 from m3runtime.writing import codec_files, codec_training
 from m3runtime.writing.grouping import Groups
 from m3runtime.writing.pipeline import Clock, Pipeline
@@ -68,6 +69,7 @@ class Writer:
         documents: Iterable[Document],
         *,
         states: Callable[[], Mapping[str, SourceState | None]] = dict,
+        during: Callable[[Home], AbstractContextManager[object]] = nullcontext,
         whole: bool = False,
         catalogue: bool = False,
         progress: OnProgress | None = None,
@@ -77,6 +79,8 @@ class Writer:
         References that it lacks are added. Those that a source had before, and has no more, are forgotten unless
         another source has them. All others keep their ids and bytes. ``states`` is called when all documents were read,
         and returns the state of each source; a source in it that has no document is emptied.
+        ``during`` is entered with the home before anything is changed, when the bank was found to fit, and left when
+        all is written, the index included.
 
         With ``whole`` every document is one reference. With ``catalogue`` the model does not read them: they are cold
         until they are recalled (``recall.cold_start``) or written without it. Writing can be stopped at any instant and
@@ -97,7 +101,7 @@ class Writer:
             assembly.make_index(self.config, self.embedder.dim)  # a mistake there should not show only at the end
             with clock.phase("codec"):
                 bank = self._open(references)
-            with closing(bank):
+            with closing(bank), during(bank.home):
                 pipeline = Pipeline(
                     self.adapter,
                     self.embedder,
