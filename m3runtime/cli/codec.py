@@ -87,12 +87,12 @@ def refit(config: ConfigFile = None, set: Set = None, json: Json = False) -> Non
         encoded = {str(old): new for old, new in report.encoded.items()}
         print_json({**asdict(report), "encoded": encoded, "bank": str(settings.bank)})
         return
-    typer.echo(
+    say(
         f"{len(report.encoded)} memories encoded anew by {report.codec} ({report.fingerprint[:16]}), "
         f"{report.left} left as they were: {settings.bank}"
     )
     if report.planned:
-        typer.echo(
+        say(
             f"the configured codec ({settings.codec.kind}) is trained once there are {settings.codec.sample_tokens} "
             "tokens of memories that it learns well; until then memories are stored in int8"
         )

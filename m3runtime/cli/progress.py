@@ -35,7 +35,7 @@ def stages(*, shown: bool) -> Iterator["OnProgress"]:
 
 
 class Lines:
-    """Writes a line about a stage every `EVERY` seconds: what is done, how fast, and how long the rest takes."""
+    """Writes a line about a stage every `EVERY` seconds and at its end: steps done, rate, time that is left."""
 
     def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._out = out
@@ -43,17 +43,22 @@ class Lines:
         self._stage = ""
         self._began = self._last = clock()
         self._from = 0
+        self._ended = False
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Report ``done`` of ``total`` steps."""
         now = self._clock()
         if stage != self._stage:
             self._stage, self._began, self._from = stage, now, done
-        if now - self._last < EVERY:
+            self._ended = False
+        ends = done >= total and not self._ended
+        if now - self._last < EVERY and not ends:
             return
+        self._ended = self._ended or ends
         self._last = now
         rate = (done - self._from) / (now - self._began) if now > self._began else 0.0
-        rest = f", {rate:.1f}/s, {(total - done) / rate:.0f} s left" if rate else ""
+        rest = f", {rate:.1f}/s" if rate else ""
+        rest += f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
         print(f"{stage}: {done} of {total}{rest}", file=self._out, flush=True)
 
 

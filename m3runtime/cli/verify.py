@@ -86,7 +86,7 @@ def _show(bank: str, report: "VerifyReport", mended: "RepairReport | None") -> N
         f"{show_size(report.bytes)} of good blocks" + (f"; {report.cold} references are cold" if report.cold else "")
     )
     if len(report.codecs) > 1:
-        typer.echo("  blocks by codec: " + ", ".join(f"{count} {name}" for name, count in report.codecs.items()))
+        say("  blocks by codec: " + ", ".join(f"{count} {name}" for name, count in report.codecs.items()))
     for note in report.notes:
         say(f"  note: {note}")
     _show_damage(report, "damaged:", _advice(report) if mended is None else [])

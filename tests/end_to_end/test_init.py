@@ -1,11 +1,12 @@
 """``m3 init`` makes a configuration with which the next commands work."""
 
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.commands import Place
+from tests.end_to_end.commands import REPOSITORY, Place
 
 CHINESE = "布林多瓦镇的市政厅建于一七四九年。港口的灯漆成紫色。每十一秒闪一次。\n"
 
@@ -63,3 +64,17 @@ def test_a_script_that_the_embedder_does_not_know(empty: Place, model_path: Path
     assert result.err.startswith("warning: the embedder does not know ")
     empty.text("english/lamp.txt", "The lamp 😀 of Zürich burns walnut oil, naïvely and all night long.\n")
     assert "warning" not in empty.m3("write", "english", "--set", "codec.kind=scalar").err
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_the_first_hour_of_the_readme(empty: Place, smollm2_path: Path, minilm_path: Path) -> None:
+    """README's quickstart, from an empty folder without a hub."""
+    empty.text("notes/handbook.md", (REPOSITORY / "docs/demo/handbook.md").read_bytes())
+    commands = [line.partition("#")[0].strip() for line in (REPOSITORY / "README.md").read_text().splitlines()]
+    for name in ("init", "write", "ask"):
+        command = next(line for line in commands if line.startswith(f"m3 {name}"))
+        answer = empty.process(*shlex.split(command)[1:])
+        assert answer.code == 0, answer.err
+    assert "walnut oil" in answer.out
+    assert answer.out.count("\n") == 1  # it does not run on
