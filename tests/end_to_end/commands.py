@@ -168,7 +168,7 @@ def contents(file: Path) -> Contents:
         assert len(bank.home) == len(ids)
         blocks, references = {}, {}
         for id, slot, reference in zip(ids.tolist(), slots.numpy(), bank.home.references(ids), strict=True):
-            blocks[id] = slot[: block.check(slot, id=id, stamp=bank.stamp)].tobytes()
+            blocks[id] = slot[: block.check(slot, id=id, stamp=bank.codecs)].tobytes()
             assert reference is not None
             references[id] = reference
         headings = [one.heading for one in references.values()]

@@ -199,17 +199,17 @@ class TestBank:
         before = written.contents()
         line = complaint(written, "write", "facts")
         assert "was written with another codec" in line
-        assert "write into another bank" in line
+        assert "`m3 codec refit`" in line
         assert written.contents() == before
 
-    @pytest.mark.parametrize(("format", "mend"), [(2, "install a newer m3runtime"), (0, "write the bank anew")])
+    @pytest.mark.parametrize(("format", "mend"), [(3, "install a newer m3runtime"), (0, "write the bank anew")])
     def test_of_another_format_version(self, written: Place, format: int, mend: str) -> None:
         right = written.contents()
         set_manifest(written, lambda manifest: {**manifest, "format": format, "added": [1]})
         for command in (["write", "more.txt"], ["ask", "Why?"], ["search", "why"], ["inspect"], ["forget", "1"]):
             written.text("more.txt", TEXT)
             line = written.m3(*command).complaint
-            assert f"{written.bank}: bank of format {format}, this release reads 1; {mend}" in line
+            assert f"{written.bank}: bank of format {format}, this release reads 1 and 2; {mend}" in line
         set_manifest(written, lambda _: json.loads(right.manifest))
         assert written.contents() == right
 

@@ -36,6 +36,7 @@ import m3runtime.codecs.product.codec, m3runtime.codecs.product.kmeans, m3runtim
 import semantic_text_splitter
 import encodings.utf_8_sig, html, lmdb._envid, rich.progress, tests.end_to_end.embedders
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+import transformers.modeling_gguf_pytorch_utils
 
 with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):
     cli.app(["write", "--help"])
