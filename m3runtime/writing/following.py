@@ -18,8 +18,8 @@ _PATIENCE = 5.0
 def follow(mirror: Mirror, folders: Sequence[Path]) -> Iterator[MirrorReport | BankBusyError | InputError]:
     """Bring the bank in step with folders, now and whenever a file in them changes, until the caller stops.
 
-    Gives the report of each pass that changed something, or the error that prevented one: it is tried again. The bank
-    is open only during a pass, so that others can write between two. All state is in the bank: a process that was
+    Gives the report of each pass that changed something, or the error that prevented one, once: it is tried again. The
+    bank is open only during a pass, so that others can write between two. All state is in the bank: a process that was
     killed is followed by one that begins anew. Raises `PluginError` if watchfiles is not installed, `InputError` for a
     path that is no folder, and what `Mirror.write` raises.
     """
@@ -35,6 +35,7 @@ def follow(mirror: Mirror, folders: Sequence[Path]) -> Iterator[MirrorReport | B
         return not Path(path).resolve().is_relative_to(bank)
 
     changes = watch(*folders, watch_filter=is_outside, rust_timeout=int(_PATIENCE * 1000), yield_on_timeout=True)
+    said = ""
     passes = 2  # a change before the watch began shows in the second one
     while True:
         if passes:
@@ -43,8 +44,11 @@ def follow(mirror: Mirror, folders: Sequence[Path]) -> Iterator[MirrorReport | B
                 report = mirror.write(folders)
             except (BankBusyError, InputError) as error:
                 passes = max(passes, 1)
-                yield error
+                if str(error) != said:
+                    yield error
+                said = str(error)
             else:
+                said = ""
                 if not report.survey.is_in_step:
                     yield report
         passes = 1 if next(changes) else passes

@@ -92,7 +92,7 @@ class Mirror:
         Raises `InputError` before anything is changed, and what `Writer.write` does.
         """
         found, bank = self._look(paths)
-        sample = self._check(found, bank)
+        sample = self._check(paths, found, bank)
         if found.is_in_step and bank.is_whole:
             return MirrorReport(found, None, bank.known(found), 0)
         if found.read or not bank.is_whole:
@@ -116,10 +116,11 @@ class Mirror:
         keep = self.keep_missing
         return survey(paths, self.names, bank.sources, bank.states, self.reading, keep_missing=keep), bank
 
-    def _check(self, found: Survey, bank: "_Bank") -> Sequence[str]:
+    def _check(self, paths: Sequence[Path], found: Survey, bank: "_Bank") -> Sequence[str]:
         """A sample of the texts that are to be read.
 
-        Raises `InputError` for a file that cannot be read, and if all files are new and there is no text in them.
+        Raises `InputError` for a file that cannot be read, if there is no text to make a bank of, and if new files are
+        named that have none.
         """
         empty, sample = True, Sample()
         for document in self._documents(found):
@@ -127,7 +128,8 @@ class Mirror:
             for _ in sample.of(document.blocks()):
                 pass
         known = (*found.changed, *found.renamed, *found.unchanged, *found.gone)
-        if empty and not (bank.exists and known):
+        is_named = not (known or any(path.is_dir() for path in paths))
+        if empty and (is_named or not bank.exists):
             raise InputError(f"there is no text in {', '.join(map(str, found.read.values()))}")
         return sample.texts
 
