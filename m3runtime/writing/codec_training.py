@@ -202,7 +202,7 @@ def train(
 ) -> Judged:
     """Train a codec on ``count`` memories of references, and measure it on those that it did not train on.
 
-    Takes the bytes of these memories in float32 and a few hundred MB.
+    Takes the bytes of these memories in float16, a few hundred MB, and what `Adapter.importance` takes before.
     """
 
     def report(share: float) -> None:
@@ -211,7 +211,8 @@ def train(
 
     texts = [one.text for one in chosen]
     importance = weigh(codec, adapter, texts, batch_size, steps, lambda share: report(share / 3))
-    sampled = collected(memories, count, codec.spec)
+    width = max(memory_tokens([one], codec.spec) for one in chosen)
+    sampled = collected(memories, count, codec.spec, width)
     codec.fit(sampled, importance, lambda share: report((1 + 2 * share) / 3), steps)
     cut = len(sampled) - held_out(len(sampled))
     every = max(1, cut // max(1, len(sampled) - cut))

@@ -94,16 +94,20 @@ def weigh(
     return torch.stack(found).mean(0) if found else None
 
 
-def collected(parts: Iterable[MemoryTensors], count: int, spec: MemorySpec) -> MemoryTensors:
-    """Batches of ``count`` memories in all as one, in float32 on the CPU. Only the tokens that exist take RAM."""
-    shape = (count, len(spec.layers), spec.kv_heads, spec.tokens, spec.head_dim)
-    keys, values = (torch.from_numpy(np.zeros(shape, np.float32)) for _ in range(2))
+def collected(parts: Iterable[MemoryTensors], count: int, spec: MemorySpec, width: int | None = None) -> MemoryTensors:
+    """Batches of ``count`` memories in all as one, on the CPU; none has more than ``width`` tokens.
+
+    In float16, which holds what int8 decodes to, in half of the RAM. Greater values are clamped.
+    """
+    most = torch.finfo(torch.float16).max
+    shape = (count, len(spec.layers), spec.kv_heads, width or spec.tokens, spec.head_dim)
+    keys, values = (torch.from_numpy(np.zeros(shape, np.float16)) for _ in range(2))
     tokens = torch.zeros(count, dtype=torch.int64)
     at = 0
     for part in parts:
         for row, own in enumerate(part.tokens.tolist()):
-            keys[at, :, :, :own] = part.keys[row, :, :, :own]
-            values[at, :, :, :own] = part.values[row, :, :, :own]
+            keys[at, :, :, :own] = part.keys[row, :, :, :own].clamp(-most, most)
+            values[at, :, :, :own] = part.values[row, :, :, :own].clamp(-most, most)
             tokens[at] = own
             at += 1
     return MemoryTensors(keys[:at], values[:at], tokens[:at])

@@ -182,6 +182,7 @@ def undisturbed(nursery: Nursery, places: Iterator[Place]) -> Undisturbed:
     assert code == 0, errors(place)
     begins, end, late = said
     assert not late, "the nursery is there to have done that"
+    begins = {name: moment for name, moment in begins.items() if name in PHASES}
     assert list(begins) == list(PHASES)
     bounds = [*begins.values(), end]
     return Undisturbed(place.contents(), {name: range(*bounds[i : i + 2]) for i, name in enumerate(PHASES)})

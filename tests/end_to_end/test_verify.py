@@ -295,9 +295,11 @@ def test_a_sound_bank(written_once: Place) -> None:
         "bytes": sum(map(len, contents.blocks.values())),
         "quarantined": 0,
         "cold": 0,
+        "codecs": report["codecs"],
         "damage": [],
         "notes": [],
     }
+    assert list(report["codecs"].values()) == [6]
     result = written_once.m3("verify")
     assert result.code == 0
     assert result.out.startswith(f"{written_once.bank}: 6 memories, 6 good, 0 bad (0 quarantined)")

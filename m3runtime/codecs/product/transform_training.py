@@ -21,6 +21,8 @@ from m3runtime.codecs.steps import Steps
 
 _FLOOR = 0.02
 """Share of a unit's mean importance that every direction has: what is measured on few tokens is not quite zero."""
+_ROWS = 2048
+"""Vectors that are taken in float64 at a time."""
 _LLOYD_STEPS = 40
 _PRICE_STEPS = 60
 _LOSSES = dict(zip(WIDTHS, (2.70, 2.37, 1.81, 1.60, 1.41, 1.32), strict=True))
@@ -95,13 +97,15 @@ def _transform(x: Tensor, importance: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     """
     channels = x.shape[1]
     mean = x.mean(0)
-    centred = (x - mean).double()
     identity = torch.eye(channels, dtype=torch.float64)
     floor = (importance.trace() / channels).clamp_min(1e-30) * _FLOOR
     costs, axes = torch.linalg.eigh(importance + floor * identity)
     whiten = axes * costs.clamp_min(floor).sqrt()
-    seen = centred @ whiten
-    spectrum, rotation = torch.linalg.eigh(seen.T @ seen / len(seen))
+    covariance = torch.zeros_like(identity)
+    for rows in x.split(_ROWS):  # in float64 all of them would take more RAM than the sample
+        seen = (rows - mean).double() @ whiten
+        covariance += seen.T @ seen
+    spectrum, rotation = torch.linalg.eigh(covariance / len(x))
     spectrum, rotation = spectrum.flip(0).clamp_min(0), rotation.flip(1)
     inverse = rotation.T @ (axes / costs.clamp_min(floor).sqrt()).T
     return mean, (whiten @ rotation).float(), inverse.float(), spectrum
