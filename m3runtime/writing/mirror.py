@@ -194,12 +194,15 @@ class Mirror:
     @staticmethod
     def _move(home: Home, found: Survey, gone: Sequence[str]) -> list[int]:
         """Rename and forget sources, and note other times of unchanged ones. Returns the forgotten ids."""
+        touched = found.states.keys() - found.read.keys() - found.renamed.keys()
+        if not (found.renamed or gone or touched):
+            return []
         moves, last = Moves(home), {origin: name for name, origin in found.renamed.items()}
         for name, origin in found.renamed.items():
             moves.copy(origin, name, found.states[name], instead=origin in found.gone and last[origin] == name)
         for name in gone:
             moves.forget(name)
-        for name in found.states.keys() - found.read.keys() - found.renamed.keys():
+        for name in touched:
             moves.state(name, found.states[name])
         moves.make()
         return moves.forgotten
