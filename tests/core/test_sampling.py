@@ -14,7 +14,7 @@ TOKENS = 96 * SPEC.tokens
 
 
 def references(count: int, tokens: int = SPEC.tokens) -> list[Reference]:
-    return [Reference(f"Number {number}.", "a", 0, 10, tokens) for number in range(count)]
+    return [Reference(f"Number {number}.", tokens) for number in range(count)]
 
 
 def numbers(some: list[Reference], tokens: int = TOKENS) -> list[int]:

@@ -102,7 +102,7 @@ def _transform(x: Tensor, importance: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     costs, axes = torch.linalg.eigh(importance + floor * identity)
     whiten = axes * costs.clamp_min(floor).sqrt()
     covariance = torch.zeros_like(identity)
-    for rows in x.split(_ROWS):  # in float64 all of them would take more RAM than the sample
+    for rows in torch.split(x, _ROWS):  # in float64 all of them would take more RAM than the sample
         seen = (rows - mean).double() @ whiten
         covariance += seen.T @ seen
     spectrum, rotation = torch.linalg.eigh(covariance / len(x))
