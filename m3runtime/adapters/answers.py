@@ -21,6 +21,8 @@ class Prompt:
 
     text: str
     query: str | None = None
+    literal: tuple[tuple[int, int], ...] = ()
+    """Spans of the text, in order, in which the marker of a special token is text: somebody's words have one there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,7 +119,7 @@ class TransformersAdapter(Adapter):
         super().check(manifest, where)
 
     def ids(self, text: str) -> list[int]:
-        """The tokens of a text, without special tokens."""
+        """The tokens of a text, in which markers of special tokens are text."""
         return self.tokens.ids(text)
 
     def count_tokens(self, text: str) -> int:
@@ -128,7 +128,7 @@ class TransformersAdapter(Adapter):
 
     def cut(self, text: str, tokens: int) -> list[str]:
         """A text in pieces of equally many tokens; see `Adapter.cut`."""
-        return cut(self.tokenizer, text, tokens)
+        return cut(self.tokens.literal, text, tokens)
 
     @torch.inference_mode()
     def encode(self, references: Sequence[str]) -> MemoryTensors:
@@ -239,7 +239,7 @@ class TransformersAdapter(Adapter):
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> Prompt:
         """The prompt of a conversation, in the model's chat template; see `Adapter.chat`."""
-        return Prompt(chat(self.tokenizer, messages), query=messages[-1]["content"])
+        return chat(self.tokenizer, messages)
 
     def close(self) -> None:
         """Drop the model; see `Adapter.close`."""
@@ -264,7 +264,7 @@ class TransformersAdapter(Adapter):
         """The tokens of prompts, after the sink where they have streams."""
         if streams is not None and len(streams) != len(prompts):
             raise InputError(f"{len(prompts)} prompts, but {len(streams)} streams")
-        ids = [self.tokens.of_prompt(prompt.text, sink=streams is not None) for prompt in prompts]
+        ids = [self.tokens.of_prompt(prompt, sink=streams is not None) for prompt in prompts]
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         room = None if positions is None else positions - (0 if streams is None else self.offset)
         if room is not None and (longest := max(map(len, ids), default=0)) > room:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from m3model.engine.markers import literal_tokenizer
 from m3model.training.retrieving import retrieve
 from m3model.training.sequences import NOTHING, Prepared, TokenRows, cut_sequences
 from m3runtime import assembly
@@ -64,9 +65,10 @@ def _write(
     references: Callable[[], Iterable[Document]],
 ) -> None:
     """Write the files of `Prepared`."""
+    literal = literal_tokenizer(tokenizer)  # as references of a bank are read
 
     def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
+        return literal(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
 
     def decode(tokens: Sequence[int]) -> str:
         text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
