@@ -151,6 +151,21 @@ def test_prompts(minilm_path: Path, minilm: SentenceTransformersEmbedder) -> Non
     assert prompted.embed_references(["ferry"])[0] == pytest.approx(plain[1], abs=1e-5)
 
 
+def test_the_tail_of_a_long_text_is_found(minilm: SentenceTransformersEmbedder) -> None:
+    filler = " ".join(f"The mill of house {number} grinds rye in autumn." for number in range(40))
+    tails = ["The harbour lamp burns walnut oil.", "Orla Tenn bakes flat bread with caraway."]
+    long = minilm.embed_references([f"{filler} {tail}" for tail in tails])
+    scores = minilm.embed_queries(["Which oil does the lamp burn?", "Who bakes the bread?"]) @ long.T
+    assert scores.argmax(1).tolist() == [0, 1]
+    assert (abs(scores[:, 0] - scores[:, 1]) > 0.02).all()
+
+
+def test_a_text_that_fits_is_embedded_whole(minilm: SentenceTransformersEmbedder, minilm_path: Path) -> None:
+    texts = ["ferry " * length for length in (1, 100, 253, 254)]
+    plain = SentenceTransformer(str(minilm_path)).encode(texts, normalize_embeddings=True)
+    assert minilm.embed_references(texts) == pytest.approx(plain, abs=1e-5)
+
+
 def test_loading_and_embedding_print_nothing(
     minilm_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -54,14 +54,15 @@ def first_hidden_state(path: Path, texts: list[str]) -> Embeddings:
 
 def test_bge_m3_is_the_first_hidden_state(m3_path: Path) -> None:
     embedder = FlagEmbedder(m3_path)
-    expected = first_hidden_state(m3_path, list(TEXTS))
-    assert embedder.embed_references(TEXTS) == pytest.approx(expected, abs=1e-5)
-    assert embedder.embed_queries(TEXTS) == pytest.approx(expected, abs=1e-5)
+    texts = [text for text in TEXTS if len(text) < 400]
+    expected = first_hidden_state(m3_path, texts)
+    assert embedder.embed_references(texts) == pytest.approx(expected, abs=1e-5)
+    assert embedder.embed_queries(texts) == pytest.approx(expected, abs=1e-5)
 
 
 def test_bge_small_puts_its_instruction_before_queries(small_path: Path) -> None:
     embedder = FlagEmbedder(small_path)
-    texts = list(TEXTS)
+    texts = [text for text in TEXTS if len(text) < 400]
     assert embedder.embed_references(texts) == pytest.approx(first_hidden_state(small_path, texts), abs=1e-5)
     asked = first_hidden_state(small_path, [INSTRUCTION + text for text in texts])
     assert embedder.embed_queries(texts) == pytest.approx(asked, abs=1e-5)
@@ -82,10 +83,13 @@ def test_vectors_are_those_of_flag_embedding_itself(m3_path: Path, small_path: P
     assert ours.embed_queries(short) == pytest.approx(small.encode_queries(short), abs=1e-5)
 
 
-def test_a_text_is_cut_where_the_positions_of_the_model_end(m3_path: Path) -> None:
+def test_a_text_beyond_the_positions_of_the_model_is_embedded_in_windows(m3_path: Path) -> None:
     embedder = FlagEmbedder(m3_path, max_length=8192)
-    long = "ferry " * 500
-    assert embedder.embed_references([long])[0] == pytest.approx(first_hidden_state(m3_path, [long])[0], abs=1e-5)
+    long = embedder.embed_references(["ferry " * 500 + "lamp " * 500])[0]
+    halves = embedder.embed_references(["ferry " * 500, "lamp " * 500])
+    mean = halves.mean(0) / np.linalg.norm(halves.mean(0))
+    assert long @ mean > 0.99
+    assert embedder.embed_references(["ferry " * 500 + "oil " * 500])[0] != pytest.approx(long, abs=1e-5)
 
 
 def test_fingerprint(m3_path: Path, small_path: Path, tmp_path: Path) -> None:

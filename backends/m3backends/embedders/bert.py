@@ -134,6 +134,12 @@ class MeanOfTokens:
         ids = [one.ids for one in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
         return share_of(self.tokenizer.token_to_id("[UNK]"), ids)
 
+    def spans(self, text: str) -> Sequence[tuple[int, int]]:
+        """The characters of each token of a text."""
+        self.tokenizer.no_truncation()
+        spans: list[tuple[int, int]] = self.tokenizer.encode(text, add_special_tokens=False).offsets
+        return spans
+
     @torch.inference_mode()
     def embed(self, texts: Sequence[str], batch_size: int) -> Embeddings:
         """``float32[n, dim]`` of about length 1. Texts of similar length are computed together."""

@@ -17,6 +17,7 @@ from m3backends.embedders.loading import (
     quietly,
     unit_rows,
 )
+from m3backends.embedders.windows import embed_in_windows, token_spans
 from m3runtime.device.resolve import resolve
 from m3runtime.errors import ConfigError
 from m3runtime.retrieval.embedder import Embeddings
@@ -39,7 +40,7 @@ class FlagEmbedder(LocalEmbedder):
     it, a folder with ``colbert_linear.pt`` is BGE-M3, a name that FlagEmbedding knows decides, and everything else is
     base with CLS pooling. ``query_instruction`` is put before queries; None takes the one that the model was trained
     with, as far as its name tells. ``device`` is a torch device or ``auto``; weights are float32 on the CPU and float16
-    elsewhere. Texts are cut after ``max_length`` tokens.
+    elsewhere. A text of more than ``max_length`` tokens has the mean of its windows' vectors.
 
     The first one takes half a minute, for FlagEmbedding's import. Thread-safe: one call at a time. Raises
     `PluginError` without the package, `ConfigError` for a model that is missing, cannot be loaded or is a decoder, and
@@ -93,23 +94,32 @@ class FlagEmbedder(LocalEmbedder):
 
     def embed_references(self, texts: Sequence[str]) -> Embeddings:
         """``float32[n, dim]`` of length 1."""
-        return self._embed(texts)
+        return self._embed(texts, "")
 
     def embed_queries(self, texts: Sequence[str]) -> Embeddings:
         """``float32[n, dim]`` of length 1, each text after the instruction for queries."""
-        return self._embed([self._instruction + text for text in texts])
+        return self._embed(texts, self._instruction)
 
-    def _embed(self, texts: Sequence[str]) -> Embeddings:
+    def _embed(self, texts: Sequence[str], before: str) -> Embeddings:
+        def embed(parts: list[str]) -> Embeddings:
+            return self._rows([before + part for part in parts])
+
+        with self.lock, torch.inference_mode():
+            tokenizer = self._flag.tokenizer
+            room = self._max_length - len(tokenizer(before)["input_ids"])
+            rows = embed_in_windows(texts, embed, token_spans(tokenizer), room)
+        return unit_rows(rows, self.dim, _KIND)
+
+    def _rows(self, texts: Sequence[str]) -> Embeddings:
         # FlagEmbedding's own encode functions run the first batch twice, to find out whether it fits the
         # memory. A query is one batch, so that would double the time of every recall; its model and pooling
         # are called here.
         longest_first = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         vectors = np.zeros((len(texts), self.dim), np.float32)
-        with self.lock, torch.inference_mode():
-            for start in range(0, len(texts), self._batch_size):
-                rows = longest_first[start : start + self._batch_size]
-                vectors[rows] = self._dense([texts[i] for i in rows]).float().cpu().numpy()
-        return unit_rows(vectors, self.dim, _KIND)
+        for start in range(0, len(texts), self._batch_size):
+            rows = longest_first[start : start + self._batch_size]
+            vectors[rows] = self._dense([texts[i] for i in rows]).float().cpu().numpy()
+        return vectors
 
     def _dense(self, texts: list[str]) -> torch.Tensor:
         inputs = self._flag.tokenizer(

@@ -1,6 +1,8 @@
 """`SentenceTransformersEmbedder`: any model of the sentence-transformers library."""
 
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from m3backends.embedders.loading import (
     share_of,
     unit_rows,
 )
+from m3backends.embedders.windows import embed_in_windows, token_spans
 from m3runtime.device.resolve import resolve
 from m3runtime.retrieval.embedder import Embeddings
 
@@ -29,7 +32,8 @@ class SentenceTransformersEmbedder(LocalEmbedder):
     (`m3backends.embedders.bert`). Their vectors and their fingerprint are the same either way.
 
     ``device`` is a torch device or ``auto``. ``query_prompt`` and ``reference_prompt`` are put before every text; None
-    takes the model's own prompts, if it has any. Longer texts than the model takes are cut at their end.
+    takes the model's own prompts, if it has any. A text that is longer than the model reads has the mean of its
+    windows' vectors.
 
     Thread-safe: one call at a time. Raises `PluginError` without the package, `ConfigError` for a model that is
     missing or cannot be loaded, and for a device that this machine does not have.
@@ -100,11 +104,26 @@ class SentenceTransformersEmbedder(LocalEmbedder):
         if not texts:
             return np.zeros((0, self.dim), np.float32)
         with self.lock:
-            if self._light is not None:
-                rows = self._light.embed([f"{prompt or ''}{text}" for text in texts], self._batch_size)
+            if (light := self._light) is not None:
+                room = light.longest - 2 - len(light.spans(prompt or ""))  # 2 special tokens
+
+                def embed(parts: list[str]) -> Embeddings:
+                    return light.embed([f"{prompt or ''}{part}" for part in parts], self._batch_size)
+
+                rows = embed_in_windows(texts, embed, light.spans, room)
             else:
                 # The library batches texts of similar length and puts the rows back in order.
-                rows = getattr(self._model, encode)(
-                    list(texts), prompt=prompt, batch_size=self._batch_size, show_progress_bar=False
+                run = partial(
+                    getattr(self._model, encode), prompt=prompt, batch_size=self._batch_size, show_progress_bar=False
                 )
+                rows = embed_in_windows(texts, run, token_spans(self._model.tokenizer), self._room(prompt))
         return unit_rows(rows, self.dim, self.kind)
+
+    def _room(self, prompt: str | None) -> int:
+        """The tokens of the longest text that the library's model reads whole, after a prompt."""
+        tokenizer, longest = self._model.tokenizer, self._model.max_seq_length
+        if longest is None:
+            return sys.maxsize
+        prompts = [prompt] if prompt is not None else self._model.prompts.values()
+        before = max((len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in prompts), default=0)
+        return int(longest - tokenizer.num_special_tokens_to_add() - before)
