@@ -42,6 +42,11 @@ class Reference:
         return [place for place in self.places if place.source == source]
 
     @property
+    def headed(self) -> str:
+        """The heading, a line feed and the text, as it is embedded; the text alone if there is no heading."""
+        return f"{self.heading}\n{self.text}" if self.heading else self.text
+
+    @property
     def source(self) -> str:
         """The source of the first place."""
         return self.places[0].source

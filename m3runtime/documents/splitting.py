@@ -1,39 +1,58 @@
 """`Splitter`: cuts a text into passages that fit a reference."""
 
-import re
-from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
+from m3runtime.documents.cutting import LEVELS, Span, letters, stripped
+from m3runtime.documents.headings import Piece, outline
+from m3runtime.documents.packing import Leaf, pack
+from m3runtime.documents.paragraphs import paragraphs
 from m3runtime.documents.reference import Place, Reference
 from m3runtime.errors import ConfigError, InputError
 
 CountTokens = Callable[[str], int]
 """Counts the tokens that a text has to the model, without special tokens."""
 
-_BLANK_LINE = re.compile(r"(\n[^\S\n]*\n)")
-_HEADING = re.compile(
-    r"#{1,6}\s[^\n]*"  # markdown's
-    r"|[^\n]+\n[^\S\n]*([=~^\"'`*+#:.<>_-])\1{2,}"  # underlined, as reStructuredText has it too
-)
-_ITEM = re.compile(r"\s*(?:[-*+•|>#]|\d+[.)])\s")
-# White space that no text is likely to have, to stand for a line break that is only where a line was full.
-_SOFT_BREAKS = "\u205f\u2004\u2005\u2006\u2008\u2009\u200a"
+# Costs, where a passage costs 1: see `pack`.
+_AFTER_HEADING = 4.0
+_AFTER_COLON = 1.0
+_IN_FENCE = 0.3
+_CUTS = (0.2, 0.4, 1.5, 2.0)
+"""Of a cut between lines, sentences, clauses and words."""
+_IN_WORD = 3.0
+_SECTIONS = 2.1
+"""Of a passage of two sections, for each level that the second one is further up one more half."""
 
-_Span = tuple[int, int]
-_Piece = tuple[int, int, int]
-"""A span and its tokens."""
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """A heading and the pieces below it, up to the next one."""
+
+    pieces: list[Piece]
+    tokens: list[int]
+    """Of each piece with the gap before it."""
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        return self.pieces[-1].path
+
+    @property
+    def has_body(self) -> bool:
+        return not self.pieces[-1].is_heading
 
 
 class Splitter:
-    """Splits texts at paragraphs, lines, sentences, words and characters, in this order of preference.
+    """Splits texts into passages of at most ``max_tokens`` tokens, with nothing but white space between them.
 
-    No passage has more than ``max_tokens`` tokens, and nothing but white space lies between passages. A new
-    paragraph begins a new passage, so that a memory is about one thing. A heading, or a paragraph that ends in a
-    colon, goes with what follows as far as that fits.
+    Paragraphs, list items and table rows of a section are joined as far as they fit; where they do not all fit, the
+    passages are about equally long. A section begins with a heading or a dictionary's headword
+    (`m3runtime.documents.headings`), and its passages are its own, except that sections of less than an eighth of
+    ``max_tokens`` are joined with a neighbour. A heading goes with what follows. Paragraphs that fit a passage are not
+    cut, others between lines, sentences, clauses or words, in this order of preference.
 
-    ``count_tokens`` is the model's own, ``len(tokenizer(text, add_special_tokens=False).input_ids)``. As
-    thread-safe as that is. At most ``longest`` characters are split at once: a paragraph that is longer with its
-    headings is cut at a line end first. Raises `ConfigError` if ``max_tokens`` is not at least 1.
+    ``count_tokens`` is the model's own. As thread-safe as that is. Keeps about ``longest`` characters in memory; a
+    section or paragraph that is longer is cut. Takes time in proportion to the text. Raises `ConfigError` if
+    ``max_tokens`` is not at least 1.
     """
 
     def __init__(self, count_tokens: CountTokens, *, max_tokens: int = 128, longest: int = 1 << 20) -> None:
@@ -42,6 +61,7 @@ class Splitter:
         self.count_tokens = count_tokens
         self.max_tokens = max_tokens
         self.longest = longest
+        self._least = max(1, max_tokens // 8)
 
     def split(self, text: str, source: str = "") -> list[Reference]:
         """The passages of a text from ``source``, in order; a blank text has none.
@@ -54,153 +74,139 @@ class Splitter:
     def stream(self, blocks: Iterable[str], source: str = "") -> Iterator[Reference]:
         """The passages of a text that comes in blocks, cut anywhere: the same as `split` gives for all of it.
 
-        Keeps ``longest`` characters and a block in memory. Raises what `split` does, when it comes to that place.
+        Raises what `split` does, when it comes to that place.
         """
-        rest, offset = "", 0
-        for block in blocks:
-            rest += block
-            done = 0
-            while len(rest) - done > self.longest:
-                end = _section_end(rest, done, done + self.longest)
-                yield from self._passages(rest[done:end], offset + done, source)
-                done = end
-            rest, offset = rest[done:], offset + done
-        yield from self._passages(rest, offset, source)
+        for group in self._groups(outline(paragraphs(blocks, self.longest))):
+            offset = group[0].pieces[0].start
+            text = "".join(piece.gap + piece.text for section in group for piece in section.pieces)
+            text = text[len(group[0].pieces[0].gap) :]
+            for passage in pack(self._leaves(group, text, offset), least=self._least, most=self.max_tokens):
+                heading = " > ".join(self._path(group, passage))
+                for (start, end), tokens in self._exact(text, passage):
+                    place = Place(source, offset + start, offset + end)
+                    yield Reference(text[start:end], tokens, heading, (place,))
 
-    def _passages(self, text: str, offset: int, source: str) -> Iterator[Reference]:
-        """The passages of a part of a text that begins at ``offset``."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            place = offset + error.start
-            raise InputError(f"character {place} of the text is half a character (a lone surrogate)") from error
-        for start, end, tokens in self._by_paragraph(text):
-            yield Reference(text[start:end], tokens, places=(Place(source, offset + start, offset + end),))
+    def _groups(self, pieces: Iterable[Piece]) -> Iterator[list[_Section]]:
+        """Consecutive sections that may share passages: no two that could stand alone."""
+        group: list[_Section] = []
+        size = 0
+        for section in self._sections(pieces):
+            if group and (size > self.longest or (self._stands(group[-1]) and self._stands(section))):
+                yield group
+                group, size = [], 0
+            group.append(section)
+            size += sum(len(piece.text) for piece in section.pieces)
+        if group:
+            yield group
 
-    def _by_paragraph(self, text: str) -> Iterator[_Piece]:
-        heading: _Span | None = None
-        for paragraph in _paragraphs(text):
-            if _is_heading(text, paragraph):
-                if heading and 2 * self._count(text, heading[0], paragraph[1]) > self.max_tokens:
-                    yield from self._pieces(text, heading, self.max_tokens)
-                    heading = None
-                heading = (heading or paragraph)[0], paragraph[1]
-            else:
-                yield from self._section(text, heading, paragraph)
-                heading = None
-        if heading:
-            yield from self._pieces(text, heading, self.max_tokens)
+    def _sections(self, pieces: Iterable[Piece]) -> Iterator[_Section]:
+        section, size = _Section([], []), 0
+        for piece in pieces:
+            try:
+                piece.text.encode()
+            except UnicodeEncodeError as error:
+                place = piece.start + error.start
+                raise InputError(f"character {place} of the text is half a character (a lone surrogate)") from error
+            if section.pieces and (piece.begins or size > self.longest):
+                yield section
+                section, size = _Section([], []), 0
+            section.pieces.append(piece)
+            section.tokens.append(self.count_tokens(piece.gap + piece.text))
+            size += len(piece.text)
+        if section.pieces:
+            yield section
 
-    def _section(self, text: str, heading: _Span | None, paragraph: _Span) -> Iterator[_Piece]:
-        """A paragraph behind its heading."""
-        start, end = paragraph
-        if heading:
-            if (together := self._count(text, heading[0], end)) <= self.max_tokens:
-                yield heading[0], end, together
-                return
-            room = self.max_tokens - self._count(text, heading[0], start)
-            # A heading that takes up half a passage would leave room for a shred of the paragraph only.
-            first = next(self._pieces(text, paragraph, room), None) if 2 * room >= self.max_tokens else None
-            if first and (together := self._count(text, heading[0], first[1])) <= self.max_tokens:
-                yield heading[0], first[1], together
-                start = first[1]
-            else:
-                yield from self._pieces(text, heading, self.max_tokens)
-        yield from self._pieces(text, (start, end), self.max_tokens)
+    def _stands(self, section: _Section) -> bool:
+        return section.has_body and sum(section.tokens) >= self._least
 
-    def _pieces(self, text: str, span: _Span, limit: int) -> Iterator[_Piece]:
-        """Pieces of at most ``limit`` tokens that hold all of a span but white space."""
-        span = _stripped(text, span)
-        if span[0] == span[1]:
+    def _leaves(self, group: Sequence[_Section], text: str, offset: int) -> list[Leaf]:
+        """The leaves of consecutive sections, whose text begins at ``offset``."""
+        leaves: list[Leaf] = []
+        before: _Section | None = None
+        for number, section in enumerate(group):
+            glued = 0  # tokens of the headings right before
+            for piece, tokens in zip(section.pieces, section.tokens, strict=True):
+                cut = join = 0.0
+                if before and piece is section.pieces[0]:
+                    join = _crossing(before, section)
+                    cut = 0.0 if before.has_body else _AFTER_HEADING
+                elif glued:
+                    cut = _AFTER_HEADING
+                elif leaves and text[leaves[-1].span[1] - 1] == ":":
+                    cut = _AFTER_COLON
+                elif piece.in_fence:
+                    cut = _IN_FENCE
+                room = self.max_tokens - (glued if 2 * glued <= self.max_tokens else 0)
+                for span in stripped(text, piece.start - offset, piece.start - offset + len(piece.text)):
+                    leaves += self._cut(text, Leaf(span, tokens, number, cut, join), 0, room)
+                glued = glued + tokens if piece.is_heading else 0
+            before = section
+        return leaves
+
+    def _cut(self, text: str, leaf: Leaf, level: int, room: int) -> Iterator[Leaf]:
+        """The leaf, or if it has more than ``room`` tokens, finer ones, the first of which has no more."""
+        if leaf.tokens <= room:
+            yield leaf
             return
-        if (tokens := self._count(text, *span)) <= limit:
-            yield *span, tokens
-            return
-        from semantic_text_splitter import TextSplitter
-
-        shown, soft_break = _unwrapped(text[slice(*span)])
-        splitter = TextSplitter.from_callback(lambda piece: self.count_tokens(piece.replace(soft_break, "\n")), limit)
-        for offset, piece in splitter.chunk_indices(shown):
-            start, end = _stripped(text, (span[0] + offset, span[0] + offset + len(piece)))
-            yield from self._halves(text, start, end, limit)
-
-    def _halves(self, text: str, start: int, end: int, limit: int) -> Iterator[_Piece]:
-        """A span, halved until it fits: the library may give too long ones, as its white space is not Python's."""
-        if start == end:
-            return
-        count = self._count(text, start, end)
-        if count <= limit:
-            yield start, end, count
-        elif end - start == 1:
-            if count > self.max_tokens:
-                raise InputError(
-                    f"the character {text[start]!r} alone has {count} tokens, more than reference_tokens "
-                    f"({self.max_tokens})"
-                )
-            yield start, end, count  # beyond what a heading leaves, but it fits without the heading
+        if level < len(LEVELS):
+            spans, cost = LEVELS[level](text, leaf.span), _CUTS[level]
         else:
-            middle = (start + end) // 2
-            yield from self._halves(text, *_stripped(text, (start, middle)), limit)
-            yield from self._halves(text, *_stripped(text, (middle, end)), limit)
+            size = min(max(1, self.max_tokens // 4), (leaf.span[1] - leaf.span[0]) // 2)
+            if not size:
+                yield leaf
+                return
+            spans, cost = letters(text, leaf.span, size), _IN_WORD
+        end = leaf.span[0]
+        for span in spans:
+            if first := span[0] == leaf.span[0]:
+                gap, cut, join = span[0], leaf.cut, leaf.join
+            else:
+                gap, cut, join = end, cost, 0.0
+            tokens = leaf.tokens if span == leaf.span else self.count_tokens(text[gap : span[1]])
+            finer = Leaf(span, tokens, leaf.section, cut, join)
+            yield from self._cut(text, finer, level + 1, room if first else self.max_tokens)
+            end = span[1]
 
-    def _count(self, text: str, start: int, end: int) -> int:
-        return self.count_tokens(text[start:end])
+    def _exact(self, text: str, passage: Sequence[Leaf]) -> Iterator[tuple[Span, int]]:
+        """The span and tokens of a passage, which is halved if its leaves together have more tokens than one by one."""
+        span = passage[0].span[0], passage[-1].span[1]
+        tokens = self.count_tokens(text[slice(*span)])
+        if tokens <= self.max_tokens:
+            yield span, tokens
+        elif len(passage) > 1:
+            middle = (len(passage) + 1) // 2
+            yield from self._exact(text, passage[:middle])
+            yield from self._exact(text, passage[middle:])
+        elif span[1] - span[0] > 1:
+            middle = (span[0] + span[1]) // 2
+            for start, end in ((span[0], middle), (middle, span[1])):
+                for part in stripped(text, start, end):
+                    yield from self._exact(text, [Leaf(part, 0, 0)])
+        else:
+            raise InputError(
+                f"the character {text[span[0]]!r} alone has {tokens} tokens, more than reference_tokens "
+                f"({self.max_tokens})"
+            )
 
-
-def _is_heading(text: str, paragraph: _Span) -> bool:
-    """True for a paragraph that goes with the next one."""
-    return bool(_HEADING.fullmatch(text, *paragraph)) or text[paragraph[1] - 1] == ":"
-
-
-def _paragraphs(text: str) -> Iterator[_Span]:
-    start = 0
-    for blank in (*_BLANK_LINE.finditer(text), None):
-        span = _stripped(text, (start, blank.start() if blank else len(text)))
-        if span[0] < span[1]:
-            yield span
-        start = blank.end() if blank else start
-
-
-def _section_end(text: str, start: int, stop: int) -> int:
-    """The place to cut ``text[start:stop]`` so that both sides are split as the whole is: after its last section.
-
-    A section that is longer than all of it is cut after a line, a word or anywhere. The result depends on the text
-    from ``start`` on alone, so it is the same however the text was cut into blocks.
-    """
-    last, before = start, start
-    for blank in _BLANK_LINE.finditer(text, start, stop):
-        span = _stripped(text, (before, blank.start()))
-        if span[0] < span[1] and not _is_heading(text, span):
-            last = blank.end()
-        before = blank.end()
-    if last > start:
-        return last
-    for mark in ("\n", " "):
-        if (place := text.rfind(mark, start, stop)) > start:
-            return place + 1
-    return stop
-
-
-def _stripped(text: str, span: _Span) -> _Span:
-    piece = text[slice(*span)]
-    start = span[0] + len(piece) - len(piece.lstrip())
-    return start, max(start, span[0] + len(piece.rstrip()))
+    def _path(self, group: Sequence[_Section], passage: Sequence[Leaf]) -> Sequence[str]:
+        """The headings above a passage: of its one section that stands alone, or those that its sections share."""
+        sections = [group[number] for number in dict.fromkeys(leaf.section for leaf in passage)]
+        bodies = [section for section in sections if section.has_body] or sections[-1:]
+        large = [section for section in bodies if self._stands(section)]
+        paths = [section.path for section in (large if len(large) == 1 else bodies)]
+        return _shared(paths)
 
 
-def _unwrapped(text: str) -> tuple[str, str]:
-    """The text with another character for each line break that is there only because its line was full.
+def _crossing(before: _Section, after: _Section) -> float:
+    """The cost of a passage of two sections."""
+    shared = len(_shared([before.path, after.path]))
+    if shared == len(before.path) and not before.has_body:
+        return 0.0
+    return _SECTIONS + 0.5 * max(0, len(before.path) - 1 - shared)
 
-    Such a break would part sentences, as it ranks above their ends. It is one if the next word would have
-    made its line longer than the longest of the paragraph, unless an item of a list begins with that word.
-    """
-    soft_break = next((mark for mark in _SOFT_BREAKS if mark not in text), "\n")
-    parts = []
-    for paragraph in _BLANK_LINE.split(text):
-        lines = paragraph.split("\n")
-        width = max(map(len, lines))
-        for line, following in pairwise(lines):
-            word = following.split(None, 1)[:1]
-            full = bool(word) and len(line) + 1 + len(word[0]) > width and not _ITEM.match(following)
-            parts += [line, soft_break if full else "\n"]
-        parts.append(lines[-1])
-    return "".join(parts), soft_break
+
+def _shared(paths: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """The longest beginning of all these paths."""
+    first, last = min(paths), max(paths)
+    same = next((place for place, title in enumerate(first) if last[place : place + 1] != (title,)), len(first))
+    return first[:same]

@@ -5,7 +5,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 
-from m3runtime.documents.reading import Document, one_word
+from m3runtime.documents.reading import Document
 from m3runtime.documents.reference import Place, Reference
 from m3runtime.documents.splitting import Splitter
 from m3runtime.errors import InputError
@@ -36,8 +36,8 @@ class ReferenceSpool:
     each reference, which is removed when the spool is closed or its process ends; the environment variable ``TMPDIR``
     says in which folder. For the thread that made it.
 
-    Raises `InputError` for a document of one word, one that is too long to be whole, for an empty corpus unless it
-    ``may_be_empty``, and what reading and splitting raise.
+    Raises `InputError` for a document that is too long to be whole, for an empty corpus unless it ``may_be_empty``, and
+    what reading and splitting raise.
     """
 
     def __init__(
@@ -116,9 +116,7 @@ class ReferenceSpool:
 
 
 def _split(document: Document, splitter: Splitter, *, whole: bool) -> Iterator[Reference]:
-    """The references of a document. Raises `InputError` for a document of one word."""
-    if all(one_word(block) for block in document.blocks()):
-        raise InputError(f"{document.name}: a text of one word is no reference; give it a sentence")
+    """The references of a document."""
     return _uncut(document, splitter) if whole else splitter.stream(document.blocks(), document.source)
 
 

@@ -9,7 +9,10 @@ from m3runtime.errors import InputError
 
 BLOCK = 1 << 20
 """Bytes of a file that are read at a time."""
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+UNSPACED = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u312f\u31a0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff"
+)
 """Characters of Chinese, Japanese, Thai and other scripts without spaces, for a regular expression: each is a word."""
 _WIDE_ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark it begins with

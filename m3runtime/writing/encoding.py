@@ -56,8 +56,8 @@ class Group:
         return len(self.blocks) * HEADER_BYTES + int(headers(self.blocks.numpy())["payload"].sum())
 
     def embed(self, embedder: Embedder) -> None:
-        """Embed all references."""
-        self.vectors = embedder.embed_references([reference.text for reference in self.references])
+        """Embed all references, each with its heading."""
+        self.vectors = embedder.embed_references([reference.headed for reference in self.references])
 
     def batch(self) -> Batch:
         """The batch for `Home.commit`, after `put` for every row and `embed`."""

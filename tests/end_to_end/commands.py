@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import BytesIO, TextIOWrapper
@@ -35,6 +36,11 @@ FACTS = {
     '{"text": "An owl named Perpetua guards the library.", "id": "owl"}\n',
 }
 """A small corpus: files of every kind, and one thing to ask each of them."""
+
+
+def records(texts: Iterable[str]) -> str:
+    """JSON lines of which each has one of these texts: a reference each, however short."""
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 
 from m3runtime import assembly
 from m3runtime.config.schema import Config
-from tests.end_to_end.commands import M3, Contents, Place, environment
+from tests.end_to_end.commands import M3, Contents, Place, environment, records
 from tests.end_to_end.conftest import NewPlace
 from tests.model.families import make_model, make_tokenizer
 
@@ -284,7 +284,6 @@ class TestCorpus:
             ("binary.txt", b"\x7fELF\x00\x01", "binary.txt is a binary file, not text"),
             ("binary.dat", bytes(range(128, 256)), "binary.dat is a binary file, or text in another encoding"),
             ("utf16.txt", "Zwölf".encode("utf-16"), "utf16.txt is text in UTF-16; convert it to UTF-8"),
-            ("word.txt", "Uskerfold\n", "word.txt: a text of one word is no reference; give it a sentence"),
             ("bad.jsonl", '{"text": "It is one."}\n{"text": ', "bad.jsonl, line 2 is not JSON"),
             ("bad2.jsonl", '{"body": "It is none."}', "bad2.jsonl, line 1 is not an object with a text in 'text'"),
         ],
@@ -397,16 +396,14 @@ class TestFull:
     LIMIT = "4MiB"
 
     def test_it_grows_up_to_the_limit_and_says_so(self, new_place: NewPlace, tmp_path: Path) -> None:
-        corpus = "\n\n".join(
-            f"Keeper {number} of the lamp lit it for {number} nights in a row." for number in range(320)
-        )
+        corpus = records(f"Keeper {number} of the lamp lit it for {number} nights in a row." for number in range(320))
         undisturbed, place = (new_place(tmp_path / name) for name in ("undisturbed", "full"))
         for one in (undisturbed, place):
             one.configure(codec={"kind": "raw"}, tiers=[{"kind": "pinned", "capacity": "4MiB"}, {"kind": "lmdb"}])
-            one.text("corpus.txt", corpus)
-        assert undisturbed.m3("write", "corpus.txt", "--json").json["written"] == 320
+            one.text("corpus.jsonl", corpus)
+        assert undisturbed.m3("write", "corpus.jsonl", "--json").json["written"] == 320
         place.configure(tiers=[{"kind": "pinned", "capacity": "4MiB"}, {"kind": "lmdb", "max_size": self.LIMIT}])
-        line = place.m3("write", "corpus.txt", "--json").complaint
+        line = place.m3("write", "corpus.jsonl", "--json").complaint
         assert f"{place.bank}" in line
         assert "is full: its limit of 4MiB is reached; raise `max_size` of the lmdb tier" in line
         # What was committed is readable, and stays so when it is tried again.
@@ -414,13 +411,13 @@ class TestFull:
         assert 0 < len(committed.blocks) < 320
         assert len(committed.blocks) % 64 == 0
         assert (place.bank / "home/data.mdb").stat().st_size <= 4 << 20
-        assert "max_size" in place.m3("write", "corpus.txt", "--json").complaint
+        assert "max_size" in place.m3("write", "corpus.jsonl", "--json").complaint
         assert place.contents() == committed
         assert len(place.m3("search", "keeper of the lamp", "--json").json) == 5
         assert place.m3("ask", "Who lit the lamp?", "--json").json["memories"]
         # With a higher limit it goes on.
         place.configure(tiers=[{"kind": "lmdb", "max_size": "1GiB"}])
-        report = place.m3("write", "corpus.txt", "--json").json
+        report = place.m3("write", "corpus.jsonl", "--json").json
         assert (report["written"], report["known"]) == (320 - len(committed.blocks), len(committed.blocks))
         assert place.contents() == undisturbed.contents()
 

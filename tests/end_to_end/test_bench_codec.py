@@ -9,22 +9,23 @@ from rich.console import Console
 
 from m3runtime import assembly
 from m3runtime.config.schema import Config
+from m3runtime.documents.reading import read_documents
 from m3runtime.lab.bench.codec import BenchSettings, bench_codec, fewer_layers, quarter, rows
 from m3runtime.lab.bench.codec_error import FAISS, OURS
 from m3runtime.lab.bench.codec_speed import filled, same_codes
 from m3runtime.lab.bench.timing import alternate
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.testing.codec import SPEC, make_memories
-from tests.end_to_end.commands import Place
+from tests.end_to_end.commands import Place, records
 
 WORDS = ("lamp", "oil", "ferry", "wall", "granite", "heron", "abbey", "owl", "bread", "caraway", "keeper", "dusk")
 
 
 def write_texts(folder: Path, count: int) -> Path:
-    """A file of so many paragraphs, no two alike."""
+    """A file of so many texts, no two alike."""
     drawing = random.Random(1)
-    path = folder / "texts.txt"
-    path.write_text("\n\n".join(f"Number {n}: {' '.join(drawing.choices(WORDS, k=9))}." for n in range(count)))
+    path = folder / "texts.jsonl"
+    path.write_text(records(f"Number {n}: {' '.join(drawing.choices(WORDS, k=9))}." for n in range(count)))
     return path
 
 
@@ -37,7 +38,7 @@ def place(place: Place) -> Place:
 
 
 def test_the_report_has_every_contender_and_ratios_that_add_up(place: Place) -> None:
-    options = ("--corpus", "texts.txt", "--references", "32", "--layers", "1", "--rounds", "5")
+    options = ("--corpus", "texts.jsonl", "--references", "32", "--layers", "1", "--rounds", "5")
     found = place.m3("bench", "codec", *options, "--json").json
     assert set(found["squared_error"]) == {"2", "4", "8"}
     for size, listed in found["squared_error"].items():
@@ -65,7 +66,7 @@ def test_the_report_has_every_contender_and_ratios_that_add_up(place: Place) -> 
 
     # The same errors again, by another call; as tables, for people.
     config = Config.load(place.file, {})
-    texts = (place.folder / "texts.txt").read_text().split("\n\n")
+    texts = [document.text for document in read_documents([place.folder / "texts.jsonl"])]
     settings = BenchSettings(references=32, layers=1, rounds=5, threads=torch.get_num_threads())
     again = bench_codec(config, assembly.open_adapter(config), texts, settings, lambda *_: None)
     assert again.to_json()["squared_error"] == found["squared_error"]
@@ -76,7 +77,9 @@ def test_the_report_has_every_contender_and_ratios_that_add_up(place: Place) -> 
 
 
 def test_people_get_tables_and_no_errors_of_no_layers(place: Place) -> None:
-    result = place.m3("bench", "codec", "--corpus", "texts.txt", "--references", "40", "--layers", "0", "--rounds", "5")
+    result = place.m3(
+        "bench", "codec", "--corpus", "texts.jsonl", "--references", "40", "--layers", "0", "--rounds", "5"
+    )
     assert result.code == 0, result.err
     for title in ("Decoding 5 memories", "At rest", "faiss / ours"):
         assert title in result.out
@@ -129,7 +132,7 @@ def test_too_little_text_is_refused(place: Place) -> None:
 
 def test_the_bank_gives_the_texts_where_no_corpus_is_given(place: Place) -> None:
     place.configure(codec={"kind": "scalar"})
-    assert place.m3("write", "texts.txt").code == 0
+    assert place.m3("write", "texts.jsonl").code == 0
     found = place.m3("bench", "codec", "--references", "40", "--layers", "0", "--rounds", "5", "--json").json
     assert any(one["codec"] == "configured (scalar)" for one in found["at_rest"])
 

@@ -10,7 +10,7 @@ import pytest
 
 from m3runtime.cli.terminal import printable
 from m3runtime.testing.embedder import EmbedderContract, MakeEmbedder
-from tests.end_to_end.commands import FACTS, Place, Result, of_line
+from tests.end_to_end.commands import FACTS, Place, Result, of_line, records
 from tests.end_to_end.conftest import NewPlace
 from tests.end_to_end.embedders import HashedWords
 
@@ -105,9 +105,9 @@ class TestWrite:
         assert written.contents() == before
         # Nor does the same text by another name, or twice in one corpus.
         shutil.copytree(written.folder / "facts", written.folder / "again/more")
-        written.text("again/lamp.txt", FACTS["lamp.txt"] + "\n" + FACTS["lamp.txt"])
+        written.text("again/lamp.jsonl", records([FACTS["lamp.txt"]] * 2))
         report = written.m3("write", "again", "facts", "--json").json
-        assert (report["documents"], report["references"], report["written"]) == (1, 1, 0)
+        assert (report["documents"], report["references"], report["written"]) == (2, 1, 0)
         after = written.contents()
         assert (after.blocks, after.embeddings, after.texts) == (before.blocks, before.embeddings, before.texts)
         lamp = [(place.source, place.start) for place in after.references[4].places]
@@ -120,15 +120,13 @@ class TestWrite:
 
     def test_a_second_corpus_extends(self, written: Place) -> None:
         before = written.contents()
-        written.text("more.txt", "A glacier creaks above Tannhollow.\n\nThe miller counts sacks on Fridays.")
-        assert written.m3("write", "more.txt", "--json").json["written"] == 2
+        texts = ["A glacier creaks above Tannhollow.", "The miller counts sacks on Fridays."]
+        written.text("more.jsonl", records(texts))
+        assert written.m3("write", "more.jsonl", "--json").json["written"] == 2
         after = written.contents()
         assert before.blocks.items() < after.blocks.items()
         assert before.references.items() < after.references.items()
-        assert [after.texts[id] for id in (6, 7)] == [
-            "A glacier creaks above Tannhollow.",
-            "The miller counts sacks on Fridays.",
-        ]
+        assert [after.texts[id] for id in (6, 7)] == texts
         assert search(written, "a glacier above Tannhollow")[0]["id"] == 6
         assert 6 in [memory["id"] for memory in ask(written, "What creaks above Tannhollow?")["memories"]]
 
@@ -293,7 +291,7 @@ class TestInspect:
             assert facts == {
                 "id": id,
                 "source": reference.places[0].name,
-                "heading": "",
+                "heading": reference.heading,
                 "places": [asdict(place) for place in reference.places],
                 "text": reference.text,
                 "tokens": reference.tokens,

@@ -15,6 +15,7 @@ import torch
 
 from m3runtime import Config, Runtime
 from m3runtime.testing.embedder import EmbedderContract, MakeEmbedder
+from tests.end_to_end.commands import records
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "embed.md"
 TEXTS = ["The harbour lamp burns walnut oil.", "The ferry to Uskerfold takes 55 minutes.", "Monday is market day."]
@@ -140,9 +141,9 @@ def test_reading_nothing(ran: "subprocess.CompletedProcess[str]", example: Path,
 def test_the_commands_know_the_adapter(ran: "subprocess.CompletedProcess[str]", example: Path, tmp_path: Path) -> None:
     for name in ("toy_stack.py", "m3.yaml"):
         shutil.copy(example / name, tmp_path)
-    (tmp_path / "notes.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
+    (tmp_path / "notes.jsonl").write_text(records(TEXTS), encoding="utf-8")
 
-    written = python(tmp_path, "-c", M3, "write", "notes.txt", "--json")
+    written = python(tmp_path, "-c", M3, "write", "notes.jsonl", "--json")
     assert written.returncode == 0, written.stderr
     assert json.loads(written.stdout)["written"] == 3
     found = python(tmp_path, "-c", M3, "search", "the ferry", "--json")

@@ -11,7 +11,7 @@ import torch
 
 from m3runtime.config.schema import Config
 from m3runtime.runtime import Runtime
-from tests.end_to_end.commands import Place
+from tests.end_to_end.commands import Place, records
 from tests.end_to_end.conftest import NewPlace
 from tests.end_to_end.test_kill import Nursery, errors, nursery
 from tests.hostile import raw
@@ -35,8 +35,8 @@ def warm(tmp_path_factory: pytest.TempPathFactory, new_place: NewPlace) -> Place
             {"kind": "lmdb"},
         ],
     )
-    place.text("corpus.txt", "\n\n".join(f"Keeper {n} lit it on day {n * 37}." for n in range(COUNT)))
-    assert place.m3("write", "corpus.txt", "--json").json["written"] == COUNT
+    place.text("corpus.jsonl", records(f"Keeper {n} lit it on day {n * 37}." for n in range(COUNT)))
+    assert place.m3("write", "corpus.jsonl", "--json").json["written"] == COUNT
     with Runtime.open(Config.load(place.file, environ={})) as runtime:
         assert len(runtime.fetch(range(COUNT), torch.float32)) == COUNT
     assert kept(place) == set(range(COUNT))

@@ -14,11 +14,11 @@ import pytest
 
 from m3runtime.errors import BankMissingError
 from m3runtime.writing.encoding import GROUP
-from tests.end_to_end.commands import Contents, Place, environment
+from tests.end_to_end.commands import Contents, Place, environment, records
 from tests.end_to_end.conftest import NewPlace
 
 COUNT = 5 * GROUP + 7
-CORPUS = "\n\n".join(f"Keeper {number} lit it on day {number * 37 % 1000}." for number in range(COUNT))
+CORPUS = records(f"Keeper {number} lit it on day {number * 37 % 1000}." for number in range(COUNT))
 PHASES = ("reading", "creation", "commits", "codec", "index")
 
 # Imports and compiles everything once, then forks an `m3` for every line it reads, and says how it ended.
@@ -119,7 +119,7 @@ class Nursery:
         place: Place,
         moment: int | None = 0,
         *,
-        arguments: Sequence[str] = ("write", "corpus.txt", "--json"),
+        arguments: Sequence[str] = ("write", "corpus.jsonl", "--json"),
         signal_number: int = signal.SIGKILL,
         delay: float | None = 0,
     ) -> tuple[int, Any]:
@@ -169,7 +169,7 @@ def places(tmp_path: Path, new_place: NewPlace) -> Iterator[Place]:
                 codec={"kind": "product", "key_bytes": 2, "value_bytes": 2, "scope": "layer", "sample_tokens": 2500},
                 embedder={"dim": 32},
             )
-            place.text("corpus.txt", CORPUS)
+            place.text("corpus.jsonl", CORPUS)
             yield place
 
     return make()

@@ -22,7 +22,7 @@ from m3runtime.memory import block
 from m3runtime.memory.block import as_ids
 from m3runtime.runtime import Runtime
 from m3runtime.writing.encoding import GROUP
-from tests.end_to_end.commands import Place, environment
+from tests.end_to_end.commands import Place, environment, records
 from tests.end_to_end.conftest import NewPlace
 from tests.end_to_end.test_kill import Nursery, errors, nursery
 from tests.hostile import raw
@@ -104,7 +104,8 @@ def of_text(database: str, work: Callable[[bytes], bytes | None], *, seal: bool 
     """`changed`, of the entry that the memory's text has."""
 
     def change(place: Place) -> None:
-        changed(database, work, digest(place.contents().texts[BAD]), seal=seal)(place)
+        reference = place.contents().references[BAD]
+        changed(database, work, digest(reference.text, reference.heading), seal=seal)(place)
 
     return change
 
@@ -238,7 +239,7 @@ def test_everything_at_once_and_answers_are_as_they_were(written: Place) -> None
     result = written.m3("verify")
     assert result.code == 1
     for id in (0, 1, 3):
-        assert f"block, memory {id} ({before.references[id].source}): " in result.out
+        assert f"block, memory {id} ({before.references[id].places[0].name}): " in result.out
     assert "`m3 verify --repair` computes these memories again from their texts" in result.out
     result = written.m3("verify", "--repair")
     assert result.code == 0, result
@@ -406,8 +407,8 @@ class TestIndex:
         assert written.m3("search", QUESTION, "-k", 1, "--json").json[0]["source"] == "facts/lamp.txt"
 
     def test_many_equal_vectors_are_none_of_other_texts(self, place: Place) -> None:
-        place.text("corpus.txt", "\n\n".join(f"Tick tock goes it {'!' * n}." for n in range(1, 40)))
-        place.m3("write", "corpus.txt", "--json")
+        place.text("corpus.jsonl", records(f"Tick tock goes it {'!' * n}." for n in range(1, 40)))
+        place.m3("write", "corpus.jsonl", "--json")
         contents = place.contents()
         assert len(set(contents.embeddings.values())) < 3 < 20 < len(contents.embeddings)
         assert verify(place)["damage"] == []
@@ -531,8 +532,8 @@ def damaged(tmp_path_factory: pytest.TempPathFactory, new_place: NewPlace) -> Pl
     """A bank of which every second block is damaged."""
     place = new_place(tmp_path_factory.mktemp("damaged"))
     place.configure(memory={"layers": [0]}, embedder={"dim": 32})
-    place.text("corpus.txt", "\n\n".join(f"Keeper {n} lit it on day {n * 37 % 1000}." for n in range(2 * COUNT)))
-    assert place.m3("write", "corpus.txt", "--json").json["written"] == 2 * COUNT
+    place.text("corpus.jsonl", records(f"Keeper {n} lit it on day {n * 37 % 1000}." for n in range(2 * COUNT)))
+    assert place.m3("write", "corpus.jsonl", "--json").json["written"] == 2 * COUNT
     with raw.records(place, "blocks") as (txn, _):
         for id in range(0, 2 * COUNT, 2):
             key = raw.key_of(id)
@@ -553,7 +554,11 @@ def texts(place: Place) -> list[str]:
     try:
         ids = np.union1d(bank.home.ids(), as_ids(list(bank.home.quarantined())))
         found = bank.home.references(ids)
-        assert all(bank.home.find([one.text]) == [id] for id, one in zip(ids.tolist(), found, strict=True) if one)
+        assert all(
+            bank.home.find([one.text], [one.heading]) == [id]
+            for id, one in zip(ids.tolist(), found, strict=True)
+            if one
+        )
         return sorted(one.text for one in found if one is not None)
     finally:
         bank.close()

@@ -38,7 +38,7 @@ def retrieve(
     """
     source = iter(references)
     for start in range(0, len(references), _AT_ONCE):
-        texts = [one.text for one in islice(source, _AT_ONCE)]
+        texts = [one.headed for one in islice(source, _AT_ONCE)]
         index.add(np.arange(start, start + len(texts), dtype=np.uint64), embedder.embed_references(texts))
     retriever = Retriever(embedder, index, memories=_CANDIDATES)
     chunks = -(-sequences.counts // chunk_tokens)
