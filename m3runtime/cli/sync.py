@@ -7,7 +7,7 @@ import typer
 
 from m3runtime.cli.options import ConfigFile, Json, Set, configuration
 from m3runtime.cli.terminal import print_json, say
-from m3runtime.cli.write import KeepMissing, Paths, TextField, Whole, facts, summary, write
+from m3runtime.cli.write import KeepMissing, Paths, TextField, Whole, facts, show, write
 
 
 def sync(
@@ -44,4 +44,4 @@ def sync(
             elif json:
                 print_json({**facts(report), "bank": str(settings.bank)})
             else:
-                say(f"{summary(report)}: {settings.bank}")
+                show(report, settings.bank)

@@ -23,6 +23,9 @@ KeepMissing = Annotated[
     bool, typer.Option("--keep-missing", help="Keep the memories of files that are no longer in a folder.")
 ]
 
+_NAMED = 3
+"""Lines about what could not be read in one file."""
+
 
 def write(
     paths: Paths,
@@ -42,8 +45,9 @@ def write(
 
     What is new is remembered, what changed is replaced, and what is gone from a file, or from a folder that is written
     again, is forgotten. Unchanged files are not read, and cost no model. It can be interrupted at any moment and run
-    again. References that were only catalogued are encoded when they are written without --catalogue. A corpus may be
-    larger than the machine's memory.
+    again. A file that cannot be read, or a line of JSON, is left out and named; the exit status is 1 if that was in a
+    file which was named itself. References that were only catalogued are encoded when they are written without
+    --catalogue. A corpus may be larger than the machine's memory.
     """
     settings = configuration(config, set)
     from m3runtime.documents.survey import Reading
@@ -63,14 +67,28 @@ def write(
             report = mirror.write(paths, progress, lambda warning: say(f"warning: {warning}", err=True))
     if json:
         print_json({**facts(report), "bank": str(settings.bank)})
-        return
+    else:
+        show(report, settings.bank, verbose=verbose)
+    named = {mirror.names.name(path) for path in paths if not path.is_dir()}
+    if named & report.survey.unread.keys():
+        raise typer.Exit(1)
+
+
+def show(report: "MirrorReport", bank: Path, *, verbose: bool = False) -> None:
+    """Print a report for people, with what could not be read last."""
     if verbose:
         _list(report.survey)
-    say(f"{summary(report)}: {settings.bank}")
+    say(f"{summary(report)}: {bank}")
     if report.written is not None and report.written.codec is not None:
         say(f"the codec ({report.written.codec}) was trained: it encodes new memories; earlier ones stay in int8")
     if skipped := report.survey.skipped:
         say(f"{len(skipped)} files were passed over, such as {skipped[0]}", err=True)
+    for kind, found in (("left out", report.survey.left_out), ("not read", report.survey.unread)):
+        for source, several in found.items():
+            for one in several[:_NAMED]:
+                say(f"{kind}: {one}", err=True)
+            if len(several) > _NAMED:
+                say(f"{kind}: {len(several) - _NAMED} more in {source}", err=True)
 
 
 def summary(report: "MirrorReport") -> str:
@@ -113,6 +131,8 @@ def _differences(survey: "Survey") -> dict[str, Any]:
     return {
         "sources": {**_groups(survey), "renamed": dict(survey.renamed)},
         "skipped": [str(path) for path in survey.skipped],
+        "left_out": {name: list(runs) for name, runs in survey.left_out.items()},
+        "unread": {name: list(reasons) for name, reasons in survey.unread.items()},
     }
 
 

@@ -79,8 +79,9 @@ LEVELS: tuple[Callable[[str, Span], Iterator[Span]], ...] = (lines, sentences, c
 def _cut(text: str, span: Span, ends: re.Pattern[str]) -> Iterator[Span]:
     start, end = span
     for found in ends.finditer(text, start, end):
-        yield from stripped(text, start, found.end())
-        start = found.end()
+        if found.end() > found.start() or _may_cut(text, found.end()):
+            yield from stripped(text, start, found.end())
+            start = found.end()
     yield from stripped(text, start, end)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
+from m3runtime.documents.embedded import OnLeftOut, without_embedded
 from m3runtime.documents.html import html_text
 from m3runtime.documents.reference import Place
 from m3runtime.documents.text import UNSPACED, file_blocks, text_blocks
@@ -21,7 +22,7 @@ from m3runtime.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and where it came from. A line feed ends its lines, whatever the file had."""
+    """A text and where it came from. A line feed ends its lines, and base64 is left out, whatever the file had."""
 
     source: str
     """The name of the file."""
@@ -40,11 +41,15 @@ class Document:
         """The whole text, in memory."""
         return "".join(self.blocks())
 
-    def blocks(self) -> Iterator[str]:
-        """The text in pieces of about a million characters, cut between lines where it has any; a text in one.
+    def blocks(self, left_out: OnLeftOut | None = None) -> Iterator[str]:
+        """The text in pieces of about a million characters, cut anywhere; without pictures and files in base64.
 
-        Raises `InputError` if a file is not text in UTF-8.
+        ``left_out`` is called with the place and length of each that was left out. Raises `InputError` if a file is not
+        text in UTF-8.
         """
+        return without_embedded(self._blocks(), left_out)
+
+    def _blocks(self) -> Iterator[str]:
         if isinstance(self.content, str):
             yield self.content
             return
@@ -56,13 +61,17 @@ class Document:
         yield rest
 
 
+OnUnread = Callable[[InputError], None]
+"""Called with the reason why a record cannot be read."""
+
+
 def find_files(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
     """The files under ``paths``, each once, in the order given and folders in sorted order; and the skipped files.
 
-    A file in a folder is skipped if it is hidden or has a suffix that is not read.
-    Folders are walked to any depth, through symbolic links too, and each real folder once. A file that is
-    named itself is taken whatever its suffix. Raises `InputError` for a path that does not exist and for a
-    folder in which there is nothing to read.
+    A file in a folder is skipped if it is hidden or has a suffix that is not read. So is what is no file: a pipe, a
+    socket, a device, or a link that leads nowhere. Folders are walked to any depth, through symbolic links too, and
+    each real folder once. A file that is named itself is taken whatever its suffix. Raises `InputError` for a path that
+    does not exist and for a folder in which there is nothing to read.
     """
     files: dict[str, Path] = {}
     skipped: list[Path] = []
@@ -86,7 +95,7 @@ def folder_files(folder: Path) -> tuple[dict[str, Path], list[Path]]:
     files: dict[str, Path] = {}
     skipped: list[Path] = []
     for file, real in _walk(str(folder), os.path.realpath(folder), set()):
-        if file.name.startswith(".") or file.suffix.lower() not in READERS:
+        if real is None or file.name.startswith(".") or file.suffix.lower() not in READERS:
             skipped.append(file)
         else:
             files.setdefault(real, file)
@@ -104,10 +113,19 @@ def read_documents(paths: Iterable[str | Path], *, text_field: str = "text") -> 
     return _read(find_files(paths)[0], text_field)
 
 
-def read_file(path: Path, source: str, *, text_field: str = "text") -> Iterator[Document]:
-    """The documents of one file that are not blank; see `read_documents`."""
+def read_file(
+    path: Path, source: str, *, text_field: str = "text", unread: OnUnread | None = None
+) -> Iterator[Document]:
+    """The documents of one file that are not blank; see `read_documents`.
+
+    With ``unread`` a record that cannot be read raises nothing: it is called with the reason, and the others follow.
+    """
     for document in READERS.get(path.suffix.lower(), _read_plain)(path, text_field):
-        if any(block.strip() for block in document.blocks()):
+        if isinstance(document, InputError):
+            if unread is None:
+                raise document
+            unread(document)
+        elif any(block.strip() for block in document.blocks()):
             yield replace(document, source=source)
 
 
@@ -126,8 +144,8 @@ def _read(files: Sequence[Path], text_field: str) -> Iterator[Document]:
         raise InputError(f"there is no text in {', '.join(str(path) for path in files) or 'no files'}")
 
 
-def _walk(folder: str, real: str, seen: set[str]) -> Iterator[tuple[Path, str]]:
-    """The regular files in a folder, each with its real path."""
+def _walk(folder: str, real: str, seen: set[str]) -> Iterator[tuple[Path, str | None]]:
+    """What is in a folder, each file with its real path, and without one what is neither file nor folder."""
     if real in seen:
         return
     seen.add(real)
@@ -138,11 +156,13 @@ def _walk(folder: str, real: str, seen: set[str]) -> Iterator[tuple[Path, str]]:
         raise InputError(f"{folder} cannot be read: {error.strerror}") from error
     for entry in found:
         real_path = os.path.realpath(entry.path) if entry.is_symlink() else f"{real}{os.sep}{entry.name}"
+        is_file = is_folder = False
         with suppress(OSError):  # a link that leads to itself
-            if entry.is_file():
-                yield Path(entry.path), real_path
-            elif entry.is_dir() and not entry.name.startswith("."):
-                yield from _walk(entry.path, real_path, seen)
+            is_file, is_folder = entry.is_file(), entry.is_dir()
+        if not is_folder:
+            yield Path(entry.path), real_path if is_file else None
+        elif not entry.name.startswith("."):
+            yield from _walk(entry.path, real_path, seen)
 
 
 def _read_plain(path: Path, _: str) -> Iterator[Document]:
@@ -154,26 +174,35 @@ def _read_html(path: Path, _: str) -> Iterator[Document]:
     yield Document(path.as_posix(), html_text("".join(text_blocks(file_blocks(path), str(path)))))
 
 
-def _read_json_lines(path: Path, text_field: str) -> Iterator[Document]:
+def _read_json_lines(path: Path, text_field: str) -> Iterator[Document | InputError]:
     for number, line in enumerate(_lines(path), 1):
-        where = f"{path}, line {number}"
-        text = "".join(text_blocks([line], where))
-        if not text.strip():
-            continue
         try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where} is not JSON: {error}") from error
-        if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-            raise InputError(f"{where} is not an object with a text in {text_field!r}")
-        remembered: str = record[text_field]
-        try:
-            remembered.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{where}: {text_field!r} has half a character (a lone surrogate)") from error
-        name = record.get("source", record.get("id", number))
-        lines = remembered.replace("\r\n", "\n").replace("\r", "\n")
-        yield Document(path.as_posix(), lines, {"record": str(name)})
+            if document := _record(path, number, line, text_field):
+                yield document
+        except InputError as error:
+            yield error
+
+
+def _record(path: Path, number: int, line: bytes, text_field: str) -> Document | None:
+    """The document of a line; None for a blank one."""
+    where = f"{path}, line {number}"
+    text = "".join(text_blocks([line], where))
+    if not text.strip():
+        return None
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
+        raise InputError(f"{where} is not an object with a text in {text_field!r}")
+    remembered: str = record[text_field]
+    try:
+        remembered.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: {text_field!r} has half a character (a lone surrogate)") from error
+    name = record.get("source", record.get("id", number))
+    lines = remembered.replace("\r\n", "\n").replace("\r", "\n")
+    return Document(path.as_posix(), lines, {"record": str(name)})
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -184,7 +213,7 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
+READERS: dict[str, Callable[[Path, str], Iterator[Document | InputError]]] = {
     ".txt": _read_plain,
     ".md": _read_plain,
     ".rst": _read_plain,
@@ -192,4 +221,7 @@ READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
     ".htm": _read_html,
     ".jsonl": _read_json_lines,
 }
-"""The reader of each suffix. Other files are read as plain text when they are named themselves."""
+"""The reader of each suffix. Other files are read as plain text when they are named themselves.
+
+A reader raises `InputError` for a file that cannot be read, and gives one in place of a record that cannot be read.
+"""

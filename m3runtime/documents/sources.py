@@ -9,7 +9,7 @@ from pathlib import Path
 
 from m3runtime.documents.text import file_blocks
 
-READING = 1
+READING = 2
 """The version of reading and splitting. With a higher one all files are read anew when they are written again."""
 _RECENT = 2_000_000_000
 """Nanoseconds. A file that changed this shortly ago may change again within the same tick of its clock."""

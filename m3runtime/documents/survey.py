@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from m3runtime.documents.reading import READERS, folder_files
@@ -33,7 +33,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The difference between files and a bank. Every source is in one of the five groups."""
+    """The difference between files and a bank. Every source that can be read is in one of five groups."""
 
     new: Mapping[str, Path]
     changed: Mapping[str, Path]
@@ -46,6 +46,10 @@ class Survey:
     aliases: Sequence[str]
     """Names that earlier releases gave to sources which are new or changed here."""
     skipped: Sequence[Path]
+    unread: Mapping[str, Sequence[str]]
+    """Why sources, or records of them, cannot be read. What is known of a source that cannot be read is kept."""
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """What was left out of sources that were read: pictures and files in base64."""
 
     @property
     def read(self) -> Mapping[str, Path]:
@@ -72,8 +76,8 @@ def survey(
     Sources in a folder that are no longer there are gone, unless ``keep_missing``. One that the folder's walk passes
     over, but that exists and was written by its own name, is looked at like the others.
 
-    Raises `InputError` for a path that does not exist, a folder in which there is nothing to read and of which the bank
-    knows nothing, and a file that cannot be read.
+    Raises `InputError` for a path that does not exist, and for a folder in which there is nothing to read and of which
+    the bank knows nothing.
     """
     found = _Found(names, sources, states)
     for path in paths:
@@ -81,6 +85,7 @@ def survey(
     missing = found.missing()
     gone = [] if keep_missing else missing
     unchanged: list[str] = []
+    unread = dict[str, list[str]]()
     changed, new, renamed, now = dict[str, Path](), dict[str, Path](), dict[str, str](), dict[str, SourceState]()
     twins: dict[tuple[str, str, str], str] | None = None
     for name, path in found.files.items():
@@ -89,7 +94,11 @@ def survey(
         if state is not None and is_known and is_as_stated(path, state):
             unchanged.append(name)
             continue
-        seen = state_of(path, how)
+        try:
+            seen = state_of(path, how)
+        except InputError as error:
+            unread[name] = [str(error)]
+            continue
         if state is not None and is_known and state.digest == seen.digest:
             unchanged.append(name)
             if seen.time != state.time:
@@ -104,7 +113,7 @@ def survey(
             renamed[name] = twin
         else:
             new[name] = path
-    return Survey(new, changed, renamed, unchanged, gone, now, found.aliases, found.skipped)
+    return Survey(new, changed, renamed, unchanged, gone, now, found.aliases, found.skipped, unread)
 
 
 def _twins(states: Mapping[str, SourceState], gone: Sequence[str]) -> dict[tuple[str, str, str], str]:

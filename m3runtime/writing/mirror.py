@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m3runtime.config.schema import Config
-from m3runtime.documents.reading import Document, read_file
+from m3runtime.documents.checking import Check
+from m3runtime.documents.reading import Document, OnUnread, read_file
 from m3runtime.documents.sample import Sample
 from m3runtime.documents.sources import SourceNames, SourceState, is_as_stated, state_of
 from m3runtime.documents.survey import Reading, Survey, survey
@@ -89,10 +91,13 @@ class Mirror:
         the source no longer has. References that stay keep ids and bytes. A call can be stopped at any instant, and
         made again.
 
-        Raises `InputError` before anything is changed, and what `Writer.write` does.
+        A file or a record that cannot be read is left out and named in the report's survey. What the bank has of such a
+        file is kept, and the file is looked at again by the next call.
+
+        Raises `InputError` before anything is changed if nothing can be read, and what `Writer.write` does.
         """
         found, bank = self._look(paths)
-        sample = self._check(paths, found, bank)
+        found, sample = self._readable(paths, found, bank)
         if found.is_in_step and bank.is_whole:
             return MirrorReport(found, None, bank.known(found), 0)
         if found.read or not bank.is_whole:
@@ -116,37 +121,51 @@ class Mirror:
         keep = self.keep_missing
         return survey(paths, self.names, bank.sources, bank.states, self.reading, keep_missing=keep), bank
 
-    def _check(self, paths: Sequence[Path], found: Survey, bank: "_Bank") -> Sequence[str]:
-        """A sample of the texts that are to be read.
+    def _readable(self, paths: Sequence[Path], found: Survey, bank: "_Bank") -> tuple[Survey, Sequence[str]]:
+        """The survey without files that cannot be read, and with the reasons; and a sample of the texts to be read.
 
-        Raises `InputError` for a file that cannot be read, if there is no text to make a bank of, and if new files are
-        named that have none.
+        Raises `InputError` if no file can be read, if there is no text to make a bank of, and if new files are named
+        that have none.
         """
-        empty, sample = True, Sample()
-        for document in self._documents(found):
-            empty = False
-            for _ in sample.of(document.blocks()):
-                pass
+        sample = Sample()
+        checks = {name: Check.of(partial(self._documents_of, name, path), sample) for name, path in found.read.items()}
+        bad = {name for name, check in checks.items() if check.is_bad}
+        unread = {**found.unread, **{name: check.reasons for name, check in checks.items() if check.reasons}}
+        has_text = any(check.has_text for check in checks.values())
+        if unread and not (has_text or checks.keys() - bad or found.unchanged or found.renamed):
+            first, *others = chain.from_iterable(unread.values())
+            raise InputError(f"{first}; and {len(others)} more could not be read" if others else first)
         known = (*found.changed, *found.renamed, *found.unchanged, *found.gone)
         is_named = not (known or any(path.is_dir() for path in paths))
-        if empty and (is_named or not bank.exists):
+        if not has_text and (is_named or not bank.exists):
             raise InputError(f"there is no text in {', '.join(map(str, found.read.values()))}")
-        return sample.texts
+        readable = replace(
+            found,
+            new={name: path for name, path in found.new.items() if name not in bad},
+            changed={name: path for name, path in found.changed.items() if name not in bad},
+            states={name: state for name, state in found.states.items() if name not in bad},
+            unread=unread,
+            left_out={name: check.left_out for name, check in checks.items() if check.left_out},
+        )
+        return readable, sample.texts
 
     def _documents(self, found: Survey) -> Iterator[Document]:
         for name, path in found.read.items():
-            yield from read_file(path, name, text_field=self.reading.text_field)
+            yield from self._documents_of(name, path, (lambda _: None) if name in found.unread else None)
+
+    def _documents_of(self, name: str, path: Path, unread: OnUnread | None) -> Iterator[Document]:
+        return read_file(path, name, text_field=self.reading.text_field, unread=unread)
 
     def _read(self, found: Survey, bank: "_Bank", progress: OnProgress | None) -> "tuple[int, WriteReport]":
         """Write what is new or changed, and all else. Returns the number of forgotten references, too."""
         before = list[int]()
 
         def states() -> Mapping[str, SourceState | None]:
-            """How the files were; none of one that changed while it was read."""
-            read = {name: found.states[name] for name in found.read}
+            """How the files were; none of one that changed while it was read, or of which a record cannot be read."""
+            read = {name: found.states[name] for name in found.read if name not in found.unread}
             return {
                 **{name: _as_it_stayed(found.read[name], state) for name, state in read.items()},
-                **dict.fromkeys([*found.gone, *found.aliases]),
+                **dict.fromkeys([*found.gone, *found.aliases, *(found.unread.keys() & found.read.keys())]),
             }
 
         @contextmanager

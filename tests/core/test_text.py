@@ -1,19 +1,28 @@
+import base64
 import json
 import os
 import resource
-from contextlib import closing
+import socket
+import textwrap
+from contextlib import chdir, closing
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from m3runtime.documents.embedded import without_embedded
 from m3runtime.documents.html import html_text
-from m3runtime.documents.reading import Document, find_files, read_documents
+from m3runtime.documents.reading import Document, find_files, read_documents, read_file
 from m3runtime.documents.splitting import CountTokens, Splitter
 from m3runtime.documents.spool import ReferenceSpool
 from m3runtime.errors import InputError
 
+BYTES = base64.b64encode(bytes(range(256)) * 2).decode()
+RUNS = ["data:image/gif;base64,R0lGODlhAQABAIA=", BYTES, f"data:image/png;base64,{BYTES}"]
+RUNS.append("\n".join(textwrap.wrap(BYTES, 76)))
+"""Texts that are left out."""
 WORDS: CountTokens = lambda text: len(text.split())  # noqa: E731 - as short as it is clear
 
 
@@ -71,6 +80,32 @@ class TestReading:
         (tmp_path / "a" / "up").symlink_to(tmp_path, target_is_directory=True)
         (tmp_path / "a" / "self").symlink_to("self")
         assert sources(tmp_path, tmp_path) == ["a/a.txt"]
+
+    def test_what_is_no_file_is_passed_over_and_named(self, tmp_path: Path) -> None:
+        write(tmp_path / "a.txt", "text")
+        os.mkfifo(tmp_path / "pipe.txt")
+        (tmp_path / "self.txt").symlink_to("self.txt")
+        (tmp_path / "nowhere.md").symlink_to("nothing")
+        (tmp_path / "null.txt").symlink_to("/dev/null")
+        with closing(socket.socket(socket.AF_UNIX)) as ear, chdir(tmp_path):
+            ear.bind("socket.txt")
+        files, skipped = find_files([tmp_path])
+        assert [path.name for path in files] == ["a.txt"]
+        names = ["nowhere.md", "null.txt", "pipe.txt", "self.txt", "socket.txt"]
+        assert [path.name for path in skipped] == names
+        for name in names:
+            with pytest.raises(InputError, match=f"{name} is neither a file nor a folder"):
+                find_files([tmp_path / name])
+
+    def test_a_record_that_cannot_be_read_is_passed_over_where_that_is_asked_for(self, tmp_path: Path) -> None:
+        lines = [b'{"text": "one"}', b"{", b'{"text": null}', b"\xff", b'{"text": "\\ud800"}', b'{"text": "two"}']
+        path = write(tmp_path / "a.jsonl", b"\n".join(lines))
+        unread: list[InputError] = []
+        documents = read_file(path, "a", unread=unread.append)
+        assert [document.text for document in documents] == ["one", "two"]
+        assert [str(error).split(f"{path}, line ")[1][0] for error in unread] == ["2", "3", "4", "5"]
+        with pytest.raises(InputError, match="line 2 is not JSON"):
+            list(read_file(path, "a"))
 
     def test_a_link_to_a_folder_elsewhere(self, tmp_path: Path) -> None:
         write(tmp_path / "elsewhere" / "a.txt", "text")
@@ -199,6 +234,43 @@ class TestLongFiles:
                 assert one == passage
                 assert text[one.start : one.end] == one.text
             assert references[39_999].text.startswith("# House 39999")
+
+
+class TestEmbedded:
+    """Pictures and files that stand in a text as base64."""
+
+    @given(st.lists(st.sampled_from(["The lamp ", "burns.\n", *RUNS])), st.lists(st.integers(0, 3000), max_size=6))
+    def test_they_are_left_out_wherever_the_text_is_cut(self, parts: list[str], cuts: list[int]) -> None:
+        text = "| ".join(parts)
+        ends = [0, *sorted(cuts), len(text)]
+        left_out: list[tuple[int, int]] = []
+        blocks = (text[a:b] for a, b in pairwise(ends))
+        kept = "".join(without_embedded(blocks, lambda *run: left_out.append(run)))
+        assert kept == "| ".join("" if part in RUNS else part for part in parts)
+        assert sum(length for _, length in left_out) + len(kept) == len(text)
+        assert len(left_out) == sum(part in RUNS for part in parts)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "ACGT" * 500,
+            "a" * 10_000,
+            "0123456789abcdef" * 100,
+            "word\n" * 500,
+            "https://heron.example/a/B/1?" + "x=1&" * 100,
+            "石橋" * 500,
+            "Aa1" * 80,
+            ("ACGT" * 15 + "\n") * 9,
+        ],
+    )
+    def test_other_long_words_stay(self, text: str) -> None:
+        assert "".join(without_embedded([text])) == text
+
+    def test_a_document_says_where(self) -> None:
+        left_out: list[tuple[int, int]] = []
+        document = Document("a.md", f"# Lamp\n\n![lamp]({RUNS[2]})\n\nIt burns.")
+        assert "".join(document.blocks(lambda *run: left_out.append(run))) == "# Lamp\n\n![lamp]()\n\nIt burns."
+        assert left_out == [(16, len(RUNS[2]))]
 
 
 class TestReferences:

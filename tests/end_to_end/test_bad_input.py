@@ -284,15 +284,12 @@ class TestCorpus:
             ("binary.txt", b"\x7fELF\x00\x01", "binary.txt is a binary file, not text"),
             ("binary.dat", bytes(range(128, 256)), "binary.dat is a binary file, or text in another encoding"),
             ("utf16.txt", "Zwölf".encode("utf-16"), "utf16.txt is text in UTF-16; convert it to UTF-8"),
-            ("bad.jsonl", '{"text": "It is one."}\n{"text": ', "bad.jsonl, line 2 is not JSON"),
             ("bad2.jsonl", '{"body": "It is none."}', "bad2.jsonl, line 1 is not an object with a text in 'text'"),
         ],
     )
     def test_a_file(self, target: Place, name: str, content: str | bytes, expected: str) -> None:
-        target.text("good.txt", TEXT)
         target.text(name, content)
-        paths = [name] if expected.startswith("there is no text") else ["good.txt", name]
-        assert expected in complaint(target, "write", *paths)
+        assert expected in complaint(target, "write", name)
 
     def test_no_such_file(self, target: Place) -> None:
         target.text("good.txt", TEXT)

@@ -90,6 +90,8 @@ class TestWrite:
             "bytes": sum(map(len, place.contents().blocks.values())),
             "bank": str(place.bank),
             "skipped": ["facts/picture.png"],
+            "left_out": {},
+            "unread": {},
             "codec": None,
         }
 
@@ -112,8 +114,8 @@ class TestWrite:
         assert (after.blocks, after.embeddings, after.texts) == (before.blocks, before.embeddings, before.texts)
         lamp = [(place.source, place.start) for place in after.references[4].places]
         assert sorted(lamp) == [
-            ("again/lamp.txt", 0),
-            ("again/lamp.txt", 80),
+            ("again/lamp.jsonl", 0),
+            ("again/lamp.jsonl", 0),
             ("again/more/lamp.txt", 0),
             ("facts/lamp.txt", 0),
         ]

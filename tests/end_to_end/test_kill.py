@@ -33,7 +33,6 @@ import usearch.index
 import m3runtime.writing.mirror, m3runtime.writing.forgetting
 import m3model.memory3, m3model.attention.passes, m3runtime.codecs.product.kernels.sharing
 import m3runtime.codecs.product.codec, m3runtime.codecs.product.kmeans, m3runtime.config.loading
-import semantic_text_splitter
 import encodings.utf_8_sig, html, lmdb._envid, rich.progress, tests.end_to_end.embedders
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 import transformers.modeling_gguf_pytorch_utils
