@@ -139,7 +139,7 @@ def serve(place: Place) -> Delivered:
         stream = runtime.stream()
         chosen = stream.recall(QUERIES[0])
         recalled = {
-            str(id): [score, asdict(reference), _digest(torch.stack(part).numpy())]
+            str(id): [score, _plain(reference), _digest(torch.stack(part).numpy())]
             for id, score, reference, part in zip(
                 chosen.ids, chosen.scores, chosen.references, chosen.parts, strict=True
             )
@@ -150,7 +150,7 @@ def serve(place: Place) -> Delivered:
         return Delivered(
             blocks,
             memories,
-            {str(id): asdict(one) for id, one in references.items() if one is not None},
+            {str(id): _plain(one) for id, one in references.items() if one is not None},
             embeddings,
             scores,
             recalled,
@@ -202,3 +202,8 @@ def attempt(work: Callable[[], T]) -> T | None:
         return work()
     except M3Error:
         return None
+
+
+def _plain(reference: Reference) -> Any:
+    """A reference as JSON has it: places are a list."""
+    return json.loads(json.dumps(asdict(reference)))
