@@ -23,7 +23,7 @@ from m3runtime.bank.bank import Bank
 from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs.raw import RawCodec
 from m3runtime.config.schema import Config
-from m3runtime.documents.reading import Document
+from m3runtime.documents.document import Document
 from m3runtime.documents.splitting import Splitter
 from m3runtime.documents.spool import ReferenceSpool
 from m3runtime.memory.block import as_ids

@@ -23,7 +23,7 @@ from m3runtime import assembly
 from m3runtime.adapters.answers import Prompt
 from m3runtime.adapters.training import StageReport
 from m3runtime.config.schema import Config
-from m3runtime.documents.reading import Document
+from m3runtime.documents.document import Document
 from m3runtime.lab.evaluation.banks import write_bank
 from m3runtime.lab.evaluation.losses import draw_losses
 from m3runtime.runtime import Runtime

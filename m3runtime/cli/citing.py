@@ -54,6 +54,6 @@ def summarised(sources: Mapping[str, int]) -> dict[str, str]:
 
 
 def _name(place: Place) -> str:
-    """A place's name, with its page if it has one."""
-    page = place.metadata.get("page")
-    return place.name if page is None else f"{place.name}, page {page}"
+    """A place's name and whatever else is known of it, such as its page; a title is in the heading."""
+    parts = (f"{key} {value}" for key, value in place.metadata.items() if key not in ("record", "title"))
+    return ", ".join((place.name, *parts))

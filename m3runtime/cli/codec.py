@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration
+from m3runtime.cli.options import ConfigFile, Json, Set, TextField, configuration, documents_fields
 from m3runtime.cli.progress import stages
 from m3runtime.cli.terminal import print_json, say
 from m3runtime.errors import CodecError, InputError
@@ -33,7 +33,7 @@ def fit(
     corpus: Annotated[list[Path] | None, typer.Option("--corpus", help="Files or folders, as of `m3 write`.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The file to make; default: `codec.file`.")] = None,
     config: ConfigFile = None,
-    text_field: Annotated[str, typer.Option(help="The field of a jsonl line that holds the text.")] = "text",
+    text_field: TextField = None,
     whole: Annotated[bool, typer.Option("--whole", help="Each document is one reference; do not split.")] = False,
     force: Force = False,
     set: Set = None,
@@ -51,7 +51,7 @@ def fit(
     _check_free(path, force=force)
     from m3runtime.documents.reading import read_documents
 
-    documents = read_documents(corpus, text_field=text_field)
+    documents = read_documents(corpus, fields=documents_fields(settings, text_field))
 
     from m3runtime import assembly
     from m3runtime.documents.splitting import Splitter

@@ -11,7 +11,7 @@ from m3runtime.errors import InputError
 
 if TYPE_CHECKING:
     from m3runtime.config.loading import LoadedConfig
-    from m3runtime.config.schema import Config
+    from m3runtime.config.schema import Config, DocumentsConfig
     from m3runtime.lab.results import Result
 
 ConfigFile = Annotated[
@@ -19,6 +19,12 @@ ConfigFile = Annotated[
 ]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value: --set recall.memories=3.")
+]
+TextField = Annotated[
+    str | None,
+    typer.Option(
+        help="The field of a jsonl line that holds the text; default: documents.text_field.", show_default=False
+    ),
 ]
 T = TypeVar("T")
 
@@ -56,6 +62,13 @@ def as_text(what: str, argument: str) -> str:
     except UnicodeEncodeError:
         raise InputError(f"{what} is not text in UTF-8") from None
     return argument
+
+
+def documents_fields(settings: "Config", text_field: str | None) -> "DocumentsConfig":
+    """The fields of JSON lines: the configured ones, with the text from another one if it is given."""
+    return (
+        settings.documents if text_field is None else settings.documents.model_copy(update={"text_field": text_field})
+    )
 
 
 def parsed(option: str, parse: Callable[[str], T], text: str) -> T:

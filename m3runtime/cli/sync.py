@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration
+from m3runtime.cli.options import ConfigFile, Json, Set, TextField, configuration, documents_fields
 from m3runtime.cli.terminal import print_json, say
-from m3runtime.cli.write import KeepMissing, Paths, TextField, Whole, facts, show, write
+from m3runtime.cli.write import KeepMissing, Paths, Whole, facts, show, write
 
 
 def sync(
@@ -16,7 +16,7 @@ def sync(
         bool, typer.Option("--watch", help="Go on, and follow every change in these folders until Ctrl-C.")
     ] = False,
     config: ConfigFile = None,
-    text_field: TextField = "text",
+    text_field: TextField = None,
     whole: Whole = False,
     keep_missing: KeepMissing = False,
     set: Set = None,
@@ -37,7 +37,8 @@ def sync(
     from m3runtime.writing.following import follow
     from m3runtime.writing.mirror import Mirror
 
-    with closing(Mirror(settings, Reading(text_field, whole), keep_missing=keep_missing)) as mirror:
+    reading = Reading(documents_fields(settings, text_field), whole)
+    with closing(Mirror(settings, reading, keep_missing=keep_missing)) as mirror:
         for report in follow(mirror, paths):
             if isinstance(report, M3Error):
                 say(f"m3: {report}", err=True)

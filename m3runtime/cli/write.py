@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, configuration
+from m3runtime.cli.options import ConfigFile, Json, Set, TextField, configuration, documents_fields
 from m3runtime.cli.progress import stages
 from m3runtime.cli.terminal import print_json, say
 from m3runtime.observe.figures import show_size
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from m3runtime.documents.survey import Survey
     from m3runtime.writing.mirror import MirrorReport
 
-Paths = Annotated[list[Path], typer.Argument(help="Files or folders: txt, md, rst, html, jsonl.")]
-TextField = Annotated[str, typer.Option(help="The field of a jsonl line that holds the text.")]
+Paths = Annotated[
+    list[Path], typer.Argument(help="Files or folders: text, HTML, JSONL, PDF, Office, EPUB, code and more.")
+]
 Whole = Annotated[bool, typer.Option("--whole", help="Each document is one reference; do not split.")]
 KeepMissing = Annotated[
     bool, typer.Option("--keep-missing", help="Keep the memories of files that are no longer in a folder.")
@@ -30,7 +31,7 @@ _NAMED = 3
 def write(
     paths: Paths,
     config: ConfigFile = None,
-    text_field: TextField = "text",
+    text_field: TextField = None,
     whole: Whole = False,
     catalogue: Annotated[
         bool, typer.Option("--catalogue", help="Only embed: each is encoded at its first recall (recall.cold_start).")
@@ -53,7 +54,7 @@ def write(
     from m3runtime.documents.survey import Reading
     from m3runtime.writing.mirror import Mirror
 
-    reading = Reading(text_field, whole, catalogue)
+    reading = Reading(documents_fields(settings, text_field), whole, catalogue)
     with closing(Mirror(settings, reading, keep_missing=keep_missing)) as mirror:
         if dry_run:
             survey = mirror.survey(paths)

@@ -120,6 +120,28 @@ class TierConfig(PluginSection):
     """A plug-in's name or an import path; further keys are its options."""
 
 
+class DocumentsConfig(Section):
+    """The fields of a JSONL line. A dot leads into an object: ``meta.lang``."""
+
+    text_field: Name = "text"
+    """The field of the text."""
+    id_field: Name | None = None
+    """The field that names a line in citations; null: ``source``, else ``id``, else the line's number."""
+    title_field: Name | None = "title"
+    """The field of a title, which the text gets as a heading; null: none."""
+    url_field: Name | None = "url"
+    """The field of an address, which is cited; null: none."""
+    metadata_fields: tuple[Name, ...] = ()
+    """Further fields to keep and to cite, each under its own name."""
+
+    @model_validator(mode="after")
+    def _keep_names_apart(self) -> Self:
+        for name in self.metadata_fields:
+            if name in ("record", "title", "url"):
+                raise ValueError(f"metadata_fields must not have {name}, which has a meaning of its own")
+        return self
+
+
 class RecallConfig(Section):
     """The choice of memories for a chunk, and the time that it waits for them."""
 
@@ -216,6 +238,7 @@ class Config(Section):
     index: IndexConfig = IndexConfig()
     tiers: tuple[TierConfig, ...] = ()
     """The tiers, fastest first, the home last; empty: tiers that fit the device and the machine."""
+    documents: DocumentsConfig = DocumentsConfig()
     recall: RecallConfig = RecallConfig()
     threads: ThreadsConfig = ThreadsConfig()
     metrics: MetricsConfig = MetricsConfig()

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from m3runtime.documents.reading import Document, OnUnread
+from m3runtime.documents.document import Document
+from m3runtime.documents.reading import OnUnread
 from m3runtime.documents.sample import Sample
 from m3runtime.errors import InputError
 

@@ -1,64 +1,29 @@
-"""Reading the documents that are to be remembered: text, markdown, reStructuredText, HTML and JSON lines.
+"""Reading the documents that are to be remembered: `READERS` has the formats.
 
-Plain text and JSON lines are streamed: a block of a text file, or one line of JSON, is in memory at a time. HTML is
-parsed file by file, each as a whole.
+Plain text, JSON lines, tables and PDF are streamed: a block, a line, a row or a page is in memory at a time. HTML and
+the other formats are parsed file by file, each as a whole.
 """
 
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from m3runtime.documents.embedded import OnLeftOut, without_embedded
+from m3runtime.config.schema import DocumentsConfig
+from m3runtime.documents.charsets import declared_charset
+from m3runtime.documents.document import Document
 from m3runtime.documents.html import html_text
-from m3runtime.documents.reference import Place
+from m3runtime.documents.json_lines import json_documents
+from m3runtime.documents.parts import Read
+from m3runtime.documents.readers import code, csv, docx, epub, ipynb, pdf, pptx, xlsx
 from m3runtime.documents.text import UNSPACED, file_blocks, text_blocks
 from m3runtime.errors import InputError
 
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A text and where it came from. A line feed ends its lines, and base64 is left out, whatever the file had."""
-
-    source: str
-    """The name of the file."""
-    content: str | Path
-    """The text, or the plain-text file that holds it, which is read each time that the text is asked for."""
-    metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """See `Place.metadata`. A line of JSON has its source, id or line number as ``record``."""
-
-    @property
-    def name(self) -> str:
-        """The source, and behind a colon its record, if it has any."""
-        return Place(self.source, 0, 0, self.metadata).name
-
-    @property
-    def text(self) -> str:
-        """The whole text, in memory."""
-        return "".join(self.blocks())
-
-    def blocks(self, left_out: OnLeftOut | None = None) -> Iterator[str]:
-        """The text in pieces of about a million characters, cut anywhere; without pictures and files in base64.
-
-        ``left_out`` is called with the place and length of each that was left out. Raises `InputError` if a file is not
-        text in UTF-8.
-        """
-        return without_embedded(self._blocks(), left_out)
-
-    def _blocks(self) -> Iterator[str]:
-        if isinstance(self.content, str):
-            yield self.content
-            return
-        rest = ""
-        for block in text_blocks(file_blocks(self.content), str(self.content)):
-            end = block.rfind("\n") + 1
-            yield rest + block[:end]
-            rest = block[end:]
-        yield rest
+FIELDS = DocumentsConfig()
+"""The fields of JSON lines, as long as nothing else is configured."""
 
 
 OnUnread = Callable[[InputError], None]
@@ -80,7 +45,7 @@ def find_files(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
             found, others = folder_files(path)
             skipped += others
             if not found:
-                raise InputError(f"{path} holds no text: no file that ends in {', '.join(READERS)}")
+                raise InputError(f"{path} holds no text: no file that ends in .txt, .md, .pdf or another known suffix")
             for real, file in found.items():
                 files.setdefault(real, file)
         elif path.is_file():
@@ -102,25 +67,25 @@ def folder_files(folder: Path) -> tuple[dict[str, Path], list[Path]]:
     return files, skipped
 
 
-def read_documents(paths: Iterable[str | Path], *, text_field: str = "text") -> Iterator[Document]:
+def read_documents(paths: Iterable[str | Path], *, fields: DocumentsConfig = FIELDS) -> Iterator[Document]:
     """The documents in files and folders (`find_files`), blank ones left out, read as they are asked for.
 
-    The source of each is the path as it was given. A file named ``.jsonl`` gives one document for each line, whose text
-    is in ``text_field``. Raises `InputError` at once for paths that cannot be used, and while it is iterated for a file
-    that is not text in UTF-8, for a bad line of JSON, and at the end if there was no text at all. A long file raises it
-    when its text is read.
+    The source of each is the path as it was given. A file named ``.jsonl`` gives one document for each line, whose
+    ``fields`` are the configuration's. Raises `InputError` at once for paths that cannot be used, and while it is
+    iterated for a file that cannot be read, for a bad line of JSON, and at the end if there was no text at all. A long
+    file raises it when its text is read.
     """
-    return _read(find_files(paths)[0], text_field)
+    return _read(find_files(paths)[0], fields)
 
 
 def read_file(
-    path: Path, source: str, *, text_field: str = "text", unread: OnUnread | None = None
+    path: Path, source: str, *, fields: DocumentsConfig = FIELDS, unread: OnUnread | None = None
 ) -> Iterator[Document]:
     """The documents of one file that are not blank; see `read_documents`.
 
     With ``unread`` a record that cannot be read raises nothing: it is called with the reason, and the others follow.
     """
-    for document in READERS.get(path.suffix.lower(), _read_plain)(path, text_field):
+    for document in READERS.get(path.suffix.lower(), _read_plain)(path, fields):
         if isinstance(document, InputError):
             if unread is None:
                 raise document
@@ -134,10 +99,10 @@ def one_word(text: str) -> bool:
     return len(text.split()) < 2 and len(re.findall(f"[{UNSPACED}]", text)) < 2
 
 
-def _read(files: Sequence[Path], text_field: str) -> Iterator[Document]:
+def _read(files: Sequence[Path], fields: DocumentsConfig) -> Iterator[Document]:
     empty = True
     for path in files:
-        for document in read_file(path, path.as_posix(), text_field=text_field):
+        for document in read_file(path, path.as_posix(), fields=fields):
             empty = False
             yield document
     if empty:
@@ -165,61 +130,38 @@ def _walk(folder: str, real: str, seen: set[str]) -> Iterator[tuple[Path, str | 
             yield from _walk(entry.path, real_path, seen)
 
 
-def _read_plain(path: Path, _: str) -> Iterator[Document]:
+def _read_plain(path: Path, _: DocumentsConfig) -> Iterator[Document]:
     begin = list(islice(file_blocks(path), 2))
     yield Document(path.as_posix(), path if len(begin) > 1 else "".join(text_blocks(begin, str(path))))
 
 
-def _read_html(path: Path, _: str) -> Iterator[Document]:
-    yield Document(path.as_posix(), html_text("".join(text_blocks(file_blocks(path), str(path)))))
+def _read_html(path: Path, _: DocumentsConfig) -> Iterator[Document]:
+    content = list(file_blocks(path))
+    declared = declared_charset(content[0]) if content else None
+    yield Document(path.as_posix(), html_text("".join(text_blocks(content, str(path), declared))))
 
 
-def _read_json_lines(path: Path, text_field: str) -> Iterator[Document | InputError]:
-    for number, line in enumerate(_lines(path), 1):
-        try:
-            if document := _record(path, number, line, text_field):
-                yield document
-        except InputError as error:
-            yield error
+def _parted(read: Read) -> Callable[[Path, DocumentsConfig], Iterator[Document]]:
+    """A reader of files that are one document each, and come in parts."""
+
+    def documents(path: Path, _: DocumentsConfig) -> Iterator[Document]:
+        yield Document(path.as_posix(), path, read=read)
+
+    return documents
 
 
-def _record(path: Path, number: int, line: bytes, text_field: str) -> Document | None:
-    """The document of a line; None for a blank one."""
-    where = f"{path}, line {number}"
-    text = "".join(text_blocks([line], where))
-    if not text.strip():
-        return None
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-        raise InputError(f"{where} is not an object with a text in {text_field!r}")
-    remembered: str = record[text_field]
-    try:
-        remembered.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: {text_field!r} has half a character (a lone surrogate)") from error
-    name = record.get("source", record.get("id", number))
-    lines = remembered.replace("\r\n", "\n").replace("\r", "\n")
-    return Document(path.as_posix(), lines, {"record": str(name)})
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    try:
-        with path.open("rb") as file:
-            yield from file
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-
-
-READERS: dict[str, Callable[[Path, str], Iterator[Document | InputError]]] = {
-    ".txt": _read_plain,
-    ".md": _read_plain,
-    ".rst": _read_plain,
-    ".html": _read_html,
-    ".htm": _read_html,
-    ".jsonl": _read_json_lines,
+READERS: dict[str, Callable[[Path, DocumentsConfig], Iterator[Document | InputError]]] = {
+    **dict.fromkeys((".txt", ".text", ".md", ".markdown", ".rst"), _read_plain),
+    **dict.fromkeys((".html", ".htm", ".xhtml"), _read_html),
+    ".jsonl": json_documents,
+    ".pdf": _parted(pdf.read),
+    ".docx": _parted(docx.read),
+    ".pptx": _parted(pptx.read),
+    **dict.fromkeys((".xlsx", ".xlsm"), _parted(xlsx.read)),
+    **dict.fromkeys((".csv", ".tsv"), _parted(csv.read)),
+    ".epub": _parted(epub.read),
+    ".ipynb": _parted(ipynb.read),
+    **dict.fromkeys(code.LANGUAGES, _parted(code.read)),
 }
 """The reader of each suffix. Other files are read as plain text when they are named themselves.
 

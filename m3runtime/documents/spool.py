@@ -2,10 +2,11 @@
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 
-from m3runtime.documents.reading import Document
+from m3runtime.documents.document import Document
+from m3runtime.documents.parts import located
 from m3runtime.documents.reference import Place, Reference
 from m3runtime.documents.splitting import Splitter
 from m3runtime.errors import InputError
@@ -29,7 +30,7 @@ _Row = tuple[int, bytes, int, bytes]
 class ReferenceSpool:
     """The references of documents in order, equal ones once with all their places.
 
-    With ``whole`` every document is one reference.
+    With ``whole`` every document is one reference. ``references`` follow as they are.
 
     Documents are read once, to their end, when the spool is made: a mistake in any of them shows before the first
     reference is used. It takes bounded memory and a temporary file as large as the texts and some hundred bytes for
@@ -44,6 +45,7 @@ class ReferenceSpool:
         self,
         documents: Iterable[Document],
         splitter: Splitter,
+        references: Iterable[Reference] = (),
         *,
         whole: bool = False,
         may_be_empty: bool = False,
@@ -63,9 +65,11 @@ class ReferenceSpool:
             for document in documents:
                 self.documents += 1
                 for reference in _split(document, splitter, whole=whole):
-                    self._add(reference, document)
+                    self._add(reference, document.metadata)
                 self.sources.pop(document.source, None)
                 self.sources[document.source] = self._count
+            for reference in references:
+                self._add(reference, {})
             if not (self._count or may_be_empty):
                 raise InputError("the corpus is empty: there is nothing to remember")
         except sqlite3.OperationalError as error:
@@ -97,14 +101,14 @@ class ReferenceSpool:
         """Remove the temporary file."""
         self._file.close()
 
-    def _add(self, reference: Reference, document: Document) -> None:
+    def _add(self, reference: Reference, metadata: Mapping[str, str]) -> None:
         """Add a reference, or its places if it is known."""
         digest = _digest(reference)
         row = digest, _packed(reference.text), reference.tokens, _packed(reference.heading)
         self._count += self._file.execute(_ADD, row).rowcount
         for place in reference.places:
-            metadata = json.dumps({**document.metadata, **place.metadata})
-            self._file.execute(_ADD_PLACE, (_packed(place.source), place.start, place.end, metadata, digest))
+            known = json.dumps({**metadata, **place.metadata})
+            self._file.execute(_ADD_PLACE, (_packed(place.source), place.start, place.end, known, digest))
 
     def _reference(self, row: _Row) -> Reference:
         number, text, tokens, heading = row
@@ -117,12 +121,15 @@ class ReferenceSpool:
 
 def _split(document: Document, splitter: Splitter, *, whole: bool) -> Iterator[Reference]:
     """The references of a document."""
-    return _uncut(document, splitter) if whole else splitter.stream(document.blocks(), document.source)
+
+    def split(blocks: Iterable[str]) -> Iterator[Reference]:
+        return _uncut(document, "".join(blocks), splitter) if whole else splitter.stream(blocks, document.source)
+
+    return located(document.parts(), split)
 
 
-def _uncut(document: Document, splitter: Splitter) -> Iterator[Reference]:
+def _uncut(document: Document, whole: str, splitter: Splitter) -> Iterator[Reference]:
     """A document as one passage."""
-    whole = document.text
     text = whole.strip()
     start = whole.index(text)
     tokens, limit = splitter.count_tokens(text), splitter.max_tokens

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from m3runtime.documents.reading import READERS, folder_files
+from m3runtime.config.schema import DocumentsConfig
+from m3runtime.documents.reading import FIELDS, folder_files
 from m3runtime.documents.sources import READING, SourceNames, SourceState, is_as_stated, is_within, state_of
 from m3runtime.errors import InputError
 
@@ -16,15 +17,16 @@ _COLD = " catalogue"
 class Reading:
     """How files are read and split."""
 
-    text_field: str = "text"
+    fields: DocumentsConfig = FIELDS
+    """The fields of JSON lines."""
     whole: bool = False
     catalogue: bool = False
     """Only catalogued: the next write without it encodes them."""
 
     def how(self, path: Path) -> str:
         """`SourceState.how` of a file."""
-        field = f" {self.text_field}" if path.suffix.lower() == ".jsonl" else ""
-        return f"{READING}{field}{' whole' * self.whole}{_COLD * self.catalogue}"
+        fields = f" {self.fields.model_dump_json(exclude_defaults=True)}" if path.suffix.lower() == ".jsonl" else ""
+        return f"{READING}{fields}{' whole' * self.whole}{_COLD * self.catalogue}"
 
     def covers(self, how: str, other: str) -> bool:
         """Is a source that was written in one way as good as one written in the ``other``?"""
@@ -141,7 +143,7 @@ class _Found:
             found, skipped = folder_files(path)
             self.skipped += skipped
             if not found and not any(is_within(known, name) for known in self._known):
-                raise InputError(f"{path} holds no text: no file that ends in {', '.join(READERS)}")
+                raise InputError(f"{path} holds no text: no file that ends in .txt, .md, .pdf or another known suffix")
             self._folders.append(name)
         elif path.is_file():
             found = {os.path.realpath(path): path}

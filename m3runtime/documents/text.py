@@ -1,10 +1,11 @@
-"""`text_blocks`: UTF-8 bytes as text in bounded memory, as all plain-text kinds and JSON lines are read."""
+"""`text_blocks`: bytes as text in bounded memory, as all plain-text kinds and JSON lines are read."""
 
 import codecs
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from m3runtime.documents.charsets import charset, marked_charset
 from m3runtime.errors import InputError
 
 BLOCK = 1 << 20
@@ -14,12 +15,6 @@ UNSPACED = (
     "\U00020000-\U0003ffff"
 )
 """Characters of Chinese, Japanese, Thai and other scripts without spaces, for a regular expression: each is a word."""
-_WIDE_ENCODINGS = {
-    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark it begins with
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
 
 
 def file_blocks(path: Path) -> Iterator[bytes]:
@@ -32,30 +27,52 @@ def file_blocks(path: Path) -> Iterator[bytes]:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def text_blocks(content: Iterable[bytes], name: str) -> Iterator[str]:
-    """Decoded blocks of UTF-8, with or without a byte order mark; a line feed ends every line.
+def text_blocks(content: Iterable[bytes], name: str, declared: str | None = None) -> Iterator[str]:
+    """The bytes of a text, decoded block by block; a line feed ends every line.
 
-    Raises `InputError`, which calls the content ``name``, for another encoding and for binary content.
+    The encoding is the one of a byte order mark, or UTF-8, or the ``declared`` one, or the likeliest of those that are
+    common. Raises `InputError`, which calls the content ``name``, for binary content and damaged text.
     """
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    lines = io.IncrementalNewlineDecoder(decoder, translate=True)
+    stateful = declared if declared and declared.startswith("iso2022") else None  # in ASCII's own bytes
+    encoding: str | None = None
+    decoder, lines = codecs.getincrementaldecoder("ascii")(), io.IncrementalNewlineDecoder(None, translate=True)
     count = 0
     for block in content:
-        if not count:
-            for mark, encoding in _WIDE_ENCODINGS.items():
-                if block.startswith(mark):
-                    raise InputError(f"{name} is text in {encoding}; convert it to UTF-8")
-        if b"\0" in block:
-            raise InputError(f"{name} is a binary file, not text")
+        if encoding is None:
+            encoding = (marked_charset(block) if not count else None) or stateful
+            if b"\0" in block and not (encoding or "").startswith(("utf-16", "utf-32")):
+                raise InputError(f"{name} is a binary file, not text")
+            if encoding is None and not block.isascii():
+                encoding = charset(block, name, declared)
+            if encoding is not None:
+                decoder = codecs.getincrementaldecoder(encoding)()
         count += len(block)
-        yield _decoded(lines, block, name, count)
-    yield _decoded(lines, b"", name, count, final=True)
+        text = _decoded(decoder, block, name, count)
+        if "\0" in text:
+            raise InputError(f"{name} is a binary file, not text")
+        yield lines.decode(text)
+    yield lines.decode(_decoded(decoder, b"", name, count, final=True), final=True)
 
 
-def _decoded(lines: io.IncrementalNewlineDecoder, block: bytes, name: str, count: int, *, final: bool = False) -> str:
-    """The text of the bytes up to ``count``, but for a character or line end that the next block may complete."""
+def text_lines(blocks: Iterable[str]) -> Iterator[str]:
+    """The lines of a text that comes in blocks, each with the line feed that ends it; the last may have none."""
+    rest: list[str] = []
+    for block in blocks:
+        *whole, tail = block.split("\n")
+        for line in whole:
+            yield "".join((*rest, line, "\n"))
+            rest = []
+        rest.append(tail)
+    if last := "".join(rest):
+        yield last
+
+
+def _decoded(decoder: codecs.IncrementalDecoder, block: bytes, name: str, count: int, *, final: bool = False) -> str:
+    """The text of the bytes up to ``count``, but for a character that the next block may complete."""
     try:
-        return lines.decode(block, final)
+        return decoder.decode(block, final)
     except UnicodeDecodeError as error:
         place = count - len(error.object) + error.start  # of the file: the decoder sees no more than it still needs
-        raise InputError(f"{name} is a binary file, or text in another encoding than UTF-8 (byte {place})") from error
+        raise InputError(
+            f"{name} is a binary file, or damaged text: byte {place} is not {error.encoding.upper()}"
+        ) from error

@@ -28,6 +28,11 @@ _EXTRAS = {
     "rapidfuzz": ("eval", "memory3"),
     "scipy": ("eval",),
     "tensorboard": ("memory3",),
+    "pypdf": ("documents",),
+    "docx": ("documents",),
+    "pptx": ("documents",),
+    "openpyxl": ("documents",),
+    "pyarrow": ("parquet",),
     "watchfiles": ("sync",),
 }
 """The extras that install each optional module."""
@@ -43,7 +48,7 @@ def load(group: str, name: str) -> type[Any]:
     module, _, attribute = name.partition(":") if ":" in name else _find(group, name)
     if not all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")]):
         raise PluginError(f"{what} is not an import path such as package.module:Name")
-    found = _import(module, what)
+    found = import_for(what, module)
     try:
         for part in attribute.split("."):
             found = getattr(found, part)
@@ -64,6 +69,21 @@ def require(what: str, extra: str) -> None:
     for module, extras in _EXTRAS.items():
         if extra in extras and not _is_installed(module):
             raise PluginError(f"{what} needs {module}: pip install 'm3runtime[{extra}]'")
+
+
+def import_for(what: str, module: str) -> Any:
+    """The module that something needs. Raises `PluginError`, with what to install, if it cannot be imported."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in _EXTRAS:
+            raise PluginError(f"{what} needs {missing}: pip install 'm3runtime[{_EXTRAS[missing][0]}]'") from error
+        if missing == module.partition(".")[0]:
+            raise PluginError(f"{what}: no module {error.name}; is its folder on PYTHONPATH?") from error
+        raise PluginError(f"{what} needs {missing}, which is not installed") from error
+    except ImportError as error:
+        raise PluginError(f"{what} cannot be imported: {' '.join(str(error).split())}") from error
 
 
 def _is_installed(module: str) -> bool:
@@ -94,17 +114,3 @@ def _find(group: str, name: str) -> tuple[str, str, str]:
         f"{_GROUPS[group]} {name} is not known; {hint}"
         f"There are {', '.join(choices)}, and import paths package.module:Name"
     )
-
-
-def _import(module: str, what: str) -> Any:
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing in _EXTRAS:
-            raise PluginError(f"{what} needs {missing}: pip install 'm3runtime[{_EXTRAS[missing][0]}]'") from error
-        if missing == module.partition(".")[0]:
-            raise PluginError(f"{what}: no module {error.name}; is its folder on PYTHONPATH?") from error
-        raise PluginError(f"{what} needs {missing}, which is not installed") from error
-    except ImportError as error:
-        raise PluginError(f"{what} cannot be imported: {' '.join(str(error).split())}") from error

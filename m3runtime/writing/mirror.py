@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from m3runtime.config.schema import Config
 from m3runtime.documents.checking import Check
-from m3runtime.documents.reading import Document, OnUnread, read_file
+from m3runtime.documents.document import Document
+from m3runtime.documents.reading import OnUnread, read_file
 from m3runtime.documents.sample import Sample
 from m3runtime.documents.sources import SourceNames, SourceState, is_as_stated, state_of
 from m3runtime.documents.survey import Reading, Survey, survey
@@ -154,7 +155,7 @@ class Mirror:
             yield from self._documents_of(name, path, (lambda _: None) if name in found.unread else None)
 
     def _documents_of(self, name: str, path: Path, unread: OnUnread | None) -> Iterator[Document]:
-        return read_file(path, name, text_field=self.reading.text_field, unread=unread)
+        return read_file(path, name, fields=self.reading.fields, unread=unread)
 
     def _read(self, found: Survey, bank: "_Bank", progress: OnProgress | None) -> "tuple[int, WriteReport]":
         """Write what is new or changed, and all else. Returns the number of forgotten references, too."""

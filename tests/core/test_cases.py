@@ -27,16 +27,17 @@ TEXTS = {
     "html/template.html": TOLL,
     "html/unclosed-script.html": TOLL,
     "jsonl/ansi.jsonl": "The toll is four pence. \x1b[2K\x1b[1A\x1b]0;owned\x07 The bridge has seven arches.",
+    "jsonl/bigint.jsonl": MILL,
     "jsonl/blank-text.jsonl": MILL,
     "jsonl/bom.jsonl": MILL,
     "jsonl/duplicate-keys.jsonl": MILL,
     "jsonl/nan.jsonl": MILL,
     "jsonl/nul-escape.jsonl": "The mill\0 of Harrowfen grinds rye.",
+    "jsonl/utf16.jsonl": MILL,
     "oneword/VERSION.txt": "1.4.2",
 }
 UNREAD = {
     "jsonl/array.jsonl": ["line 1 is not JSON", "line 2 is not JSON", "line 4 is not JSON"],
-    "jsonl/bigint.jsonl": ["line 1 is not JSON"],
     "jsonl/nested.jsonl": ["line 1 is not an object with a text in 'text'"],
     "jsonl/null.jsonl": ["line 2 is not an object with a text in 'text'"],
     "jsonl/number.jsonl": ["line 1 is not an object with a text in 'text'"],
@@ -44,7 +45,6 @@ UNREAD = {
     "jsonl/pretty.jsonl": ["line 1 is not JSON", "line 2 is not JSON", "line 3 is not JSON"],
     "jsonl/surrogate.jsonl": ["line 1: 'text' has half a character"],
     "jsonl/trailing-comma.jsonl": ["line 1 is not JSON"],
-    "jsonl/utf16.jsonl": ["line 1 is text in UTF-16; convert it to UTF-8", "line 2 is a binary file"],
 }
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from m3runtime.documents.document import Document
 from m3runtime.documents.overlap import overlap
-from m3runtime.documents.reading import Document
 from m3runtime.errors import InputError
 from m3runtime.lab.evaluation.passages import Corpus, hold_out
 

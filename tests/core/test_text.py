@@ -12,11 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from m3runtime.config.schema import DocumentsConfig
+from m3runtime.documents.document import Document
 from m3runtime.documents.embedded import without_embedded
 from m3runtime.documents.html import html_text
-from m3runtime.documents.reading import Document, find_files, read_documents, read_file
+from m3runtime.documents.reading import find_files, read_documents, read_file
 from m3runtime.documents.splitting import CountTokens, Splitter
 from m3runtime.documents.spool import ReferenceSpool
+from m3runtime.documents.text import text_blocks
 from m3runtime.errors import InputError
 
 BYTES = base64.b64encode(bytes(range(256)) * 2).decode()
@@ -45,6 +48,46 @@ class TestReading:
     def test_a_byte_order_mark_is_no_text(self, tmp_path: Path) -> None:
         path = write(tmp_path / "a.txt", b"\xef\xbb\xbfword")
         assert next(read_documents([path])).text == "word"
+
+    @pytest.mark.parametrize(
+        ("encoding", "text"),
+        [
+            ("utf-8-sig", "Zwölf 😀"),
+            ("utf-16", "Zwölf 😀"),
+            ("utf-32", "Zwölf 😀"),
+            ("gb18030", "哈罗芬的石桥建于一八八四年。"),
+            ("shift_jis", "石橋は千八百八十四年に建てられた。"),
+            ("euc_jp", "灯台守は油をともす。渡し船は六時に出る。カタカナもある。"),
+            ("big5", "石橋建於一八八四年,渡船每天六點離開村莊。"),
+            ("cp949", "돌다리는 1884년에 지어졌다."),
+            ("latin-1", "Le café de Harrowfen ouvre à sept heures."),
+            ("cp1252", "The keeper’s “blue” lantern."),
+            ("cp1250", "Most zbudował ślusarz ze Szczecina, żółty dźwig."),
+            ("cp1251", "Каменный мост построен в 1884 году."),
+            ("koi8_r", "Каменный мост построен в 1884 году."),
+            ("cp1253", "Λάμπα και γέφυρα χτίστηκαν το 1884."),
+        ],
+    )
+    @pytest.mark.parametrize("before", [0, 1_200_000], ids=["short", "long"])
+    def test_an_encoding_is_found_out(self, tmp_path: Path, encoding: str, text: str, before: int) -> None:
+        text = "a heron. " * (before // 9) + text  # the first block of a long one tells nothing
+        path = write(tmp_path / "a.txt", text.encode(encoding))
+        assert next(read_documents([path])).text == text
+
+    @pytest.mark.parametrize("encoding", ["shift_jis", "iso2022_jp", "utf-8"])
+    def test_html_declares_its_encoding(self, tmp_path: Path, encoding: str) -> None:
+        path = write(tmp_path / "a.html", f"<meta charset={encoding}><p>石橋".encode(encoding))
+        assert next(read_documents([path])).text == "石橋"
+
+    def test_utf_8_is_believed_before_a_declaration(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.html", "<meta charset=iso-8859-1><p>Zwölf")
+        assert next(read_documents([path])).text == "Zwölf"
+
+    @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r")), st.integers(1, 5))
+    def test_utf_8_is_never_taken_for_another_encoding(self, text: str, size: int) -> None:
+        content = text.encode()
+        blocks = [content[at : at + size] for at in range(0, len(content), size)]
+        assert "".join(text_blocks(blocks, "a")) == text.removeprefix("\ufeff")
 
     def test_folders_are_walked_in_order(self, tmp_path: Path) -> None:
         for name in ("b.txt", "a/z.md", "a/b/c.rst", "a.txt", "c/x.html", "c/y.htm"):
@@ -129,7 +172,9 @@ class TestReading:
 
     def test_json_lines_with_another_field(self, tmp_path: Path) -> None:
         path = write(tmp_path / "a.jsonl", '{"body": "one"}')
-        assert [document.text for document in read_documents([path], text_field="body")] == ["one"]
+        assert [document.text for document in read_documents([path], fields=DocumentsConfig(text_field="body"))] == [
+            "one"
+        ]
 
     @pytest.mark.parametrize(
         ("line", "message"),
@@ -154,12 +199,10 @@ class TestReading:
         [
             (b"\x89PNG\r\n\x1a\n\0\0", "is a binary file"),
             (b"a\0b", "is a binary file"),
-            (
-                "Zwölf".encode("latin-1"),
-                r"is a binary file, or text in another encoding than UTF-8 \(byte 2\)",
-            ),
-            ("word".encode("utf-16"), "is text in UTF-16; convert it to UTF-8"),
-            ("word".encode("utf-32"), "is text in UTF-32; convert it to UTF-8"),
+            ("word".encode("utf-16-le"), "is a binary file"),
+            ("word".encode("utf-16") + b"x", "damaged text: byte 10 is not UTF-16"),
+            ("Zwölf Boxkämpfer ".encode() + b"\xe4 ", "damaged text: byte 19 is not UTF-8"),
+            (bytes(range(128, 256)) * 40, "in an unknown encoding; convert it to UTF-8"),
         ],
     )
     @pytest.mark.parametrize("name", ["a.txt", "a.html"])
@@ -212,8 +255,8 @@ class TestLongFiles:
     @pytest.mark.parametrize(
         ("end", "message"),
         [
-            (b"\xe4 ", r"another encoding than UTF-8 \(byte 2400000\)"),
-            ("ö".encode()[:1], r"another encoding than UTF-8 \(byte 2400000\)"),
+            ("öä".encode() + b"\xe4 ", "byte 2400004 is not UTF-8"),
+            ("ö".encode()[:1], "byte 2400000 is not UTF-8"),
             (b"\0", "is a binary file"),
         ],
     )

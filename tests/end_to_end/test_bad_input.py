@@ -282,8 +282,8 @@ class TestCorpus:
             ("blank.html", "<p> </p><script>no text</script>", "there is no text in blank.html"),
             ("blank.jsonl", "\n\n", "there is no text in blank.jsonl"),
             ("binary.txt", b"\x7fELF\x00\x01", "binary.txt is a binary file, not text"),
-            ("binary.dat", bytes(range(128, 256)), "binary.dat is a binary file, or text in another encoding"),
-            ("utf16.txt", "Zwölf".encode("utf-16"), "utf16.txt is text in UTF-16; convert it to UTF-8"),
+            ("binary.dat", bytes(range(128, 256)), "binary.dat is a binary file, or text in an unknown encoding"),
+            ("half.txt", "Zwölf".encode("utf-16")[:-1], "half.txt is a binary file, or damaged text: byte 10"),
             ("bad2.jsonl", '{"body": "It is none."}', "bad2.jsonl, line 1 is not an object with a text in 'text'"),
         ],
     )

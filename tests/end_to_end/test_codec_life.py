@@ -23,7 +23,7 @@ from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs.limit import relative_errors
 from m3runtime.codecs.steps import Steps
 from m3runtime.config.schema import CodecConfig, Config
-from m3runtime.documents.reading import Document
+from m3runtime.documents.document import Document
 from m3runtime.errors import BankMismatchError, BlockError
 from m3runtime.memory import block
 from m3runtime.runtime import Runtime

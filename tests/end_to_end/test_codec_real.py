@@ -10,7 +10,7 @@ import run as demo
 from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
 from m3runtime.config.schema import Config
-from m3runtime.documents.reading import Document
+from m3runtime.documents.document import Document
 from m3runtime.lab.evaluation.facts import FactsResults, FactsRun, FactsSettings
 from m3runtime.lab.evaluation.statistics import difference, mean
 from m3runtime.lab.evaluation.trials import changed

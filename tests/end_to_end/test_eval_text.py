@@ -14,7 +14,8 @@ from m3runtime import assembly
 from m3runtime.adapters.answers import Prompt, Score
 from m3runtime.adapters.base import Adapter
 from m3runtime.config.schema import CodecConfig, Config
-from m3runtime.documents.reading import Document, read_documents
+from m3runtime.documents.document import Document
+from m3runtime.documents.reading import read_documents
 from m3runtime.errors import InputError
 from m3runtime.lab.evaluation.passages import Corpus, hold_out
 from m3runtime.lab.evaluation.text_results import MODES, TextResults

@@ -40,7 +40,7 @@ from m3runtime import assembly  # noqa: E402
 from m3runtime.codecs.product.codec import ProductCodec  # noqa: E402
 from m3runtime.config.schema import Config  # noqa: E402
 from m3runtime.device.resolve import resolve  # noqa: E402
-from m3runtime.documents.reading import Document  # noqa: E402
+from m3runtime.documents.document import Document  # noqa: E402
 from m3runtime.lab.bench.banks import full_pieces  # noqa: E402
 from m3runtime.memory.block import as_ids  # noqa: E402
 from m3runtime.memory.spec import MemorySpec  # noqa: E402

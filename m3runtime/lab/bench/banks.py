@@ -10,7 +10,8 @@ from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
 from m3runtime.bank.bank import Bank
 from m3runtime.config.schema import Config
-from m3runtime.documents.reading import Document, one_word, read_documents
+from m3runtime.documents.document import Document
+from m3runtime.documents.reading import one_word, read_documents
 from m3runtime.documents.reference import Reference
 from m3runtime.documents.splitting import Splitter
 from m3runtime.documents.spool import ReferenceSpool

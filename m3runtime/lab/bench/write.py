@@ -18,7 +18,8 @@ from m3runtime.adapters.base import Adapter
 from m3runtime.bank.bank import Bank
 from m3runtime.bank.codecs import CODEC, codec_file
 from m3runtime.config.schema import Config
-from m3runtime.documents.reading import Document, read_documents
+from m3runtime.documents.document import Document
+from m3runtime.documents.reading import read_documents
 from m3runtime.documents.splitting import Splitter
 from m3runtime.documents.spool import ReferenceSpool
 from m3runtime.lab.bench.banks import bank_references, full_pieces

@@ -6,7 +6,7 @@ from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
 from m3runtime.bank.bank import Bank
 from m3runtime.config.schema import Config
-from m3runtime.documents.reading import Document
+from m3runtime.documents.document import Document
 from m3runtime.errors import InputError
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.writing.writer import OnProgress, Writer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from m3runtime.adapters.base import Adapter
 from m3runtime.config.schema import Config
-from m3runtime.documents.reading import Document
+from m3runtime.documents.document import Document
 from m3runtime.lab.evaluation.passages import hold_out
 from m3runtime.lab.evaluation.statistics import Estimate, difference, mean
 from m3runtime.lab.evaluation.text_run import run_text

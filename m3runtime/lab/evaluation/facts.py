@@ -11,7 +11,7 @@ from m3runtime import assembly
 from m3runtime.adapters.answers import Form
 from m3runtime.adapters.base import Adapter
 from m3runtime.config.schema import Config, GenerateConfig
-from m3runtime.documents.reading import Document
+from m3runtime.documents.document import Document
 from m3runtime.lab.evaluation.banks import write_bank
 from m3runtime.lab.evaluation.journal import Journal, silent
 from m3runtime.lab.evaluation.judging import is_invented, is_right

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from m3runtime.documents.reading import Document, one_word
+from m3runtime.documents.document import Document
+from m3runtime.documents.reading import one_word
 from m3runtime.documents.splitting import Splitter
 from m3runtime.errors import InputError
 from m3runtime.lab.evaluation.overlapping import overlapping

@@ -15,9 +15,10 @@ from m3model.engine.markers import literal_tokenizer
 from m3model.training.retrieving import retrieve
 from m3model.training.sequences import NOTHING, Prepared, TokenRows, cut_sequences
 from m3runtime import assembly
-from m3runtime.config.schema import Config
+from m3runtime.config.schema import Config, DocumentsConfig
 from m3runtime.config.train import TrainConfig
-from m3runtime.documents.reading import Document, read_documents
+from m3runtime.documents.document import Document
+from m3runtime.documents.reading import read_documents
 from m3runtime.documents.splitting import Splitter
 from m3runtime.documents.spool import ReferenceSpool
 from m3runtime.errors import ConfigError
@@ -32,7 +33,7 @@ def prepare(config: Config, settings: TrainConfig, tokenizer: Any, progress: OnP
     a temporary one. In memory is the index, with an embedding for each reference. Raises `ConfigError` if the run in
     ``train.out`` began with other texts.
     """
-    read = partial(read_documents, text_field=settings.text_field)
+    read = partial(read_documents, fields=DocumentsConfig(text_field=settings.text_field))
     data, references = partial(read, settings.data), partial(read, settings.references or settings.data)
     folder = settings.out / f"data-{_fingerprint([data(), references()] if settings.references else [data()])}"
     if folder.exists():
