@@ -7,7 +7,22 @@ from io import TextIOWrapper
 
 import typer
 
-from m3runtime.cli import ask, bank, bench, codec, config, init, interrupts, plan, sync, top, train, verify, write
+from m3runtime.cli import (
+    ask,
+    bank,
+    bench,
+    codec,
+    config,
+    exchange,
+    init,
+    interrupts,
+    plan,
+    sync,
+    top,
+    train,
+    verify,
+    write,
+)
 from m3runtime.cli import eval as evaluation
 from m3runtime.cli.terminal import say
 from m3runtime.errors import BankError, CodecError, ConfigError, InputError, M3Error, PluginError
@@ -22,7 +37,10 @@ app = typer.Typer(
 )
 _PANELS = {
     "Use a bank": (init.init, write.write, sync.sync, ask.ask, ask.chat, bank.search),
-    "Keep a bank": (bank.inspect, bank.forget, verify.verify, config.config, plan.plan, top.top, codec.app),
+    "Keep a bank": (
+        *(bank.inspect, bank.forget, exchange.export, exchange.import_),
+        *(verify.verify, config.config, plan.plan, top.top, codec.app),
+    ),
     "Lab: evaluate, measure, train": (evaluation.app, bench.app, train.train),
 }
 """The commands by the panel of `m3 --help` that lists them."""
@@ -31,7 +49,7 @@ for _panel, _commands in _PANELS.items():
         if isinstance(_command, typer.Typer):
             app.add_typer(_command, rich_help_panel=_panel)
         else:
-            app.command(rich_help_panel=_panel)(_command)
+            app.command(_command.__name__.rstrip("_"), rich_help_panel=_panel)(_command)
 
 USER_ERRORS = (ConfigError, InputError, PluginError, BankError, CodecError)
 """Errors that the user can correct: exit code 2. Other failures have exit code 1."""

@@ -10,7 +10,8 @@ from m3runtime.adapters.base import Adapter
 from m3runtime.bank.bank import Bank
 from m3runtime.bank.manifest import Manifest
 from m3runtime.config.schema import Config
-from m3runtime.documents.reading import Document
+from m3runtime.documents.document import Document
+from m3runtime.documents.reference import Reference
 from m3runtime.documents.sources import SourceState
 from m3runtime.documents.splitting import Splitter
 from m3runtime.documents.spool import ReferenceSpool
@@ -68,6 +69,7 @@ class Writer:
         self,
         documents: Iterable[Document],
         *,
+        added: Iterable[Reference] = (),
         states: Callable[[], Mapping[str, SourceState | None]] = dict,
         during: Callable[[Home], AbstractContextManager[object]] = nullcontext,
         whole: bool = False,
@@ -78,7 +80,8 @@ class Writer:
 
         References that it lacks are added. Those that a source had before, and has no more, are forgotten unless
         another source has them. All others keep their ids and bytes. ``states`` is called when all documents were read,
-        and returns the state of each source; a source in it that has no document is emptied.
+        and returns the state of each source; a source in it that has no document is emptied. References that are
+        ``added`` come as they are, and whatever else their sources have stays.
         ``during`` is entered with the home before anything is changed, when the bank was found to fit, and left when
         all is written, the index included.
 
@@ -95,7 +98,7 @@ class Writer:
         """
         began, clock = time.perf_counter(), Clock()
         with clock.phase("split"):
-            spool = ReferenceSpool(documents, self.splitter, whole=whole, may_be_empty=True)
+            spool = ReferenceSpool(documents, self.splitter, added, whole=whole, may_be_empty=True)
             mirrored = states()
         with closing(spool) as references:
             assembly.make_index(self.config, self.embedder.dim)  # a mistake there should not show only at the end
