@@ -1,7 +1,8 @@
 """`Environment`: one open LMDB environment whose map grows by itself and whose errors are ours.
 
 LMDB maps its file into memory at a fixed size. The map may be resized only while this process has no transaction open,
-so every transaction goes through a guard that a resize waits for.
+so every transaction goes through a guard that a resize waits for. A process that writes also maps the file anew from
+time to time, so that the pages that it touched do not fill its memory.
 """
 
 import os
@@ -66,12 +67,16 @@ class Environment:
                 size = self.env.info()["map_size"]
                 try:
                     with self.env.begin(buffers=True) as txn:
-                        return work(txn)
+                        result = work(txn)
+                    break
                 except lmdb.MapResizedError:
                     pass
                 except lmdb.Error as error:
                     raise TierError(f"bank {self.path}: {error}") from error
             self._space.adopt(self.env, size)
+        if not self.read_only:
+            self._space.trim(self.env)
+        return result
 
     def write(self, work: Callable[[WriteTransaction], T], *, need: int = 0, reserve: bool = False) -> T:
         """Run ``work`` in a write transaction: durable on return as configured, and undone by any exception.
@@ -113,6 +118,7 @@ class Environment:
                 turned = True
         if reserve and grown:
             self._space.restore_reserve(self.env)
+        self._space.trim(self.env)
         return result
 
     def at_rest(self, work: Callable[[], T]) -> T | None:
