@@ -138,9 +138,10 @@ class LmdbReader(Home):
 
     def ids_of(self, source: str) -> Ids:
         """The ids of a source, ascending, quarantined ones included."""
-        key, sources = digest(source), self._db.sources
+        key = digest(source)
 
         def work(txn: ReadTransaction) -> Ids:
+            sources = self._db.sources
             cursor, known = txn.cursor(self._db.members), sources.read(txn, key, unpack_source)
             try:
                 members = unpack_ids(cursor.iternext_dup() if cursor.set_key(key) else ())
