@@ -22,7 +22,16 @@ app = typer.Typer(
 )
 _PANELS = {
     "Use a bank": (init.init, write.write, sync.sync, ask.ask, ask.chat, bank.search),
-    "Keep a bank": (bank.inspect, bank.forget, verify.verify, config.config, plan.plan, top.top, codec.app),
+    "Keep a bank": (
+        bank.inspect,
+        bank.forget,
+        bank.compact,
+        verify.verify,
+        config.config,
+        plan.plan,
+        top.top,
+        codec.app,
+    ),
     "Lab: evaluate, measure, train": (evaluation.app, bench.app, train.train),
 }
 """The commands by the panel of `m3 --help` that lists them."""
