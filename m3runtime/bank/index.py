@@ -20,7 +20,7 @@ from m3runtime.bank.bank import Bank
 from m3runtime.errors import IndexFileError, RecordError
 from m3runtime.memory.spec import canonical_json
 from m3runtime.retrieval.index import Index
-from m3runtime.storage.files import open_regular, write_atomically
+from m3runtime.storage.files import open_regular, remove_remains, write_atomically
 
 INDEX = "index"
 _RECORD = "index"
@@ -61,6 +61,19 @@ class BankIndex:
         index, changed = self.open(cold=True)
         if changed:
             self.save(index)
+
+    def rebuild(self) -> None:
+        """Make the file anew from the home, cold references included: an index keeps bytes of what it removed.
+
+        What a process that was killed left of a file is removed. Raises the errors of `update`.
+        """
+        index = self._make()
+        catch_up(index, self._bank)
+        try:
+            remove_remains(self.path)
+        except OSError as error:
+            raise IndexFileError(f"cannot remove what is left of index {self.path}: {error.strerror}") from error
+        self.save(index)
 
     def load(self) -> Index:
         """The index as its file has it. Raises `IndexFileError` if the file is missing or does not match its record.

@@ -38,7 +38,7 @@ app = typer.Typer(
 _PANELS = {
     "Use a bank": (init.init, write.write, sync.sync, ask.ask, ask.chat, bank.search),
     "Keep a bank": (
-        *(bank.inspect, bank.forget, exchange.export, exchange.import_),
+        *(bank.inspect, bank.forget, bank.compact, exchange.export, exchange.import_),
         *(verify.verify, config.config, plan.plan, top.top, codec.app),
     ),
     "Lab: evaluate, measure, train": (evaluation.app, bench.app, train.train),

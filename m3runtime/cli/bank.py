@@ -1,6 +1,7 @@
-"""``m3 search``, ``m3 inspect`` and ``m3 forget``: look into a bank, and remove memories from it."""
+"""``m3 search``, ``inspect``, ``forget`` and ``compact``: look into a bank, and remove memories from it."""
 
 from contextlib import closing
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -57,6 +58,8 @@ def inspect(
         return
     if id is None and not all:
         facts["sources"] = summarised(facts["sources"])
+    if id is None:
+        facts["erasures"] = {one["at"]: f"{one['memories']} memories" for one in facts["erasures"]}
     for name, value in facts.items():
         if isinstance(value, dict):
             say(f"{name}:")
@@ -74,6 +77,9 @@ def forget(
         list[str] | None, typer.Option("--source", help="A file, folder, pattern or source, whatever it looks like.")
     ] = None,
     quarantined: Annotated[bool, typer.Option("--quarantined", help="Forget all quarantined memories.")] = False,
+    erase: Annotated[
+        bool, typer.Option("--erase", help="Leave no byte of it in the bank's files, as `m3 compact` does.")
+    ] = False,
     config: ConfigFile = None,
     set: Set = None,
     json: Json = False,
@@ -90,6 +96,7 @@ def forget(
     from m3runtime.bank import records
     from m3runtime.documents.sources import SourceNames
     from m3runtime.memory.block import as_ids
+    from m3runtime.writing import erasure
     from m3runtime.writing.forgetting import drop_traces, sources_of
     from m3runtime.writing.moving import Moves
 
@@ -107,18 +114,44 @@ def forget(
         moves.drop([*ids, *(home.quarantined() if quarantined else ())])
         for name, record in chosen:
             moves.forget(name, record)
+        if erase:
+            erasure.begin(home)
         moves.make()
         failed = drop_traces(settings, bank, moves.forgotten)
-    for name in failed:
-        say(f"tier {name} failed: what it still holds is discarded when it is used again", err=True)
+        for name in failed:
+            say(f"tier {name} failed: what it still holds is discarded when it is used again", err=True)
+        erased = erasure.finish_begun(settings, bank)
     if json:
-        print_json({"forgotten": sorted(moves.forgotten)})
+        facts = {"forgotten": sorted(moves.forgotten)}
+        print_json(facts if erased is None else {**facts, "erased": asdict(erased)})
     else:
-        say(f"{len(moves.forgotten)} memories forgotten")
+        say(f"{len(moves.forgotten)} memories forgotten" + ("" if erased is None else " and erased"))
+
+
+def compact(config: ConfigFile = None, set: Set = None, json: Json = False) -> None:
+    """Leave no byte of forgotten memories in the bank's files, and give their room back to the drive.
+
+    Needs as much room on the drive as the bank takes, while it runs. Others may read the bank meanwhile. If it is
+    killed, the next command that writes to the bank finishes it.
+    """
+    settings = configuration(config, set)
+    from m3runtime import assembly
+    from m3runtime.writing import erasure
+
+    with closing(assembly.open_bank(settings)) as bank:
+        before = bank.home.stored_bytes()
+        erased = erasure.finish(settings, bank)
+        freed = max(0, before - bank.home.stored_bytes())
+    if json:
+        print_json({"erased": asdict(erased), "freed_bytes": freed, "bank": str(settings.bank)})
+    else:
+        say(f"{erased.memories} forgotten or replaced memories erased; {show_size(freed)} given back: {settings.bank}")
 
 
 def _bank_facts(bank: "Bank") -> dict[str, Any]:
-    manifest, home = bank.manifest, bank.home
+    from m3runtime.bank.erasures import Erasures
+
+    manifest, home, erasures = bank.manifest, bank.home, Erasures.of(bank.home)
     distortion = bank.codec.measured
     cold = len(home.cold())
     several: dict[str, Any] = {}
@@ -146,6 +179,8 @@ def _bank_facts(bank: "Bank") -> dict[str, Any]:
         **several,
         "codec_bytes": sum(path.stat().st_size for path, _ in bank.codecs.files()),
         "fingerprint": bank.stamp.bank,
+        "erasures": [asdict(one) for one in erasures.done],
+        "erasing": erasures.begun,
         "sources": dict(sorted(home.sources().items())),
     }
 

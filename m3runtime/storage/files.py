@@ -6,8 +6,12 @@ import secrets
 import stat
 from collections.abc import Callable
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import BinaryIO
+
+_RANDOM = 8
+"""Random bytes in the name of a temporary file."""
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -37,7 +41,7 @@ def write_atomically(path: Path, content: bytes | Callable[[Path], None], *, mod
     new file's. Raises `OSError`, and what ``content`` raises. Threads and processes may write the same path; the last
     one wins.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(_RANDOM)}.tmp")
     try:
         with temporary.open("xb") as file:
             if isinstance(content, bytes):
@@ -54,6 +58,15 @@ def write_atomically(path: Path, content: bytes | Callable[[Path], None], *, mod
             temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def remove_remains(path: Path) -> None:
+    """Remove the temporary files of calls of `write_atomically` for this path that were killed.
+
+    No other process may be writing ``path``. Raises `OSError`.
+    """
+    for remains in path.parent.glob(f".{escape(path.name)}.{'?' * 2 * _RANDOM}.tmp"):
+        remains.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

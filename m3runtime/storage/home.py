@@ -179,6 +179,15 @@ class Home(Tier):
     def stored_bytes(self) -> int:
         """Bytes that the home takes on its drive."""
 
+    @abstractmethod
+    def compact(self) -> None:
+        """Leave no byte of what was forgotten in any file of the home, and give its room back to the drive.
+
+        Nothing else changes: ids, blocks and all other contents stay. Killed at any instant, the home is as it was,
+        or compacted. Others may read meanwhile. Raises `BankFullError` if there is no room to do it, and
+        `TierReadOnlyError`; nothing has changed then.
+        """
+
     def audit(self, progress: Callable[[int, int], None] | None = None) -> Iterator[Damage]:  # noqa: ARG002
         """Look for damage that the other methods alone do not show, such as records that disagree. Changes nothing.
 

@@ -19,18 +19,19 @@ from m3runtime.testing.home_cold import ColdLaws
 from m3runtime.testing.home_commits import CommitLaws
 from m3runtime.testing.home_contents import check_whole, contents
 from m3runtime.testing.home_durability import DurabilityLaws
+from m3runtime.testing.home_erasure import ErasureLaws
 from m3runtime.testing.home_places import PlaceLaws
 from m3runtime.testing.tier import check_read
 
 __all__ = ["HomeContract", "check_whole", "contents"]
 
 
-class HomeContract(CommitLaws, PlaceLaws, ColdLaws, DurabilityLaws):
+class HomeContract(CommitLaws, PlaceLaws, ColdLaws, DurabilityLaws, ErasureLaws):
     """The laws of `Home`. Subclass it as ``TestMyHome``, open the home and its back door: see `TierContract`.
 
     Its themes: the content of a home (here), transactions (`CommitLaws`), places and the states of their
-    sources (`PlaceLaws`), references without a block (`ColdLaws`), and durability and other processes
-    (`DurabilityLaws`).
+    sources (`PlaceLaws`), references without a block (`ColdLaws`), durability and other processes
+    (`DurabilityLaws`), and compaction (`ErasureLaws`).
     """
 
     def test_a_new_home_holds_nothing(self, home: Home) -> None:

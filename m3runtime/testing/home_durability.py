@@ -26,6 +26,7 @@ CHANGES: dict[str, Change] = {
     "discard": lambda home: home.discard(make_ids(0, 20)),
     "set_meta": lambda home: home.set_meta("manifest", b"\0\xff"),
     "replacing": lambda home: home.commit(make_batch([30, 31]), replacing=make_ids(3, 7)),
+    "compact": lambda home: home.compact(),
     "last commit": lambda home: home.commit(make_batch([40])),
     "catalogue": lambda home: catalogue(home, make_ids(41, 42, 43)),
     "fill": lambda home: home.fill(make_ids(43, 41), make_blocks(make_ids(43, 41))),

@@ -76,5 +76,6 @@ class HomeLaws(TierContract):
             tier.revision,
             tier.stored_bytes,
             lambda: tier.widen(tier.slot_bytes),
+            tier.compact,
             lambda: tier.references(none),
         ]

@@ -66,6 +66,18 @@ class PersistentTierContract(CachingTierContract):
         with self.reopen(small, capacity=3 * SLOT_BYTES) as again:
             assert self.held(again) == kept - {min(kept)}
 
+    def test_no_byte_of_what_was_discarded_is_in_a_file(self, tier: CachingTier) -> None:
+        gone, kept = make_ids(1, 3, 6), make_ids(2, 4, 5)
+        write(tier, make_ids(1, 2, 3, 4))
+        write(tier, make_ids(5, 6))
+        tier.discard(gone)
+        tier.close()
+        files = b"".join(file.read_bytes() for file in self.folder.rglob("*") if file.is_file())
+        for block in map(stored_bytes, make_blocks(gone)):
+            assert not any(block[at : at + 8] in files for at in range(48, len(block) - 7, 4))
+        with self.reopen(tier, capacity=16 * SLOT_BYTES) as again:
+            assert self.held(again) == set(kept.tolist())
+
     def test_a_process_that_was_killed_leaves_right_bytes_or_none(self, small: CachingTier) -> None:
         write(small, make_ids(1, 2, 3))
         write(small, make_ids(4, 5))

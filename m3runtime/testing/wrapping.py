@@ -73,6 +73,9 @@ class WrappedHome(Wrapped[Home], Home):
     def audit(self, progress: Callable[[int, int], None] | None = None) -> Iterator[Damage]:
         return self.around("audit", lambda: self.inner.audit(progress))
 
+    def compact(self) -> None:
+        self.around("compact", self.inner.compact)
+
     def commit(self, batch: Batch, *, replacing: Ids | None = None, changes: Changes | None = None) -> None:
         self.around("commit", lambda: self.inner.commit(batch, replacing=replacing, changes=changes))
 

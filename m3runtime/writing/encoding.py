@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,13 +28,13 @@ class Group:
     references: Sequence[Reference]
     changes: Changes = field(default_factory=Changes)
     """Changes of other references, made in the same transaction."""
-    blocks: Tensor = field(init=False)
-    """The encoded blocks of all references, ``uint8[n, slot_bytes]``; zeros before `put`."""
     vectors: Embeddings = field(init=False)
     """The embeddings of all references, ``float32[n, dim]``, after `embed`."""
 
-    def __post_init__(self) -> None:
-        self.blocks = torch.zeros(len(self.ids), self.bank.home.slot_bytes, dtype=torch.uint8)
+    @cached_property
+    def blocks(self) -> Tensor:
+        """The encoded blocks of all references, ``uint8[n, slot_bytes]``; zeros before `put`."""
+        return torch.zeros(len(self.ids), self.bank.home.slot_bytes, dtype=torch.uint8)
 
     def texts(self, rows: Sequence[int]) -> list[str]:
         """The texts of these rows."""

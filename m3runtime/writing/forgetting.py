@@ -40,9 +40,18 @@ def drop_traces(config: Config, bank: Bank, ids: Sequence[int]) -> list[str]:
 
     Returns the names of tiers that failed: they discard what they still hold when they are used again.
     """
-    tiers = assembly.open_tiers(config, bank.slot_bytes, assembly.device(config), persistent=True)
-    with closing(Hierarchy(tiers, bank.home, bank.codecs)) as hierarchy:
-        hierarchy.discard(as_ids(ids))
-        failed = [tier.name for tier in hierarchy.stats() if tier.faults]
+    failed = discard(config, bank, ids)
     assembly.bank_index(config, bank).update()
     return failed
+
+
+def discard(config: Config, bank: Bank, ids: Sequence[int]) -> list[str]:
+    """Discard these ids, and all that the home does not have, in the tiers that outlive the process.
+
+    Returns the names of tiers that failed.
+    """
+    tiers = assembly.open_tiers(config, bank.slot_bytes, assembly.device(config), persistent=True)
+    with closing(Hierarchy(tiers, bank.home, bank.codecs)) as hierarchy:
+        if len(ids):
+            hierarchy.discard(as_ids(ids))
+        return [tier.name for tier in hierarchy.stats() if tier.faults]

@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from m3runtime.bank.erasures import Erasures
 from m3runtime.config.schema import Config
 from m3runtime.documents.checking import Check
 from m3runtime.documents.document import Document
@@ -56,6 +57,8 @@ class _Bank:
     """Did the last write come to its end, with the settings of this one?"""
     sources: Mapping[str, int] = field(default_factory=dict)
     states: Mapping[str, SourceState] = field(default_factory=dict)
+    is_erasing: bool = False
+    """Did an erasure begin that has not ended?"""
 
     def known(self, found: Survey) -> int:
         """References of sources that are not read, those of several sources counted in each."""
@@ -99,6 +102,8 @@ class Mirror:
         """
         found, bank = self._look(paths)
         found, sample = self._readable(paths, found, bank)
+        if bank.is_erasing:
+            self._finish_erasure()
         if found.is_in_step and bank.is_whole:
             return MirrorReport(found, None, bank.known(found), 0)
         if found.read or not bank.is_whole:
@@ -118,7 +123,8 @@ class Mirror:
         if self._home_folder.exists():
             with suppress(BankMissingError), self._open_home(read_only=True) as home:
                 is_whole = home.get_meta(_WRITTEN) == self._settings
-                bank = _Bank(True, is_whole, dict(home.sources()), dict(home.states()))
+                is_erasing = Erasures.of(home).begun
+                bank = _Bank(True, is_whole, dict(home.sources()), dict(home.states()), is_erasing)
         keep = self.keep_missing
         return survey(paths, self.names, bank.sources, bank.states, self.reading, keep_missing=keep), bank
 
@@ -226,6 +232,14 @@ class Mirror:
             moves.state(name, found.states[name])
         moves.make()
         return moves.forgotten
+
+    def _finish_erasure(self) -> None:
+        """Finish an erasure whose process was killed."""
+        from m3runtime import assembly  # loads torch
+        from m3runtime.writing.erasure import finish_begun
+
+        with closing(assembly.open_bank(self.config)) as bank:
+            finish_begun(self.config, bank)
 
     @cached_property
     def _writer(self) -> "Writer":

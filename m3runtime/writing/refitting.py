@@ -30,6 +30,7 @@ from m3runtime.retrieval.embedder import Embeddings
 from m3runtime.storage.home import Batch, Changes
 from m3runtime.writing import codec_files
 from m3runtime.writing.codec_training import TRAINING, encoded, encoded_ids, known_ids, starter, train, training_key
+from m3runtime.writing.erasure import finish_begun
 from m3runtime.writing.fitting import memory_tokens, sample
 from m3runtime.writing.writer import OnProgress
 
@@ -84,6 +85,7 @@ def refit(config: Config, progress: OnProgress | None = None) -> RefitReport:
             Steps(bank.path / TRAINING).remove()
         report = work.encode()
         assembly.bank_index(config, bank).update()
+        finish_begun(config, bank)
         return report
 
 

@@ -17,6 +17,7 @@ from m3runtime.errors import InputError, RecordError
 from m3runtime.memory.block import as_ids
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.storage.home import Home
+from m3runtime.writing import erasure
 from m3runtime.writing.encoding import GROUP, Group
 from m3runtime.writing.verification import OnProgress, VerifyReport, examine
 
@@ -63,6 +64,7 @@ def repair(
         if any(one.where == "index" for one in found.damage):
             index.path.unlink()
         index.update()
+        erasure.finish_begun(config, bank)
         if found.clean:
             return report
 

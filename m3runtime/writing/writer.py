@@ -18,7 +18,7 @@ from m3runtime.documents.spool import ReferenceSpool
 from m3runtime.errors import InputError
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.storage.home import Home
-from m3runtime.writing import codec_files, codec_training
+from m3runtime.writing import codec_files, codec_training, erasure
 from m3runtime.writing.grouping import Groups
 from m3runtime.writing.pipeline import Clock, Pipeline
 
@@ -105,6 +105,7 @@ class Writer:
             with clock.phase("codec"):
                 bank = self._open(references)
             with closing(bank), during(bank.home):
+                erasure.finish_begun(self.config, bank)
                 pipeline = Pipeline(
                     self.adapter,
                     self.embedder,

@@ -13,7 +13,10 @@ from tests.end_to_end.commands import M3, Place, environment
 
 PANELS = {
     "Use a bank": ["init", "write", "sync", "ask", "chat", "search"],
-    "Keep a bank": ["inspect", "forget", "export", "import", "verify", "config", "plan", "top", "codec"],
+    "Keep a bank": [
+        *("inspect", "forget", "compact", "export", "import"),
+        *("verify", "config", "plan", "top", "codec"),
+    ],
     "Lab: evaluate, measure, train": ["train", "eval", "bench"],
 }
 

@@ -45,7 +45,8 @@ if m3runtime.codecs.product.kernels.sharing.compiled():
 
 BEGINS = {"train_planned": "codec", "Bank.create": "creation", "Pipeline.run": "commits", "BankIndex.save": "index",
           "_Repair.mend": "repair", "_Repair._compute": "computing", "Moves.make": "forgetting",
-          "KeptTier.discard": "tiers"}
+          "KeptTier.discard": "tiers", "begin": "begun", "LmdbHome.compact": "compacting",
+          "Erasures.with_one_done": "recording"}
 
 def everything():
     kernels = sys.modules.get("m3runtime.codecs.product.kernels.by_numba")

@@ -42,3 +42,12 @@ class KeptTier(SlabTier):
         except OSError as error:
             raise TierError(f"tier {self.name}: {error}") from error
         super().discard(ids)
+
+
+class StubbornTier(KeptTier):
+    """Discards nothing while its folder has a file ``stubborn``."""
+
+    def discard(self, ids: Ids) -> None:
+        if (self.folder / "stubborn").exists():
+            raise TierError(f"tier {self.name}: it is stubborn")
+        super().discard(ids)

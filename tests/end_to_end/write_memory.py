@@ -2,7 +2,8 @@
 
 Makes one text file of that size, catalogues it with a tiny model into a new bank, and prints JSON. In MB, up to the
 last split, up to the last commit, and of all with the index: ``peak`` is resident memory,
-``own`` is that without mapped pages of files, which the system takes back when it needs room.
+``own`` is that without mapped pages of files. Of the difference to a small corpus, the index takes a part: about
+300 bytes for each reference, with embeddings of 16 numbers.
 """
 
 import json

@@ -1,11 +1,14 @@
 """`Environment`: one open LMDB environment whose map grows by itself and whose errors are ours.
 
 LMDB maps its file into memory at a fixed size. The map may be resized only while this process has no transaction open,
-so every transaction goes through a guard that a resize waits for.
+so every transaction goes through a guard that a resize waits for. A process that writes also maps the file anew from
+time to time, so that the pages that it touched do not fill its memory.
 """
 
 import os
+import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -15,7 +18,9 @@ from m3backends.lmdb.claim import Claim
 from m3backends.lmdb.files import HomeFiles
 from m3backends.lmdb.guard import Guard
 from m3backends.lmdb.space import FIRST_MAP, Space
+from m3runtime.config.units import format_size
 from m3runtime.errors import BankBusyError, BankError, BankFullError, TierError, TierReadOnlyError
+from m3runtime.storage.files import remove_remains, write_atomically
 
 if TYPE_CHECKING:
     ReadTransaction = lmdb.Transaction[memoryview]
@@ -37,19 +42,34 @@ class Environment:
     """
 
     def __init__(
-        self, path: Path, *, databases: int, max_size: int | None, read_only: bool, durability: Durability
+        self,
+        path: Path,
+        *,
+        databases: int,
+        max_size: int | None,
+        read_only: bool,
+        durability: Durability,
+        reopened: Callable[[], None],
     ) -> None:
+        """``reopened`` is called when another file took the place of this one: handles of databases are void then.
+
+        No transaction is open at that time, and none may begin through `read` or `write`.
+        """
         self.path = path
         self.files = HomeFiles(path)
         self.read_only = read_only
+        self._databases = databases
         self._durability = durability
+        self._reopened = reopened
         self._guard = Guard(f"bank {path} is closed")
         self._process = os.getpid()
         self._open, self._sound, self._written = True, True, False
         self._space = Space(self.files, self._guard, max_size, sync=durability == "full")
         self._claim = Claim(self.files, read_only=read_only)
         try:
-            self.env = self._open_env(databases)
+            if not read_only:
+                remove_remains(self.files.data.resolve())  # of a compaction that was killed
+            self.env = self._open_env()
             if not read_only:
                 self._space.fill_up(self.env)
         except (lmdb.Error, OSError) as error:
@@ -62,16 +82,22 @@ class Environment:
         """Run ``work`` on one snapshot. Its memoryviews are dead once it returned. Raises `TierError`."""
         self._check_process()
         while True:
+            if self.read_only and self._is_replaced():
+                self._adopt()
             with self._guard.shared():
                 size = self.env.info()["map_size"]
                 try:
                     with self.env.begin(buffers=True) as txn:
-                        return work(txn)
+                        result = work(txn)
+                    break
                 except lmdb.MapResizedError:
                     pass
                 except lmdb.Error as error:
                     raise TierError(f"bank {self.path}: {error}") from error
             self._space.adopt(self.env, size)
+        if not self.read_only:
+            self._space.trim(self.env)
+        return result
 
     def write(self, work: Callable[[WriteTransaction], T], *, need: int = 0, reserve: bool = False) -> T:
         """Run ``work`` in a write transaction: durable on return as configured, and undone by any exception.
@@ -113,7 +139,42 @@ class Environment:
                 turned = True
         if reserve and grown:
             self._space.restore_reserve(self.env)
+        self._space.trim(self.env)
         return result
+
+    def replace(self, fill: Callable[[lmdb.Environment, Path], None]) -> None:
+        """Put the file that ``fill`` makes in the place of this one, whole or not at all, while no thread reads.
+
+        ``fill`` gets this environment and the path of an empty file. Raises `BankFullError` if the drive has no room
+        for both files, `TierReadOnlyError` or `TierError`.
+        """
+        self._check_process()
+        if self.read_only:
+            raise TierReadOnlyError(f"bank {self.path} was opened for reading")
+        with self._guard.alone():
+            data = self.files.data.resolve()  # which may lie on another drive
+            before = data.stat()
+
+            def make(new: Path) -> None:
+                fill(self.env, new)
+                if hasattr(os, "chown"):
+                    with suppress(PermissionError):
+                        os.chown(new, before.st_uid, before.st_gid)
+                self.env.close()
+
+            try:
+                self.files.drop_verified()
+                write_atomically(data, make, mode=stat.S_IMODE(before.st_mode))
+            except (lmdb.Error, OSError) as error:
+                if self._space.is_drive_full(error, before.st_size):
+                    raise BankFullError(
+                        f"bank {self.path}: its drive has no room for a second copy of its records, at most "
+                        f"{format_size(before.st_size)}, which compaction needs; make room and compact it again"
+                    ) from error
+                raise TierError(f"bank {self.path} cannot be compacted: {error}") from error
+            finally:
+                self._reopen()
+                self._written = True
 
     def at_rest(self, work: Callable[[], T]) -> T | None:
         """Run ``work`` while no process writes to the file; None if another process may. Raises `TierError`."""
@@ -167,11 +228,35 @@ class Environment:
         if os.getpid() != self._process:
             raise TierError(f"bank {self.path} was opened before this process forked; open it anew in this one")
 
-    def _open_env(self, databases: int) -> lmdb.Environment:
+    def _is_replaced(self) -> bool:
+        """Was another file put in the place of this one, by a compaction?"""
+        return self.files.identity() not in (self._identity, None)
+
+    def _adopt(self) -> None:
+        """Open the file that took the place of this one."""
+        with self._guard.alone():
+            if self._is_replaced():
+                claim = Claim(self.files, read_only=True)
+                self._claim.release()
+                self._claim = claim
+                self._reopen()
+
+    def _reopen(self) -> None:
+        self.env.close()
+        try:
+            self.env = self._open_env()
+            if not self.read_only:
+                self._space.fill_up(self.env)
+            self._reopened()
+        except (lmdb.Error, OSError) as error:
+            raise BankError(f"bank {self.files.data}: {error}") from error
+
+    def _open_env(self) -> lmdb.Environment:
+        self._identity = self.files.identity()  # before it is opened, so that no other file can come in between unseen
         env = lmdb.Environment(
             str(self.path),
             map_size=min(FIRST_MAP, self._space.limit()),  # LMDB raises it to what is in use
-            max_dbs=databases,
+            max_dbs=self._databases,
             max_readers=1024,
             readonly=self.read_only,
             create=not self.read_only,

@@ -91,6 +91,14 @@ class HomeFiles:
             self.stamp.unlink()
             sync_folder(self.folder)
 
+    def identity(self) -> tuple[int, int] | None:
+        """Device and inode of ``data.mdb``; None if it is missing."""
+        try:
+            of = self.data.stat()
+        except FileNotFoundError:
+            return None
+        return of.st_dev, of.st_ino
+
     def state(self) -> bytes:
         """Size, time and inode of ``data.mdb`` as it is now, and a digest of them."""
         of = self.data.stat()

@@ -7,10 +7,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import lmdb
 import numpy as np
 import numpy.typing as npt
 
 from m3backends.lmdb.audit import audit
+from m3backends.lmdb.compaction import copy_records, repacked
 from m3backends.lmdb.compression import (
     ENOUGH,
     PLAIN,
@@ -26,7 +28,14 @@ from m3backends.lmdb.forgetting import forget
 from m3backends.lmdb.placing import join, move, state
 from m3backends.lmdb.reader import LmdbReader
 from m3backends.lmdb.records import identity, pack_id, pack_ids, pack_reference, pack_text
-from m3backends.lmdb.schema import Databases, create_folder, open_databases, state_schema, store_packing
+from m3backends.lmdb.schema import (
+    Databases,
+    create_folder,
+    open_databases,
+    reopen_databases,
+    state_schema,
+    store_packing,
+)
 from m3runtime.config.units import Size
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError
@@ -85,6 +94,7 @@ class LmdbHome(LmdbReader):
             max_size=max_size,
             read_only=read_only,
             durability=durability,
+            reopened=self._reopen,
         )
         try:
             self._db, self.slot_bytes, self._above, self._packing = open_databases(self._environment, slot_bytes)
@@ -228,6 +238,23 @@ class LmdbHome(LmdbReader):
             raise InputError(f"slots of {self.slot_bytes} bytes cannot become slots of {slot_bytes}")
         self._environment.write(lambda txn: self._db.home.put(txn, b"slot_bytes", b"%d" % slot_bytes), reserve=True)
         self.slot_bytes = slot_bytes
+
+    def compact(self) -> None:
+        """Copy all records into a new file, which takes the place of the old one; see `Home.compact`.
+
+        Calls of other threads wait for it. It takes up to as much room on the drive as the file has. Processes that
+        read go on to the new file at their next call.
+        """
+
+        def fill(env: lmdb.Environment, new: Path) -> None:
+            rewrite = repacked(env, self._db, self.slot_bytes, self._packing or PLAIN)
+            copy_records(env, new, self._db, rewrite)
+
+        self._environment.replace(fill)
+
+    def _reopen(self) -> None:
+        self._db, self._packing = reopen_databases(self._environment, self.slot_bytes)
+        self._dictionary = load_dictionary(self._packing.dictionary) if self._packing else None
 
     def audit(self, progress: Callable[[int, int], None] | None = None) -> Iterator[Damage]:
         """Audit pages and records, as `Home.audit` says; the pages not while another process has the home for writing.

@@ -35,6 +35,10 @@ from m3runtime.storage.tier import check_rows
 if TYPE_CHECKING:
     from torch import Tensor
 
+_PART = 4096
+"""Most ids that are listed in one transaction."""
+_TRIES = 3
+
 
 class LmdbReader(Home):
     """The reading methods of `LmdbHome`. Each works on one snapshot, `embeddings` on one for each batch.
@@ -114,6 +118,9 @@ class LmdbReader(Home):
 
     def ids(self) -> Ids:
         """All remembered ids, ascending, without quarantined ones."""
+        for _ in range(_TRIES):
+            if (found := self._ids_in_parts()) is not None:
+                return found
 
         def work(txn: ReadTransaction) -> Ids:
             return np.setdiff1d(self._db.references.ids(txn), self._db.quarantine.ids(txn), assume_unique=True)
@@ -131,9 +138,10 @@ class LmdbReader(Home):
 
     def ids_of(self, source: str) -> Ids:
         """The ids of a source, ascending, quarantined ones included."""
-        key, sources = digest(source), self._db.sources
+        key = digest(source)
 
         def work(txn: ReadTransaction) -> Ids:
+            sources = self._db.sources
             cursor, known = txn.cursor(self._db.members), sources.read(txn, key, unpack_source)
             try:
                 members = unpack_ids(cursor.iternext_dup() if cursor.set_key(key) else ())
@@ -202,6 +210,26 @@ class LmdbReader(Home):
     def close(self) -> None:
         """Wait for running calls and close. Closing twice is fine."""
         self._environment.close()
+
+    def _ids_in_parts(self) -> Ids | None:
+        """`ids`, read in several transactions; None if there was a commit between them.
+
+        The keys lie among the texts, so that one transaction would have much of the file in memory at once.
+        """
+        parts, snapshots, start = list[Ids](), set[int](), b""
+        while True:
+
+            def work(txn: ReadTransaction, start: bytes = start) -> tuple[int, Ids, Ids]:
+                return txn.id(), self._db.references.ids(txn, start, _PART), self._db.quarantine.ids(txn)
+
+            snapshot, part, apart = self._environment.read(work)
+            snapshots.add(snapshot)
+            parts.append(part)
+            if len(snapshots) > 1:
+                return None
+            if len(part) < _PART:
+                return np.setdiff1d(np.concatenate(parts), apart, assume_unique=True)
+            start = pack_ids(part[-1:])[0] + b"\0"
 
     def _has(self, txn: ReadTransaction | WriteTransaction, key: bytes) -> bool:
         """Is a block stored? A cursor, unlike `get`, does not read it."""

@@ -48,10 +48,12 @@ def unpack_id(key: bytes | memoryview) -> int:
 
 def unpack_ids(keys: Iterable[bytes | memoryview]) -> Ids:
     """The ids that `pack_id` wrote, ``uint64[n]``."""
-    packed = list(keys)
-    if not set(map(len, packed)) <= {8}:
-        raise ValueError("there are keys that are no ids")
-    return np.frombuffer(b"".join(packed), ">u8").astype(np.uint64)
+    packed = bytearray()  # not a list of keys, which takes hundreds of bytes for each
+    for key in keys:
+        if len(key) != 8:
+            raise ValueError("there are keys that are no ids")
+        packed += key
+    return np.frombuffer(packed, ">u8").astype(np.uint64)
 
 
 def pack_text(text: str) -> bytes:

@@ -144,6 +144,27 @@ def open_databases(environment: Environment, slot_bytes: int | None) -> Opened:
     return opened
 
 
+def reopen_databases(environment: Environment, slot_bytes: int) -> tuple[Databases, Packing | None]:
+    """Open the databases again, and read the packing, when another file took the place of the one that was open.
+
+    Raises `BankError` if it is damaged or another bank.
+    """
+    try:
+        with environment.env.begin() as txn:
+            there = {bytes(name) for name in txn.cursor().iternext(values=False)}
+        databases = _open_all(environment, None, there)
+        with environment.env.begin(buffers=True) as txn:
+            if environment.is_doubtful:
+                _check_findable(txn, databases)
+            if (databases.home.read(txn, b"slot_bytes", unpack_number) or 0) < slot_bytes:  # they may have been widened
+                raise ValueError("another bank took its place")
+            packing = _packing(txn, databases)
+    except (lmdb.Error, ValueError, TierError) as error:
+        raise BankError(f"bank {environment.files.data} cannot be opened again: {error}") from error
+    environment.confirm()
+    return databases, packing
+
+
 def state_schema(txn: WriteTransaction, databases: Databases) -> None:
     """State that the home has records which earlier releases cannot read."""
     if unpack_number(txn.get(b"version", b"", db=databases.home.handle)) != SCHEMA:

@@ -10,6 +10,7 @@ import lmdb
 
 from m3backends.lmdb.files import HomeFiles
 from m3backends.lmdb.guard import Guard
+from m3backends.lmdb.residency import Residency
 from m3runtime.config.units import format_size
 from m3runtime.errors import BankFullError, TierClosedError, TierError
 
@@ -31,6 +32,7 @@ class Space:
         self._guard = guard
         self._max_size = max_size
         self._sync = sync
+        self._residency = Residency()
 
     def limit(self, *, reserve: bool = False) -> int:
         """The largest size of the map in bytes, with or without the reserve."""
@@ -60,10 +62,20 @@ class Space:
         """Map more than ``size`` bytes, because the writer grew the file. The size in the file is not trusted."""
         with self._guard.alone():
             if env.info()["map_size"] <= size:
-                try:
-                    env.set_mapsize(2 * size)  # never less than what is in use
-                except lmdb.Error as error:
-                    raise TierError(f"bank {self._files.folder}: {error}") from error
+                self._map(env, 2 * size)
+
+    def trim(self, env: lmdb.Environment) -> None:
+        """Map the file anew if much of it came into memory: see `Residency`."""
+        if self._residency.is_high():
+            with suppress(TierClosedError), self._guard.alone():  # what was committed is committed
+                self._map(env, env.info()["map_size"])
+            self._residency.reset()
+
+    def _map(self, env: lmdb.Environment, size: int) -> None:
+        try:
+            env.set_mapsize(size)  # never less than what is in use
+        except lmdb.Error as error:
+            raise TierError(f"bank {self._files.folder}: {error}") from error
 
     def turn(self, env: lmdb.Environment) -> None:
         """Commit an empty transaction: pages freed by one are reused by the next but one."""

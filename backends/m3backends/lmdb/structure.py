@@ -2,6 +2,7 @@
 
 import os
 import struct
+import sys
 from pathlib import Path
 
 from lmdb.verify import VerifyError, verify
@@ -34,6 +35,25 @@ def structure_problems(data: Path) -> list[str]:
         return [str(error)]
     except RecursionError:
         return ["databases within databases"]
+
+
+def set_last_transaction(data: Path, number: int) -> None:
+    """Give the last transaction of a file that no process has open this number; it had a smaller one, or this.
+
+    Raises `BankError` if the file is not LMDB's.
+    """
+    with data.open("r+b") as file:
+        pages = [file.read(_META.size)]
+        file.seek(_META.unpack(pages[0])[3])
+        pages.append(file.read(_META.size))
+        numbers = [_META.unpack(page)[5] for page in pages]
+        if any(_META.unpack(page)[0] != _MAGIC for page in pages) or (number - max(numbers)) % 2:
+            raise BankError(f"bank {data}: no transaction of it can have the number {number}")
+        for place, page in enumerate(pages):
+            file.seek(place * _META.unpack(page)[3] + _META.size - 8)
+            file.write((numbers[place] + number - max(numbers)).to_bytes(8, sys.byteorder))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _too_large(data: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """`RecordTable`: a database of an LMDB home whose records are sealed. A read returns what was written, or raises."""
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -85,12 +86,16 @@ class RecordTable:
             return 0
         return txn.stat(self.handle)["entries"]
 
-    def ids(self, txn: ReadTransaction | WriteTransaction) -> Ids:
-        """All keys as ids; the values are not read. Raises `RecordError` if a key is no id."""
+    def ids(self, txn: ReadTransaction | WriteTransaction, start: bytes = b"", most: int | None = None) -> Ids:
+        """The keys from ``start`` on as ids, or ``most`` of them; no value is read.
+
+        Raises `RecordError` if a key is no id.
+        """
         if not self.exists:
             return unpack_ids(())
+        cursor = txn.cursor(self.handle)
         try:
-            return unpack_ids(txn.cursor(self.handle).iternext(values=False))
+            return unpack_ids(islice(cursor.iternext(values=False), most) if cursor.set_range(start) else ())
         except ValueError as error:
             raise RecordError(f"bank {self._bank}: {self.name} is damaged: {error}") from error
 

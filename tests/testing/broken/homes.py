@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import lmdb
 import numpy as np
 import torch
 from torch import Tensor
@@ -282,6 +283,28 @@ class WidensByForgetting(LmdbHome):
 class NarrowsSlots(LmdbHome):
     def widen(self, slot_bytes: int) -> None:
         self.slot_bytes = slot_bytes
+
+
+class CompactsNothing(LmdbHome):
+    def compact(self) -> None:
+        self.set_meta("compacted", b"")
+
+
+class CopiesPages(LmdbHome):
+    """Leaves it to LMDB, which copies pages as they are."""
+
+    def compact(self) -> None:
+        def copy(env: lmdb.Environment, new: Path) -> None:
+            with new.open("r+b") as file:
+                env.copyfd(file.fileno(), compact=True)
+
+        self._environment.replace(copy)
+
+
+class CompactsWhatIsColdAway(LmdbHome):
+    def compact(self) -> None:
+        self.discard(self.cold())
+        super().compact()
 
 
 class Homes(LmdbContract):
