@@ -23,7 +23,7 @@ from m3model.engine.reading import Row
 from m3model.engine.scoring import Scoring
 from m3runtime import assembly
 from m3runtime.adapters.answers import Prompt
-from m3runtime.cli.progress import stages
+from m3runtime.cli.progress import progress_bars
 from m3runtime.config.schema import Config
 from m3runtime.device.resolve import resolve
 from m3runtime.documents.reading import read_documents
@@ -203,14 +203,14 @@ def study(config: Config, adapter: TransformersAdapter, some: Set, progress: Any
     assert importance is not None
     results = []
     for variant in cv.variants(everywhere=not outputs):
-        stage = f"{some.name}: {variant.name}"
+        title = f"{some.name}: {variant.name}"
         around = (variant.around or cv.Around)(adapter)
         codec = cv.trained(
-            variant, around, sample, importance, lambda share, s=stage: progress(s, int(99 * share), 100)
+            variant, around, sample, importance, lambda share, s=title: progress(s, int(99 * share), 100)
         )
         parts, wrong, power, size = {}, np.zeros(2), np.zeros(2), 0.0
         for n, memories in encoded.items():
-            progress(stage, n, len(encoded))
+            progress(title, n, len(encoded))
             back = cv.coded(codec, around, memories)
             pairs = ((memories.keys, back.keys), (memories.values, back.values))
             wrong += [float((a - b).square().sum()) for a, b in pairs]
@@ -219,7 +219,7 @@ def study(config: Config, adapter: TransformersAdapter, some: Set, progress: Any
             size += HEADER_BYTES + codec.payload_bytes(count) + around.extra_bytes(count)
             parts[n] = (back.keys[0], back.values[0])
         nearest.read(parts)
-        ours = read(adapter, nearest, some, lambda done, of, s=stage: progress(s, done, of), outputs=outputs)
+        ours = read(adapter, nearest, some, lambda done, of, s=title: progress(s, done, of), outputs=outputs)
         results.append(compare(variant.name, size / len(encoded), tuple(wrong / power), ours, exact))
     return results
 
@@ -259,7 +259,7 @@ def texts(adapter: TransformersAdapter, config: Config, corpus: Path) -> Set:
 def main(config: Config, corpus: Path, out: Path, command: str) -> None:
     """Measure, and write the report into ``out``."""
     adapter = TransformersAdapter.open(config.model, config.memory, resolve(config.model.device))
-    with stages(shown=sys.stderr.isatty()) as progress:
+    with progress_bars(shown=sys.stderr.isatty()) as progress:
         sets = [facts(adapter, config), texts(adapter, config, corpus)]
         found = {some.name: study(config, adapter, some, progress, outputs=some.name == "facts") for some in sets}
     report(found, config, adapter, command).save(out)

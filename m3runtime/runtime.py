@@ -226,8 +226,8 @@ class Runtime:
             recall=self.stats.snapshot(),
             lookahead=self._recall.hints.counts(),
             store=self.store.counts(),
-            recall_stages=recall,
-            lookahead_stages=lookahead,
+            recall_phases=recall,
+            lookahead_phases=lookahead,
             tiers=tuple(TierMetrics(stats, latency, _blocks(tier), tier.capacity) for stats, latency, tier in tiers),
         )
 
@@ -254,11 +254,11 @@ class Runtime:
     def fetch(self, ids: Sequence[int] | Ids, dtype: torch.dtype) -> dict[int, Part]:
         """The decoded memories of ids, on the device, without lease; forgotten, bad and cold ones are left out."""
         self._check_process()
-        stages, parts = self.meter.lookahead(), dict[int, Part]()
+        phases, parts = self.meter.lookahead(), dict[int, Part]()
         wanted = list(dict.fromkeys(as_ids(ids).tolist()))
         size = max(1, self.store.capacity // part_bytes(self.bank, dtype) // 2)
         for start in range(0, len(wanted), size):
-            delivered = self._recall.delivery.gather(wanted[start : start + size], dtype, stages)
+            delivered = self._recall.delivery.gather(wanted[start : start + size], dtype, phases)
             parts |= {id: lease.loaded.part for id, lease in delivered.leases.items()}
             self.store.release(delivered.leases.values())
         return parts

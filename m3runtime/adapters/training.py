@@ -47,6 +47,6 @@ class Trainer(ABC):
     def train(self, config: "Config", progress: "Callable[[str, int, int], None]") -> TrainReport:
         """Train as ``config.train`` says, or resume an equal run that stopped; see `m3 train`.
 
-        ``progress`` is called with the title of a stage, its steps done, and all its steps.
+        ``progress`` is called with the title of a task, its steps done, and all its steps.
         Raises `ConfigError`, and `InputError` for texts without anything to learn from.
         """

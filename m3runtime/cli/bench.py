@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from m3runtime.cli.options import ConfigFile, Json, Set, configuration, parsed, show
-from m3runtime.cli.progress import stages
+from m3runtime.cli.progress import progress_bars
 from m3runtime.errors import InputError
 
 app = typer.Typer(
@@ -65,7 +65,7 @@ def decode(
     sizes = tuple(dict.fromkeys(batch or (1, 8)))
     asked = DecodeSettings(new_tokens, sizes, rounds, memories, references, threads or _default_threads(), quick=quick)
     adapter = assembly.open_adapter(settings)
-    with stages(shown=not json) as progress:
+    with progress_bars(shown=not json) as progress:
         found = bench_decode(settings, adapter, corpus or [], asked, plot, progress)
     show(found, json=json)
 
@@ -91,7 +91,7 @@ def tiers(
     from m3runtime.lab.bench.tiers import BATCHES, TierSettings, bench_tiers
 
     asked = TierSettings(tuple(dict.fromkeys(blocks or BATCHES)), rounds, references, threads or _default_threads())
-    with stages(shown=not json) as progress:
+    with progress_bars(shown=not json) as progress:
         found = bench_tiers(settings, corpus or [], asked, progress)
     show(found, json=json)
 
@@ -113,7 +113,7 @@ def recall(
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Time a recall stage by stage, over synthetic banks of growing size or over the configured one.
+    """Time a recall phase by phase, over synthetic banks of growing size or over the configured one.
 
     Synthetic banks have small blocks and lie in a temporary folder; 100,000 memories take a minute and 0.5 GB. With
     --bank, a recall whose memories are already decoded (warm) and one that must read them (cold) are compared with the
@@ -127,7 +127,7 @@ def recall(
 
     threads = threads or _default_threads()
     found: RecallBench | RecallBankBench
-    with stages(shown=not json) as progress:
+    with progress_bars(shown=not json) as progress:
         if bank:
             found = bench_bank(settings, RecallBankSettings(rounds, memories, threads), progress)
         else:
@@ -157,7 +157,7 @@ def write(
 
     asked = WriteSettings(references, rounds, threads or _default_threads())
     adapter = assembly.open_adapter(settings)
-    with stages(shown=not json) as progress:
+    with progress_bars(shown=not json) as progress:
         found = bench_write(settings, adapter, corpus or [], asked, progress)
     show(found, json=json)
 
@@ -189,7 +189,7 @@ def codec(
 
     asked = BenchSettings(references, decoded, layers, rounds, threads or _default_threads())
     adapter = assembly.open_adapter(settings)
-    with stages(shown=not json) as progress:
+    with progress_bars(shown=not json) as progress:
         found = bench_codec(settings, adapter, reference_texts(settings, adapter, corpus or []), asked, progress)
     show(found, json=json)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from m3runtime.cli.options import ConfigFile, Json, Set, TextField, configuration, documents_fields
-from m3runtime.cli.progress import stages
+from m3runtime.cli.progress import progress_bars
 from m3runtime.cli.terminal import print_json, say
 from m3runtime.errors import CodecError, InputError
 from m3runtime.observe.figures import show_size
@@ -65,7 +65,7 @@ def fit(
     splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
     with closing(ReferenceSpool(documents, splitter, whole=whole)) as references:
         texts = [one.text for one in sample(references, settings.codec.sample_tokens, adapter.spec)]
-    with stages(shown=not json) as progress:
+    with progress_bars(shown=not json) as progress:
         fit_codec(codec, adapter, texts, settings.memory.batch_size, partial(progress, "Training the codec"))
     codec.save(path)
     _print(codec, path, json=json)
@@ -81,7 +81,7 @@ def refit(config: ConfigFile = None, set: Set = None, json: Json = False) -> Non
     settings = configuration(config, set)
     from m3runtime.writing import refitting
 
-    with stages(shown=not json) as progress:
+    with progress_bars(shown=not json) as progress:
         report = refitting.refit(settings, progress)
     if json:
         encoded = {str(old): new for old, new in report.encoded.items()}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from m3runtime.cli.options import ConfigFile, Json, Set, configuration, load, overrides
-from m3runtime.cli.progress import stages
+from m3runtime.cli.progress import progress_bars
 from m3runtime.cli.terminal import print_json, say
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def facts(
         ask="statements" if statements else "questions",
         batch=batch,
     )
-    with stages(shown=not json) as progress:
+    with progress_bars(shown=not json) as progress:
         report = evaluate_facts(settings, asked, out, progress)
     _finish(report, out, json=json)
 
@@ -94,7 +94,7 @@ def sweep(
         axes=tuple(axis or ()),
         corpus=tuple(map(str, corpus or ())),
     )
-    with stages(shown=not json) as progress:
+    with progress_bars(shown=not json) as progress:
         report = evaluate_sweep(settings, tried, out, progress)
     _finish(report, out, json=json)
 
@@ -122,7 +122,7 @@ def text(
     from m3runtime.lab.evaluation.text_report import TextSettings, evaluate_text
 
     scored = TextSettings(tuple(map(str, corpus)), seed, passages, chunks, share)
-    with stages(shown=not json) as progress:
+    with progress_bars(shown=not json) as progress:
         report = evaluate_text(settings, scored, out, batch, progress)
     _finish(report, out, json=json)
 
@@ -153,7 +153,7 @@ def calibrate(
     for key, origin in file.overridden.items():
         say(f"m3: recall.{key} is set by {origin}, which goes before what the file says", err=True)
     asked = CalibrationSettings(seed=seed, statements=statements, batch=batch)
-    with stages(shown=not json) as progress:
+    with progress_bars(shown=not json) as progress:
         report, text = file.calibrated(asked, out, progress)
     report.save(out)
     if not dry_run:

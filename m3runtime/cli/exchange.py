@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from m3runtime.cli.options import ConfigFile, Json, Set, configuration
-from m3runtime.cli.progress import stages
+from m3runtime.cli.progress import progress_bars
 from m3runtime.cli.terminal import print_json, say
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def export(
 
     format_of(path)
     count, damaged = 0, dict[int, str]()
-    with closing(assembly.open_bank(settings, read_only=True)) as bank, stages(shown=not json) as progress:
+    with closing(assembly.open_bank(settings, read_only=True)) as bank, progress_bars(shown=not json) as progress:
         total = len(bank.home.ids())
         manifest = bank.manifest
 
@@ -82,7 +82,7 @@ def import_(
     with (
         closing(assembly.open_adapter(settings)) as adapter,
         closing(assembly.open_embedder(settings)) as embedder,
-        stages(shown=not json) as progress,
+        progress_bars(shown=not json) as progress,
     ):
         report = import_records(settings, adapter, embedder, read_records(path), catalogue=catalogue, progress=progress)
     written = report.written

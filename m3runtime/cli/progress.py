@@ -1,4 +1,4 @@
-"""`stages`: the progress of a command: bars on a terminal, and a line every so often elsewhere."""
+"""`progress_bars`: the progress of a command: bars on a terminal, and a line every so often elsewhere."""
 
 import sys
 import time
@@ -16,40 +16,40 @@ EVERY = 10.0
 
 
 @contextmanager
-def stages(*, shown: bool) -> Iterator["OnProgress"]:
-    """A function to call with a stage's title, its steps done, and all its steps."""
+def progress_bars(*, shown: bool) -> Iterator["OnProgress"]:
+    """A function to call with the title of a task, its steps done, and all its steps."""
     if shown and not sys.stderr.isatty():
         yield Lines(sys.stderr)
         return
     bar, tasks = _bar(shown=shown), dict[str, int]()
     with ExitStack() as showing:
 
-        def progress(stage: str, done: int, total: int) -> None:
+        def progress(title: str, done: int, total: int) -> None:
             if not tasks:
                 showing.enter_context(bar)  # not earlier: an unused bar leaves a blank line
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total, completed=done, begun_at=done)
-            bar.update(tasks[stage], completed=done)  # type: ignore[arg-type]
+            if title not in tasks:
+                tasks[title] = bar.add_task(title, total=total, completed=done, begun_at=done)
+            bar.update(tasks[title], completed=done)  # type: ignore[arg-type]
 
         yield progress
 
 
 class Lines:
-    """Writes a line about a stage every `EVERY` seconds and at its end: steps done, rate, time that is left."""
+    """Writes a line about a title every `EVERY` seconds and at its end: steps done, rate, time that is left."""
 
     def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._out = out
         self._clock = clock
-        self._stage = ""
+        self._title = ""
         self._began = self._last = clock()
         self._from = 0
         self._ended = False
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def __call__(self, title: str, done: int, total: int) -> None:
         """Report ``done`` of ``total`` steps."""
         now = self._clock()
-        if stage != self._stage:
-            self._stage, self._began, self._from = stage, now, done
+        if title != self._title:
+            self._title, self._began, self._from = title, now, done
             self._ended = False
         ends = done >= total and not self._ended
         if now - self._last < EVERY and not ends:
@@ -59,7 +59,7 @@ class Lines:
         rate = (done - self._from) / (now - self._began) if now > self._began else 0.0
         rest = f", {rate:.1f}/s" if rate else ""
         rest += f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
-        print(f"{stage}: {done} of {total}{rest}", file=self._out, flush=True)
+        print(f"{title}: {done} of {total}{rest}", file=self._out, flush=True)
 
 
 def _bar(*, shown: bool) -> "Progress":

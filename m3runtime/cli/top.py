@@ -36,7 +36,7 @@ class Sample:
     values: Mapping[str, float]
     """Metrics without labels, by name without ``m3_`` and ``_total``."""
     by_label: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Metrics with one label (tier or stage), by name and label, without the buckets of latencies."""
+    """Metrics with one label (tier or phase), by name and label, without the buckets of latencies."""
 
 
 def top(
@@ -154,7 +154,7 @@ def shown(where: str, now: Sample, before: Sample | None) -> "Group":
         f"decoded {values['store_decoded']:.0f}   evicted {values['store_evicted']:.0f}   "
         f"wasted {show_size(values['store_wasted_bytes'])}",
     ]
-    return Group(Text("\n".join(lines)), _tiers(now, before), _stages(now, before))
+    return Group(Text("\n".join(lines)), _tiers(now, before), _phases(now, before))
 
 
 def _tiers(now: Sample, before: Sample | None) -> Any:
@@ -177,19 +177,19 @@ def _tiers(now: Sample, before: Sample | None) -> Any:
     return table
 
 
-def _stages(now: Sample, before: Sample | None) -> Any:
+def _phases(now: Sample, before: Sample | None) -> Any:
     from rich.table import Table
 
-    table = Table("stage", "in recalls", "each", "in background", "each", box=None)
-    recall, background = "recall_stage_seconds", "lookahead_stage_seconds"
+    table = Table("phase", "in recalls", "each", "in background", "each", box=None)
+    recall, background = "recall_phase_seconds", "lookahead_phase_seconds"
     counts = [now.by_label.get(f"{name}_count", {}) for name in (recall, background)]
-    for stage in dict.fromkeys([*counts[0], *counts[1]]):
+    for phase in dict.fromkeys([*counts[0], *counts[1]]):
         table.add_row(
-            stage,
-            f"{counts[0].get(stage, 0):.0f}",
-            _mean(recall, stage, now, before),
-            f"{counts[1].get(stage, 0):.0f}",
-            _mean(background, stage, now, before),
+            phase,
+            f"{counts[0].get(phase, 0):.0f}",
+            _mean(recall, phase, now, before),
+            f"{counts[1].get(phase, 0):.0f}",
+            _mean(background, phase, now, before),
         )
     return table
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from m3runtime.cli.options import ConfigFile, Json, Set, configuration
-from m3runtime.cli.progress import stages
+from m3runtime.cli.progress import progress_bars
 from m3runtime.cli.terminal import print_json, say
 from m3runtime.errors import ConfigError
 
@@ -34,7 +34,7 @@ def train(
         raise ConfigError(f"model.adapter: {name} cannot train a model; there are {', '.join(available('trainers'))}")
     require("m3 train", "memory3")
     trainer: type[Trainer] = load("trainers", name)
-    with stages(shown=not json) as progress:
+    with progress_bars(shown=not json) as progress:
         report = trainer().train(settings, progress)
     if plot:
         from m3runtime.lab.evaluation.losses import draw_losses

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from m3runtime.cli.options import ConfigFile, Json, Set, configuration
-from m3runtime.cli.progress import stages
+from m3runtime.cli.progress import progress_bars
 from m3runtime.cli.terminal import print_json, say
 from m3runtime.errors import InputError
 from m3runtime.observe.figures import show_size
@@ -43,7 +43,7 @@ def verify(
     from m3runtime.writing import verification
 
     mended = None
-    with stages(shown=not json) as progress:
+    with progress_bars(shown=not json) as progress:
         if repair:
             mended = repairing.repair(settings, compute=not no_model, drop=drop, progress=progress)
             report, left = mended.found, mended.left

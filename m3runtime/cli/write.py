@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from m3runtime.cli.options import ConfigFile, Json, Set, TextField, configuration, documents_fields
-from m3runtime.cli.progress import stages
+from m3runtime.cli.progress import progress_bars
 from m3runtime.cli.terminal import print_json, say
 from m3runtime.observe.figures import show_size
 
@@ -64,7 +64,7 @@ def write(
                 _list(survey)
                 say(f"{counted(survey)}; nothing was changed: {settings.bank}")
             return
-        with stages(shown=not json) as progress:
+        with progress_bars(shown=not json) as progress:
             report = mirror.write(paths, progress, lambda warning: say(f"warning: {warning}", err=True))
     if json:
         print_json({**facts(report), "bank": str(settings.bank)})

@@ -39,8 +39,8 @@ _MOST_HEAD = 4 << 20
 """Bytes of the header at most."""
 _MOST = 8 << 30
 """Bytes of a file at most, whatever its spec."""
-_MOST_STAGES = 4
-"""Stages of the largest quantiser, for `_most_bytes`."""
+_MOST_LEVELS = 4
+"""Levels of the largest residual quantiser, for `_most_bytes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +167,9 @@ def _head(text: bytes, path: Path) -> tuple[dict[str, Any], MemorySpec]:
 
 
 def _most_bytes(spec: MemorySpec) -> int:
-    """Bytes that the tensors of no codec of this spec exceed: stages of 16 bits, and matrices of whole layers."""
+    """Bytes that the tensors of no codec of this spec exceed: levels of 16 bits, and matrices of whole layers."""
     layer = 2 * spec.kv_heads * spec.head_dim  # numbers of one token in one layer
-    return 4 * len(spec.layers) * layer * (_MOST_STAGES * 2**16 + 4 * layer)
+    return 4 * len(spec.layers) * layer * (_MOST_LEVELS * 2**16 + 4 * layer)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

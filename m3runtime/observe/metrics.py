@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from m3runtime.observe.counts import LookaheadCounts, RecallCounts, StoreCounts, TierStats, increased
 from m3runtime.observe.latency import Latency, Timer
 
-RECALL_STAGES = ("embed", "search", "encode", "bring", "wait", "read", "decode", "deliver", "recall")
-"""The stages of a recall. ``encode`` is the time to encode cold references, or to wait for another thread that does.
+RECALL_PHASES = ("embed", "search", "encode", "bring", "wait", "read", "decode", "deliver", "recall")
+"""The phases of a recall. ``encode`` is the time to encode cold references, or to wait for another thread that does.
 ``bring`` includes ``wait``, ``read`` and ``decode``; ``recall`` includes all others."""
-LOOKAHEAD_STAGES = ("embed", "search", "read", "decode", "lift")
-"""The stages of background work, for hints and for blocks that missed a deadline."""
+LOOKAHEAD_PHASES = ("embed", "search", "read", "decode", "lift")
+"""The phases of background work, for hints and for blocks that missed a deadline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,10 @@ class Metrics:
     recall: RecallCounts
     lookahead: LookaheadCounts
     store: StoreCounts
-    recall_stages: Mapping[str, Latency]
-    """By stage, see `RECALL_STAGES`: of each call of `Runtime.recall`, which streams that recall together share."""
-    lookahead_stages: Mapping[str, Latency]
-    """By stage, see `LOOKAHEAD_STAGES`."""
+    recall_phases: Mapping[str, Latency]
+    """By phase, see `RECALL_PHASES`: of each call of `Runtime.recall`, which streams that recall together share."""
+    lookahead_phases: Mapping[str, Latency]
+    """By phase, see `LOOKAHEAD_PHASES`."""
     tiers: tuple[TierMetrics, ...]
     """The tiers, fastest first, the home last."""
 
@@ -50,7 +50,7 @@ class Event:
     """A timed piece of work. ``start`` and ``end`` are values of `time.perf_counter`."""
 
     name: str
-    """The name of a stage; names of background work begin with ``ahead.``."""
+    """The name of a phase; names of background work begin with ``ahead.``."""
     start: float
     end: float
     thread: str
@@ -78,19 +78,19 @@ class Timeline:
 
 
 @dataclass(slots=True)
-class Stages:
-    """Times one recall, or one piece of background work, stage by stage. For one thread."""
+class Phases:
+    """Times one recall, or one piece of background work, phase by phase. For one thread."""
 
     timers: Mapping[str, Timer]
     timeline: Timeline
     prefix: str = ""
     streams: tuple[int, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds by stage so far."""
+    """Seconds by phase so far."""
 
     @contextmanager
-    def stage(self, name: str, blocks: int = 0) -> Iterator[None]:
-        """Add the duration of the block to a stage."""
+    def phase(self, name: str, blocks: int = 0) -> Iterator[None]:
+        """Add the duration of the block to a phase."""
         start = time.perf_counter()
         try:
             yield
@@ -100,7 +100,7 @@ class Stages:
             self.timeline.note(self.prefix + name, start, end, self.streams, blocks)
 
     def count(self) -> None:
-        """Add the times of the stages to the latencies."""
+        """Add the times of the phases to the latencies."""
         for name, seconds in self.seconds.items():
             self.timers[name].add(seconds)
 
@@ -110,19 +110,19 @@ class Meter:
 
     def __init__(self, timeline: int = 0) -> None:
         self.timeline = Timeline(timeline)
-        self._recall = {name: Timer() for name in RECALL_STAGES}
-        self._lookahead = {name: Timer() for name in LOOKAHEAD_STAGES}
+        self._recall = {name: Timer() for name in RECALL_PHASES}
+        self._lookahead = {name: Timer() for name in LOOKAHEAD_PHASES}
 
-    def recall(self, streams: tuple[int, ...]) -> Stages:
-        """The stages of one recall."""
-        return Stages(self._recall, self.timeline, streams=streams)
+    def recall(self, streams: tuple[int, ...]) -> Phases:
+        """The phases of one recall."""
+        return Phases(self._recall, self.timeline, streams=streams)
 
-    def lookahead(self, streams: tuple[int, ...] = ()) -> Stages:
-        """The stages of background work."""
-        return Stages(self._lookahead, self.timeline, "ahead.", streams)
+    def lookahead(self, streams: tuple[int, ...] = ()) -> Phases:
+        """The phases of background work."""
+        return Phases(self._lookahead, self.timeline, "ahead.", streams)
 
     def latencies(self) -> tuple[dict[str, Latency], dict[str, Latency]]:
-        """Latencies of recall and of background work, by stage."""
+        """Latencies of recall and of background work, by phase."""
         recall, lookahead = (
             {name: timer.latency() for name, timer in timers.items()} for timers in (self._recall, self._lookahead)
         )

@@ -48,8 +48,8 @@ class Collector(_Collector):
                 family = _family(subject, one)
                 family.add_metric([], getattr(counts, one.name))
                 yield family
-        yield _histogram("m3_recall_stage_seconds", "Stages of recalls.", "stage", metrics.recall_stages)
-        yield _histogram("m3_lookahead_stage_seconds", "Background work, by stage.", "stage", metrics.lookahead_stages)
+        yield _histogram("m3_recall_phase_seconds", "Phases of recalls.", "phase", metrics.recall_phases)
+        yield _histogram("m3_lookahead_phase_seconds", "Background work, by phase.", "phase", metrics.lookahead_phases)
         yield from _tiers(metrics)
 
 

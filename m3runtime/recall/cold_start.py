@@ -14,7 +14,7 @@ from m3runtime.bank.bank import Bank
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import BankFullError, CodecError, ConfigError, InputError
 from m3runtime.memory.block import Ids, as_ids
-from m3runtime.observe.metrics import RecallStats, Stages
+from m3runtime.observe.metrics import Phases, RecallStats
 from m3runtime.retrieval.retriever import Match
 
 log = logging.getLogger("m3runtime")
@@ -57,7 +57,7 @@ class ColdStart:
         cold = set(self._bank.home.cold(as_ids([match.id for matches in chosen for match in matches])).tolist())
         return [[match for match in matches if match.id not in cold] for matches in chosen]
 
-    def fill(self, ids: Sequence[int], stages: Stages) -> Mapping[int, Tensor | None]:
+    def fill(self, ids: Sequence[int], phases: Phases) -> Mapping[int, Tensor | None]:
         """Encode and store the cold ones of ``ids``.
 
         Maps each id that was cold to None, or to its block if the home has no room for it. Raises what the model or
@@ -65,7 +65,7 @@ class ColdStart:
         """
         if not (self._is_on and ids) or self.encode is None or not len(cold := self._bank.home.cold(as_ids(ids))):
             return {}
-        with stages.stage("encode", len(cold)), self._lock, torch.inference_mode(False), torch.no_grad():
+        with phases.phase("encode", len(cold)), self._lock, torch.inference_mode(False), torch.no_grad():
             still = self._bank.home.cold(cold)  # another thread may have had the lock
             return {**dict.fromkeys(cold.tolist()), **self._store(still, self.encode)}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from m3runtime.errors import StoreFullError
 from m3runtime.memory.block import as_ids
-from m3runtime.observe.metrics import Meter, Stages
+from m3runtime.observe.metrics import Meter, Phases
 from m3runtime.recall.background import Background
 from m3runtime.recall.lease import Lease
 from m3runtime.recall.loader import Loader
@@ -46,7 +46,7 @@ class Delivery:
         self,
         ids: Iterable[int],
         dtype: torch.dtype,
-        stages: Stages,
+        phases: Phases,
         *,
         deadline: float | None = None,
         encoded: Mapping[int, Tensor | None] | None = None,
@@ -65,7 +65,7 @@ class Delivery:
         missing = list(dict.fromkeys(ids))
         try:
             while missing:
-                missing = self._gather_once(missing, dtype, stages, deadline, encoded or {}, result)
+                missing = self._gather_once(missing, dtype, phases, deadline, encoded or {}, result)
         except BaseException:
             self._store.release([*result.leases.values(), *result.pending.values()])
             raise
@@ -75,7 +75,7 @@ class Delivery:
         self,
         ids: Sequence[int],
         dtype: torch.dtype,
-        stages: Stages,
+        phases: Phases,
         deadline: float | None,
         encoded: Mapping[int, Tensor | None],
         result: Delivered,
@@ -85,12 +85,12 @@ class Delivery:
         try:
             if beyond and deadline is None:
                 self._store.release(leases)
-                self._wait_for_room(len(beyond), blocked_by, stages)
+                self._wait_for_room(len(beyond), blocked_by, phases)
                 return list(ids)
             result.late.update(beyond)
             result.hits.update(lease.id for lease in leases if lease.entry.state == "ready")
-            self._load(leases, result.loader, stages, deadline, encoded)
-            self._wait(leases, stages, deadline)
+            self._load(leases, result.loader, phases, deadline, encoded)
+            self._wait(leases, phases, deadline)
             return [lease.id for lease in leases if not self._hand_over(lease, result)]
         finally:
             kept = result.leases.keys() | result.pending.keys()
@@ -100,7 +100,7 @@ class Delivery:
         self,
         leases: Sequence[Lease],
         by: object,
-        stages: Stages,
+        phases: Phases,
         deadline: float | None,
         encoded: Mapping[int, Tensor | None],
     ) -> None:
@@ -115,16 +115,16 @@ class Delivery:
             near = [lease for lease, here in zip(wanted, is_near, strict=True) if here]
             below = [lease for lease, here in zip(wanted, is_near, strict=True) if not here]
         if below:
-            self._background.submit(partial(self._load_below, below, by, stages.streams), urgent=True)
+            self._background.submit(partial(self._load_below, below, by, phases.streams), urgent=True)
         blocks = {id: block for id, block in encoded.items() if block is not None}
-        self._loader.load(near, by, stages, aside=False, blocks=blocks)
+        self._loader.load(near, by, phases, aside=False, blocks=blocks)
 
     def _load_below(self, leases: Sequence[Lease], by: object, streams: tuple[int, ...]) -> None:
-        stages = self._meter.lookahead(streams)
+        phases = self._meter.lookahead(streams)
         try:
-            self._loader.load(leases, by, stages, aside=True)
+            self._loader.load(leases, by, phases, aside=True)
         finally:
-            stages.count()
+            phases.count()
 
     def _hand_over(self, lease: Lease, result: Delivered) -> bool:
         """Put the lease where it belongs in the result. False if another call failed to load it: this one may try."""
@@ -142,19 +142,19 @@ class Delivery:
             return False
         return True
 
-    def _wait_for_room(self, count: int, guesses: Sequence[Future[None]], stages: Stages) -> None:
+    def _wait_for_room(self, count: int, guesses: Sequence[Future[None]], phases: Phases) -> None:
         """Wait until a prefetch has ended, which a recall may evict then. Raises `StoreFullError` if there is none."""
         if not guesses:
             raise StoreFullError(
                 f"recall.decoded: no room for {count} memories, for streams read others that fill its "
                 f"{self._store.capacity} bytes; set a larger size, or recall fewer memories at once"
             )
-        with stages.stage("wait", len(guesses)):
+        with phases.phase("wait", len(guesses)):
             wait(guesses, return_when=FIRST_COMPLETED)
 
     @staticmethod
-    def _wait(leases: Sequence[Lease], stages: Stages, deadline: float | None) -> None:
+    def _wait(leases: Sequence[Lease], phases: Phases, deadline: float | None) -> None:
         loading = [lease.entry.done for lease in leases if lease.entry.state in ("wanted", "loading")]
         if loading:
-            with stages.stage("wait", len(loading)):
+            with phases.phase("wait", len(loading)):
                 wait(loading, None if deadline is None else max(0.0, deadline - time.perf_counter()))

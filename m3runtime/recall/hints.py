@@ -11,13 +11,13 @@ import torch
 
 from m3runtime.memory.block import as_ids
 from m3runtime.observe.counts import LookaheadCounts
-from m3runtime.observe.metrics import Meter, Stages
+from m3runtime.observe.metrics import Meter, Phases
 from m3runtime.recall.background import Background
 from m3runtime.recall.lease import Lease
 from m3runtime.recall.loader import Loader
 from m3runtime.retrieval.retriever import Match
 
-Search = Callable[[Sequence[str], Stages], list[list[Match]]]
+Search = Callable[[Sequence[str], Phases], list[list[Match]]]
 """Embeds texts and returns the matches of each, best first."""
 
 
@@ -115,9 +115,9 @@ class Hints:
 
     def _follow(self, hints: Sequence[Hint]) -> None:
         """Search for these hints, and load what was found."""
-        stages = self._meter.lookahead(tuple(hint.stream for hint in hints))
+        phases = self._meter.lookahead(tuple(hint.stream for hint in hints))
         try:
-            chosen = self._search([hint.text for hint in hints], stages)
+            chosen = self._search([hint.text for hint in hints], phases)
         except Exception:  # one by one, so that each hint fails by itself
             if len(hints) == 1:
                 raise
@@ -125,7 +125,7 @@ class Hints:
                 self._background.submit(partial(self._follow, [hint]))
             return
         finally:
-            stages.count()
+            phases.count()
         for dtype in dict.fromkeys(hint.dtype for hint in hints):
             self._load([both for both in zip(hints, chosen, strict=True) if both[0].dtype == dtype], dtype)
 
@@ -157,19 +157,19 @@ class Hints:
             scores.update((match.id, match.score) for match in best)
             streams.append(hint.stream)
         self._store.release(old)
-        stages = self._meter.lookahead(tuple(streams))
+        phases = self._meter.lookahead(tuple(streams))
         try:
-            loaded = self._loader.load(leases, object(), stages, aside=True)
+            loaded = self._loader.load(leases, object(), phases, aside=True)
             # What was loaded before may have been forgotten by another process since.
             self._loader.forget_strangers(list(known.difference(loaded)))
             if beyond:
-                with stages.stage("lift", len(beyond)):
+                with phases.phase("lift", len(beyond)):
                     self._loader.hierarchy.lift(as_ids(sorted(beyond)))
         except BaseException:
             self._store.release(leases)
             raise
         finally:
-            stages.count()
+            phases.count()
         if scores:  # once the tiers hold them
             self._loader.hierarchy.score(as_ids(list(scores)), np.array(list(scores.values()), np.float32))
 

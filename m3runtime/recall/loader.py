@@ -12,7 +12,7 @@ from m3runtime.device.side_stream import SideStream
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import BlockError
 from m3runtime.memory.block import Ids, as_ids
-from m3runtime.observe.metrics import Stages
+from m3runtime.observe.metrics import Phases
 from m3runtime.recall.lease import Entry, Lease, Loaded, Part
 from m3runtime.recall.memory_store import MemoryStore
 from m3runtime.storage.hierarchy import Hierarchy
@@ -36,7 +36,7 @@ class Loader:
         self,
         leases: Sequence[Lease],
         by: object,
-        stages: Stages,
+        phases: Phases,
         *,
         aside: bool,
         blocks: Mapping[int, Tensor] | None = None,
@@ -51,16 +51,16 @@ class Loader:
         try:
             if claimed := self.store.claim(leases, by):
                 with self.side.use() if aside else nullcontext():
-                    self._load(claimed, stages, blocks or {})
+                    self._load(claimed, phases, blocks or {})
         except BaseException as error:
             self.store.fail((lease.entry for lease in leases), by, error)
             raise
         return [entry.id for entry in claimed]
 
-    def _load(self, entries: Sequence[Entry], stages: Stages, blocks: Mapping[int, Tensor]) -> None:
+    def _load(self, entries: Sequence[Entry], phases: Phases, blocks: Mapping[int, Tensor]) -> None:
         """Read and settle claimed entries."""
         entry_of = {entry.id: entry for entry in entries}
-        with stages.stage("read", len(entries)):
+        with phases.phase("read", len(entries)):
             references = self.references(list(entry_of))
             ids, rows = self._read([id for id in entry_of if id in references], blocks)
         for id in entry_of.keys() - set(ids.tolist()):  # not remembered, cold, or bad
@@ -71,7 +71,7 @@ class Loader:
             at = [start + row for row, id in enumerate(batch) if id in wanted]
             if not at:
                 continue
-            with stages.stage("decode", len(at)):
+            with phases.phase("decode", len(at)):
                 whole = len(at) == len(batch)
                 some = rows[start : start + len(batch)] if whole else rows[at]
                 parts = self._decode(ids[at], some, entries[0].dtype)

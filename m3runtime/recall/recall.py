@@ -8,7 +8,7 @@ import torch
 
 from m3runtime.config.schema import RecallConfig
 from m3runtime.memory.block import as_ids
-from m3runtime.observe.metrics import Meter, RecallStats, Stages
+from m3runtime.observe.metrics import Meter, Phases, RecallStats
 from m3runtime.recall.background import Background
 from m3runtime.recall.batching import Batched
 from m3runtime.recall.cold_start import ColdStart
@@ -47,30 +47,30 @@ class Recall:
         """Recall for streams of one dtype; see `m3runtime.runtime.Runtime.recall`."""
         began = time.perf_counter()
         numbers = tuple(stream.number for stream in streams)
-        stages = self._meter.recall(numbers)
+        phases = self._meter.recall(numbers)
         self.hints.begin_recall(numbers)
-        found = self._search((texts, stages))
+        found = self._search((texts, phases))
         most = self._config.memories
         chosen = [with_owed(matches, stream.owed, most) for stream, matches in zip(streams, found, strict=True)]
         self._release_stale(streams, chosen)
-        delivered = self._gather(chosen, streams[0].dtype, stages, waits=waits)
+        delivered = self._gather(chosen, streams[0].dtype, phases, waits=waits)
         try:
             if waits:  # then there is time to see what another process forgot
                 self._loader.forget_strangers(list(delivered.hits))
-            with stages.stage("deliver"):
-                recalled = self._deliver(streams, chosen, delivered, stages)
+            with phases.phase("deliver"):
+                recalled = self._deliver(streams, chosen, delivered, phases)
         finally:
             self._store.release([*delivered.leases.values(), *delivered.pending.values()])
         ended = time.perf_counter()
-        stages.seconds["recall"] = ended - began
+        phases.seconds["recall"] = ended - began
         self._meter.timeline.note("recall", began, ended, numbers, len(delivered.leases))
-        stages.count()
+        phases.count()
         self._stats.count(
             chunks=len(streams),
             memories=sum(map(len, recalled)),
             kept=sum(id in delivered.hits for one in recalled for id in one.ids),
             late=sum(len(one.late) for one in recalled),
-            waited_s=stages.seconds.get("wait", 0.0),
+            waited_s=phases.seconds.get("wait", 0.0),
         )
         return recalled
 
@@ -91,19 +91,19 @@ class Recall:
 
     # -- step by step ------------------------------------------------------------------------------------------
 
-    def _search_together(self, requests: Sequence[tuple[Sequence[str], Stages]]) -> list[list[list[Match]]]:
+    def _search_together(self, requests: Sequence[tuple[Sequence[str], Phases]]) -> list[list[list[Match]]]:
         """Embed and search the texts of several calls at once."""
         began = time.perf_counter()
         texts = [text for texts, _ in requests for text in texts]
-        found = iter(self._retriever.search(texts, timed=requests[0][1].stage))
+        found = iter(self._retriever.search(texts, timed=requests[0][1].phase))
         ended = time.perf_counter()
-        for _, stages in requests[1:]:  # their threads waited for it
-            stages.seconds["embed"] = ended - began
-            stages.timeline.note("embed", began, ended, stages.streams)
+        for _, phases in requests[1:]:  # their threads waited for it
+            phases.seconds["embed"] = ended - began
+            phases.timeline.note("embed", began, ended, phases.streams)
         return [[next(found) for _ in texts] for texts, _ in requests]
 
-    def _search_for_hints(self, texts: Sequence[str], stages: Stages) -> list[list[Match]]:
-        return self._cold_start.without_cold(self._retriever.search(texts, timed=stages.stage))
+    def _search_for_hints(self, texts: Sequence[str], phases: Phases) -> list[list[Match]]:
+        return self._cold_start.without_cold(self._retriever.search(texts, timed=phases.phase))
 
     def _release_stale(self, streams: Sequence[StreamState], chosen: Sequence[Sequence[Match]]) -> None:
         """Release what streams read no more, so that it makes room for what they will read."""
@@ -112,17 +112,17 @@ class Recall:
             self._store.release([stream.leases.pop(id) for id in stale])
 
     def _gather(
-        self, chosen: Sequence[Sequence[Match]], dtype: torch.dtype, stages: Stages, *, waits: bool
+        self, chosen: Sequence[Sequence[Match]], dtype: torch.dtype, phases: Phases, *, waits: bool
     ) -> Delivered:
         """Lease the parts of all matches, loading what is missing."""
         ids = list(dict.fromkeys(match.id for matches in chosen for match in matches))
-        encoded = self._cold_start.fill(ids, stages)
+        encoded = self._cold_start.fill(ids, phases)
         deadline = None if waits else time.perf_counter() + self._config.deadline
-        with stages.stage("bring"):
-            return self.delivery.gather(ids, dtype, stages, deadline=deadline, encoded=encoded)
+        with phases.phase("bring"):
+            return self.delivery.gather(ids, dtype, phases, deadline=deadline, encoded=encoded)
 
     def _deliver(
-        self, streams: Sequence[StreamState], chosen: Sequence[list[Match]], delivered: Delivered, stages: Stages
+        self, streams: Sequence[StreamState], chosen: Sequence[list[Match]], delivered: Delivered, phases: Phases
     ) -> list[Recalled]:
         """Give each stream its memories, and leases on them in place of those of its last recall."""
         scores = {match.id: match.score for matches in chosen for match in matches}
@@ -135,13 +135,13 @@ class Recall:
                 [match for match in matches if match.id in live],
                 [match for match in matches if match.id in delivered.late],
                 delivered,
-                stages,
+                phases,
             )
             for stream, matches in zip(streams, chosen, strict=True)
         ]
 
     def _give(
-        self, stream: StreamState, given: list[Match], late: list[Match], delivered: Delivered, stages: Stages
+        self, stream: StreamState, given: list[Match], late: list[Match], delivered: Delivered, phases: Phases
     ) -> Recalled:
         leases = [delivered.leases[match.id] for match in given]
         old = stream.leases
@@ -162,5 +162,5 @@ class Recall:
             dtype=stream.dtype,
             parts=tuple(lease.loaded.part for lease in leases),
             log_weights=log_weights(given, self._config.score_temperature),
-            stages=stages.seconds,
+            phases=phases.seconds,
         )

@@ -32,8 +32,8 @@ class Recalled:
     """
     log_weights: tuple[float, ...]
     """Added to the attention logits of each memory's keys; zeros if ``recall.score_temperature`` is null."""
-    stages: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False)
-    """Seconds of each of `m3runtime.observe.metrics.RECALL_STAGES`, for all streams of the call together."""
+    phases: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False)
+    """Seconds of each of `m3runtime.observe.metrics.RECALL_PHASES`, for all streams of the call together."""
 
     def __len__(self) -> int:
         return len(self.ids)

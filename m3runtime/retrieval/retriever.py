@@ -9,7 +9,7 @@ from m3runtime.retrieval.index import Index
 from m3runtime.retrieval.recent import Recent
 
 Timed = Callable[[str], AbstractContextManager[object]]
-"""Is told that the block is the stage ``embed`` or ``search``."""
+"""Is told that the block is the phase ``embed`` or ``search``."""
 
 _RECENT = 64
 

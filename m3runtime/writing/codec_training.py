@@ -49,7 +49,7 @@ _MANY = 1 / 8
 _BATCH = 1024
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with the title of a stage, its steps done, and all its steps."""
+"""Called with the title of a task, its steps done, and all its steps."""
 OnStep = Callable[[int, int], None]
 """Called with the steps done, and the number of all steps."""
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from m3runtime.writing.writer import Writer, WriteReport
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with the title of a stage, its steps done, and all its steps."""
+"""Called with the title of a task, its steps done, and all its steps."""
 OnWarning = Callable[[str], None]
 """Called with a line about texts that will hardly be found, before they are written."""
 

@@ -68,9 +68,9 @@ def repair(
         if found.clean:
             return report
 
-        def again(stage: str, done: int, total: int) -> None:
+        def again(title: str, done: int, total: int) -> None:
             if progress:
-                progress(f"{stage} again", done, total)
+                progress(f"{title} again", done, total)
 
         return replace(report, left=examine(config, home, again))
 

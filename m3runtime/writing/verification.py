@@ -22,7 +22,7 @@ from m3runtime.storage.home import Damage, Home
 from m3runtime.writing.index_check import wrong_vectors
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with the title of a stage, its steps done, and all its steps."""
+"""Called with the title of a task, its steps done, and all its steps."""
 
 BATCH_BYTES = 64 << 20
 """Bytes of blocks and of the memories decoded from them that are held at once, about."""

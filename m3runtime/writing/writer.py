@@ -23,7 +23,7 @@ from m3runtime.writing.grouping import Groups
 from m3runtime.writing.pipeline import Clock, Pipeline
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with the title of a stage, its steps done, and all its steps."""
+"""Called with the title of a task, its steps done, and all its steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class WriteReport:
     bytes: int
     """Bytes of the blocks that were written."""
     seconds: float
-    stages: Mapping[str, float] = field(default_factory=dict)
+    phases: Mapping[str, float] = field(default_factory=dict)
     """Seconds that went by in each of `m3runtime.writing.pipeline.PHASES`. They may overlap, and an accelerator's work
     is waited for where its result is copied."""
     catalogued: int = 0
@@ -135,7 +135,7 @@ class Writer:
                 known=groups.known - first.stored,
                 bytes=pipeline.bytes,
                 seconds=time.perf_counter() - began,
-                stages=clock.seconds,
+                phases=clock.seconds,
                 catalogued=groups.stored if catalogue else 0,
                 forgotten=groups.forgotten,
                 codec=bank.codec.kind if first.trained else None,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from m3runtime.bank.index import catch_up
 from m3runtime.errors import BankMismatchError, CodecError, ConfigError, M3Error, StoreFullError, TierError
 from m3runtime.memory.block import as_ids
-from m3runtime.observe.metrics import RECALL_STAGES
+from m3runtime.observe.metrics import RECALL_PHASES
 from m3runtime.recall.recalled import Recalled
 from m3runtime.runtime import Runtime
 from m3runtime.storage.home import Home
@@ -352,12 +352,12 @@ def test_forgetting_and_closing_in_the_midst_of_it(tmp_path: Path, seed: int) ->
 
 def test_encoding_is_counted_and_timed(runtime: Runtime) -> None:
     recalled = runtime.stream().recall(TEXTS[0])
-    assert recalled.stages["encode"] > 0
-    assert set(recalled.stages) <= set(RECALL_STAGES)
-    assert "encode" not in runtime.stream().recall(TEXTS[0]).stages
+    assert recalled.phases["encode"] > 0
+    assert set(recalled.phases) <= set(RECALL_PHASES)
+    assert "encode" not in runtime.stream().recall(TEXTS[0]).phases
     metrics = runtime.metrics()
-    assert metrics.recall_stages["encode"].count == 1
-    assert 0 < metrics.recall.encode_s <= recalled.stages["encode"]
+    assert metrics.recall_phases["encode"].count == 1
+    assert 0 < metrics.recall.encode_s <= recalled.phases["encode"]
     assert (metrics.recall.encoded, metrics.recall.unstored) == (3, 0)
 
 

@@ -428,7 +428,7 @@ def test_the_file_by_default(file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert Config.load(environ={}).bank == file.parent / "bank"
     file.rename(file.with_name("other.yaml"))
     assert load_config(Config, environ={"M3_CONFIG": "other.yaml"}).origins["bank"] == "other.yaml"
-    with pytest.raises(ConfigError, match=r"^no such configuration file: m3\.yaml$"):
+    with pytest.raises(ConfigError, match=r"^no such configuration file: m3\.yaml; `m3 init` makes one$"):
         Config.load(environ={})
 
 

@@ -177,13 +177,13 @@ def test_what_was_trained_here_is_exported(rotation: str, tmp_path: Path) -> Non
     ("factory", "message"),
     [
         ("Flat", "a IndexFlat.* is neither an IndexPQ nor an Index2Layer"),
-        ("PQ4x6", "stages 4x6 must have 8 to 16 bits each"),
+        ("PQ4x6", "levels 4x6 must have 8 to 16 bits each"),
         ("IVF4,PQ4x8", "a IndexIVFPQ is neither"),
         ("PCA16,PQ4x8", "its PCAMatrix from 16 to 16 channels is no rotation"),
         ("OPQ4_8,PQ4x8", "its OPQMatrix from 16 to 8 channels is no rotation"),
         ("L2norm,PQ4x8", "vectors go through NormalizationTransform, not through one rotation"),
         ("RR16,RR16,PQ4x8", "vectors go through RandomRotationMatrix, RandomRotationMatrix, not"),
-        ("Residual256,PQ4x8", "its first stage is a IndexFlat.*, not a MultiIndexQuantizer"),
+        ("Residual256,PQ4x8", "its first level is a IndexFlat.*, not a MultiIndexQuantizer"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -218,7 +218,7 @@ def test_what_cannot_be_exported_says_why() -> None:
     with pytest.raises(CodecError, match="not trained"):
         to_faiss(codec, "keys")
     codec.fit(make_memories([12] * 8))
-    with pytest.raises(CodecError, match="of scope model without offset and of two stages at most"):
+    with pytest.raises(CodecError, match="of scope model without offset and of two levels at most"):
         to_faiss(codec, "keys")
     with pytest.raises(CodecError, match="has keys and values, not 'queries'"):
         to_faiss(codec, "queries")

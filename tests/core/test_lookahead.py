@@ -130,7 +130,7 @@ def test_a_right_guess_leaves_nothing_to_read_or_decode(opened: Open) -> None:
         assert same(recalled, other.recall("harbour lamp oil"))
         assert home_of(runtime).asked == read
         assert decoded_by(runtime) == decoded
-        assert {"read", "decode", "wait"}.isdisjoint(recalled.stages)
+        assert {"read", "decode", "wait"}.isdisjoint(recalled.phases)
         counts, stored = runtime.metrics().lookahead, runtime.metrics().store
         assert (counts.guesses, counts.hits, stored.wasted_bytes, stored.guessed) == (3, 3, 0, 0)
         assert counts.hit_rate == 1
@@ -298,7 +298,7 @@ def test_a_recall_waits_for_the_guess_that_is_under_way(opened: Open) -> None:
                 pass
         thread.join()
         assert len(results[0]) == 3
-        assert results[0].stages["wait"] > 0
+        assert results[0].phases["wait"] > 0
         assert len(home.asked) == 1
         assert decoded_by(runtime) == [1, 1, 1]
         assert runtime.metrics().recall.waited_s > 0

@@ -89,7 +89,7 @@ def test_recalls_that_come_while_another_is_embedded_are_embedded_together(tmp_p
         assert [len(call) for call in embedder.calls] == [1, 4]
         assert {number: one.ids for number, one in recalled.items()} == {number: (number,) for number in range(5)}
         assert decoded_by(runtime) == [1] * 5
-        assert runtime.metrics().recall_stages["recall"].count == 5
+        assert runtime.metrics().recall_phases["recall"].count == 5
 
 
 def test_a_text_that_cannot_be_embedded_fails_nobody_else(tmp_path: Path) -> None:

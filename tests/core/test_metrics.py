@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from m3runtime.cli import app, top
 from m3runtime.errors import ConfigError, InputError
 from m3runtime.observe.latency import BOUNDS_S, Timer
-from m3runtime.observe.metrics import RECALL_STAGES, Timeline
+from m3runtime.observe.metrics import RECALL_PHASES, Timeline
 from m3runtime.observe.prometheus import Collector, Endpoint, serve
 from m3runtime.runtime import Runtime
 from m3runtime.testing.threads import together
@@ -52,17 +52,17 @@ def test_latencies_count_every_call_in_one_place() -> None:
     assert Timer().latency().mean_s == 0
 
 
-def test_stages_of_recalls_and_of_what_is_done_beside(runtime: Runtime) -> None:
+def test_phases_of_recalls_and_of_what_is_done_beside(runtime: Runtime) -> None:
     use(runtime)
     metrics = runtime.metrics()
-    counted = {stage: latency.count for stage, latency in metrics.recall_stages.items()}
+    counted = {phase: latency.count for phase, latency in metrics.recall_phases.items()}
     brought = {"encode": 0, "wait": 0, "read": 1, "decode": 1}
-    # The first text was embedded beside, and is not embedded again: the stage only finds it.
+    # The first text was embedded beside, and is not embedded again: the phase only finds it.
     assert counted == {"embed": 2, "search": 2, "bring": 2, "deliver": 2, "recall": 2, **brought}
-    beside = {stage: latency.count for stage, latency in metrics.lookahead_stages.items()}
+    beside = {phase: latency.count for phase, latency in metrics.lookahead_phases.items()}
     assert beside == {"embed": 1, "search": 1, "read": 1, "decode": 1, "lift": 0}
-    whole = metrics.recall_stages["recall"].sum_s
-    assert sum(metrics.recall_stages[stage].sum_s for stage in ("embed", "search", "bring", "deliver")) <= whole
+    whole = metrics.recall_phases["recall"].sum_s
+    assert sum(metrics.recall_phases[phase].sum_s for phase in ("embed", "search", "bring", "deliver")) <= whole
     assert (metrics.recall.chunks, metrics.recall.memories, metrics.recall.late) == (2, 6, 0)
     assert [tier.stats.name for tier in metrics.tiers] == ["pinned", "lmdb"]
     assert [tier.read.count for tier in metrics.tiers] == [2, 2]
@@ -70,13 +70,13 @@ def test_stages_of_recalls_and_of_what_is_done_beside(runtime: Runtime) -> None:
     assert metrics.tiers[1].capacity is None
 
 
-def test_what_was_recalled_says_how_long_its_stages_took(runtime: Runtime) -> None:
+def test_what_was_recalled_says_how_long_its_phases_took(runtime: Runtime) -> None:
     with runtime.stream() as stream:
         recalled = stream.recall(TEXTS[3])
-    assert set(recalled.stages) == {"embed", "search", "bring", "read", "decode", "deliver", "recall"}
-    assert set(recalled.stages) <= set(RECALL_STAGES)
-    assert all(seconds >= 0 for seconds in recalled.stages.values())
-    assert recalled == replace(recalled, stages={})  # how long it took is not what it is
+    assert set(recalled.phases) == {"embed", "search", "bring", "read", "decode", "deliver", "recall"}
+    assert set(recalled.phases) <= set(RECALL_PHASES)
+    assert all(seconds >= 0 for seconds in recalled.phases.values())
+    assert recalled == replace(recalled, phases={})  # how long it took is not what it is
 
 
 def test_a_timeline_has_who_did_what_when(runtime: Runtime) -> None:
@@ -126,12 +126,12 @@ def test_prometheus_reads_what_the_values_say(runtime: Runtime) -> None:
     assert value("m3_recall_chunks_total") == 2
     assert value("m3_lookahead_hits_total") == metrics.lookahead.hits == 3
     assert value("m3_tier_misses_total", tier="pinned") == metrics.tiers[0].stats.misses
-    assert value("m3_recall_stage_seconds_count", stage="decode") == 1
-    assert value("m3_recall_stage_seconds_bucket", stage="recall", le="+Inf") == 2
+    assert value("m3_recall_phase_seconds_count", phase="decode") == 1
+    assert value("m3_recall_phase_seconds_bucket", phase="recall", le="+Inf") == 2
     buckets = [
         sample.value
-        for sample in families["m3_recall_stage_seconds"].samples
-        if sample.name.endswith("_bucket") and sample.labels["stage"] == "recall"
+        for sample in families["m3_recall_phase_seconds"].samples
+        if sample.name.endswith("_bucket") and sample.labels["phase"] == "recall"
     ]
     assert buckets == sorted(buckets)
     assert len(buckets) == len(BOUNDS_S) + 1
@@ -170,7 +170,7 @@ def test_top_shows_a_running_process(
     values = json.loads(runner.invoke(app, ["top", "--json", "--port", str(endpoint.port)]).output)
     assert values["recall_chunks"] == 2
     assert values["tier_hits"]["lmdb"] == runtime.metrics().tiers[1].stats.hits
-    assert values["recall_stage_seconds_count"]["recall"] == 2
+    assert values["recall_phase_seconds_count"]["recall"] == 2
 
 
 def test_top_finds_the_configured_port(

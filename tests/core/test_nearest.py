@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from m3runtime.codecs.product import transform_quantiser
 from m3runtime.codecs.product.codec import ProductCodec
 from m3runtime.codecs.product.kernels import nearest
-from m3runtime.codecs.product.stages import Stage
+from m3runtime.codecs.product.residual import Level
 from m3runtime.testing.codec import SPEC, make_memories
 
 
@@ -31,7 +31,7 @@ def test_numba_and_torch_find_the_same(
     centroids = torch.randn(groups * parts, 2**bits, size, generator=random)
     if coarse:  # many are equally near
         x, centroids = x.round(), centroids.round()
-    places = Stage(parts, 8).places(groups, parts * size)
+    places = Level(parts, 8).places(groups, parts * size)
     one, other = torch.zeros(2, tokens, groups * parts, dtype=torch.int32)
     nearest.by_numba(x, places, nearest.scorer(centroids), one)
     nearest.by_torch(x, places, nearest.scorer(centroids), other)
@@ -49,7 +49,7 @@ def test_of_equal_centroids_the_first_is_found(dtype: torch.dtype) -> None:
     centroids = torch.randn(2, 3000, 10, generator=random, dtype=dtype).repeat(1, 3, 1)
     x = torch.randn(1, 700, 20, generator=random, dtype=dtype)
     found = torch.zeros(700, 2, dtype=torch.int32)
-    nearest.nearest(x, Stage(2, 14).places(1, 20), nearest.scorer(centroids), found)
+    nearest.nearest(x, Level(2, 14).places(1, 20), nearest.scorer(centroids), found)
     apart = torch.stack([torch.cdist(x[0, :, at : at + 10], centroids[at // 10]) for at in (0, 10)], 1)
     assert int(found.max()) < 3000
     chosen = apart.gather(2, found[:, :, None].long())[..., 0]

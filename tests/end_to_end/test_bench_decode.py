@@ -123,9 +123,9 @@ def test_ratios_are_of_the_same_round() -> None:
 
 
 def test_what_happens_between_chunks_is_summed_up() -> None:
-    stages = ({"recall": 0.2, "wait": 0.1}, {"recall": 0.3})
+    phases = ({"recall": 0.2, "wait": 0.1}, {"recall": 0.3})
     ids = (((1, 2), (2, 3), (4,)),)
-    ends = boundaries([run(11.0, recalls=stages, ids=ids, late=1, guesses=4, hits=2), run(11.0)])
+    ends = boundaries([run(11.0, recalls=phases, ids=ids, late=1, guesses=4, hits=2), run(11.0)])
     assert ends.chunks == 3
     assert ends.recalling == pytest.approx(0.5 / 20)
     assert ends.waited == pytest.approx(0.1 / 20)

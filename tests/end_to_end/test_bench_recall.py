@@ -50,15 +50,15 @@ def test_the_report_adds_up(written_once: Place) -> None:
     assert list(rows) == ["20", "60"]
     assert [rows[name]["memories"] for name in ("20", "60")] == [20, 60]
     for row in rows.values():
-        stages = {name: spread["median"] for name, spread in row["stages"].items()}
-        assert all(seconds > 0 for seconds in stages.values())
-        assert sum(stages[name] for name in PARTS) <= stages[WHOLE]
-        assert stages[OURS] == pytest.approx(stages[WHOLE] - stages["embed"])
+        phases = {name: spread["median"] for name, spread in row["phases"].items()}
+        assert all(seconds > 0 for seconds in phases.values())
+        assert sum(phases[name] for name in PARTS) <= phases[WHOLE]
+        assert phases[OURS] == pytest.approx(phases[WHOLE] - phases["embed"])
         for name, share in row["of_embedding"].items():
-            assert share["median"] == pytest.approx(stages[name] / stages["embed"])
-    for stage in (WHOLE, OURS):
-        quotient = rows["60"]["stages"][stage]["median"] / rows["20"]["stages"][stage]["median"]
-        assert found["growth"][stage]["median"] == pytest.approx(quotient)
+            assert share["median"] == pytest.approx(phases[name] / phases["embed"])
+    for phase in (WHOLE, OURS):
+        quotient = rows["60"]["phases"][phase]["median"] / rows["20"]["phases"][phase]["median"]
+        assert found["growth"][phase]["median"] == pytest.approx(quotient)
     assert [built["memories"] for built in found["built"]] == [20, 60]
 
 
@@ -76,14 +76,14 @@ def test_the_configured_bank_cold_and_warm(written_once: Place) -> None:
     cold, warm = found["rows"]
     assert (cold["name"], warm["name"]) == ("cold", "warm")
     # Six references recall each another one: the first is for warming up, and one more is cold in each round.
-    assert found["settings"]["rounds"] == cold["stages"]["recall"]["rounds"] == warm["stages"]["recall"]["rounds"] == 4
+    assert found["settings"]["rounds"] == cold["phases"]["recall"]["rounds"] == warm["phases"]["recall"]["rounds"] == 4
     assert cold["memories"] == warm["memories"] == 6
     assert found["warm_other"] == 0
     assert found["memory_tokens"]["median"] > 0
     for row in (cold, warm):
         assert row["of_embedding"]["recall"]["low"] > 1
-        assert row["stages"]["embed"]["low"] > 0
-    assert cold["stages"]["decode"]["low"] > 0
+        assert row["phases"]["embed"]["low"] > 0
+    assert cold["phases"]["decode"]["low"] > 0
     assert written_once.contents() == before
 
 

@@ -70,9 +70,9 @@ class TestWrite:
         place.text("facts/picture.png", b"\x89PNG")
         report = quiet(place.m3("write", place.facts(), "--json")).json
         assert report.pop("seconds") > 0
-        stages = report.pop("stages")
-        assert list(stages) == ["split", "codec", "model", "encode", "embed", "commit", "index"]
-        assert all(seconds > 0 for seconds in stages.values())
+        phases = report.pop("phases")
+        assert list(phases) == ["split", "codec", "model", "encode", "embed", "commit", "index"]
+        assert all(seconds > 0 for seconds in phases.values())
         assert report == {
             "documents": 6,
             "references": 6,
@@ -159,7 +159,7 @@ class TestWrite:
             facts = place.m3("inspect", "--json").json
             stated = {"kind": "product", "keys": "4x8", "values": "2x8"} if codec["kind"] == "product" else codec
             found = facts["planned_codec"] if codec["kind"] == "product" else facts["codec"]
-            assert found.items() >= stated.items()  # bytes are stated as the stages that they stand for
+            assert found.items() >= stated.items()  # bytes are stated as the levels that they stand for
             assert len(ask(place, QUESTIONS["facts/lamp.txt"])["memories"]) > 0
 
     @pytest.mark.parametrize("codec", [{"kind": "raw"}, {"kind": "product", "key_bytes": 4, "value_bytes": 2}])

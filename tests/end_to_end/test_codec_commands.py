@@ -15,7 +15,7 @@ from tests.end_to_end.conftest import NewPlace
 
 faiss = pytest.importorskip("faiss")
 
-STAGES = {"kind": "product", "keys": "4x8", "values": "2x8", "scope": "model", "rotation": "none", "offset": False}
+RESIDUAL = {"kind": "product", "keys": "4x8", "values": "2x8", "scope": "model", "rotation": "none", "offset": False}
 FIT = ("codec", "fit", "--corpus", "facts", "--out", "own.safetensors")
 IMPORT = ("codec", "import", "--keys", "keys.faiss", "--values", "values.faiss", "--out", "made.safetensors")
 EXPORT = ("codec", "export", "own.safetensors", "--keys", "keys.faiss", "--values", "values.faiss")
@@ -32,7 +32,7 @@ def fitted_once(tmp_path_factory: pytest.TempPathFactory, new_place: NewPlace) -
     """A trained codec in ``own.safetensors``, and what `fit` said of it. Only for looking at."""
     place = new_place(tmp_path_factory.mktemp("fitted"))
     place.facts()
-    set_codec(place, **STAGES)
+    set_codec(place, **RESIDUAL)
     result = place.m3(*FIT, "--json")
     assert result.err == ""
     return place, result.json
@@ -60,7 +60,7 @@ class TestFit:
         spec = said["spec"]
         vectors = len(spec["layers"]) * spec["kv_heads"]
         assert said["kind"] == "product"
-        assert {"kind": "product", **said["options"]}.items() >= STAGES.items()
+        assert {"kind": "product", **said["options"]}.items() >= RESIDUAL.items()
         assert said["file_bytes"] == size
         assert said["token_bytes"] == 6 * vectors
         assert said["reference_bytes"] == 6 * vectors * spec["tokens"]
@@ -187,7 +187,7 @@ class TestConfiguredFile:
         damaged = bytearray((fitted.folder / "own.safetensors").read_bytes())
         damaged[-5] ^= 4
         fitted.text("flipped", bytes(damaged))
-        options = {"kind": "raw"} if codec.get("kind") == "raw" else {**STAGES, **codec}
+        options = {"kind": "raw"} if codec.get("kind") == "raw" else {**RESIDUAL, **codec}
         set_codec(fitted, **{"file": "own.safetensors", **options})
         complaint = fitted.m3("write", "facts").complaint
         assert complaint.startswith("m3: codec.file: ")

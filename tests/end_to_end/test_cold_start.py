@@ -44,7 +44,7 @@ def cold(place: Place) -> Place:
     """A bank of `FACTS`, none of them encoded."""
     report = configured(place, cold_start=True).m3("write", place.facts(), "--catalogue", "--json").json
     assert (report["catalogued"], report["written"], report["known"], report["bytes"]) == (COUNT, 0, 0, 0)
-    assert report["stages"]["model"] == report["stages"]["encode"] == 0
+    assert report["phases"]["model"] == report["phases"]["encode"] == 0
     return place
 
 

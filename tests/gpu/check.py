@@ -168,7 +168,7 @@ def write(place: Place) -> Iterator[Figure]:
     wrote = Writer(config, adapter, embedder).write(pieces, whole=True)
     embedder.close()
     yield Figure("references written", wrote.written, least=len(pieces))
-    yield Figure("seconds of writing", wrote.seconds, "s", details=str(dict(wrote.stages)))
+    yield Figure("seconds of writing", wrote.seconds, "s", details=str(dict(wrote.phases)))
 
 
 def codec(place: Place) -> Iterator[Figure]:
@@ -238,7 +238,7 @@ def recall(place: Place) -> Iterator[Figure]:
             with runtime.stream() as stream:
                 wait(device)
                 began = time.perf_counter()
-                embedded.append(stream.recall(text).stages["embed"])
+                embedded.append(stream.recall(text).phases["embed"])
                 wait(device)
                 warm.append(time.perf_counter() - began)
         ratios = [whole / embed for whole, embed in zip(warm, embedded, strict=True)]

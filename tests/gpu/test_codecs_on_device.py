@@ -27,7 +27,7 @@ EXACT: dict[str, Callable[[], Codec]] = {
 ROUNDED: dict[str, Callable[[], Codec]] = {
     "product": lambda: ProductCodec(SPEC),
     "product by head": lambda: ProductCodec(SPEC, together="head"),
-    "stages": lambda: ProductCodec(SPEC, keys="8x8+4x9", values="16x8"),
+    "residual": lambda: ProductCodec(SPEC, keys="8x8+4x9", values="16x8"),
 }
 RELATIVE = 1e-6
 """The most that a decoded value may differ, of the largest one: sums are added up in another order."""

@@ -264,7 +264,7 @@ CASES: dict[str, Case] = {
     "fewer bytes": trusted(options(bytes=11)),
     "more bytes": trusted(options(bytes=13), "^decoded$"),
     "each head by itself": trusted(options(together="head")),
-    "stages of 2^16 centroids": trusted(lambda _, record: record.update(options={"keys": "16x16", "values": "16x16"})),
+    "levels of 2^16 centroids": trusted(lambda _, record: record.update(options={"keys": "16x16", "values": "16x16"})),
     "a spec of more heads": forged(spec(kv_heads=2**40)),
     "a spec of heads that are no number": forged(spec(kv_heads=2.0)),
     "a spec of 2^20 layers": forged(spec(layers=list(range(1 << 20)))),
@@ -324,5 +324,5 @@ def test_what_the_file_of_a_codec_may_have_at_most_is_more_than_any_has() -> Non
     layer = 2 * 8 * 80
     assert isinstance(ProductCodec(paper).design, TransformDesign)
     matrices = 4 * 22 * (layer + 2 * layer**2 + 256 * layer + 3 * layer)
-    stages = 4 * 22 * 8 * 80 * 2 * (2 * 2**14 + 80 + 1 + 2)
-    assert max(matrices, stages) < files._most_bytes(paper)
+    levels = 4 * 22 * 8 * 80 * 2 * (2 * 2**14 + 80 + 1 + 2)
+    assert max(matrices, levels) < files._most_bytes(paper)

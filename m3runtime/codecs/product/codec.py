@@ -12,7 +12,7 @@ from m3runtime.codecs.base import Codec, Progress
 from m3runtime.codecs.files import Distortion
 from m3runtime.codecs.limit import held_out
 from m3runtime.codecs.product.quantiser import Design, Quantiser
-from m3runtime.codecs.product.stages_design import StagesDesign
+from m3runtime.codecs.product.residual_design import ResidualDesign
 from m3runtime.codecs.product.transform_design import TransformDesign
 from m3runtime.codecs.steps import Steps
 from m3runtime.errors import CodecError
@@ -33,7 +33,7 @@ class _State:
 class ProductCodec(Codec):
     """Vectors are replaced by the nearest of centroids that were learned on the bank's own memories.
 
-    ``bytes`` and ``together`` are those of `TransformDesign`, the default; the others are those of `StagesDesign`,
+    ``bytes`` and ``together`` are those of `TransformDesign`, the default; the others are those of `ResidualDesign`,
     which quantises each vector by itself. `fit` needs faiss (``m3runtime[train]``); nothing else does. `encode` and
     `decode` run on the device of their arguments. Thread-safe after `fit` or `load`. Raises `CodecError` for options
     that do not fit the spec, or each other.
@@ -57,14 +57,14 @@ class ProductCodec(Codec):
         together: str | None = None,
     ) -> None:
         super().__init__(spec)
-        stages = _given(key_bytes=key_bytes, value_bytes=value_bytes, scope=scope, keys=keys, values=values)
-        stages |= _given(rotation=rotation, offset=offset, preset=preset)
+        levels = _given(key_bytes=key_bytes, value_bytes=value_bytes, scope=scope, keys=keys, values=values)
+        levels |= _given(rotation=rotation, offset=offset, preset=preset)
         transform = _given(bytes=bytes, together=together)
-        if stages and transform:
+        if levels and transform:
             raise CodecError(
-                f"{next(iter(transform))} of the product codec cannot be set together with {next(iter(stages))}"
+                f"{next(iter(transform))} of the product codec cannot be set together with {next(iter(levels))}"
             )
-        self.design: Design = StagesDesign(spec, stages) if stages else TransformDesign(spec, **transform)
+        self.design: Design = ResidualDesign(spec, levels) if levels else TransformDesign(spec, **transform)
         self._state: _State | None = None
 
     @property
@@ -105,7 +105,7 @@ class ProductCodec(Codec):
     ) -> None:
         """Train on all but the last eighth of a sample (at least one memory), and measure on the rest.
 
-        Takes a few hundred MB besides the sample, and for `StagesDesign` half as much as the sample again.
+        Takes a few hundred MB besides the sample, and for `ResidualDesign` half as much as the sample again.
         Deterministic. About 50 references of 100 tokens are enough. Runs on the CPU on ``torch.get_num_threads()``
         threads; ``progress`` is called from the caller's. Raises `CodecError` if the sample is empty or does not fit,
         `PluginError` if faiss is missing.

@@ -1,7 +1,7 @@
 """Quantisers that faiss trained become codecs, and codecs become indexes of faiss; codes are the same bytes in both.
 
 ========================================  =============================================
-index of faiss                            stages of a codec of scope ``model``
+index of faiss                            levels of a codec of scope ``model``
 ========================================  =============================================
 ``PQ16x8``                                ``16x8``
 ``Residual2x14,PQ8x10``                   ``2x14+8x10``
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from m3runtime.codecs.product.codec import ProductCodec
-from m3runtime.codecs.product.stages import BITS, Stage, text_of
-from m3runtime.codecs.product.stages_quantiser import StagesQuantiser, Tables
+from m3runtime.codecs.product.residual import BITS, Level, text_of
+from m3runtime.codecs.product.residual_quantiser import ResidualQuantiser, Tables
 from m3runtime.errors import CodecError, InputError, PluginError
 from m3runtime.memory.spec import MemorySpec
 
@@ -34,7 +34,7 @@ def from_faiss(spec: MemorySpec, keys: "Path | faiss.Index", values: "Path | fai
     """A trained codec out of two trained indexes, or the files that `faiss.write_index` wrote of them.
 
     What the indexes contain besides their quantisers is left out. Raises `InputError` for a file that cannot be read,
-    and `CodecError` for an index that is no product quantiser, of one or two stages, of vectors of the spec's head dim.
+    and `CodecError` for an index that is no product quantiser, of one or two levels, of vectors of the spec's head dim.
     """
     found = [_tables(index, spec.head_dim, name) for index, name in (_read(keys, "keys"), _read(values, "values"))]
     rotated = any(tables.rotation is not None for tables in found)
@@ -45,8 +45,8 @@ def from_faiss(spec: MemorySpec, keys: "Path | faiss.Index", values: "Path | fai
             tensors[f"{name}.rotation"] = torch.eye(spec.head_dim)[None]  # leaves every bit as it is
     codec = ProductCodec(
         spec,
-        keys=text_of(found[0].stages),
-        values=text_of(found[1].stages),
+        keys=text_of(found[0].levels),
+        values=text_of(found[1].levels),
         rotation="opq" if rotated else "none",
         scope="model",
         offset=False,
@@ -63,18 +63,18 @@ def to_faiss(codec: ProductCodec, part: str) -> "faiss.Index":
     quantiser = codec.quantiser
     if part not in ("keys", "values"):
         raise CodecError(f"a codec has keys and values, not {part!r}")
-    if not isinstance(quantiser, StagesQuantiser) or not quantiser.exchangeable:
-        raise CodecError("faiss has indexes for codecs of scope model without offset and of two stages at most alone")
+    if not isinstance(quantiser, ResidualQuantiser) or not quantiser.exchangeable:
+        raise CodecError("faiss has indexes for codecs of scope model without offset and of two levels at most alone")
     index: faiss.Index = index_of(quantiser.keys if part == "keys" else quantiser.values)
     return index
 
 
 def index_of(tables: Tables) -> Any:
     """The `faiss.Index` of one quantiser for the whole model. Raises `CodecError` if there are more."""
-    first, *rest = tables.stages
+    first, *rest = tables.levels
     groups, parts, _, size = tables.centroids[0].shape
     if groups != 1 or len(rest) > 1:
-        raise CodecError(f"faiss has no index for {groups} quantisers of stages {text_of(tables.stages)}")
+        raise CodecError(f"faiss has no index for {groups} quantisers of levels {text_of(tables.levels)}")
     dim = parts * size
     # Not by `faiss.index_factory`, which crashes in a process that has imported usearch before faiss.
     if rest:
@@ -127,22 +127,22 @@ def _tables(index: Any, dim: int, name: str) -> Tables:
     if isinstance(inner, faiss.Index2Layer):
         coarse = faiss.downcast_index(inner.q1.quantizer)  # type: ignore[attr-defined]
         if not isinstance(coarse, faiss.MultiIndexQuantizer):
-            raise CodecError(f"{name}: its first stage is a {type(coarse).__name__}, not a MultiIndexQuantizer")
+            raise CodecError(f"{name}: its first level is a {type(coarse).__name__}, not a MultiIndexQuantizer")
         quantisers = [coarse.pq, inner.pq]
     elif isinstance(inner, faiss.IndexPQ):
         quantisers = [inner.pq]
     else:
         raise CodecError(f"{name}: a {type(inner).__name__} is neither an IndexPQ nor an Index2Layer")
-    stages = tuple(Stage(pq.M, pq.nbits) for pq in quantisers)
-    if not all(stage.bits in BITS for stage in stages):
-        raise CodecError(f"{name}: stages {text_of(stages)} must have {BITS[0]} to {BITS[-1]} bits each")
+    levels = tuple(Level(pq.M, pq.nbits) for pq in quantisers)
+    if not all(level.bits in BITS for level in levels):
+        raise CodecError(f"{name}: levels {text_of(levels)} must have {BITS[0]} to {BITS[-1]} bits each")
     centroids = []
-    for pq, stage in zip(quantisers, stages, strict=True):
+    for pq, level in zip(quantisers, levels, strict=True):
         table = torch.from_numpy(faiss.vector_to_array(pq.centroids).copy())
-        centroids.append(table.view(1, stage.parts, stage.centroids, dim // stage.parts))
+        centroids.append(table.view(1, level.parts, level.centroids, dim // level.parts))
     if not all(torch.isfinite(table).all() for table in centroids):
         raise CodecError(f"{name}: its centroids are not finite")
-    return Tables(stages, tuple(centroids), rotation, None)
+    return Tables(levels, tuple(centroids), rotation, None)
 
 
 def _rotation(index: Any, name: str) -> Tensor | None:

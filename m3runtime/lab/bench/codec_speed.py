@@ -11,7 +11,7 @@ from torch import Tensor
 from m3runtime.codecs import Codec
 from m3runtime.codecs.product.codec import ProductCodec
 from m3runtime.codecs.product.faiss_exchange import index_of, to_faiss
-from m3runtime.codecs.product.stages_quantiser import StagesQuantiser
+from m3runtime.codecs.product.residual_quantiser import ResidualQuantiser
 from m3runtime.lab.bench.timing import alternate
 from m3runtime.lab.results import Spread
 from m3runtime.memory.tensors import MemoryTensors
@@ -101,7 +101,7 @@ def same_codes(codec: ProductCodec, payloads: Tensor) -> list[tuple[Any, Any]]:
     codes that faiss knows.
     """
     quantiser = codec.quantiser
-    assert isinstance(quantiser, StagesQuantiser)
+    assert isinstance(quantiser, ResidualQuantiser)
     heads = codec.spec.vectors_per_token
     # [memories, tokens, keys and values, heads, bytes]
     codes = torch.unflatten(payloads, 1, (-1, 2, heads, quantiser.token_bytes // heads // 2))

@@ -81,8 +81,8 @@ class Boundaries:
     """Share of decoding time spent waiting for memories that other threads load."""
     recalling: float
     """Share of decoding time spent in recalls: embedding, search, reading, decoding of memories, waiting."""
-    stages: Mapping[str, float]
-    """Median seconds of each stage of a recall."""
+    phases: Mapping[str, float]
+    """Median seconds of each phase of a recall."""
     kept: float
     """Share of a chunk's memories that the chunk before had too."""
     guesses: int
@@ -239,7 +239,7 @@ def _batch(
     prompted = {PLAIN: asked}
     if TEXT in settings.kinds:
         prompted[TEXT] = [contenders.with_text(some) for some in asked]
-    stage = f"Choosing a baseline, batch {size}"
+    phase = f"Choosing a baseline, batch {size}"
     variants: dict[str, dict[str, float | str]] = {kind: {} for kind in prompted}
     chosen: dict[str, str] = {}
     names = contenders.baseline.variants
@@ -250,7 +250,7 @@ def _batch(
         room = contenders.room(some, settings.new_tokens)
         for number, variant in [(number, name) for number in range(_PRE_ROUNDS) for name in names]:
             done = (place * _PRE_ROUNDS + number) * len(names) + names.index(variant)
-            progress(stage, done, tries)
+            progress(phase, done, tries)
             best = variants[kind].get(variant, 0.0)
             if isinstance(best, float):
                 speed = contenders.try_variant(some[number % len(some)], tried[kind], variant, room)
@@ -260,7 +260,7 @@ def _batch(
             raise InputError(f"no variant of the baseline runs here: {next(iter(variants[kind].values()))}")
         chosen[kind] = max(usable, key=lambda name: usable[name])
         contenders.choose(kind, chosen[kind], room)
-    progress(stage, tries, tries)
+    progress(phase, tries, tries)
     title = f"Decoding, batch {size}"
     runs: dict[str, list[Run]] = {name: [] for name in settings.kinds}
     before = dict.fromkeys(runs, contenders.cool)
@@ -298,8 +298,8 @@ def contender(runs: Mapping[str, Sequence[Run]], name: str) -> DecodeTimes:
 def boundaries(runs: Sequence[Run]) -> Boundaries:
     """Summarise the recalls between chunks."""
     decoding = sum(run.decoding_s for run in runs)
-    recalls = [stages for run in runs for stages in run.recalls]
-    names = list(dict.fromkeys(name for stages in recalls for name in stages))
+    recalls = [phases for run in runs for phases in run.recalls]
+    names = list(dict.fromkeys(name for phases in recalls for name in phases))
     following = [pair for run in runs for ids in run.ids for pair in pairwise(ids)]
     there = sum(len(after) for _, after in following)
     new = sum(len(set(after).difference(before)) for before, after in following)
@@ -307,9 +307,9 @@ def boundaries(runs: Sequence[Run]) -> Boundaries:
     return Boundaries(
         chunks=sum(len(ids) for run in runs for ids in run.ids),
         late=sum(run.late for run in runs),
-        waited=sum(stages.get("wait", 0.0) for stages in recalls) / decoding,
-        recalling=sum(stages.get("recall", 0.0) for stages in recalls) / decoding,
-        stages={name: statistics.median(stages.get(name, 0.0) for stages in recalls) for name in names},
+        waited=sum(phases.get("wait", 0.0) for phases in recalls) / decoding,
+        recalling=sum(phases.get("recall", 0.0) for phases in recalls) / decoding,
+        phases={name: statistics.median(phases.get(name, 0.0) for phases in recalls) for name in names},
         kept=(there - new) / there if there else 0.0,
         guesses=guesses,
         hit_rate=hits / guesses if guesses else 0.0,

@@ -41,7 +41,7 @@ class Run:
     seconds: float
     """Seconds of the whole call."""
     recalls: tuple[Mapping[str, float], ...] = ()
-    """Seconds of each stage of each recall at the end of a chunk, while decoding."""
+    """Seconds of each phase of each recall at the end of a chunk, while decoding."""
     ids: tuple[tuple[tuple[int, ...], ...], ...] = ()
     """For each sequence, the ids that each chunk read, from the last chunk of the prompt on."""
     late: int = 0
@@ -225,7 +225,7 @@ class Contenders:
             tokens,
             first,
             seconds,
-            recalls=tuple(chunk.stages for chunk in read[0][1:]),
+            recalls=tuple(chunk.phases for chunk in read[0][1:]),
             ids=tuple(tuple(chunk.ids for chunk in row) for row in read),
             late=sum(len(chunk.late) for answer in answers for chunk in answer.chunks),
             guesses=after.guesses - before.guesses,

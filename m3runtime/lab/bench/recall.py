@@ -1,4 +1,4 @@
-"""``m3 bench recall``: the time of a recall, stage by stage, as the number of memories in a bank grows."""
+"""``m3 bench recall``: the time of a recall, phase by phase, as the number of memories in a bank grows."""
 
 import tempfile
 import time
@@ -27,7 +27,7 @@ from m3runtime.writing.writer import OnProgress
 SIZES = (1_000, 10_000, 100_000)
 HUGE = 1_000_000
 PARTS = ("embed", "search", "read", "decode", "deliver")
-"""The stages of a recall for which nothing was prefetched."""
+"""The phases of a recall for which nothing was prefetched."""
 WHOLE, OURS = "recall", "recall without embedding"
 
 
@@ -51,7 +51,7 @@ class RecallTimes:
     name: str
     memories: int
     """Memories in the bank."""
-    stages: Mapping[str, Spread]
+    phases: Mapping[str, Spread]
     """The time of each of `PARTS`, of the whole recall (`WHOLE`) and of the recall without embedding (`OURS`)."""
     of_embedding: Mapping[str, Spread]
     """The time of each of these over the time of the embedding in the same recall."""
@@ -59,9 +59,9 @@ class RecallTimes:
     @classmethod
     def of(cls, name: str, memories: int, recalls: Sequence[Mapping[str, float]]) -> "RecallTimes":
         """Sum up recalls that `timed_recall` measured."""
-        stages = {stage: [one[stage] for one in recalls] for stage in (*PARTS, WHOLE, OURS)}
-        ratios = {stage: Spread.ratio(of, stages["embed"]) for stage, of in stages.items() if stage != "embed"}
-        return cls(name, memories, {stage: Spread.of(of) for stage, of in stages.items()}, ratios)
+        phases = {phase: [one[phase] for one in recalls] for phase in (*PARTS, WHOLE, OURS)}
+        ratios = {phase: Spread.ratio(of, phases["embed"]) for phase, of in phases.items() if phase != "embed"}
+        return cls(name, memories, {phase: Spread.of(of) for phase, of in phases.items()}, ratios)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +80,8 @@ class RecallBench(Result):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield recall_table(self.rows)
         first, last = self.built[0], self.built[-1]
-        for stage, growth in self.growth.items():
-            yield f"{stage}: {growth.show(2)} times as long at {last.memories:,} as at {first.memories:,}"
+        for phase, growth in self.growth.items():
+            yield f"{phase}: {growth.show(2)} times as long at {last.memories:,} as at {first.memories:,}"
         yield (
             f"{last.memories:,} memories were made in {last.home_s:.0f} s and indexed in {last.index_s:.0f} s; "
             f"on {self.device}; {self.settings.threads} threads; {self.settings.rounds} texts; no caching tiers, page "
@@ -95,9 +95,9 @@ def recall_table(rows: Sequence[RecallTimes]) -> Table:
     table = Table("memories", *PARTS, WHOLE, title=title)
     for row in rows:
         cells = []
-        for stage in (*PARTS, WHOLE):
-            spread = row.stages[stage]
-            ratio = f"\n{row.of_embedding[stage].median:.2f}" if stage in row.of_embedding else ""
+        for phase in (*PARTS, WHOLE):
+            spread = row.phases[phase]
+            ratio = f"\n{row.of_embedding[phase].median:.2f}" if phase in row.of_embedding else ""
             cells.append(f"{1e3 * spread.median:.2f} ({1e3 * spread.low:.2f} to {1e3 * spread.high:.2f}){ratio}")
         name = row.name if row.name == f"{row.memories:,}" else f"{row.name}, {row.memories:,}"
         table.add_row(name, *cells)
@@ -129,10 +129,10 @@ def bench_recall(config: Config, settings: RecallSettings, progress: OnProgress)
         every = settings.rounds + 1
         names = {f"{size:,}": size for size in sizes}
         for number, name in turns(list(names), settings.rounds, lambda done: progress("Recalling", done, every)):
-            recalled, stages = timed_recall(runtimes[names[name]], texts[number])
+            recalled, phases = timed_recall(runtimes[names[name]], texts[number])
             runtimes[names[name]].store.forget(recalled.ids)  # so that no later recall finds them decoded
             if number:
-                found[names[name]].append(stages)
+                found[names[name]].append(phases)
         progress("Recalling", every, every)
         small, large = found[sizes[0]], found[sizes[-1]]
         return RecallBench(
@@ -140,11 +140,11 @@ def bench_recall(config: Config, settings: RecallSettings, progress: OnProgress)
             device=str(assembly.device(config)),
             config=config.model_dump(mode="json"),
             embedder=f"{Path(config.embedder.path).name} ({embedder.fingerprint})",
-            rows=[RecallTimes.of(f"{size:,}", size, stages) for size, stages in found.items()],
+            rows=[RecallTimes.of(f"{size:,}", size, phases) for size, phases in found.items()],
             built=built,
             growth={
-                stage: Spread.ratio([one[stage] for one in large], [one[stage] for one in small])
-                for stage in (WHOLE, OURS)
+                phase: Spread.ratio([one[phase] for one in large], [one[phase] for one in small])
+                for phase in (WHOLE, OURS)
             },
         )
 
@@ -156,7 +156,7 @@ def measured(config: Config, memories: int) -> Config:
 
 
 def timed_recall(runtime: Runtime, text: str) -> tuple[Recalled, dict[str, float]]:
-    """One recall of a new stream, and its seconds by stage: `PARTS`, `WHOLE` and `OURS`.
+    """One recall of a new stream, and its seconds by phase: `PARTS`, `WHOLE` and `OURS`.
 
     Work that the recall started on an accelerator is waited for.
     """
@@ -165,8 +165,8 @@ def timed_recall(runtime: Runtime, text: str) -> tuple[Recalled, dict[str, float
         recalled = stream.recall(text)
         wait()
         whole = time.perf_counter() - began
-    stages = {name: recalled.stages.get(name, 0.0) for name in PARTS}
-    return recalled, {**stages, WHOLE: whole, OURS: whole - stages["embed"]}
+    phases = {name: recalled.phases.get(name, 0.0) for name in PARTS}
+    return recalled, {**phases, WHOLE: whole, OURS: whole - phases["embed"]}
 
 
 def _open(opened: ExitStack, config: Config, bank: Bank, embedder: Embedder) -> Runtime:

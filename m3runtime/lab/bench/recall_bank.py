@@ -91,14 +91,14 @@ def bench_bank(config: Config, settings: RecallBankSettings, progress: OnProgres
         for number, name in turns(list(seconds), settings.rounds, lambda done: progress("Recalling", done, every)):
             # The cache of query embeddings knows a text by its spelling: a space more, and it is embedded again.
             text = texts[number + 1] if name == COLD else f"{texts[number]} "
-            recalled, stages = timed_recall(runtime, text)
+            recalled, phases = timed_recall(runtime, text)
             if name == COLD:
                 ids.append(set(recalled.ids))
                 tokens.append(recalled.tokens)
             else:
                 other += set(recalled.ids) != ids[number]
             if number:
-                seconds[name].append(stages)
+                seconds[name].append(phases)
         progress("Recalling", every, every)
         home = len(runtime.bank.home)
         return RecallBankBench(

@@ -53,8 +53,8 @@ def build(
     config: Config, embedder: Embedder, about: Embeddings, path: Path, size: int, progress: OnProgress
 ) -> tuple[Bank, Built]:
     """A bank of ``size`` memories near ``about``, with a saved index, in a home of the configured kind."""
-    stage = f"Making {size:,} memories"
-    progress(stage, 0, size)
+    title = f"Making {size:,} memories"
+    progress(title, 0, size)
     began = time.perf_counter()
     codec = RawCodec(SPEC)
     none = "0" * 32
@@ -76,7 +76,7 @@ def build(
         for start in range(0, size, _GROUP):
             count = min(_GROUP, size - start)
             bank.home.commit(_batch(bank, start, around(about, count, seed=start)))
-            progress(stage, start + count, size)
+            progress(title, start + count, size)
         made = time.perf_counter()
         assembly.bank_index(config, bank).update()
     except BaseException:

@@ -81,9 +81,9 @@ class WriteBench(Result):
             kept = "" if name == WRITE else self.kept[name].show(3)
             times.add_row(name, spread.show(2), f"{self.tokens / spread.median:,.0f}", kept)
         yield times
-        shares = Table("stage", "of the whole write", title="Where the time goes")
-        for stage, spread in self.shares.items():
-            shares.add_row(stage, spread.show(3))
+        shares = Table("phase", "of the whole write", title="Where the time goes")
+        for phase, spread in self.shares.items():
+            shares.add_row(phase, spread.show(3))
         yield shares
         how = "in parallel with the model" if self.overlapping else "in turn with the model"
         yield (
@@ -189,7 +189,7 @@ def _measure(
         fingerprints={"model": adapter.model_fingerprint, "embedder": embedder.fingerprint},
         seconds={name: Spread.of(found) for name, found in seconds.items()},
         kept={name: Spread.ratio(found, of_write) for name, found in seconds.items() if name != WRITE},
-        shares={stage: Spread.of([one.stages[stage] / one.seconds for one in counted]) for stage in PHASES},
+        shares={phase: Spread.of([one.phases[phase] / one.seconds for one in counted]) for phase in PHASES},
         overlapping=writer.parallel,
     )
 

@@ -103,8 +103,8 @@ class FactsRun:
     def run(self, adapter: Adapter, progress: OnProgress = silent, modes: Iterable[Mode] = MODES) -> FactsResults:
         """Write the bank, ask all questions in all modes, and measure times. A stopped run resumes.
 
-        ``progress`` is called with a stage (a mode, for one), the steps done, and all
-        steps of the stage.
+        ``progress`` is called with the title of a task (a mode, for one), the steps done, and all
+        steps of the task.
         """
         self.modes = modes = tuple(modes)
         self._write(adapter, progress)

@@ -12,7 +12,7 @@ from m3runtime.memory.spec import canonical_json
 T = TypeVar("T")
 
 
-def silent(stage: str, done: int, total: int) -> None:
+def silent(title: str, done: int, total: int) -> None:
     """Report progress to nobody."""
 
 

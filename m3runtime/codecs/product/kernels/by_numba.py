@@ -41,7 +41,7 @@ def unit_of(size: int) -> "np.dtype[Any]":
 
 @cache
 def look_up_of(unit: "np.dtype[Any]") -> Kernel:
-    """The kernel that adds up the centroids of stages whose tables are read in such units."""
+    """The kernel that adds up the centroids of levels whose tables are read in such units."""
     whole, yes, kind = numba.int64, numba.boolean, numba.from_dtype(unit)
     codes, floats = numba.uint8[:, :, :, :], numba.float32[:, :, :, ::1]
     add = numba.types.Array(numba.float32, 3, "C", readonly=False)
@@ -50,7 +50,7 @@ def look_up_of(unit: "np.dtype[Any]") -> Kernel:
 
 
 def _look_up(
-    codes: Array,  # uint8[n, width, heads, bytes of the stage], any strides
+    codes: Array,  # uint8[n, width, heads, bytes of the level], any strides
     parts: int,
     bits: int,
     tables: Array,  # unit[groups, parts * 2**bits * units of a centroid]

@@ -1,4 +1,4 @@
-"""The centroids that the codes of stages stand for: the work of decoding them."""
+"""The centroids that the codes of levels stand for: the work of decoding them."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,36 +7,36 @@ import torch
 from torch import Tensor
 
 from m3runtime.codecs.product.kernels.sharing import compiled, share_out
-from m3runtime.codecs.product.stages import Stage, of_stages, unpack
+from m3runtime.codecs.product.residual import Level, of_levels, unpack
 
 
 def look_up(
-    codes: Tensor, stages: Sequence[Stage], tables: Sequence[Tensor], out: Tensor, add: Tensor | None = None
+    codes: Tensor, levels: Sequence[Level], tables: Sequence[Tensor], out: Tensor, add: Tensor | None = None
 ) -> None:
-    """Write to contiguous ``out``, ``float32[n, heads, width, dim]``, the sum of the centroids of all stages.
+    """Write to contiguous ``out``, ``float32[n, heads, width, dim]``, the sum of the centroids of all levels.
 
-    ``codes`` are ``uint8[n, width, heads, bytes]`` of any strides, and ``tables`` the centroids of each stage,
+    ``codes`` are ``uint8[n, width, heads, bytes]`` of any strides, and ``tables`` the centroids of each level,
     ``float32[groups, parts, 2**bits, dim / parts]``, each group those of ``heads / groups`` neighbouring heads. All lie
     on one device. ``add``, ``float32[n, heads, dim]``, is added at the end. On a CPU numba does it, if it is installed
     (``m3runtime[fast]``), on ``torch.get_num_threads()`` threads; torch gives the same numbers bit by bit.
     """
     if codes.device.type == "cpu" and compiled():
-        by_numba(codes, stages, tables, out, add)
+        by_numba(codes, levels, tables, out, add)
     else:
-        by_torch(codes, stages, tables, out, add)
+        by_torch(codes, levels, tables, out, add)
 
 
 def by_torch(
-    codes: Tensor, stages: Sequence[Stage], tables: Sequence[Tensor], out: Tensor, add: Tensor | None = None
+    codes: Tensor, levels: Sequence[Level], tables: Sequence[Tensor], out: Tensor, add: Tensor | None = None
 ) -> None:
     """`look_up` on any device."""
-    for i, (stage, own, table) in enumerate(zip(stages, of_stages(codes, stages), tables, strict=True)):
+    for i, (level, own, table) in enumerate(zip(levels, of_levels(codes, levels), tables, strict=True)):
         if i:
             more = torch.empty_like(out)
-            _gather(unpack(own, stage), table, more)
+            _gather(unpack(own, level), table, more)
             out += more
         else:
-            _gather(unpack(own, stage), table, out)
+            _gather(unpack(own, level), table, out)
     if add is not None:
         out += add[:, :, None]
 
@@ -61,7 +61,7 @@ def _gather(numbers: Tensor, table: Tensor, out: Tensor) -> None:
 
 
 def by_numba(
-    codes: Tensor, stages: Sequence[Stage], tables: Sequence[Tensor], out: Tensor, add: Tensor | None = None
+    codes: Tensor, levels: Sequence[Level], tables: Sequence[Tensor], out: Tensor, add: Tensor | None = None
 ) -> None:
     """`look_up` on a CPU. Raises `ImportError` without numba."""
     from m3runtime.codecs.product.kernels.by_numba import look_up_of, unit_of
@@ -69,11 +69,11 @@ def by_numba(
     floats = out.numpy()
     added = (torch.empty(0, 0, 0) if add is None else add.contiguous()).numpy()
     work = []
-    for i, (stage, own, table) in enumerate(zip(stages, of_stages(codes, stages), tables, strict=True)):
+    for i, (level, own, table) in enumerate(zip(levels, of_levels(codes, levels), tables, strict=True)):
         unit = unit_of(table.shape[3])
         rows = table.numpy().reshape(len(table), -1).view(unit)
-        more = added if i == len(stages) - 1 else added[:0]
-        of = (own.numpy(), stage.parts, stage.bits, rows, floats.view(unit), floats, i > 0, more)
+        more = added if i == len(levels) - 1 else added[:0]
+        of = (own.numpy(), level.parts, level.bits, rows, floats.view(unit), floats, i > 0, more)
         work.append(partial(look_up_of(unit), *of))
 
     def some(first: int, end: int) -> None:

@@ -1,4 +1,4 @@
-"""Training of a `StagesDesign`: rotations, and the centroids of each stage on the residuals of those before it."""
+"""Training of a `ResidualDesign`: rotations, and the centroids of each level on the residuals of those before it."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,8 +9,8 @@ from m3runtime.codecs.base import Progress
 from m3runtime.codecs.product.kernels.nearest import nearest, scorer
 from m3runtime.codecs.product.kernels.rotate import rotate_
 from m3runtime.codecs.product.kmeans import MOST_VECTORS, each, quantiser, sampled, settled
-from m3runtime.codecs.product.stages import Stage
-from m3runtime.codecs.product.stages_quantiser import Tables
+from m3runtime.codecs.product.residual import Level
+from m3runtime.codecs.product.residual_quantiser import Tables
 from m3runtime.codecs.steps import Steps
 
 _MOST_TOGETHER = 2**17
@@ -23,70 +23,70 @@ _ROTATION_STEPS = 10
 """Iterations of OPQ from the principal axes. faiss takes 50 from a random rotation, and ends with more error."""
 
 
-def train_stages(
+def train_levels(
     vectors: Tensor,
-    stages: tuple[Stage, ...],
+    levels: tuple[Level, ...],
     rotation: str,
     noise: torch.Generator,
     progress: Progress | None,
     steps: Steps,
     name: str,
 ) -> Tables:
-    """The tables of ``stages`` that quantise vectors ``float32[groups, vectors, dim]``.
+    """The tables of ``levels`` that quantise vectors ``float32[groups, vectors, dim]``.
 
     ``rotation`` is ``none``, ``pca`` or ``opq``; ``name`` tells these steps from others. Deterministic, whatever the
     number of threads.
     """
-    centroids = max(stage.centroids for stage in stages)
+    centroids = max(level.centroids for level in levels)
     work = enumerate(sampled(vectors, centroids, _most(centroids, len(vectors)), noise))
 
     def trained(item: tuple[int, Tensor]) -> Mapping[str, Tensor]:
         number, group = item
-        return steps.take(f"{name}-{number}", lambda: _trained(group, stages, rotation).tensors(""))
+        return steps.take(f"{name}-{number}", lambda: _trained(group, levels, rotation).tensors(""))
 
     found = each(trained, list(work), progress)
-    return Tables.of("", stages, {key: torch.cat([of[key] for of in found]) for key in found[0]})
+    return Tables.of("", levels, {key: torch.cat([of[key] for of in found]) for key in found[0]})
 
 
 def _most(centroids: int, groups: int) -> int:
-    """The number of vectors of each of so many groups that train the stages of a quantiser."""
+    """The number of vectors of each of so many groups that train the levels of a quantiser."""
     together = min(_MOST_TOGETHER, _MOST_DISTANCES // centroids)
     return max(MOST_VECTORS, _FOR_EACH_CENTROID * centroids, together // groups)
 
 
-def _trained(vectors: Tensor, stages: tuple[Stage, ...], rotation: str) -> Tables:
+def _trained(vectors: Tensor, levels: tuple[Level, ...], rotation: str) -> Tables:
     """The tables of one group of vectors ``float32[n, dim]``."""
     axes = mean = None
     if rotation == "pca":
-        mean, axes = principal(vectors, max(stage.parts for stage in stages))
+        mean, axes = principal(vectors, max(level.parts for level in levels))
         vectors = vectors - mean
     elif rotation == "opq":
-        axes = _optimised(vectors, _rotated_parts(stages, vectors.shape[1]))
+        axes = _optimised(vectors, _rotated_parts(levels, vectors.shape[1]))
     if axes is not None:
         vectors = rotate_(vectors.clone()[None, None], axes[None])[0, 0]
     centroids: list[Tensor] = []
-    for stage in stages:
+    for level in levels:
         if centroids:
-            vectors = _residual(vectors, stages[len(centroids) - 1], centroids[-1])
-        centroids.append(quantiser(vectors, stage.parts, stage.centroids))
+            vectors = _residual(vectors, levels[len(centroids) - 1], centroids[-1])
+        centroids.append(quantiser(vectors, level.parts, level.centroids))
     of_group = tuple(table[None] for table in centroids)
-    return Tables(stages, of_group, None if axes is None else axes[None], None if mean is None else mean[None])
+    return Tables(levels, of_group, None if axes is None else axes[None], None if mean is None else mean[None])
 
 
-def _residual(vectors: Tensor, stage: Stage, table: Tensor) -> Tensor:
-    """Vectors ``[n, dim]`` minus the nearest centroids of a stage, ``[parts, centroids, dim / parts]``."""
-    numbers = torch.empty(len(vectors), stage.parts, dtype=torch.int32)
-    nearest(vectors[None], stage.places(1, vectors.shape[1]), scorer(table), numbers)
-    return vectors - table[torch.arange(stage.parts), numbers.long()].flatten(1)
+def _residual(vectors: Tensor, level: Level, table: Tensor) -> Tensor:
+    """Vectors ``[n, dim]`` minus the nearest centroids of a level, ``[parts, centroids, dim / parts]``."""
+    numbers = torch.empty(len(vectors), level.parts, dtype=torch.int32)
+    nearest(vectors[None], level.places(1, vectors.shape[1]), scorer(table), numbers)
+    return vectors - table[torch.arange(level.parts), numbers.long()].flatten(1)
 
 
-def _rotated_parts(stages: Sequence[Stage], dim: int) -> int:
-    """For how many parts OPQ optimises: those of a single stage, else parts of 4 channels as the paper's OPQ20_80.
+def _rotated_parts(levels: Sequence[Level], dim: int) -> int:
+    """For how many parts OPQ optimises: those of a single level, else parts of 4 channels as the paper's OPQ20_80.
 
     Or of as nearly 4 as divides them.
     """
-    if len(stages) == 1:
-        return stages[0].parts
+    if len(levels) == 1:
+        return levels[0].parts
     return min((parts for parts in range(1, dim + 1) if dim % parts == 0), key=lambda parts: abs(parts - dim / 4))
 
 

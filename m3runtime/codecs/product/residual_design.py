@@ -1,4 +1,4 @@
-"""`StagesDesign`: each vector is cut into parts, and each part is replaced by its nearest centroid, in stages."""
+"""`ResidualDesign`: each vector is cut into parts, and each part is replaced by its nearest centroid, in levels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +10,9 @@ from m3runtime.codecs.base import Progress
 from m3runtime.codecs.files import check_tensors
 from m3runtime.codecs.product.kmeans import new_noise
 from m3runtime.codecs.product.quantiser import Design
-from m3runtime.codecs.product.stages import BITS, Stage, parse, text_of
-from m3runtime.codecs.product.stages_quantiser import StagesQuantiser, Tables, offset_codes, offset_of
-from m3runtime.codecs.product.stages_training import train_stages
+from m3runtime.codecs.product.residual import BITS, Level, parse, text_of
+from m3runtime.codecs.product.residual_quantiser import ResidualQuantiser, Tables, offset_codes, offset_of
+from m3runtime.codecs.product.residual_training import train_levels
 from m3runtime.codecs.steps import Steps
 from m3runtime.errors import CodecError
 from m3runtime.memory.spec import MemorySpec
@@ -22,13 +22,13 @@ SCOPES = ("head", "layer", "model")
 ROTATIONS = ("none", "pca", "opq")
 PRESETS = ("memory3",)
 _MOST_BITS = 14
-"""Bits of a stage of the preset: a codebook of 16,384 centroids, the paper's largest."""
+"""Bits of a level of the preset: a codebook of 16,384 centroids, the paper's largest."""
 
 
-class StagesDesign(Design):
-    """Each vector is quantised by itself, in stages: see `m3runtime.codecs.product.stages.Stage`.
+class ResidualDesign(Design):
+    """Each vector is quantised by itself, in levels: see `m3runtime.codecs.product.residual.Level`.
 
-    ``keys`` and ``values`` are stages such as ``2x14+8x10``, each of the residual of those before it; ``key_bytes: 32``
+    ``keys`` and ``values`` are levels such as ``2x14+8x10``, each of the residual of those before it; ``key_bytes: 32``
     stands for ``keys: 32x8``. Centroids are learned for each layer and KV head (``scope="head"``), each layer (a
     smaller codec, for samples of few references) or the whole ``model``, for keys and values apart. Vectors are
     rotated before they are cut: to their principal axes, dealt to the parts evenly (``pca``), or as OPQ finds best
@@ -47,8 +47,8 @@ class StagesDesign(Design):
             for other in chosen:
                 raise CodecError(f"{other} of the product codec cannot be set together with preset {preset}")
             chosen = _memory3(spec.head_dim)
-        self.keys = _stages(chosen, "keys", "key_bytes", 32, spec.head_dim)
-        self.values = _stages(chosen, "values", "value_bytes", 16, spec.head_dim)
+        self.keys = _levels(chosen, "keys", "key_bytes", 32, spec.head_dim)
+        self.values = _levels(chosen, "values", "value_bytes", 16, spec.head_dim)
         scope = _one_of("scope", chosen.get("scope", "head"), SCOPES)
         self.rotation: str = _one_of("rotation", chosen.get("rotation", "pca"), ROTATIONS)
         self.offset: bool = chosen.get("offset", True)
@@ -65,9 +65,9 @@ class StagesDesign(Design):
             "offset": self.offset,
         }
         self.fixed_bytes = self.heads * spec.head_dim if self.offset else 0
-        self.token_bytes = self.heads * sum(stage.bytes for stage in (*self.keys, *self.values))
+        self.token_bytes = self.heads * sum(level.bytes for level in (*self.keys, *self.values))
         dim, groups = spec.head_dim, self.heads // self.sharing
-        centroids = sum(stage.centroids for stage in (*self.keys, *self.values))
+        centroids = sum(level.centroids for level in (*self.keys, *self.values))
         rotations = 0 if self.rotation == "none" else 2 * (dim + 1)
         self.learned_bytes = 4 * dim * (groups * (centroids + rotations) + 2 * self.heads * self.offset)
 
@@ -77,19 +77,19 @@ class StagesDesign(Design):
         importance: Tensor | None,  # noqa: ARG002 - centroids minimise plain squared error
         progress: Progress | None,
         steps: Steps,
-    ) -> StagesQuantiser:
+    ) -> ResidualQuantiser:
         """Train a quantiser: see `Design.fit`. Too few vectors for a set of centroids are repeated with noise."""
         noise, found = new_noise(), []
         offset = self._offset(sample) if self.offset else None
-        for number, (x, stages) in enumerate(((sample.keys, self.keys), (sample.values, self.values))):
+        for number, (x, levels) in enumerate(((sample.keys, self.keys), (sample.values, self.values))):
             vectors = self._vectors(x, sample, offset if number == 0 else None)
 
             def done(share: float, number: int = number) -> None:
                 if progress:
                     progress((number + share) / 2)
 
-            found.append(train_stages(vectors, stages, self.rotation, noise, done, steps, "kv"[number]))
-        return StagesQuantiser(self.heads, found[0], found[1], offset)
+            found.append(train_levels(vectors, levels, self.rotation, noise, done, steps, "kv"[number]))
+        return ResidualQuantiser(self.heads, found[0], found[1], offset)
 
     def _vectors(self, x: Tensor, sample: MemoryTensors, offset: Tensor | None) -> Tensor:
         """The vectors that share what is learned, ``float32[groups, vectors, head_dim]``, without their offset."""
@@ -118,24 +118,24 @@ class StagesDesign(Design):
             found.append(torch.stack([low, (means.amax(0) + room - low) / 255]))
         return torch.stack(found, 1)
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> StagesQuantiser:
+    def restore(self, tensors: Mapping[str, Tensor]) -> ResidualQuantiser:
         """The quantiser of learned tensors: see `Design.restore`."""
         groups, dim = self.heads // self.sharing, self.spec.head_dim
         wanted: dict[str, tuple[int, ...]] = {"offset": (2, self.heads, dim)} if self.offset else {}
-        for name, stages in (("keys", self.keys), ("values", self.values)):
-            for i, stage in enumerate(stages):
-                wanted[f"{name}.{i}"] = (groups, stage.parts, stage.centroids, dim // stage.parts)
+        for name, levels in (("keys", self.keys), ("values", self.values)):
+            for i, level in enumerate(levels):
+                wanted[f"{name}.{i}"] = (groups, level.parts, level.centroids, dim // level.parts)
             if self.rotation != "none":
                 wanted[f"{name}.rotation"] = (groups, dim, dim)
             if self.rotation == "pca":
                 wanted[f"{name}.mean"] = (groups, dim)
         check_tensors(tensors, wanted)
         keys, values = Tables.of("keys", self.keys, tensors), Tables.of("values", self.values, tensors)
-        return StagesQuantiser(self.heads, keys, values, tensors.get("offset"))
+        return ResidualQuantiser(self.heads, keys, values, tensors.get("offset"))
 
 
-def _stages(options: Mapping[str, Any], name: str, short: str, default: int, head_dim: int) -> tuple[Stage, ...]:
-    """The stages that ``keys: 16x8`` or ``key_bytes: 16`` mean."""
+def _levels(options: Mapping[str, Any], name: str, short: str, default: int, head_dim: int) -> tuple[Level, ...]:
+    """The levels that ``keys: 16x8`` or ``key_bytes: 16`` mean."""
     if name in options:
         if short in options:
             raise CodecError(f"{short} of the product codec cannot be set together with {name}")
@@ -145,24 +145,24 @@ def _stages(options: Mapping[str, Any], name: str, short: str, default: int, hea
     if size not in allowed:
         sizes = ", ".join(map(str, allowed))
         raise CodecError(f"{short} must divide head_dim {head_dim}: one of {sizes}, not {size!r}")
-    return (Stage(int(size), 8),)
+    return (Level(int(size), 8),)
 
 
 def _memory3(head_dim: int) -> dict[str, Any]:
     """The paper's OPQ20_80,Residual2x14,PQ8x10, of 14 bytes: as it is for any number of channels that 8 divides.
 
-    For others, each stage has the number of parts, among those that divide the channels, that makes the most of the
+    For others, each level has the number of parts, among those that divide the channels, that makes the most of the
     paper's bits (28 and 80) in codebooks no larger than its largest; of equals, the one nearest to the paper's.
     """
-    stages = text_of([_fitting(2, 14, head_dim), _fitting(8, 10, head_dim)])
-    return {"keys": stages, "values": stages, "rotation": "opq", "scope": "model", "offset": False}
+    levels = text_of([_fitting(2, 14, head_dim), _fitting(8, 10, head_dim)])
+    return {"keys": levels, "values": levels, "rotation": "opq", "scope": "model", "offset": False}
 
 
-def _fitting(parts: int, bits: int, head_dim: int) -> Stage:
-    """The stage whose bits come nearest to so many parts and bits, for this head dim: see `_memory3`."""
+def _fitting(parts: int, bits: int, head_dim: int) -> Level:
+    """The level whose bits come nearest to so many parts and bits, for this head dim: see `_memory3`."""
     most = parts * bits
-    can_be = [Stage(n, min(_MOST_BITS, most // n)) for n in range(1, most // BITS[0] + 1) if head_dim % n == 0]
-    return max(can_be, key=lambda stage: (stage.parts * stage.bits, -abs(stage.parts - parts)))
+    can_be = [Level(n, min(_MOST_BITS, most // n)) for n in range(1, most // BITS[0] + 1) if head_dim % n == 0]
+    return max(can_be, key=lambda level: (level.parts * level.bits, -abs(level.parts - parts)))
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""`StagesQuantiser`: the trained state of a `StagesDesign`. It encodes single vectors and decodes them."""
+"""`ResidualQuantiser`: the trained state of a `ResidualDesign`. It encodes single vectors and decodes them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,26 +12,26 @@ from m3runtime.codecs.product.kernels.look_up import look_up
 from m3runtime.codecs.product.kernels.nearest import nearest, scorer
 from m3runtime.codecs.product.kernels.rotate import rotate_
 from m3runtime.codecs.product.quantiser import Quantiser, Vectors
-from m3runtime.codecs.product.stages import Stage, of_stages, pack
+from m3runtime.codecs.product.residual import Level, of_levels, pack
 
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """The learned tensors for keys or for values: a vector ``x`` is quantised as ``(x - mean) @ rotation``, in stages.
+    """The learned tensors for keys or for values: a vector ``x`` is quantised as ``(x - mean) @ rotation``, in levels.
 
-    Each stage quantises the residual: the difference between the vector and the centroids of the stages before it.
+    Each level quantises the residual: the difference between the vector and the centroids of the levels before it.
     """
 
-    stages: tuple[Stage, ...]
-    centroids: tuple[Tensor, ...]  # of each stage, float32[groups, parts, 2**bits, head_dim / parts]
+    levels: tuple[Level, ...]
+    centroids: tuple[Tensor, ...]  # of each level, float32[groups, parts, 2**bits, head_dim / parts]
     rotation: Tensor | None = None  # float32[groups, head_dim, head_dim], orthogonal
     mean: Tensor | None = None  # float32[groups, head_dim]
 
     @classmethod
-    def of(cls, name: str, stages: tuple[Stage, ...], tensors: Mapping[str, Tensor]) -> "Tables":
+    def of(cls, name: str, levels: tuple[Level, ...], tensors: Mapping[str, Tensor]) -> "Tables":
         """Undo `tensors`."""
-        centroids = tuple(tensors[f"{name}.{i}"] for i in range(len(stages)))
-        return cls(stages, centroids, tensors.get(f"{name}.rotation"), tensors.get(f"{name}.mean"))
+        centroids = tuple(tensors[f"{name}.{i}"] for i in range(len(levels)))
+        return cls(levels, centroids, tensors.get(f"{name}.rotation"), tensors.get(f"{name}.mean"))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """All tensors, by names that begin with ``name``."""
@@ -41,12 +41,12 @@ class Tables:
 
     def to(self, device: torch.device) -> "Tables":
         """A copy on another device."""
-        return self.of("", self.stages, {name: tensor.to(device) for name, tensor in self.tensors("").items()})
+        return self.of("", self.levels, {name: tensor.to(device) for name, tensor in self.tensors("").items()})
 
     @property
     def code_bytes(self) -> int:
         """Bytes of the code of one vector."""
-        return sum(stage.bytes for stage in self.stages)
+        return sum(level.bytes for level in self.levels)
 
     def encode(self, x: Tensor, out: Tensor) -> None:
         """Write the codes of vectors ``float32[heads, tokens, dim]`` to ``uint8[tokens, heads, bytes]``.
@@ -62,15 +62,15 @@ class Tables:
         if self.rotation is not None:
             rotate_(x[None], self.rotation.to(x.dtype))
         left = x.view(groups, -1, dim)  # the heads of a group one after the other
-        written = zip(self.stages, self.centroids, self._search, of_stages(out, self.stages), strict=True)
-        for i, (stage, table, (places, against), codes) in enumerate(written):
-            numbers = torch.empty(left.shape[1], groups * stage.parts, dtype=torch.int32, device=x.device)
+        written = zip(self.levels, self.centroids, self._search, of_levels(out, self.levels), strict=True)
+        for i, (level, table, (places, against), codes) in enumerate(written):
+            numbers = torch.empty(left.shape[1], groups * level.parts, dtype=torch.int32, device=x.device)
             nearest(left, places, against, numbers)
-            by_head = numbers.view(-1, tokens, groups, stage.parts).permute(1, 2, 0, 3).flatten(1, 2)
-            pack(by_head, stage, codes)
-            if i < len(self.stages) - 1:
+            by_head = numbers.view(-1, tokens, groups, level.parts).permute(1, 2, 0, 3).flatten(1, 2)
+            pack(by_head, level, codes)
+            if i < len(self.levels) - 1:
                 said = torch.empty(1, heads, tokens, dim, device=x.device)
-                look_up(codes[None], [stage], [table], said)
+                look_up(codes[None], [level], [table], said)
                 x -= said[0]
 
     def decode(self, codes: Tensor, out: Tensor, add: Tensor | None = None) -> None:
@@ -79,12 +79,12 @@ class Tables:
         ``add``, ``float32[n, heads, dim]``, is added at the end.
         """
         if self.rotation is None:
-            look_up(codes, self.stages, self.centroids, out, add)
+            look_up(codes, self.levels, self.centroids, out, add)
             return
         if self.mean is not None:
             mean = self.mean.repeat_interleave(codes.shape[2] // len(self.mean), 0)
             add = mean[None] if add is None else add + mean
-        look_up(codes, self.stages, self.centroids, out)
+        look_up(codes, self.levels, self.centroids, out)
         rotate_(out, self._back, add)
 
     def peak(self) -> float:
@@ -102,11 +102,11 @@ class Tables:
 
     @cached_property
     def _search(self) -> list[tuple[Tensor, Tensor]]:
-        """For each stage, the places of its parts and their tables as `nearest` takes them."""
+        """For each level, the places of its parts and their tables as `nearest` takes them."""
         found = []
-        for stage, table in zip(self.stages, self.centroids, strict=True):
+        for level, table in zip(self.levels, self.centroids, strict=True):
             groups, parts, _, size = table.shape
-            places = stage.places(groups, parts * size).to(table.device)
+            places = level.places(groups, parts * size).to(table.device)
             found.append((places, scorer(table.flatten(0, 1).to(self._dtype))))
         return found
 
@@ -117,8 +117,8 @@ class Tables:
 
 
 @dataclass(frozen=True, eq=False)
-class StagesQuantiser(Quantiser):
-    """Quantises every vector by itself: see `StagesDesign`."""
+class ResidualQuantiser(Quantiser):
+    """Quantises every vector by itself: see `ResidualDesign`."""
 
     heads: int
     """Layers x KV heads."""
@@ -129,7 +129,7 @@ class StagesQuantiser(Quantiser):
     @property
     def exchangeable(self) -> bool:
         """True if faiss has an index for the same codes: see `m3runtime.codecs.product.faiss_exchange`."""
-        few = max(len(self.keys.stages), len(self.values.stages)) <= 2
+        few = max(len(self.keys.levels), len(self.values.levels)) <= 2
         return few and self.offset is None and len(self.keys.centroids[0]) == 1
 
     @property
@@ -156,7 +156,7 @@ class StagesQuantiser(Quantiser):
         named = self.keys.tensors("keys") | self.values.tensors("values")
         return named if self.offset is None else named | {"offset": self.offset}
 
-    def to(self, device: torch.device) -> "StagesQuantiser":
+    def to(self, device: torch.device) -> "ResidualQuantiser":
         """A copy on another device: see `Quantiser.to`."""
         offset = None if self.offset is None else self.offset.to(device)
         return replace(self, keys=self.keys.to(device), values=self.values.to(device), offset=offset)

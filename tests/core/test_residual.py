@@ -1,4 +1,4 @@
-"""Quantisers in stages: their options, their bytes, and that numba and torch read the same out of them."""
+"""Residual quantisers: their options, their bytes, and that numba and torch read the same out of them."""
 
 import subprocess
 import sys
@@ -14,13 +14,13 @@ from m3runtime.codecs.base import Codec, Distortion
 from m3runtime.codecs.product.codec import ProductCodec
 from m3runtime.codecs.product.kernels import look_up
 from m3runtime.codecs.product.kernels.rotate import rotate_
-from m3runtime.codecs.product.stages import Stage, pack, parse, text_of, unpack
+from m3runtime.codecs.product.residual import Level, pack, parse, text_of, unpack
 from m3runtime.errors import CodecError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.testing.codec import SPEC, CodecContract, identical, make_memories
 
 
-class TestTwoStagesRotated(CodecContract):
+class TestTwoLevelsRotated(CodecContract):
     trains = True
     worst = Distortion(keys=0.02, values=0.1)
 
@@ -69,8 +69,8 @@ def test_equal_codecs_have_equal_options() -> None:
 def test_the_preset_is_the_quantiser_of_the_paper() -> None:
     spec = MemorySpec(tuple(range(22)), 8, 8, 80, 128, "bfloat16")
     codec = ProductCodec(spec, preset="memory3")
-    stages = "2x14+8x10"
-    assert codec.options == {"keys": stages, "values": stages, "rotation": "opq", "scope": "model", "offset": False}
+    levels = "2x14+8x10"
+    assert codec.options == {"keys": levels, "values": levels, "rotation": "opq", "scope": "model", "offset": False}
     assert codec.payload_bytes(8) == 39_424  # reference/memory3.md: 14 bytes for each of 2816 vectors
 
 
@@ -85,9 +85,9 @@ def test_any_head_dim_and_number_of_bytes(head_dim: int) -> None:
 @given(st.integers(1, 300))
 def test_the_preset_fits_any_head_dim(head_dim: int) -> None:
     design = ProductCodec(MemorySpec((0,), 1, 4, head_dim, 4, "float32"), preset="memory3")
-    stages = parse(design.options["keys"], "keys", head_dim)  # or it raises
-    assert len(stages) == 2
-    assert all(stage.bits <= 14 for stage in stages)
+    levels = parse(design.options["keys"], "keys", head_dim)  # or it raises
+    assert len(levels) == 2
+    assert all(level.bits <= 14 for level in levels)
     assert design.payload_bytes(1) <= 28
     if head_dim % 8 == 0:
         assert design.options["keys"] == "2x14+8x10"
@@ -98,14 +98,14 @@ def test_the_preset_fits_any_head_dim(head_dim: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keys": "16"}, "keys of the product codec must be stages PARTSxBITS such as 16x8 or 2x14.8x10, not '16'"),
-        ({"keys": "4x8+"}, "must be stages PARTSxBITS"),
-        ({"keys": "-4x8"}, "must be stages PARTSxBITS"),
-        ({"values": 8}, "values of the product codec must be stages PARTSxBITS .* not 8"),
-        ({"keys": "4x7"}, "a stage has 8 to 16 bits, not 7 as in 4x7"),
-        ({"values": "4x17"}, "a stage has 8 to 16 bits, not 17 as in 4x17"),
-        ({"keys": "4x8+3x8"}, "the parts of a stage must divide head_dim 16, not as in 3x8"),
-        ({"keys": "0x8"}, "the parts of a stage must divide head_dim 16, not as in 0x8"),
+        ({"keys": "16"}, "keys of the product codec must be levels PARTSxBITS such as 16x8 or 2x14.8x10, not '16'"),
+        ({"keys": "4x8+"}, "must be levels PARTSxBITS"),
+        ({"keys": "-4x8"}, "must be levels PARTSxBITS"),
+        ({"values": 8}, "values of the product codec must be levels PARTSxBITS .* not 8"),
+        ({"keys": "4x7"}, "a level has 8 to 16 bits, not 7 as in 4x7"),
+        ({"values": "4x17"}, "a level has 8 to 16 bits, not 17 as in 4x17"),
+        ({"keys": "4x8+3x8"}, "the parts of a level must divide head_dim 16, not as in 3x8"),
+        ({"keys": "0x8"}, "the parts of a level must divide head_dim 16, not as in 0x8"),
         ({"keys": "4x8", "key_bytes": 4}, "key_bytes of the product codec cannot be set together with keys"),
         (
             {"preset": "memory3", "scope": "head"},
@@ -126,33 +126,33 @@ def test_options_that_cannot_be_are_refused_in_one_line(options: dict[str, Any],
 
 # -- bytes ------------------------------------------------------------------------------------------------------------
 
-stages = st.builds(Stage, st.integers(1, 20), st.integers(8, 16))
+levels = st.builds(Level, st.integers(1, 20), st.integers(8, 16))
 
 
-@given(stages, st.integers(0, 2**32))
-def test_numbers_are_packed_and_unpacked(stage: Stage, seed: int) -> None:
+@given(levels, st.integers(0, 2**32))
+def test_numbers_are_packed_and_unpacked(level: Level, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
-    numbers = torch.randint(0, stage.centroids, (3, 2, stage.parts), generator=random)
-    codes = torch.empty(3, 2, stage.bytes, dtype=torch.uint8)
-    pack(numbers, stage, codes)
-    assert torch.equal(unpack(codes, stage).to(torch.int64), numbers)
-    text = sum(number << part * stage.bits for part, number in enumerate(numbers[0, 0].tolist()))
-    assert bytes(codes[0, 0].tolist()) == text.to_bytes(stage.bytes, "little")
+    numbers = torch.randint(0, level.centroids, (3, 2, level.parts), generator=random)
+    codes = torch.empty(3, 2, level.bytes, dtype=torch.uint8)
+    pack(numbers, level, codes)
+    assert torch.equal(unpack(codes, level).to(torch.int64), numbers)
+    text = sum(number << part * level.bits for part, number in enumerate(numbers[0, 0].tolist()))
+    assert bytes(codes[0, 0].tolist()) == text.to_bytes(level.bytes, "little")
 
 
-@given(stages, st.integers(0, 2**32))
-def test_numbers_are_packed_as_faiss_packs_them(stage: Stage, seed: int) -> None:
+@given(levels, st.integers(0, 2**32))
+def test_numbers_are_packed_as_faiss_packs_them(level: Level, seed: int) -> None:
     faiss = pytest.importorskip("faiss")
     random = torch.Generator().manual_seed(seed)
-    numbers = torch.randint(0, stage.centroids, (5, stage.parts), generator=random)
-    codes = torch.empty(5, stage.bytes, dtype=torch.uint8)
-    pack(numbers, stage, codes)
-    there = faiss.pack_bitstrings(numbers.to(torch.int32).numpy(), stage.bits)
+    numbers = torch.randint(0, level.centroids, (5, level.parts), generator=random)
+    codes = torch.empty(5, level.bytes, dtype=torch.uint8)
+    pack(numbers, level, codes)
+    there = faiss.pack_bitstrings(numbers.to(torch.int32).numpy(), level.bits)
     assert torch.equal(codes, torch.from_numpy(there))
 
 
-@given(st.lists(stages, min_size=1, max_size=4))
-def test_stages_have_one_text(some: list[Stage]) -> None:
+@given(st.lists(levels, min_size=1, max_size=4))
+def test_levels_have_one_text(some: list[Level]) -> None:
     dim = 232792560  # which all parts up to 20 divide
     assert parse(text_of(some), "keys", dim) == tuple(some)
 
@@ -171,7 +171,7 @@ def test_numba_and_torch_look_up_the_same_bits(
     pytest.importorskip("numba")
     dim, bits = shape
     random = torch.Generator().manual_seed(seed)
-    some = [Stage(next(p for p in range(cut, 0, -1) if dim % p == 0), b) for cut, b in zip(cuts, bits, strict=False)]
+    some = [Level(next(p for p in range(cut, 0, -1) if dim % p == 0), b) for cut, b in zip(cuts, bits, strict=False)]
     tables = [torch.randn(2, s.parts, s.centroids, dim // s.parts, generator=random) for s in some]
     slab = torch.randint(0, 256, (n, 3, 4, sum(s.bytes for s in some) + 3), dtype=torch.uint8, generator=random)
     codes = slab[..., 2:-1]
@@ -185,7 +185,7 @@ def test_numba_and_torch_look_up_the_same_bits(
 
 def test_decoding_is_the_same_with_and_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba")
-    codec, memories = TestTwoStagesRotated.fitted(), make_memories([12, 5, 9])
+    codec, memories = TestTwoLevelsRotated.fitted(), make_memories([12, 5, 9])
     payloads = codec.encode(memories)
     with_it = codec.decode(payloads, memories.tokens, torch.float32)
     monkeypatch.setattr(look_up, "compiled", lambda: False)
@@ -236,7 +236,7 @@ def test_a_rotation_pays_where_channels_are_correlated(rotation: str) -> None:
     assert lost[rotation] < 0.8 * lost["none"]
 
 
-def test_another_stage_takes_error_away() -> None:
+def test_another_level_takes_error_away() -> None:
     memories = correlated()
     lost = []
     for keys in ("1x8", "1x8+1x8", "1x8+1x8+2x8"):
