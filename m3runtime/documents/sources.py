@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
+from m3runtime.config.loading import DEFAULT_FILE
 from m3runtime.documents.text import file_blocks
 
 READING = 2
@@ -39,6 +40,7 @@ class SourceNames:
 
     def __init__(self, bank: Path) -> None:
         folder = bank.absolute().parent
+        self._bank = bank.name
         self._base = os.path.normpath(folder)
         self._bases = tuple(dict.fromkeys((self._base, os.path.realpath(folder))))
 
@@ -53,6 +55,10 @@ class SourceNames:
             if common and common != str(Path(common).parent):
                 return _posix(os.path.relpath(given, base))
         return _posix(given)
+
+    def is_own(self, path: Path) -> bool:
+        """Is this a file of the bank, or a configuration file by its usual name? A folder's walk passes over it."""
+        return path.name == DEFAULT_FILE or is_within(self.name(path), self._bank)
 
     def path(self, name: str) -> Path:
         """The file that a name stands for."""

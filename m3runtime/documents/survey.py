@@ -141,7 +141,8 @@ class _Found:
         name = self._names.name(path)
         if path.is_dir():
             found, skipped = folder_files(path)
-            self.skipped += skipped
+            found = {real: file for real, file in found.items() if not self._names.is_own(file)}
+            self.skipped += [file for file in skipped if not self._names.is_own(file)]
             if not found and not any(is_within(known, name) for known in self._known):
                 raise InputError(f"{path} holds no text: no file that ends in .txt, .md, .pdf or another known suffix")
             self._folders.append(name)

@@ -39,6 +39,14 @@ def docs(place: Place) -> Place:
     return place
 
 
+def test_the_folder_of_all_is_written_without_the_bank_and_its_configuration(docs: Place) -> None:
+    docs.text("bank/notes.txt", "A note about the bank itself.")
+    docs.text("more.yaml", "lamp: It burns walnut oil.")
+    report = write(docs, ".")
+    assert report["sources"]["new"] == ["more.yaml"]
+    assert report["skipped"] == []
+
+
 def test_what_changed_is_replaced_and_what_did_not_stays(docs: Place) -> None:
     before = docs.contents()
     docs.text("docs/a.txt", f"{SHARED}\n\n{TWELVE}")
