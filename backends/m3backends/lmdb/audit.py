@@ -22,7 +22,7 @@ from m3backends.lmdb.records import (
 )
 from m3backends.lmdb.schema import Databases, above_all
 from m3backends.lmdb.structure import structure_problems
-from m3backends.lmdb.table import RecordTable
+from m3backends.lmdb.table import RecordTable, go_behind
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import RecordError
 from m3runtime.storage.home import Damage
@@ -90,7 +90,7 @@ class _Walk:
     def step(self, txn: ReadTransaction) -> tuple[list[Damage], int]:
         """Read the next batch. Returns its defects and its number of records."""
         cursor, damages, looked = txn.cursor(self.database), list[Damage](), 0
-        there = cursor.first() if self._last is None else self._go_on(cursor, *self._last)
+        there = go_behind(cursor, self._last, duplicates=self._duplicates)
         while there and looked < _BATCH:
             key, value = bytes(cursor.key()), cursor.value()
             damages += [Damage(self._where, id, what) for id, what in self._look(txn, key, value)]
@@ -102,14 +102,6 @@ class _Walk:
             there = cursor.next()
         self.done = not there
         return damages, looked
-
-    def _go_on(self, cursor: "lmdb.Cursor[memoryview]", key: bytes, value: bytes) -> bool:
-        """Move behind a record, which may be gone."""
-        if self._duplicates and cursor.set_range_dup(key, value + b"\0"):
-            return True
-        if not cursor.set_range(key):
-            return False
-        return cursor.next_nodup() if bytes(cursor.key()) == key else True
 
 
 class _Books:

@@ -19,7 +19,7 @@ import lmdb
 from m3backends.lmdb.compression import ENOUGH, ZSTD, Packing, decide, load_dictionary, unpack
 from m3backends.lmdb.records import seal
 from m3backends.lmdb.structure import set_last_transaction
-from m3backends.lmdb.table import RecordTable
+from m3backends.lmdb.table import RecordTable, go_behind
 
 if TYPE_CHECKING:
     from m3backends.lmdb.schema import Databases
@@ -110,17 +110,20 @@ def _copy(
     rewrite: Callable[[bytes, memoryview], bytes | memoryview | None],
 ) -> None:
     """Copy one database, a piece in each transaction."""
-    with old.begin(buffers=True) as source:
-        records = iter(source.cursor(handle))
-        more = True
-        while more:
-            more, size = False, 0
-            with new.begin(write=True) as txn:
-                for key, stored in records:
-                    value = rewrite(bytes(key), stored)
-                    if value is not None:
-                        txn.put(key, value, append=True, db=copy)
-                        size += len(value)
-                    if size >= _PIECE:
-                        more = True
-                        break
+    duplicates = handle.flags()["dupsort"]
+    last: tuple[bytes, bytes] | None = None
+    more = True
+    while more:
+        size = 0
+        with old.begin(buffers=True) as source, new.begin(write=True) as txn:
+            cursor = source.cursor(handle)
+            more = go_behind(cursor, last, duplicates=duplicates)
+            while more and size < _PIECE:
+                key, stored = bytes(cursor.key()), cursor.value()
+                value = rewrite(key, stored)
+                if value is not None:
+                    txn.put(key, value, append=True, db=copy)
+                    size += len(value)
+                last = key, bytes(stored) if duplicates else b""
+                more = cursor.next()
+        old.set_mapsize(old.info()["map_size"])  # or what was read would stay in the memory of the process

@@ -120,3 +120,18 @@ class RecordTable:
         id = int.from_bytes(key, "big") if self._by_id and len(key) == 8 else None
         shown = str(id) if id is not None else ascii(bytes(key[:20]))[2:-1]
         return RecordError(f"bank {self._bank}: the record of {shown} in {self.name} is damaged: {why}", id)
+
+
+def go_behind(cursor: "lmdb.Cursor[memoryview]", last: tuple[bytes, bytes] | None, *, duplicates: bool) -> bool:
+    """Move behind the record of a key and value, which may be gone, or to the first; false if none follows.
+
+    Only with ``duplicates``, of a database that has several values of a key, does the value matter.
+    """
+    if last is None:
+        return cursor.first()
+    key, value = last
+    if duplicates and cursor.set_range_dup(key, value + b"\0"):
+        return True
+    if not cursor.set_range(key):
+        return False
+    return cursor.next_nodup() if bytes(cursor.key()) == key else True
