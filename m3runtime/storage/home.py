@@ -57,6 +57,9 @@ class Home(Tier):
     A batch survives a crash at any instant after `commit` returned; before that it is wholly absent. The home is the
     only truth: index, caching tiers and statistics are rebuilt from it.
 
+    `read` fills a row to its end, with zeros behind the block: tiers keep whole slots, maybe in files, and a buffer may
+    have bytes of a block that was forgotten.
+
     A reference may be in the catalogue before it is encoded. It is **cold** then: remembered like any other, without a
     block, so `read` and `contains` miss it. It gets its block once, and is never cold again.
 

@@ -18,7 +18,7 @@ from m3runtime.testing.home_durability import CHANGES
 from m3runtime.testing.home_laws import HomeLaws
 from m3runtime.testing.process import OtherProcess
 from m3runtime.testing.threads import together
-from m3runtime.testing.tier import check_read
+from m3runtime.testing.tier import check_read, read
 
 LENGTHS = (5, 40, 300, 700, 1500, 2500)
 """Bytes of random content of texts: some lie among others in a page, some fill several."""
@@ -95,6 +95,14 @@ class ErasureLaws(HomeLaws):
         assert home.cold().tolist() == [40, 41]
         home.close()
         assert not left(self.place, pieces(make_secrets(gone.tolist())))
+
+    def test_a_row_has_nothing_behind_its_block(self, home: Home) -> None:
+        """Or a tier that keeps slots in files would keep what was in the buffer."""
+        ids = make_ids(*range(12))
+        home.commit(make_batch(range(12)))
+        found, rows = read(home, ids)
+        assert found.all()
+        assert not any(row[len(stored_bytes(row)) :].any() for row in rows)
 
     def test_room_is_given_back(self, home: Home) -> None:
         ids = make_ids(*range(2000))

@@ -19,7 +19,7 @@ from tests.testing.broken.laws import CAUGHT_BY
 
 ROOT = Path(__file__).parents[2]
 FILES = ["slabs", "folders", "homes", "codecs", "indexes", "policies", "embedders", "hierarchies"]
-LEAST = 78
+LEAST = 79
 """Fewest implementations that are broken."""
 SECONDS = 60
 

@@ -28,7 +28,7 @@ from m3backends.lmdb.schema import Databases
 from m3runtime.documents.reference import Reference
 from m3runtime.documents.sources import SourceState
 from m3runtime.errors import RecordError
-from m3runtime.memory.block import HEADER_BYTES, Found, Ids, Rows, length
+from m3runtime.memory.block import Found, Ids, Rows
 from m3runtime.storage.home import Home
 from m3runtime.storage.tier import check_rows
 
@@ -58,7 +58,7 @@ class LmdbReader(Home):
         return None
 
     def read(self, ids: Ids, out: "Tensor") -> Found:
-        """Copy blocks into rows of ``out``, as `Tier.read` says. Bytes that a damaged block lacks are zeros."""
+        """Copy blocks into rows of ``out``, as `Home` says."""
         check_rows(ids, out, self.slot_bytes)
         if out.device.type != "cpu":
             import torch  # sources are compared without it
@@ -268,9 +268,7 @@ class LmdbReader(Home):
 
 
 def _fill(row: Rows, whole: Rows) -> None:
-    """Copy a block into a slot."""
+    """Copy a block into a slot, and zeros behind it: bytes of a former read neither complete a block nor reach a tier."""
     stored = whole[: len(row)]
     row[: len(stored)] = stored
-    # A record cut short must not be completed by the bytes of a former read.
-    if len(stored) < HEADER_BYTES or length(row) != len(whole):
-        row[len(stored) :] = 0
+    row[len(stored) :] = 0

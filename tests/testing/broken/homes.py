@@ -285,6 +285,16 @@ class NarrowsSlots(LmdbHome):
         self.slot_bytes = slot_bytes
 
 
+class KeepsTheRestOfARow(LmdbHome):
+    def read(self, ids: Ids, out: Tensor) -> Found:
+        rows = torch.zeros_like(out)
+        found = super().read(ids, rows)
+        for row in np.flatnonzero(found).tolist():
+            block = stored_bytes(rows[row])
+            out[row, : len(block)] = rows[row, : len(block)]
+        return found
+
+
 class CompactsNothing(LmdbHome):
     def compact(self) -> None:
         self.set_meta("compacted", b"")

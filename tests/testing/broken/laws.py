@@ -53,6 +53,7 @@ CAUGHT_BY = {
         "ColdIsHeld": "test_what_is_catalogued_is_remembered_without_a_block",
         "WidensByForgetting": "test_wider_slots_hold_longer_blocks",
         "NarrowsSlots": "test_wider_slots_hold_longer_blocks",
+        "KeepsTheRestOfARow": "test_a_row_has_nothing_behind_its_block",
         "CompactsNothing": "test_no_byte_of_what_was_forgotten_is_left",
         "CopiesPages": "test_no_byte_of_what_was_forgotten_is_left",
         "CompactsWhatIsColdAway": "test_compacting_changes_nothing",
