@@ -20,7 +20,8 @@ from m3runtime.bank.codecs import CODEC, BankCodecs, LoadCodec, new_codec_file, 
 from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs import Codec
 from m3runtime.errors import BankError, BankMismatchError, BankMissingError, CodecError
-from m3runtime.memory.block import BlockStamp, Ids
+from m3runtime.memory.block import HEADER_BYTES, BlockStamp, Ids
+from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.storage.files import sync_folder
 from m3runtime.storage.home import Home
@@ -99,7 +100,7 @@ class Bank:
     def over(cls, path: Path, home: Home, manifest: Manifest, load_codec: LoadCodec) -> "Bank":
         """The bank of an open home and its manifest. Raises the same errors as `open` about the codec."""
         codecs = BankCodecs(path, manifest, load_codec, partial(Manifest.read, path, home))
-        if home.slot_bytes < max(map(slot_bytes, codecs.all)):
+        if not max(map(slot_bytes, codecs.all)) <= home.slot_bytes <= _most_bytes(manifest.spec):
             raise BankMismatchError(
                 f"{path}: slots of {home.slot_bytes} bytes do not fit the codec; restore the bank from a copy, "
                 "or write it anew"
@@ -157,6 +158,11 @@ class Bank:
     def close(self) -> None:
         """Close the home."""
         self.home.close()
+
+
+def _most_bytes(spec: MemorySpec) -> int:
+    """More than any block of a memory has: eight bytes for each number. A slot may have been a wider codec's."""
+    return HEADER_BYTES + 16 * spec.tokens * spec.vectors_per_token * spec.head_dim
 
 
 def home_folder(path: Path) -> Path:

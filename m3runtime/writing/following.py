@@ -18,7 +18,8 @@ _PATIENCE = 5.0
 def follow(mirror: Mirror, folders: Sequence[Path]) -> Iterator[MirrorReport | BankBusyError | InputError]:
     """Bring the bank in step with folders, now and whenever a file in them changes, until the caller stops.
 
-    Gives the report of each pass that changed something, or the error that prevented one, once: it is tried again. The
+    Gives the report of each pass that changed something or found other files that cannot be read, or the error that
+    prevented one; both once, and the files are tried again. The
     bank is open only during a pass, so that others can write between two. All state is in the bank: a process that was
     killed is followed by one that begins anew. Raises `PluginError` if watchfiles is not installed, `InputError` for a
     path that is no folder, and what `Mirror.write` raises.
@@ -48,7 +49,8 @@ def follow(mirror: Mirror, folders: Sequence[Path]) -> Iterator[MirrorReport | B
                     yield error
                 said = str(error)
             else:
-                said = ""
-                if not report.survey.is_in_step:
+                unread = str(dict(report.survey.unread)) if report.survey.unread else ""
+                if not report.survey.is_in_step or unread not in ("", said):
                     yield report
+                said, passes = unread, max(passes, int(bool(unread)))
         passes = 1 if next(changes) else passes

@@ -13,12 +13,18 @@ from tests.model.families import make_model, make_tokenizer
 NewPlace = Callable[[Path], Place]
 
 
+POSITIONS = 4096
+"""Positions of the tiny model."""
+
+
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with its tokenizer, in a folder as the transformers library writes it."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    make_model("llama").save_pretrained(folder)
+    model = make_model("llama")
+    model.config.max_position_embeddings = POSITIONS  # the evaluations have long prompts
+    model.save_pretrained(folder)
     logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     make_tokenizer().save_pretrained(folder)
     return folder

@@ -13,7 +13,7 @@ import pytest
 from m3runtime import assembly
 from m3runtime.config.schema import Config
 from tests.end_to_end.commands import M3, Contents, Place, environment, records
-from tests.end_to_end.conftest import NewPlace
+from tests.end_to_end.conftest import POSITIONS, NewPlace
 from tests.model.families import make_model, make_tokenizer
 
 TEXT = "Seven keepers rowed out with lanterns and came home with a bell.\n"
@@ -370,8 +370,8 @@ class TestArguments:
         assert (result.returncode, result.stderr) == (2, b"m3: the line is not text in UTF-8\n")
 
     def test_a_prompt_beyond_the_model_s_positions(self, written: Place) -> None:
-        line = complaint(written, "ask", "lamp " * 600)
-        assert "tokens, and of the model's 512 positions " in line
+        line = complaint(written, "ask", "lamp " * (POSITIONS + 88))
+        assert f"tokens, and of the model's {POSITIONS} positions " in line
         assert line.endswith("are left for a prompt; shorten it")
 
     def test_a_name_that_is_no_folder_here(self, written: Place) -> None:

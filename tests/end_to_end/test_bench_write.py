@@ -19,7 +19,7 @@ def place(place: Place) -> Place:
 def test_a_corpus_is_read_and_written_and_ratios_add_up(place: Place) -> None:
     before = sorted(place.folder.iterdir())
     found = place.m3(
-        "bench", "write", "--corpus", "texts.txt", "--references", 9, "--rounds", 2, "--threads", 1, "--json"
+        "bench", "write", "--corpus", "texts.jsonl", "--references", 9, "--rounds", 2, "--threads", 1, "--json"
     ).json
     assert set(found["seconds"]) == {PLAIN, ENCODE, WRITE}
     assert all(spread["rounds"] == 2 and spread["median"] > 0 for spread in found["seconds"].values())
@@ -40,7 +40,7 @@ def test_a_corpus_is_read_and_written_and_ratios_add_up(place: Place) -> None:
 
 def test_the_references_and_the_codec_of_the_bank(place: Place) -> None:
     place.configure(memory={"reference_tokens": 96})
-    assert place.m3("write", "texts.txt").code == 0
+    assert place.m3("write", "texts.jsonl").code == 0
     before = place.contents()
     found = place.m3("bench", "write", "--references", 5, "--rounds", 1, "--json").json
     assert found["settings"]["references"] == 5
@@ -51,7 +51,7 @@ def test_the_references_and_the_codec_of_the_bank(place: Place) -> None:
 def test_people_get_tables(place: Place) -> None:
     place.configure(codec=None)
     place.configure(codec={"kind": "scalar"})
-    result = place.m3("bench", "write", "--corpus", "texts.txt", "--references", 4, "--rounds", 1)
+    result = place.m3("bench", "write", "--corpus", "texts.jsonl", "--references", 4, "--rounds", 1)
     assert result.code == 0, result.err
     for text in (PLAIN, WRITE, "Where the time goes", "in turn with the model"):
         assert text in result.out

@@ -11,7 +11,6 @@ import pytest
 from m3runtime.config.schema import Config
 from m3runtime.documents.splitting import Splitter
 from m3runtime.documents.survey import Reading
-from m3runtime.errors import InputError
 from m3runtime.writing.following import follow
 from m3runtime.writing.mirror import Mirror, MirrorReport
 from tests.end_to_end.commands import M3, Place, environment
@@ -100,7 +99,9 @@ def test_folders_are_followed(place: Place) -> None:
             assert isinstance(next(reports), MirrorReport)
         check(place)
         place.text("docs/b.txt", b"\0")
-        assert isinstance(next(reports), InputError)
+        report = next(reports)
+        assert isinstance(report, MirrorReport)
+        assert list(report.survey.unread) == ["docs/b.txt"]
         assert TEXTS[2] in place.contents().texts.values()
         place.text("docs/b.txt", TEXTS[3])
         while not isinstance(next(reports), MirrorReport):
