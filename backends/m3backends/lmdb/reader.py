@@ -268,7 +268,7 @@ class LmdbReader(Home):
 
 
 def _fill(row: Rows, whole: Rows) -> None:
-    """Copy a block into a slot, and zeros behind it: bytes of a former read neither complete a block nor reach a tier."""
+    """Copy a block into a slot, and zeros behind it, so that no bytes of a former read stand there."""
     stored = whole[: len(row)]
     row[: len(stored)] = stored
     row[len(stored) :] = 0
