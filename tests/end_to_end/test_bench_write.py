@@ -39,12 +39,13 @@ def test_a_corpus_is_read_and_written_and_ratios_add_up(place: Place) -> None:
 
 
 def test_the_references_and_the_codec_of_the_bank(place: Place) -> None:
-    place.configure(memory={"reference_tokens": 96})
-    assert place.m3("write", "texts.jsonl").code == 0
+    place.configure(memory={"reference_tokens": 96}, codec={"kind": "product", "bytes": 2, "sample_tokens": 200})
+    assert place.m3("write", "texts.jsonl", "--json").json["codec"] is not None
     before = place.contents()
     found = place.m3("bench", "write", "--references", 5, "--rounds", 1, "--json").json
     assert found["settings"]["references"] == 5
-    assert found["config"]["codec"]["file"] == str(place.bank / "codec.safetensors")
+    (trained,) = place.bank.glob("codec-*.safetensors")
+    assert found["config"]["codec"]["file"] == str(trained)
     assert place.contents() == before
 
 
