@@ -1,0 +1,42 @@
+"""`Guard`: what an interrupt leaves behind."""
+
+import sys
+import threading
+from types import FrameType
+
+from m3backends.lmdb.guard import Guard
+
+
+def entered(guard: Guard, moment: int) -> int:
+    """Enter and leave, interrupted at a call by Python's own count; returns the number of calls."""
+    calls = 0
+
+    def watch(_: FrameType, event: str, __: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+        if event == "call" and calls == moment:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    sys.setprofile(watch)
+    try:
+        with guard.shared():
+            pass
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_an_interrupt_at_any_call_leaves_nobody_inside() -> None:
+    for moment in range(1, entered(Guard("closed"), 0) + 1):
+        guard, done = Guard("closed"), threading.Event()
+        entered(guard, moment)
+
+        def alone(guard: Guard = guard, done: threading.Event = done) -> None:
+            with guard.alone():
+                done.set()
+
+        threading.Thread(target=alone, daemon=True).start()
+        assert done.wait(10), f"interrupted at call {moment}"
