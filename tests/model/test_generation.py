@@ -551,12 +551,12 @@ def test_a_prompt_begins_with_one_beginning() -> None:
     for tokenizer in [make_tokenizer(), make_tokenizer(bos_in_chat=True)]:
         adapter = make_adapter(tokenizer=tokenizer)
         assert adapter.sink_ids == [0, *tokenizer("Reference:")["input_ids"]]
-        text = adapter.chat(message).text
-        assert adapter.tokens.of_prompt(text, sink=True).count(0) == 0
-        assert adapter.tokens.of_prompt(text, sink=False).count(0) == 1
-        assert adapter.tokens.of_prompt(text, sink=False)[1:] == adapter.tokens.of_prompt(text, sink=True)
+        prompt = adapter.chat(message)
+        assert adapter.tokens.of_prompt(prompt, sink=True).count(0) == 0
+        assert adapter.tokens.of_prompt(prompt, sink=False).count(0) == 1
+        assert adapter.tokens.of_prompt(prompt, sink=False)[1:] == adapter.tokens.of_prompt(prompt, sink=True)
     # Where it also begins every turn, as in SmolLM2, the first turn keeps it.
-    turns = "<s>user lamp</s><s>assistant"
+    turns = Prompt("<s>user lamp</s><s>assistant")
     assert adapter.tokens.of_prompt(turns, sink=True).count(0) == 2
     assert adapter.tokens.of_prompt(turns, sink=False).count(0) == 2
 
@@ -585,7 +585,7 @@ def test_memories_in_the_users_turn_stand_where_their_text_would(bos_in_chat: bo
     assert answer.chunks[0].ids
     # What the model reads, sink, reference and prompt, is the template's text with the reference in the user's turn.
     whole = adapter.render("Which lamp?", "chat", ["the old town"]).text
-    prompt = adapter.tokens.of_prompt(adapter.render("Which lamp?", "chat").text, sink=True)
+    prompt = adapter.tokens.of_prompt(adapter.render("Which lamp?", "chat"), sink=True)
     read = tokenizer.decode(adapter.sink_ids) + " the old town" + tokenizer.decode(prompt)
     assert read.replace(" ", "").removeprefix("<s>") == whole.replace(" ", "").removeprefix("<s>")
     # The user's later turns follow, and nothing else than such a conversation is read.
