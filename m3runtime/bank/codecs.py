@@ -42,7 +42,7 @@ class _Loaded:
     by_name: Mapping[bytes, tuple[Codec, BlockStamp]]
     """Codec and stamp by the 8 bytes that a block's header has."""
     limit: ErrorLimit | None
-    """What the newest codec may lose of a memory; None if it encodes all."""
+    """The most that the newest codec may lose of a memory; None if it encodes all."""
 
 
 class BankCodecs:

@@ -36,7 +36,7 @@ class Erasures:
 
     @classmethod
     def of(cls, home: Home) -> "Erasures":
-        """Those that the home records. If the record is damaged, one has begun and none is known."""
+        """The erasures that the home records. If the record is damaged, one has begun and none is known."""
         try:
             stored = home.get_meta(_RECORD)
             if stored is None:

@@ -93,7 +93,7 @@ def show(report: "MirrorReport", bank: Path, *, verbose: bool = False) -> None:
 
 
 def summary(report: "MirrorReport") -> str:
-    """What was done, in a line."""
+    """The counts of a report in a line."""
     written, parts = report.written, [counted(report.survey)]
     if written is not None:
         new = (

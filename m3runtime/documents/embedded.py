@@ -15,7 +15,7 @@ _RUN = re.compile(
     rf"|(?<![\w+/=-])[A-Za-z0-9+/_-]{{{_LEAST},}}={{0,2}}"
 )
 _ALPHABET = f"{string.ascii_letters}{string.digits}+/=_-.:;,\n"
-"""What a run is made of: one that reaches to the end of a block may go on in the next."""
+"""The characters of a run. A run that reaches to the end of a block may go on in the next."""
 _LONGEST = 1 << 24
 """Characters of a run that are kept in memory; the rest of a longer one is a run of its own."""
 

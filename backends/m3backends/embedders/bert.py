@@ -43,7 +43,7 @@ _TOKENIZER = {
     "pad_token": ("[PAD]",),
     "mask_token": ("[MASK]",),
 }
-"""What a tokenizer's configuration may say of each key: the words of BERT's uncased tokenizer."""
+"""The values that a tokenizer's configuration may have for each key: those of BERT's uncased tokenizer."""
 _NORMALIZER = {
     "type": "BertNormalizer",
     "clean_text": True,
