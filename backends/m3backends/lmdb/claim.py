@@ -80,7 +80,7 @@ class Claim:
             self._verify()
 
     def _trust_reading(self) -> None:
-        if not self._files.is_trusted():
+        if not self._files.is_verified():
             self.at_rest(self._verify)
 
     def _read_alone(self) -> None:
@@ -97,11 +97,11 @@ class Claim:
         self._verify()
 
     def _verify(self) -> None:
-        if self._files.is_empty() or self._files.is_trusted():
+        if self._files.is_empty() or self._files.is_verified():
             return
-        stamped, state = self._files.is_verified(), self._files.state()
+        state = self._files.state()
         check_structure(self._files.data)
-        self.verified = None if stamped else state
+        self.verified = state
 
     def _busy(self) -> BankBusyError:
         return BankBusyError(
