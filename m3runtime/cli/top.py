@@ -2,13 +2,10 @@
 
 import os
 import time
-import urllib.error
-import urllib.request
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -81,6 +78,10 @@ def _configured(file: Path | None, settings: list[str] | None) -> "MetricsConfig
 
 def read(where: str) -> Sample:
     """Read an endpoint. Raises `InputError` if nothing listens there, or it is not a runtime."""
+    import urllib.error  # not with the module: every command imports that
+    import urllib.request
+    from http.client import HTTPException
+
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(f"http://{where}/metrics", timeout=5) as answer:

@@ -33,7 +33,6 @@ class Section(BaseModel):
         extra="forbid",
         allow_inf_nan=False,
         coerce_numbers_to_str=True,
-        use_attribute_docstrings=True,
     )
 
     replaced: ClassVar[Mapping[str, str]] = {}
