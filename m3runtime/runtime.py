@@ -5,7 +5,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -19,6 +19,7 @@ from m3runtime.bank import records
 from m3runtime.bank.bank import Bank
 from m3runtime.config.schema import Config
 from m3runtime.device.threads import prepare
+from m3runtime.documents import expiry
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import BankBusyError, ConfigError, ForkedError, InputError, TierError
 from m3runtime.memory.block import Ids, as_ids
@@ -52,8 +53,12 @@ class Runtime:
         device: torch.device,
         *,
         encoder: Adapter | None = None,
+        today: Callable[[], str] = expiry.today,
     ) -> None:
-        """``encoder`` is needed to recall with ``recall.cold_start``, and may also be set later."""
+        """``encoder`` is needed to recall with ``recall.cold_start``, and may also be set later.
+
+        ``today`` gives the date in UTC, such as ``2027-01-31``: what has expired before is not recalled.
+        """
         self.config = config
         self.bank = bank
         self.hierarchy = hierarchy
@@ -65,13 +70,19 @@ class Runtime:
         capacity = config.recall.decoded or max(default_decoded(device), 2 * config.recall.memories * largest)
         self.store = MemoryStore(capacity, partial(part_bytes, bank), slots=max(1, capacity // largest))
         self.background = Background(config.threads.lookahead, partial(prepare, device, config.threads.cores))
-        self._loader = Loader(bank, hierarchy, self.store, device)
+        self._loader = Loader(bank, hierarchy, self.store, device, today)
         self._cold_start = ColdStart(bank, self.stats, is_on=config.recall.cold_start)
         self._recall = Recall(
             config.recall, retriever, self._loader, self._cold_start, self.background, self.meter, self.stats
         )
         self._refresh = Refresh(
-            bank, retriever.index, self.store, hierarchy, config.recall.refresh, cold=config.recall.cold_start
+            bank,
+            retriever.index,
+            self.store,
+            hierarchy,
+            config.recall.refresh,
+            cold=config.recall.cold_start,
+            today=today,
         )
         self._encoder: Adapter | None = None
         self.encoder = encoder
@@ -91,6 +102,7 @@ class Runtime:
         *,
         read_only: bool = False,
         encoder: Adapter | None = None,
+        today: Callable[[], str] = expiry.today,
     ) -> Self:
         """Open the bank that a configuration (or its file) names, with its tiers, index and embedder.
 
@@ -118,13 +130,14 @@ class Runtime:
                 undo.callback(trace.close)
             hierarchy = Hierarchy(tiers, bank.home, bank.codecs, device, record=trace.record if trace else None)
             recall = config.recall
-            index, changed = assembly.bank_index(config, bank).open(cold=recall.cold_start)
+            hidden = records.expired(bank.home, today())
+            index, changed = assembly.bank_index(config, bank).open(cold=recall.cold_start, hidden=hidden)
             retriever = Retriever(
                 embedder, index, memories=recall.memories, min_score=recall.min_score, margin=recall.margin
             )
             if read_only:
                 config = config.without_cold_start()
-            runtime = cls(config, bank, hierarchy, retriever, device, encoder=encoder)
+            runtime = cls(config, bank, hierarchy, retriever, device, encoder=encoder, today=today)
             runtime._index_changed = changed and not read_only
             runtime._trace = trace
             undo.callback(runtime._stop)
@@ -247,13 +260,17 @@ class Runtime:
         return everything.search(texts)
 
     def references(self, ids: Sequence[int]) -> list[Reference | None]:
-        """The references of ids; None where an id is not remembered, or its record is damaged and now quarantined."""
+        """The references of ids; None where an id is not remembered, or its record is damaged and now quarantined.
+
+        Places that have expired are left out.
+        """
         found = self._loader.references(ids)
         return [found.get(id) for id in ids]
 
     def fetch(self, ids: Sequence[int] | Ids, dtype: torch.dtype) -> dict[int, Part]:
         """The decoded memories of ids, on the device, without lease; forgotten, bad and cold ones are left out."""
         self._check_process()
+        self._refresh()
         phases, parts = self.meter.lookahead(), dict[int, Part]()
         wanted = list(dict.fromkeys(as_ids(ids).tolist()))
         size = max(1, self.store.capacity // part_bytes(self.bank, dtype) // 2)

@@ -18,6 +18,7 @@ import numpy as np
 from m3runtime.bank import records
 from m3runtime.bank.bank import Bank
 from m3runtime.errors import IndexFileError, RecordError
+from m3runtime.memory.block import Ids, as_ids
 from m3runtime.memory.spec import canonical_json
 from m3runtime.retrieval.index import Index
 from m3runtime.storage.files import open_regular, remove_remains, write_atomically
@@ -25,6 +26,7 @@ from m3runtime.storage.files import open_regular, remove_remains, write_atomical
 INDEX = "index"
 _RECORD = "index"
 _PIECE = 1 << 24
+_NONE = as_ids(())
 
 log = logging.getLogger("m3runtime")
 
@@ -39,10 +41,10 @@ class BankIndex:
         self._make = make
         self._kind, self._dtype = kind, dtype
 
-    def open(self, *, cold: bool) -> tuple[Index, bool]:
+    def open(self, *, cold: bool, hidden: Ids = _NONE) -> tuple[Index, bool]:
         """The index in line with the home; true if it differs from its file, which `save` then replaces.
 
-        Without ``cold`` it finds no cold references.
+        Without ``cold`` it finds no cold references, and it finds none that are ``hidden``.
         """
         rebuilt = False
         try:
@@ -50,7 +52,7 @@ class BankIndex:
         except IndexFileError as error:
             log.info("the index is rebuilt: %s", error)
             index, rebuilt = self._make(), True
-        added, removed = catch_up(index, self._bank, cold=cold)
+        added, removed = catch_up(index, self._bank, cold=cold, hidden=hidden)
         return index, rebuilt or added + removed > 0
 
     def update(self) -> None:
@@ -138,13 +140,13 @@ class BankIndex:
         return stated
 
 
-def catch_up(index: Index, bank: Bank, *, cold: bool = True) -> tuple[int, int]:
+def catch_up(index: Index, bank: Bank, *, cold: bool = True, hidden: Ids = _NONE) -> tuple[int, int]:
     """Bring an index in line with the home, the only truth. Returns how many ids were added and removed.
 
-    Without ``cold`` it holds no cold references; leaving them out does not count as removing. Memories whose
-    embedding is damaged or missing cannot be found: they are quarantined.
+    Without ``cold`` it holds no cold references, and none of those that are ``hidden``; leaving them out does not count
+    as removing. Memories whose embedding is damaged or missing cannot be found: they are quarantined.
     """
-    hidden = np.zeros(0, np.uint64) if cold else bank.home.cold()
+    hidden = hidden if cold else np.union1d(hidden, bank.home.cold())
     held, wanted = index.ids(), bank.home.ids()
     gone, missing = np.setdiff1d(held, wanted), np.setdiff1d(np.setdiff1d(wanted, held), hidden)
     index.remove(np.concatenate([gone, np.intersect1d(held, hidden)]))

@@ -6,7 +6,7 @@ import numpy as np
 
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import BankFullError, RecordError, TierReadOnlyError
-from m3runtime.memory.block import Ids
+from m3runtime.memory.block import Ids, as_ids
 from m3runtime.retrieval.embedder import Embeddings
 from m3runtime.storage.home import Home
 
@@ -44,6 +44,13 @@ def embeddings(home: Home, ids: Ids, dim: int | None, damaged: dict[int, str]) -
             if good.any():
                 yield some[good], vectors[good]
         _note(damaged, wanted, "there is no embedding")
+
+
+def expired(home: Home, today: str) -> Ids:
+    """The ids of the references that have expired in all of their places, or that cannot be read and may have."""
+    due = np.unique(np.concatenate([*home.expiring(today).values(), as_ids(())]))
+    found, _ = references(home, due)
+    return due[[one is None or not one.living(today) for one in found]]
 
 
 def quarantined(home: Home) -> dict[int, str]:

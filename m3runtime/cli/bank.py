@@ -77,6 +77,7 @@ def forget(
         list[str] | None, typer.Option("--source", help="A file, folder, pattern or source, whatever it looks like.")
     ] = None,
     quarantined: Annotated[bool, typer.Option("--quarantined", help="Forget all quarantined memories.")] = False,
+    expired: Annotated[bool, typer.Option("--expired", help="Forget what has expired.")] = False,
     erase: Annotated[
         bool, typer.Option("--erase", help="Leave no byte of it in the bank's files, as `m3 compact` does.")
     ] = False,
@@ -90,10 +91,11 @@ def forget(
     still in its folder is remembered again when the folder is written again.
     """
     settings = configuration(config, set)
-    if not what and not source and not quarantined:
-        raise InputError("nothing to forget is given: name ids, files, --source or --quarantined")
+    if not (what or source or quarantined or expired):
+        raise InputError("nothing to forget is given: name ids, files, --source, --quarantined or --expired")
     from m3runtime import assembly
     from m3runtime.bank import records
+    from m3runtime.documents.expiry import today
     from m3runtime.documents.sources import SourceNames
     from m3runtime.memory.block import as_ids
     from m3runtime.writing import erasure
@@ -117,6 +119,8 @@ def forget(
         if erase:
             erasure.begin(home)
         moves.make()
+        if expired:
+            moves.expire(today())
         failed = drop_traces(settings, bank, moves.forgotten)
         for name in failed:
             say(f"tier {name} failed: what it still holds is discarded when it is used again", err=True)
@@ -149,11 +153,14 @@ def compact(config: ConfigFile = None, set: Set = None, json: Json = False) -> N
 
 
 def _bank_facts(bank: "Bank") -> dict[str, Any]:
+    from m3runtime.bank import records
     from m3runtime.bank.erasures import Erasures
+    from m3runtime.documents.expiry import is_over, today
 
     manifest, home, erasures = bank.manifest, bank.home, Erasures.of(bank.home)
     distortion = bank.codec.measured
-    cold = len(home.cold())
+    cold, expiring, day = len(home.cold()), home.expiring(), today()
+    ahead = [last for last in expiring if not is_over(last, day)]
     several: dict[str, Any] = {}
     if manifest.planned is not None:
         several["planned_codec"] = {"kind": manifest.planned.kind, **manifest.planned.options}
@@ -164,6 +171,11 @@ def _bank_facts(bank: "Bank") -> dict[str, Any]:
         "memories": len(home.ids()) - cold,
         "cold": cold,
         "quarantined": len(home.quarantined()),
+        "expiring": {
+            "memories": len({id for last in ahead for id in expiring[last].tolist()}),
+            "next": ahead[0] if ahead else None,
+            "expired": len(records.expired(home, day)),
+        },
         "stored_bytes": home.stored_bytes(),
         "slot_bytes": home.slot_bytes,
         "model": f"{manifest.model_name} ({manifest.model[:16]})",

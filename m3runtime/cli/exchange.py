@@ -31,6 +31,7 @@ def export(
     from m3runtime import assembly
     from m3runtime.bank.exchange.export import exported
     from m3runtime.bank.exchange.files import format_of, write_records
+    from m3runtime.documents import expiry
 
     format_of(path)
     count, damaged = 0, dict[int, str]()
@@ -40,7 +41,10 @@ def export(
 
         def counted() -> "Iterator[tuple[int, Record]]":
             nonlocal count
-            for record in exported(bank.home, manifest.embedder, manifest.dim, damaged, embeddings=embeddings):
+            found = exported(
+                bank.home, manifest.embedder, manifest.dim, damaged, embeddings=embeddings, today=expiry.today
+            )
+            for record in found:
                 yield record
                 count += 1
                 if count % 1000 == 0:

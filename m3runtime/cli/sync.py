@@ -7,7 +7,7 @@ import typer
 
 from m3runtime.cli.options import ConfigFile, Json, Set, TextField, configuration, documents_fields
 from m3runtime.cli.terminal import print_json, say
-from m3runtime.cli.write import KeepMissing, Paths, Whole, facts, show, write
+from m3runtime.cli.write import Expires, KeepMissing, Paths, Whole, expiry_of, facts, show, write
 
 
 def sync(
@@ -19,6 +19,7 @@ def sync(
     text_field: TextField = None,
     whole: Whole = False,
     keep_missing: KeepMissing = False,
+    expires: Expires = None,
     set: Set = None,
     json: Json = False,
 ) -> None:
@@ -29,7 +30,7 @@ def sync(
     again.
     """
     if not watch:
-        write(paths, config, text_field, whole, keep_missing=keep_missing, set=set, json=json)
+        write(paths, config, text_field, whole, keep_missing=keep_missing, expires=expires, set=set, json=json)
         return
     settings = configuration(config, set)
     from m3runtime.documents.survey import Reading
@@ -37,7 +38,7 @@ def sync(
     from m3runtime.writing.following import follow
     from m3runtime.writing.mirror import Mirror
 
-    reading = Reading(documents_fields(settings, text_field), whole)
+    reading = Reading(documents_fields(settings, text_field), whole, expiry=expiry_of(expires))
     with closing(Mirror(settings, reading, keep_missing=keep_missing)) as mirror:
         for report in follow(mirror, paths):
             if isinstance(report, M3Error):

@@ -2,17 +2,19 @@
 
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, TextField, configuration, documents_fields
+from m3runtime.cli.options import ConfigFile, Json, Set, TextField, configuration, documents_fields, parsed
 from m3runtime.cli.progress import progress_bars
 from m3runtime.cli.terminal import print_json, say
 from m3runtime.observe.figures import show_size
 
 if TYPE_CHECKING:
+    from m3runtime.documents.expiry import Expiry
     from m3runtime.documents.survey import Survey
     from m3runtime.writing.mirror import MirrorReport
 
@@ -22,6 +24,15 @@ Paths = Annotated[
 Whole = Annotated[bool, typer.Option("--whole", help="Each document is one reference; do not split.")]
 KeepMissing = Annotated[
     bool, typer.Option("--keep-missing", help="Keep the memories of files that are no longer in a folder.")
+]
+Expires = Annotated[
+    str | None,
+    typer.Option(
+        "--expires",
+        metavar="WHEN",
+        help="Forget after this day in UTC: 2027-01-31, 90d or 12w from now, or never; default: as before.",
+        show_default=False,
+    ),
 ]
 
 _NAMED = 3
@@ -37,6 +48,7 @@ def write(
         bool, typer.Option("--catalogue", help="Only embed: each is encoded at its first recall (recall.cold_start).")
     ] = False,
     keep_missing: KeepMissing = False,
+    expires: Expires = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List the files that changed.")] = False,
     set: Set = None,
@@ -48,13 +60,13 @@ def write(
     again, is forgotten. Unchanged files are not read, and cost no model. It can be interrupted at any moment and run
     again. A file that cannot be read, or a line of JSON, is left out and named; the exit status is 1 if that was in a
     file which was named itself. References that were only catalogued are encoded when they are written without
-    --catalogue. A corpus may be larger than the machine's memory.
+    --catalogue. A corpus may be larger than the machine's memory. Whatever has expired is forgotten first.
     """
     settings = configuration(config, set)
     from m3runtime.documents.survey import Reading
     from m3runtime.writing.mirror import Mirror
 
-    reading = Reading(documents_fields(settings, text_field), whole, catalogue)
+    reading = Reading(documents_fields(settings, text_field), whole, catalogue, expiry_of(expires))
     with closing(Mirror(settings, reading, keep_missing=keep_missing)) as mirror:
         if dry_run:
             survey = mirror.survey(paths)
@@ -75,6 +87,13 @@ def write(
         raise typer.Exit(1)
 
 
+def expiry_of(expires: str | None) -> "Expiry | None":
+    """The value of ``--expires``. Raises `InputError`."""
+    from m3runtime.documents.expiry import Expiry, today
+
+    return None if expires is None else parsed("--expires", partial(Expiry.parse, today=today()), expires)
+
+
 def show(report: "MirrorReport", bank: Path, *, verbose: bool = False) -> None:
     """Print a report for people, with what could not be read last."""
     if verbose:
@@ -82,6 +101,8 @@ def show(report: "MirrorReport", bank: Path, *, verbose: bool = False) -> None:
     say(f"{summary(report)}: {bank}")
     if report.written is not None and report.written.codec is not None:
         say(f"the codec ({report.written.codec}) was trained: it encodes new memories; earlier ones stay in int8")
+    if expired := report.survey.expired:
+        say(f"{len(expired)} files have expired and are not read, such as {expired[0]}; --expires gives another day")
     if skipped := report.survey.skipped:
         say(f"{len(skipped)} files were passed over, such as {skipped[0]}", err=True)
     for kind, found in (("left out", report.survey.left_out), ("not read", report.survey.unread)):
@@ -104,6 +125,8 @@ def summary(report: "MirrorReport") -> str:
         parts = [f"{new}, {written.known + report.known} known already", *parts]
     if report.forgotten:
         parts.append(f"{report.forgotten} memories forgotten")
+    if report.expired:
+        parts.append(f"{report.expired} memories had expired, and are forgotten")
     if written is not None:
         parts.append(f"{show_size(written.bytes)} in {written.seconds:.1f} s")
     return "; ".join(parts)
@@ -113,7 +136,7 @@ def facts(report: "MirrorReport") -> dict[str, Any]:
     """The numbers of `WriteReport`, also where there was nothing to read, and the sources of each kind."""
     numbers = dict.fromkeys(("documents", "references", "written", "known", "catalogued", "bytes", "seconds"), 0)
     written = {**numbers, "codec": None, **({} if report.written is None else asdict(report.written))}
-    known = {"known": written["known"] + report.known, "forgotten": report.forgotten}
+    known = {"known": written["known"] + report.known, "forgotten": report.forgotten, "expired": report.expired}
     return {**written, **known, **_differences(report.survey)}
 
 
@@ -131,6 +154,7 @@ def _groups(survey: "Survey") -> dict[str, list[str]]:
 def _differences(survey: "Survey") -> dict[str, Any]:
     return {
         "sources": {**_groups(survey), "renamed": dict(survey.renamed)},
+        "expired_files": list(survey.expired),
         "skipped": [str(path) for path in survey.skipped],
         "left_out": {name: list(runs) for name, runs in survey.left_out.items()},
         "unread": {name: list(reasons) for name, reasons in survey.unread.items()},

@@ -131,13 +131,15 @@ class DocumentsConfig(Section):
     """The field of a title, which the text gets as a heading; null: none."""
     url_field: Name | None = "url"
     """The field of an address, which is cited; null: none."""
+    expires_field: Name | None = None
+    """The field of a line's last day, ``2027-01-31`` in UTC, after which the line is forgotten; null: none."""
     metadata_fields: tuple[Name, ...] = ()
     """Further fields to keep and to cite, each under its own name."""
 
     @model_validator(mode="after")
     def _keep_names_apart(self) -> Self:
         for name in self.metadata_fields:
-            if name in ("record", "title", "url"):
+            if name in ("record", "title", "url", "expires"):
                 raise ValueError(f"metadata_fields must not have {name}, which has a meaning of its own")
         return self
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from m3runtime.config.schema import DocumentsConfig
 from m3runtime.documents.document import Document
+from m3runtime.documents.expiry import EXPIRES, last_day_of
 from m3runtime.documents.text import file_blocks, text_blocks, text_lines
 from m3runtime.errors import InputError
 
@@ -47,6 +48,11 @@ def _document(line: str, number: int, path: Path, fields: DocumentsConfig) -> Do
     for key, name in (("url", fields.url_field), ("title", fields.title_field)):
         if name and (shown := " ".join(_shown(record, name).split())):
             metadata[key] = shown
+    if fields.expires_field and (shown := _shown(record, fields.expires_field)):
+        try:
+            metadata[EXPIRES] = last_day_of(shown)
+        except ValueError as error:
+            raise InputError(f"{where}: {fields.expires_field!r} {error}") from error
     names = (fields.id_field,) if fields.id_field else ("source", "id")
     metadata["record"] = next(filter(None, (_shown(record, name) for name in names)), str(number))
     for name, value in ((fields.text_field, text), *metadata.items()):

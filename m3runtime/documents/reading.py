@@ -47,7 +47,7 @@ def find_files(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
             if not found:
                 raise InputError(f"{path} holds no text: no file that ends in .txt, .md, .pdf or another known suffix")
             for real, file in found.items():
-                files.setdefault(real, file)
+                files.setdefault(real, Path(file))
         elif path.is_file():
             files.setdefault(os.path.realpath(path), path)
         else:
@@ -55,13 +55,17 @@ def find_files(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
     return list(files.values()), skipped
 
 
-def folder_files(folder: Path) -> tuple[dict[str, Path], list[Path]]:
-    """The files in a folder by their real paths, and the skipped ones; see `find_files`."""
-    files: dict[str, Path] = {}
+def folder_files(folder: Path) -> tuple[dict[str, str], list[Path]]:
+    """The files in a folder by their real paths, and the skipped ones; see `find_files`.
+
+    The path of each begins with that of the folder. It is a text, since a folder may have very many.
+    """
+    files: dict[str, str] = {}
     skipped: list[Path] = []
     for file, real in _walk(str(folder), os.path.realpath(folder), set()):
-        if real is None or file.name.startswith(".") or file.suffix.lower() not in READERS:
-            skipped.append(file)
+        name = file.rpartition(os.sep)[2]
+        if real is None or name.startswith(".") or name[name.rfind(".") :].lower() not in READERS:
+            skipped.append(Path(file))
         else:
             files.setdefault(real, file)
     return files, skipped
@@ -109,7 +113,7 @@ def _read(files: Sequence[Path], fields: DocumentsConfig) -> Iterator[Document]:
         raise InputError(f"there is no text in {', '.join(str(path) for path in files) or 'no files'}")
 
 
-def _walk(folder: str, real: str, seen: set[str]) -> Iterator[tuple[Path, str | None]]:
+def _walk(folder: str, real: str, seen: set[str]) -> Iterator[tuple[str, str | None]]:
     """What is in a folder, each file with its real path, and without one what is neither file nor folder."""
     if real in seen:
         return
@@ -125,7 +129,7 @@ def _walk(folder: str, real: str, seen: set[str]) -> Iterator[tuple[Path, str | 
         with suppress(OSError):  # a link that leads to itself
             is_file, is_folder = entry.is_file(), entry.is_dir()
         if not is_folder:
-            yield Path(entry.path), real_path if is_file else None
+            yield entry.path, real_path if is_file else None
         elif not entry.name.startswith("."):
             yield from _walk(entry.path, real_path, seen)
 

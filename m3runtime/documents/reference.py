@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from m3runtime.documents.expiry import EXPIRES, is_over
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -15,7 +17,7 @@ class Place:
     metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Short texts to cite, such as ``page``, ``row``, ``title`` and ``url``.
 
-    ``record`` names one document of a source that has many.
+    ``record`` names one document of a source that has many. ``expires`` is the last day of the place.
     """
 
     @property
@@ -23,6 +25,11 @@ class Place:
         """The source, and behind a colon its record, if it has any."""
         record = self.metadata.get("record")
         return self.source if record is None else f"{self.source}:{record}"
+
+    @property
+    def expires(self) -> str:
+        """The last day on which the place counts, such as ``2027-01-31`` in UTC; no text if it does not expire."""
+        return self.metadata.get(EXPIRES, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,10 @@ class Reference:
     def places_in(self, source: str) -> list[Place]:
         """The places in one source."""
         return [place for place in self.places if place.source == source]
+
+    def living(self, today: str) -> tuple[Place, ...]:
+        """The places that have not expired. Without any the reference counts as forgotten."""
+        return tuple(place for place in self.places if not is_over(place.expires, today))
 
     @property
     def headed(self) -> str:

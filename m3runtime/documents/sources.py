@@ -28,6 +28,14 @@ class SourceState:
     """BLAKE2b of its bytes, 32 hex digits."""
     how: str
     """How it was read and split: with other settings it gives other references."""
+    expires: str = ""
+    """The last day of all that it says; no text if it has none, or if only some of its records have one."""
+    unread: tuple[str, ...] = ()
+    """Why records of it cannot be read: the reasons without the path that each begins with."""
+
+    def voided(self) -> "SourceState":
+        """A state that fits no file, so that the source is read anew, and has the same last day."""
+        return SourceState(0, 0, "", "", self.expires)
 
 
 class SourceNames:
@@ -47,6 +55,8 @@ class SourceNames:
     def name(self, path: str | Path) -> str:
         """The name of a file or folder; ``.`` is the folder that holds the bank's."""
         given = os.path.abspath(path)  # noqa: PTH100 - links are not followed
+        if given in self._bases:
+            return "."
         for base in self._bases:
             if given.startswith(base + os.sep):
                 return _posix(given[len(base) + 1 :])
@@ -56,9 +66,9 @@ class SourceNames:
                 return _posix(os.path.relpath(given, base))
         return _posix(given)
 
-    def is_own(self, path: Path) -> bool:
+    def is_own(self, name: str) -> bool:
         """Is this a file of the bank, or a configuration file by its usual name? A folder's walk passes over it."""
-        return path.name == DEFAULT_FILE or is_within(self.name(path), self._bank)
+        return name.rpartition("/")[2] == DEFAULT_FILE or is_within(name, self._bank)
 
     def path(self, name: str) -> Path:
         """The file that a name stands for."""
@@ -77,10 +87,10 @@ def last_change(status: os.stat_result) -> int:
     return max(status.st_mtime_ns, status.st_ctime_ns)
 
 
-def is_as_stated(path: Path, state: SourceState) -> bool:
+def is_as_stated(path: str | Path, state: SourceState) -> bool:
     """Has a file the size and time that its state has? False if it is gone."""
     try:
-        status = path.stat()
+        status = os.stat(path)  # noqa: PTH116 - very many files are compared, and their paths are texts
     except OSError:
         return False
     return status.st_size == state.size and last_change(status) == state.time

@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from m3runtime.config.schema import DocumentsConfig
+from m3runtime.documents.expiry import Expiry, is_over
 from m3runtime.documents.reading import FIELDS, folder_files
 from m3runtime.documents.sources import READING, SourceNames, SourceState, is_as_stated, is_within, state_of
 from m3runtime.errors import InputError
@@ -22,15 +24,22 @@ class Reading:
     whole: bool = False
     catalogue: bool = False
     """Only catalogued: the next write without it encodes them."""
+    expiry: Expiry | None = None
+    """The expiry of the sources; None: each keeps its last day, and new ones have none."""
 
-    def how(self, path: Path) -> str:
-        """`SourceState.how` of a file."""
-        fields = f" {self.fields.model_dump_json(exclude_defaults=True)}" if path.suffix.lower() == ".jsonl" else ""
+    def how(self, suffix: str) -> str:
+        """`SourceState.how` of files with this suffix."""
+        fields = f" {self.fields.model_dump_json(exclude_defaults=True)}" if suffix.lower() == ".jsonl" else ""
         return f"{READING}{fields}{' whole' * self.whole}{_COLD * self.catalogue}"
 
     def covers(self, how: str, other: str) -> bool:
         """Is a source that was written in one way as good as one written in the ``other``?"""
         return how in (other, other.removesuffix(_COLD))
+
+    def last_day(self, today: str, known: SourceState | None, *, changed: bool = False) -> str:
+        """The last day of a source with this state, if it has any, that is written today."""
+        before = known.expires if known else ""
+        return before if self.expiry is None else self.expiry.last_day(today, "" if changed else before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,8 @@ class Survey:
     """How the files are now: of new, changed and renamed sources, and of unchanged ones whose time is another."""
     aliases: Sequence[str]
     """Names that earlier releases gave to sources which are new or changed here."""
+    expired: Sequence[str]
+    """The unchanged sources whose last day has passed: nothing is remembered of them, whatever the files say now."""
     skipped: Sequence[Path]
     unread: Mapping[str, Sequence[str]]
     """Why sources, or records of them, cannot be read. What is known of a source that cannot be read is kept."""
@@ -72,9 +83,11 @@ def survey(
     reading: Reading,
     *,
     keep_missing: bool = False,
+    today: str,
 ) -> Survey:
     """Compare files and folders with the ``sources`` and ``states`` of a bank.
 
+    A source whose last day has passed ``today`` counts as unchanged, whatever its file says, until it gets another day.
     Sources in a folder that are no longer there are gone, unless ``keep_missing``. One that the folder's walk passes
     over, but that exists and was written by its own name, is looked at like the others.
 
@@ -87,15 +100,26 @@ def survey(
     missing = found.missing()
     gone = [] if keep_missing else missing
     unchanged: list[str] = []
-    unread = dict[str, list[str]]()
+    expired: list[str] = []
+    unread = dict[str, Sequence[str]]()
     changed, new, renamed, now = dict[str, Path](), dict[str, Path](), dict[str, str](), dict[str, SourceState]()
     twins: dict[tuple[str, str, str], str] | None = None
-    for name, path in found.files.items():
-        how, state = reading.how(path), states.get(name)
-        is_known = state is not None and reading.covers(state.how, how)
-        if state is not None and is_known and is_as_stated(path, state):
+    how_of = cache(reading.how)
+    for name, file in found.files.items():
+        state = states.get(name)
+        day = reading.last_day(today, state)
+        how = how_of(name[name.rfind(".") :])
+        is_known = state is not None and reading.covers(state.how, how) and state.expires == day
+        if state is not None and is_over(day, today):
             unchanged.append(name)
+            expired.append(name)
             continue
+        if state is not None and is_known and is_as_stated(file, state):
+            unchanged.append(name)
+            if state.unread:
+                unread[name] = _reasons(file, state)
+            continue
+        path = Path(file)
         try:
             seen = state_of(path, how)
         except InputError as error:
@@ -103,19 +127,31 @@ def survey(
             continue
         if state is not None and is_known and state.digest == seen.digest:
             unchanged.append(name)
+            if state.unread:
+                unread[name] = _reasons(file, state)
             if seen.time != state.time:
-                now[name] = SourceState(seen.size, seen.time, seen.digest, state.how)
+                now[name] = replace(state, size=seen.size, time=seen.time)
             continue
-        now[name] = seen
-        if state is not None or name in sources:
-            changed[name] = path
-            continue
+        is_new = state is None and name not in sources
         twins = _twins(states, gone) if twins is None else twins
-        if (twin := twins.get((seen.digest, seen.how, path.suffix))) is not None:
+        twin = twins.get((seen.digest, seen.how, path.suffix)) if is_new else None
+        if twin is not None and states[twin].expires == reading.last_day(today, states[twin] if twin in gone else None):
+            now[name] = replace(states[twin], size=seen.size, time=seen.time)
             renamed[name] = twin
-        else:
+            if now[name].unread:
+                unread[name] = _reasons(file, now[name])
+            continue
+        now[name] = replace(seen, expires=reading.last_day(today, state, changed=True))
+        if is_new:
             new[name] = path
-    return Survey(new, changed, renamed, unchanged, gone, now, found.aliases, found.skipped, unread)
+        else:
+            changed[name] = path
+    return Survey(new, changed, renamed, unchanged, gone, now, found.aliases, expired, found.skipped, unread)
+
+
+def _reasons(file: str, state: SourceState) -> Sequence[str]:
+    """Why records could not be read when the source was."""
+    return [f"{Path(file)}{reason}" for reason in state.unread]
 
 
 def _twins(states: Mapping[str, SourceState], gone: Sequence[str]) -> dict[tuple[str, str, str], str]:
@@ -128,32 +164,34 @@ class _Found:
     """The files that were found, by name, and what the bank knows of the places where they were looked for."""
 
     def __init__(self, names: SourceNames, sources: Mapping[str, int], states: Mapping[str, SourceState]) -> None:
-        self.files: dict[str, Path] = {}
+        self.files: dict[str, str] = {}
         self.skipped: list[Path] = []
         self._names = names
         self._known = dict.fromkeys([*sources, *states])
         self._states = states
-        self._real: dict[str, str] = {}
+        self._real = set[str]()
         self._folders: list[str] = []
 
     def add(self, path: Path) -> None:
         """Take a file, or the files of a folder."""
         name = self._names.name(path)
         if path.is_dir():
-            found, skipped = folder_files(path)
-            found = {real: file for real, file in found.items() if not self._names.is_own(file)}
-            self.skipped += [file for file in skipped if not self._names.is_own(file)]
+            files, skipped = folder_files(path)
+            root, above = os.path.join(path, ""), "" if name == "." else f"{name.rstrip('/')}/"  # noqa: PTH118
+            found = {above + file[len(root) :].replace(os.sep, "/"): (real, file) for real, file in files.items()}
+            found = {one: file for one, file in found.items() if not self._names.is_own(one)}
+            self.skipped += [file for file in skipped if not self._names.is_own(self._names.name(file))]
             if not found and not any(is_within(known, name) for known in self._known):
                 raise InputError(f"{path} holds no text: no file that ends in .txt, .md, .pdf or another known suffix")
             self._folders.append(name)
         elif path.is_file():
-            found = {os.path.realpath(path): path}
+            found = {name: (os.path.realpath(path), str(path))}
         else:
             known = any(is_within(one, name) for one in self._known)
             hint = f"; `m3 forget {path}` forgets what the bank has of it" if known else ""
             raise InputError(f"{path} is neither a file nor a folder{hint}")
-        for real, file in found.items():
-            self._take(real, file)
+        for one, (real, file) in found.items():
+            self._take(one, real, file)
 
     def missing(self) -> list[str]:
         """Sources in the folders that are there no more. Those that still are become `files`."""
@@ -163,7 +201,7 @@ class _Found:
                 continue
             path = self._names.path(name)
             if path.is_file() and os.path.realpath(path) not in self._real:
-                self._take(os.path.realpath(path), path)
+                self._take(name, os.path.realpath(path), str(path))
             else:
                 missing.append(name)
         return missing
@@ -171,16 +209,13 @@ class _Found:
     @property
     def aliases(self) -> list[str]:
         """Sources that earlier releases named otherwise: as they were given, or with the record behind a colon."""
-        given = {file.as_posix() for file in self.files.values()} - self.files.keys()
+        if not (stateless := [name for name in self._known if name not in self._states]):
+            return []
+        given = {Path(file).as_posix() for file in self.files.values()} - self.files.keys()
         whole = {name for name in (*self.files, *given) if name.lower().endswith(".jsonl")}
-        return [
-            name
-            for name in self._known
-            if name not in self._states and (name in given or any(name.startswith(f"{one}:") for one in whole))
-        ]
+        return [name for name in stateless if name in given or any(name.startswith(f"{one}:") for one in whole)]
 
-    def _take(self, real: str, file: Path) -> None:
+    def _take(self, name: str, real: str, file: str) -> None:
         if real not in self._real:
-            name = self._names.name(file)
-            self._real[real] = name
+            self._real.add(real)
             self.files[name] = file

@@ -1,7 +1,8 @@
 """`Loader`: reads blocks through the hierarchy and decodes them into parts, each with storage of its own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from m3runtime.bank import records
 from m3runtime.bank.bank import Bank
 from m3runtime.device.side_stream import SideStream
+from m3runtime.documents import expiry
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import BlockError
 from m3runtime.memory.block import Ids, as_ids
@@ -24,11 +26,19 @@ DECODE_BYTES = 256 * 1024**2
 class Loader:
     """Loads what a `MemoryStore` lacks: claims entries, reads and decodes their blocks, settles them. Thread-safe."""
 
-    def __init__(self, bank: Bank, hierarchy: Hierarchy, store: MemoryStore, device: torch.device) -> None:
+    def __init__(
+        self,
+        bank: Bank,
+        hierarchy: Hierarchy,
+        store: MemoryStore,
+        device: torch.device,
+        today: Callable[[], str] = expiry.today,
+    ) -> None:
         self.bank = bank
         self.hierarchy = hierarchy
         self.store = store
         self.device = device
+        self._today = today
         self.side = SideStream(device)
         self._batch = batch_size(device, part_bytes(bank, torch.float32))
 
@@ -80,10 +90,15 @@ class Loader:
                 self.store.settle(entry_of[id], None if part is None else Loaded(part, references[id], ready))
 
     def references(self, ids: Sequence[int]) -> dict[int, Reference]:
-        """The references of those ids that the home remembers. Damaged records are quarantined."""
+        """The references of those ids that the home remembers, without what has expired.
+
+        Damaged records are quarantined.
+        """
         found, damaged = records.references(self.bank.home, as_ids(ids))
         records.set_apart(self.bank.home, damaged)
-        return {id: one for id, one in zip(ids, found, strict=True) if one is not None}
+        today = self._today()
+        living = {id: (one, one.living(today)) for id, one in zip(ids, found, strict=True) if one is not None}
+        return {id: replace(one, places=places) for id, (one, places) in living.items() if places}
 
     def forget_strangers(self, ids: Sequence[int]) -> None:
         """Remove those of these memories from the store that another process has forgotten."""

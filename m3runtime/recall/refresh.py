@@ -1,12 +1,15 @@
-"""`Refresh`: a running process sees what others changed in its bank."""
+"""`Refresh`: a running process sees what others changed in its bank, and what has expired."""
 
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 
+from m3runtime.bank import records
 from m3runtime.bank.bank import Bank
 from m3runtime.bank.index import catch_up
+from m3runtime.documents import expiry
 from m3runtime.memory.block import as_ids
 from m3runtime.recall.memory_store import MemoryStore
 from m3runtime.retrieval.index import Index
@@ -19,10 +22,21 @@ class Refresh:
     It looks at most once in ``every`` seconds, at the cost of reading a number. Only if the home has another revision
     it compares ids, which takes about a tenth of a second for a million, in the thread that asked; other threads go on
     with what they had. With None it never looks.
+
+    When a day has ended in UTC, what has expired leaves index, store and caching tiers before the next call returns,
+    in whatever thread. The home keeps it until a process that writes forgets it.
     """
 
     def __init__(
-        self, bank: Bank, index: Index, store: MemoryStore, hierarchy: Hierarchy, every: float | None, *, cold: bool
+        self,
+        bank: Bank,
+        index: Index,
+        store: MemoryStore,
+        hierarchy: Hierarchy,
+        every: float | None,
+        *,
+        cold: bool,
+        today: Callable[[], str] = expiry.today,
     ) -> None:
         """``index`` is in line with the home now; with ``cold`` it has cold references, too."""
         self._bank = bank
@@ -34,9 +48,14 @@ class Refresh:
         self._lock = threading.Lock()
         self._revision = bank.home.revision()
         self._looked = time.monotonic()
+        self._today = today
+        self._day = ""
 
     def __call__(self) -> None:
         """Look, if it is time. Raises what the home raises."""
+        if self._today() != self._day:
+            with self._lock:
+                self._expire(self._today())
         if self._every is None or time.monotonic() - self._looked < self._every:
             return
         if self._lock.acquire(blocking=False):
@@ -49,9 +68,18 @@ class Refresh:
             finally:
                 self._lock.release()
 
+    def _expire(self, today: str) -> None:
+        if today != self._day:
+            due = [id for ids in self._bank.home.expiring(today).values() for id in ids.tolist()]
+            self._index.remove(records.expired(self._bank.home, today))
+            self._hierarchy.forget(due)
+            self._store.forget(due)  # also what is still cited from elsewhere
+            self._day = today
+
     def _catch_up(self) -> None:
         before = self._index.ids()
-        catch_up(self._index, self._bank, cold=self._cold)
+        hidden = records.expired(self._bank.home, self._day)
+        catch_up(self._index, self._bank, cold=self._cold, hidden=hidden)
         gone = np.setdiff1d(before, self._index.ids()).tolist()
         self._hierarchy.forget(gone)
         held = self._store.references()

@@ -65,7 +65,8 @@ class Home(Tier):
 
     A reference has one or more places, and is a member of the source of each. The *state* of a source says that the
     home holds exactly what the source held then. So a transaction that adds, moves or forgets a member of a source
-    removes the state of that source, unless it states another one.
+    removes the state of that source, unless it states another one. The last day of a removed state stays, as
+    `SourceState.voided`.
     """
 
     @abstractmethod
@@ -142,6 +143,13 @@ class Home(Tier):
     @abstractmethod
     def states(self) -> Mapping[str, SourceState]:
         """The states that are known, by source. A damaged one is left out: its source is read anew."""
+
+    @abstractmethod
+    def expiring(self, before: str | None = None) -> Mapping[str, Ids]:
+        """Maps each last day of a place (`Place.expires`) to the references with such a place, both ascending.
+
+        With ``before`` only earlier days. Quarantined and cold references are among them; damaged ones may be left out.
+        """
 
     @abstractmethod
     def embeddings(self, ids: Ids | None = None, batch: int = 4096) -> Iterator[tuple[Ids, npt.NDArray[np.float32]]]:

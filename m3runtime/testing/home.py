@@ -20,18 +20,19 @@ from m3runtime.testing.home_commits import CommitLaws
 from m3runtime.testing.home_contents import check_whole, contents
 from m3runtime.testing.home_durability import DurabilityLaws
 from m3runtime.testing.home_erasure import ErasureLaws
+from m3runtime.testing.home_expiry import ExpiryLaws
 from m3runtime.testing.home_places import PlaceLaws
 from m3runtime.testing.tier import check_read
 
 __all__ = ["HomeContract", "check_whole", "contents"]
 
 
-class HomeContract(CommitLaws, PlaceLaws, ColdLaws, DurabilityLaws, ErasureLaws):
+class HomeContract(CommitLaws, PlaceLaws, ExpiryLaws, ColdLaws, DurabilityLaws, ErasureLaws):
     """The laws of `Home`. Subclass it as ``TestMyHome``, open the home and its back door: see `TierContract`.
 
     Its themes: the content of a home (here), transactions (`CommitLaws`), places and the states of their
-    sources (`PlaceLaws`), references without a block (`ColdLaws`), durability and other processes
-    (`DurabilityLaws`), and compaction (`ErasureLaws`).
+    sources (`PlaceLaws`), expiry (`ExpiryLaws`), references without a block (`ColdLaws`), durability and other
+    processes (`DurabilityLaws`), and compaction (`ErasureLaws`).
     """
 
     def test_a_new_home_holds_nothing(self, home: Home) -> None:
@@ -42,6 +43,7 @@ class HomeContract(CommitLaws, PlaceLaws, ColdLaws, DurabilityLaws, ErasureLaws)
         assert home.ids_of("anything").tolist() == []
         assert home.sources() == {}
         assert home.states() == {}
+        assert home.expiring() == {}
         assert list(home.embeddings()) == []
         assert home.find(["anything", ""]) == [None, None]
         assert home.references(make_ids(0, 1)) == [None, None]

@@ -25,6 +25,7 @@ def contents(home: Home) -> dict[str, Any]:
         "embeddings": [(i.tolist(), v.tolist()) for i, v in home.embeddings()],
         "sources": dict(home.sources()),
         "states": dict(home.states()),
+        "expiring": {day: ids.tolist() for day, ids in home.expiring().items()},
         "quarantined": dict(home.quarantined()),
         "cold": home.cold().tolist(),
         "manifest": home.get_meta("manifest"),

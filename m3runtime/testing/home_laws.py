@@ -66,6 +66,8 @@ class HomeLaws(TierContract):
             lambda: tier.ids_of("a"),
             tier.sources,
             tier.states,
+            tier.expiring,
+            lambda: tier.expiring("2027-01-31"),
             lambda: tier.change(Changes()),
             lambda: list(tier.embeddings()),
             lambda: list(tier.embeddings(ids)),

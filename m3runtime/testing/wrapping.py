@@ -119,6 +119,9 @@ class WrappedHome(Wrapped[Home], Home):
     def states(self) -> Mapping[str, SourceState]:
         return self.around("states", self.inner.states)
 
+    def expiring(self, before: str | None = None) -> Mapping[str, Ids]:
+        return self.around("expiring", lambda: self.inner.expiring(before))
+
     def embeddings(self, ids: Ids | None = None, batch: int = 4096) -> Iterator[tuple[Ids, npt.NDArray[np.float32]]]:
         return self.around("embeddings", lambda: self.inner.embeddings(ids, batch))
 

@@ -12,6 +12,7 @@ from m3runtime.documents.sources import SourceNames, is_within
 from m3runtime.errors import InputError
 from m3runtime.memory.block import as_ids
 from m3runtime.storage.hierarchy import Hierarchy
+from m3runtime.writing.moving import Moves
 
 
 def sources_of(given: str, names: SourceNames, sources: Iterable[str]) -> list[tuple[str, str | None]]:
@@ -33,6 +34,18 @@ def sources_of(given: str, names: SourceNames, sources: Iterable[str]) -> list[t
             more, colon, record = record.partition(":")
             source = f"{source}:{more}"
     raise InputError(f"the bank remembers nothing from {given}; `m3 inspect --all` lists its sources")
+
+
+def forget_expired(config: Config, bank: Bank, today: str) -> list[int]:
+    """Forget the places whose last day has passed, and references that have no other. Returns the forgotten ids.
+
+    An unchanged file that has expired is not read again when it is written again. Raises `BankFullError` and
+    `TierReadOnlyError`.
+    """
+    moves = Moves(bank.home)
+    moves.expire(today)
+    drop_traces(config, bank, moves.forgotten)
+    return moves.forgotten
 
 
 def drop_traces(config: Config, bank: Bank, ids: Sequence[int]) -> list[str]:

@@ -1,7 +1,7 @@
 """`import_records`: records of other banks and programs become references of a bank."""
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -12,6 +12,7 @@ import numpy as np
 from m3runtime.adapters.base import Adapter
 from m3runtime.bank.exchange.record import Record
 from m3runtime.config.schema import Config
+from m3runtime.documents import expiry
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError
 from m3runtime.retrieval.embedder import Embedder, Embeddings
@@ -38,24 +39,30 @@ def import_records(
     *,
     catalogue: bool = False,
     progress: OnProgress | None = None,
+    today: Callable[[], str] = expiry.today,
 ) -> ImportReport:
     """Add the references of these records to the bank; makes the bank if there is none.
 
     A reference that the bank has already gets the places of the record in addition to its own. Nothing is forgotten.
+    Places that have expired are left out, and records that have no other.
     The model encodes what is new, or with ``catalogue`` does not read it. All records are read, in bounded memory,
     before anything is written. Raises `InputError` for a text that is too long for this model's references, and for an
     embedding that the embedder cannot have made; and what `Writer.write` raises.
     """
     with closing(_ShelvingEmbedder(embedder)) as shelving:
-        references = _references(records, adapter, shelving)
+        references = _references(records, adapter, shelving, today())
         written = Writer(config, adapter, shelving).write((), added=references, catalogue=catalogue, progress=progress)
         return ImportReport(written, shelving.taken)
 
 
-def _references(records: Iterable[Record], adapter: Adapter, shelving: "_ShelvingEmbedder") -> Iterator[Reference]:
+def _references(
+    records: Iterable[Record], adapter: Adapter, shelving: "_ShelvingEmbedder", today: str
+) -> Iterator[Reference]:
     limit = adapter.spec.reference_tokens
     for record in records:
-        one = record.reference
+        one = replace(record.reference, places=record.reference.living(today))
+        if not one.places:
+            continue
         tokens = adapter.count_tokens(one.text)
         if tokens > limit:
             raise InputError(

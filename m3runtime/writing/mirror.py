@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from m3runtime.bank.erasures import Erasures
 from m3runtime.config.schema import Config
+from m3runtime.documents import expiry
 from m3runtime.documents.checking import Check
 from m3runtime.documents.document import Document
 from m3runtime.documents.reading import OnUnread, read_file
@@ -18,7 +19,7 @@ from m3runtime.documents.sources import SourceNames, SourceState, is_as_stated, 
 from m3runtime.documents.survey import Reading, Survey, survey
 from m3runtime.errors import BankBusyError, BankMissingError, InputError
 from m3runtime.memory.spec import fingerprint
-from m3runtime.storage.home import Home
+from m3runtime.storage.home import Changes, Home
 from m3runtime.storage.opening import open_home
 from m3runtime.writing import scripts
 from m3runtime.writing.moving import Moves
@@ -31,6 +32,8 @@ OnProgress = Callable[[str, int, int], None]
 OnWarning = Callable[[str], None]
 """Called with a line about texts that will hardly be found, before they are written."""
 
+_MOST_REASONS = 100
+"""Reasons that the state of a source keeps."""
 _WRITTEN = "written"
 """The home's record of the settings of the last write that came to its end, index included; empty during one."""
 
@@ -46,6 +49,8 @@ class MirrorReport:
     """References of sources that were not read, those of several sources counted in each."""
     forgotten: int
     """References that no source has any more."""
+    expired: int = 0
+    """References that were forgotten because their last day had passed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,8 @@ class _Bank:
     states: Mapping[str, SourceState] = field(default_factory=dict)
     is_erasing: bool = False
     """Did an erasure begin that has not ended?"""
+    has_expired: bool = False
+    """Is there a place whose last day has passed?"""
 
     def known(self, found: Survey) -> int:
         """References of sources that are not read, those of several sources counted in each."""
@@ -69,12 +76,19 @@ class Mirror:
     """Writes files and folders into one bank, again and again. One call at a time; `close` drops the model."""
 
     def __init__(
-        self, config: Config, reading: Reading, *, keep_missing: bool = False, writer: "Writer | None" = None
+        self,
+        config: Config,
+        reading: Reading,
+        *,
+        keep_missing: bool = False,
+        writer: "Writer | None" = None,
+        today: Callable[[], str] = expiry.today,
     ) -> None:
         """Without a ``writer`` one is opened when there is something to read."""
         self.config = config
         self.reading = reading
         self.keep_missing = keep_missing
+        self.today = today
         self.names = SourceNames(config.bank)
         self._opened = ExitStack()
         self._given = writer
@@ -91,6 +105,7 @@ class Mirror:
     ) -> MirrorReport:
         """Bring the bank in step with these files and folders; makes the bank if there is none.
 
+        Whatever has expired is forgotten first, also of other sources.
         Each source changes in one transaction; one of many references takes several, of which the last forgets what
         the source no longer has. References that stay keep ids and bytes. A call can be stopped at any instant, and
         made again.
@@ -101,32 +116,38 @@ class Mirror:
         Raises `InputError` before anything is changed if nothing can be read, and what `Writer.write` does.
         """
         found, bank = self._look(paths)
+        expired = self._forget_expired() if bank.has_expired else 0
+        if expired:
+            found, bank = self._look(paths)
         found, sample = self._readable(paths, found, bank)
         if bank.is_erasing:
             self._finish_erasure()
         if found.is_in_step and bank.is_whole:
-            return MirrorReport(found, None, bank.known(found), 0)
+            return MirrorReport(found, None, bank.known(found), 0, expired)
         if found.read or not bank.is_whole:
             if warn and (warning := scripts.warning(self._writer.embedder, sample)):
                 warn(warning)
             forgotten, report = self._read(found, bank, progress)
         else:
             forgotten, report = self._leave_unread(found, bank), None
-        return MirrorReport(found, report, bank.known(found), forgotten)
+        return MirrorReport(found, report, bank.known(found), forgotten, expired)
 
     def close(self) -> None:
         """Drop model and embedder, if they were loaded. Closing twice is fine."""
         self._opened.close()
 
     def _look(self, paths: Sequence[Path]) -> tuple[Survey, "_Bank"]:
-        bank = _Bank(exists=False, is_whole=True)
+        bank, today = _Bank(exists=False, is_whole=True), self.today()
         if self._home_folder.exists():
             with suppress(BankMissingError), self._open_home(read_only=True) as home:
                 is_whole = home.get_meta(_WRITTEN) == self._settings
                 is_erasing = Erasures.of(home).begun
-                bank = _Bank(True, is_whole, dict(home.sources()), dict(home.states()), is_erasing)
-        keep = self.keep_missing
-        return survey(paths, self.names, bank.sources, bank.states, self.reading, keep_missing=keep), bank
+                has_expired = bool(home.expiring(today))
+                bank = _Bank(True, is_whole, dict(home.sources()), dict(home.states()), is_erasing, has_expired)
+        found = survey(
+            paths, self.names, bank.sources, bank.states, self.reading, keep_missing=self.keep_missing, today=today
+        )
+        return found, bank
 
     def _readable(self, paths: Sequence[Path], found: Survey, bank: "_Bank") -> tuple[Survey, Sequence[str]]:
         """The survey without files that cannot be read, and with the reasons; and a sample of the texts to be read.
@@ -135,7 +156,9 @@ class Mirror:
         that have none.
         """
         sample = Sample()
-        checks = {name: Check.of(partial(self._documents_of, name, path), sample) for name, path in found.read.items()}
+        checks = {
+            name: Check.of(partial(self._documents_of, found, name, path), sample) for name, path in found.read.items()
+        }
         bad = {name for name, check in checks.items() if check.is_bad}
         unread = {**found.unread, **{name: check.reasons for name, check in checks.items() if check.reasons}}
         has_text = any(check.has_text for check in checks.values())
@@ -145,12 +168,16 @@ class Mirror:
         known = (*found.changed, *found.renamed, *found.unchanged, *found.gone)
         is_named = not (known or any(path.is_dir() for path in paths))
         if not has_text and (is_named or not bank.exists):
-            raise InputError(f"there is no text in {', '.join(map(str, found.read.values()))}")
+            raise InputError(f"there is no text in {', '.join(map(str, found.read.values()))} that has not expired")
         readable = replace(
             found,
             new={name: path for name, path in found.new.items() if name not in bad},
             changed={name: path for name, path in found.changed.items() if name not in bad},
-            states={name: state for name, state in found.states.items() if name not in bad},
+            states={
+                name: replace(state, unread=_reasons(checks[name], found.read[name])) if name in checks else state
+                for name, state in found.states.items()
+                if name not in bad
+            },
             unread=unread,
             left_out={name: check.left_out for name, check in checks.items() if check.left_out},
         )
@@ -158,21 +185,25 @@ class Mirror:
 
     def _documents(self, found: Survey) -> Iterator[Document]:
         for name, path in found.read.items():
-            yield from self._documents_of(name, path, (lambda _: None) if name in found.unread else None)
+            yield from self._documents_of(found, name, path, (lambda _: None) if name in found.unread else None)
 
-    def _documents_of(self, name: str, path: Path, unread: OnUnread | None) -> Iterator[Document]:
-        return read_file(path, name, fields=self.reading.fields, unread=unread)
+    def _documents_of(self, found: Survey, name: str, path: Path, unread: OnUnread | None) -> Iterator[Document]:
+        """The documents of a file, each with its own last day or that of the file, without those that have expired."""
+        last, today = found.states[name].expires, self.today()
+        for document in read_file(path, name, fields=self.reading.fields, unread=unread):
+            day = expiry.earlier(document.metadata.get(expiry.EXPIRES, ""), last)
+            if not expiry.is_over(day, today):
+                yield replace(document, metadata={**document.metadata, expiry.EXPIRES: day}) if day else document
 
     def _read(self, found: Survey, bank: "_Bank", progress: OnProgress | None) -> "tuple[int, WriteReport]":
         """Write what is new or changed, and all else. Returns the number of forgotten references, too."""
         before = list[int]()
 
         def states() -> Mapping[str, SourceState | None]:
-            """How the files were; none of one that changed while it was read, or of which a record cannot be read."""
-            read = {name: found.states[name] for name in found.read if name not in found.unread}
+            """How the files were; none of one that changed while it was read."""
             return {
-                **{name: _as_it_stayed(found.read[name], state) for name, state in read.items()},
-                **dict.fromkeys([*found.gone, *found.aliases, *(found.unread.keys() & found.read.keys())]),
+                **{name: _as_it_stayed(path, found.states[name]) for name, path in found.read.items()},
+                **dict.fromkeys([*found.gone, *found.aliases]),
             }
 
         @contextmanager
@@ -180,6 +211,8 @@ class Mirror:
             if bank.exists:
                 self._check_states(home, bank)
                 home.set_meta(_WRITTEN, b"")
+            if lasting := {name: state.voided() for name in found.read if (state := found.states[name]).expires}:
+                home.change(Changes(states=lasting))  # an interrupted write must not lose them
             before.extend(self._move(home, found, []))  # what is gone may share texts with what is read
             yield
             home.set_meta(_WRITTEN, self._settings)
@@ -233,6 +266,14 @@ class Mirror:
         moves.make()
         return moves.forgotten
 
+    def _forget_expired(self) -> int:
+        """Forget what has expired. Returns the number of forgotten references."""
+        from m3runtime import assembly  # loads torch
+        from m3runtime.writing.forgetting import forget_expired
+
+        with closing(assembly.open_bank(self.config)) as bank:
+            return len(forget_expired(self.config, bank, self.today()))
+
     def _finish_erasure(self) -> None:
         """Finish an erasure whose process was killed."""
         from m3runtime import assembly  # loads torch
@@ -263,9 +304,17 @@ class Mirror:
         return open_home(self.config, read_only=read_only)(path=self._home_folder)
 
 
+def _reasons(check: Check, path: Path) -> tuple[str, ...]:
+    """The first reasons of a check, as the state of a source keeps them."""
+    some = [reason.removeprefix(str(path)) for reason in check.reasons[:_MOST_REASONS]]
+    more = len(check.reasons) - len(some)
+    return (*some, f": {more} more records cannot be read") if more else tuple(some)
+
+
 def _as_it_stayed(path: Path, state: SourceState) -> SourceState | None:
-    """The state of a file that has been read since it was noted; None if the file changed."""
+    """The state of a file that has been read since it was noted; if the file changed, None or its last day alone."""
+    changed = state.voided() if state.expires else None
     if state.time:
-        return state if is_as_stated(path, state) else None
+        return state if is_as_stated(path, state) else changed
     again = state_of(path, state.how)
-    return again if again.digest == state.digest else None
+    return replace(state, time=again.time) if again.digest == state.digest else changed

@@ -3,9 +3,12 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from m3runtime.bank import records
 from m3runtime.documents.reference import Place
 from m3runtime.documents.sources import SourceState
+from m3runtime.memory.block import as_ids
 from m3runtime.storage.home import Changes, Home
 
 _SOURCES = 256
@@ -41,7 +44,22 @@ class Moves:
         gone = source if record is None else f"{source}:{record}"
         for id, places in self._of(source).items():
             self._places[id] = tuple(place for place in places if gone not in (place.source, place.name))
-        self.state(source, None)
+        if record is None:
+            self.state(source, None)
+
+    def expire(self, today: str) -> None:
+        """Take the places whose last day has passed from all references. Their sources keep their states."""
+        expiring = self._home.expiring(today)
+        ids = np.unique(np.concatenate([*expiring.values(), as_ids(())]))
+        states = self._home.states() if len(ids) else {}
+        for start in range(0, len(ids), _BATCH):
+            some = ids[start : start + _BATCH]
+            references, _ = records.references(self._home, some)
+            for id, one in zip(some.tolist(), references, strict=True):
+                self._places[id] = () if one is None else one.living(today)  # a damaged one cannot be recalled
+                sources = () if one is None else one.sources
+                self._states |= {source: states[source] for source in sources if source in states}
+            self.make()
 
     def drop(self, ids: Iterable[int]) -> None:
         """Forget references wherever they stand."""

@@ -14,6 +14,7 @@ from m3runtime.bank import records
 from m3runtime.bank.bank import Bank, home_folder
 from m3runtime.bank.manifest import Manifest
 from m3runtime.config.schema import Config
+from m3runtime.documents import expiry
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import BankError, BankFormatError, BankMissingError, BlockError, IndexFileError
 from m3runtime.memory import block
@@ -158,8 +159,9 @@ class _Examination:
             self.notes.append(f"{error}; the index is rebuilt when the bank is opened")
             return
         ids, there = self.home.ids(), index.ids()
-        # It may or may not hold cold references: that depends on the process that wrote it.
-        lacks, has = len(np.setdiff1d(np.setdiff1d(ids, there), self.home.cold())), len(np.setdiff1d(there, ids))
+        # It may or may not hold cold and expired references: that depends on the process that wrote it.
+        hidden = np.union1d(self.home.cold(), records.expired(self.home, expiry.today()))
+        lacks, has = len(np.setdiff1d(np.setdiff1d(ids, there), hidden)), len(np.setdiff1d(there, ids))
         if lacks or has:
             self.notes.append(
                 f"the index lacks {lacks} memories and holds {has} that are not remembered; "

@@ -90,6 +90,8 @@ class TestWrite:
             "bytes": sum(map(len, place.contents().blocks.values())),
             "bank": str(place.bank),
             "skipped": ["facts/picture.png"],
+            "expired": 0,
+            "expired_files": [],
             "left_out": {},
             "unread": {},
             "codec": None,

@@ -1,6 +1,6 @@
-"""A bank against a dict of files: any sequence of edits, renames, deletions, writes, crashes and forgets.
+"""A bank against a dict of files: any sequence of edits, renames, deletions, writes, crashes, forgets and days.
 
-After a write the home, the index and all places are exactly what the files say.
+After a write the home, the index and all places are exactly what the files say that have not expired.
 """
 
 import json
@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import date, timedelta
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,9 +29,13 @@ from hypothesis.stateful import (
 
 from m3runtime import assembly
 from m3runtime.config.schema import Config
+from m3runtime.documents.expiry import Expiry
 from m3runtime.documents.reference import Place as ReferencePlace
+from m3runtime.documents.reference import Reference
 from m3runtime.documents.survey import Reading
-from m3runtime.writing.mirror import Mirror
+from m3runtime.runtime import Runtime
+from m3runtime.writing.forgetting import forget_expired
+from m3runtime.writing.mirror import Mirror, MirrorReport
 from m3runtime.writing.writer import Writer
 from tests.end_to_end.commands import Place
 from tests.end_to_end.conftest import NewPlace
@@ -60,9 +65,20 @@ class SyncMachine(RuleBasedStateMachine):
         self.files: dict[str, Content] = {}
         self.held: dict[str, Content] | None = {}
         """What the bank has of each file; None after a crash, when that depends on where it was."""
+        self.until: dict[str, str] = {}
+        """The last day of each file that the bank has, or had until then."""
+        self.day = date(2026, 11, 27)
+        self.looked = 0
         self.ids: dict[tuple[str, str], tuple[int, bytes]] = {}
         self.settings = self.config.model_copy(update={"bank": self.folder / "bank"})
-        self.mirror = Mirror(self.settings, Reading(), writer=self.of_this_bank())
+        self.mirror = self.mirroring()
+
+    @property
+    def today(self) -> str:
+        return self.day.isoformat()
+
+    def mirroring(self, expiry: Expiry | None = None) -> Mirror:
+        return Mirror(self.settings, Reading(expiry=expiry), writer=self.of_this_bank(), today=lambda: self.today)
 
     def of_this_bank(self) -> Writer:
         return Writer(self.settings, self.writer.adapter, self.writer.embedder, parallel=False)
@@ -123,19 +139,56 @@ class SyncMachine(RuleBasedStateMachine):
             assert set(report.survey.gone) - set(report.survey.renamed.values()) <= {
                 f"docs/{name}" for name in self.held.keys() - self.files.keys()
             }
-        self.held = dict(self.files)
+        self.moved(report)
+        self.held = {name: self.left(name, content) for name, content in self.files.items()}
         self.check()
         for key, (id, block) in self.ids.items():
             if key in before:
                 assert (id, block) == before[key], "what stays keeps its id and its bytes"
         assert self.mirror.survey([self.docs]).is_in_step if self.files else True
 
-    @rule(name=NAME)
-    def write_one(self, name: str) -> None:
-        if name in self.files and self.held is not None:
-            self.mirror.write([self.docs / name])
-            self.held[name] = self.files[name]
+    def moved(self, report: MirrorReport) -> None:
+        """Note the last days after a write: a renamed file keeps its own, and a copy has none."""
+        survey = report.survey
+        for name, origin in survey.renamed.items():
+            day = self.until.get(origin.removeprefix("docs/"), "")
+            assert origin in survey.gone or not day
+            self.until[name.removeprefix("docs/")] = day
+        for name in survey.gone:
+            self.until.pop(name.removeprefix("docs/"), None)
+
+    def left(self, name: str, content: Content) -> Content:
+        """What is remembered of a file: nothing after its last day."""
+        return () if self.until.get(name, self.today) < self.today and self.until[name] else content
+
+    @rule(name=NAME, days=st.none() | st.integers(0, 3), never=st.booleans())
+    def write_one(self, name: str, days: int | None, never: bool) -> None:
+        if name in self.files and self.held is not None and (self.files[name] or name in self.held):
+            before = self.until.get(name, "")
+            expiry = None
+            if days is not None:
+                expiry = Expiry() if never else Expiry((self.day + timedelta(days)).isoformat())
+                self.until[name] = expiry.day
+            self.held = {one: self.left(one, content) for one, content in self.held.items()}
+            report = self.mirroring(expiry).write([self.docs / name])
+            if expiry is None and name not in self.until:
+                self.moved(report)
+            assert name in self.until or not before
+            self.held[name] = self.left(name, self.files[name])
             self.check()
+
+    @rule(days=st.integers(1, 4))
+    def days_pass(self, days: int) -> None:
+        self.day += timedelta(days)
+
+    @precondition(lambda self: self.held)
+    @rule()
+    def forget_expired(self) -> None:
+        assert self.held is not None
+        self.held = {name: self.left(name, content) for name, content in self.held.items()}
+        with closing(assembly.open_bank(self.settings)) as bank:
+            forget_expired(self.settings, bank, self.today)
+        self.check()
 
     @rule(left=st.integers(1, 3), after=st.booleans())
     def write_and_crash(self, left: int, after: bool) -> None:
@@ -144,12 +197,18 @@ class SyncMachine(RuleBasedStateMachine):
             return
         CrashingHome.left, CrashingHome.after = left, after
         try:
-            self.mirror.write([self.docs])
-            self.held = dict(self.files)
+            self.moved(self.mirror.write([self.docs]))
+            self.held = {name: self.left(name, content) for name, content in self.files.items()}
         except Crash:
             self.held = None
         finally:
             CrashingHome.left = float("inf")
+        if self.held is None:
+            with closing(assembly.open_bank(self.settings, read_only=True)) as bank:
+                states = bank.home.states()
+            after = {name.removeprefix("docs/"): state.expires for name, state in states.items()}
+            assert all(after.get(name, day) == day for name, day in self.until.items() if name in self.files)
+            self.until = after
 
     @precondition(lambda self: self.held)
     @rule(name=NAME)
@@ -158,6 +217,7 @@ class SyncMachine(RuleBasedStateMachine):
         if name in self.held:
             self.m3("forget", f"docs/{name}")
             del self.held[name]
+            self.until.pop(name, None)
             self.check()
 
     @precondition(lambda self: self.held)
@@ -168,6 +228,7 @@ class SyncMachine(RuleBasedStateMachine):
             self.m3("forget", "docs/deep")
             for name in gone:
                 del self.held[name]
+                self.until.pop(name, None)
             self.check()
 
     def m3(self, *arguments: str) -> None:
@@ -211,6 +272,23 @@ class SyncMachine(RuleBasedStateMachine):
                 vectors = self.writer.embedder.embed_queries([one.text for one in references])
                 found, _ = index.search(vectors, 1)
                 assert found[:, 0].tolist() == ids.tolist()
+
+    @invariant()
+    def nothing_expired_is_recalled(self) -> None:
+        """Whatever the home still has: a runtime finds, delivers and cites nothing whose last day has passed."""
+        with closing(assembly.open_bank(self.settings, read_only=True)) as bank:
+            due = [id for ids in bank.home.expiring(self.today).values() for id in ids.tolist()]
+        if due and len(due) != self.looked:
+            self.looked = len(due)
+            with Runtime.open(self.settings, read_only=True, today=lambda: self.today) as runtime:
+                for id, one in zip(due, runtime.references(due), strict=True):
+                    assert one is None or all(place.expires in ("", *self.days_ahead(one)) for place in one.places)
+                    assert one is not None or id not in runtime.retriever.index.ids()
+                parts = runtime.fetch(due, torch.float32)
+                assert parts.keys() == {id for id, one in zip(due, runtime.references(due), strict=True) if one}
+
+    def days_ahead(self, reference: Reference) -> list[str]:
+        return [place.expires for place in reference.places if place.expires >= self.today]
 
     @invariant()
     def nothing_is_torn(self) -> None:

@@ -42,6 +42,23 @@ def test_a_folder_is_written_without_them(place: Place) -> None:
     assert (again["written"], again["known"]) == (0, 2)
 
 
+def test_a_file_with_bad_lines_is_read_once(place: Place) -> None:
+    """Its state is remembered with the reasons, so that it costs no model to name them again."""
+    place.text("notes/birds.jsonl", records([FERRY]) + '{"text": \n' * 120)
+    first = [line for line in place.m3("write", "notes").err.splitlines() if line.startswith("not read: ")]
+    for name in ("transformers", "torch", "tests"):
+        place.text(f"hidden/{name}/__init__.py", f"raise SystemExit('{name} was imported')")
+    result = place.process("write", "notes", first=str(place.folder / "hidden"))
+    assert result.code == 0, result.err
+    assert result.err.splitlines()[:3] == first[:3]
+    assert first[2].startswith("not read: notes/birds.jsonl, line 4 is not JSON")
+    report = place.m3("write", "notes/birds.jsonl", "--json")
+    assert report.code == 1
+    place.text("notes/birds.jsonl", records([LAMP]))
+    again = place.m3("write", "notes", "--json").json
+    assert (again["unread"], again["written"], texts(place)) == ({}, 1, [LAMP])
+
+
 def test_a_named_file_that_cannot_be_read_shows_in_the_exit_status(place: Place) -> None:
     spoil(place)
     result = place.m3("write", "notes/lamp.txt", "notes/binary.txt")

@@ -7,7 +7,7 @@ import lmdb
 import numpy as np
 
 from m3backends.lmdb.environment import Environment, ReadTransaction
-from m3backends.lmdb.forgetting import members_of
+from m3backends.lmdb.forgetting import expiries, members_of
 from m3backends.lmdb.records import (
     SEAL_BYTES,
     digest,
@@ -58,6 +58,8 @@ def audit(environment: Environment, db: Databases, progress: Callable[[int, int]
         walks.append(_Walk("home", db.cold.handle, books.cold))
     if db.states.exists:
         walks.append(_Walk("home", db.states.handle, books.state))
+    if db.expiring.exists:
+        walks.append(_Walk("home", db.expiring.handle, books.expiring))
     steps = environment.read(lambda txn: sum(txn.stat(walk.database)["entries"] for walk in walks))
     done = 0
     for walk in walks:
@@ -135,6 +137,8 @@ class _Books:
         for source in reference.sources:
             if not txn.cursor(self._db.members).set_key_dup(digest(source), key):
                 yield id, "its source does not list it"
+        if not all(self._db.expiring.has(txn, expiry) for expiry in expiries(key, reference)):
+            yield id, "it expires and is not listed so"
         if not _has(txn, self._db.embeddings.handle, key):
             yield id, "it has no embedding"
         if not (_has(txn, self._db.blocks, key) or self._db.cold.has(txn, key)):
@@ -198,6 +202,15 @@ class _Books:
             yield id, "it is cold and has a block"
         elif not _has(txn, self._db.references.handle, key):
             yield id, "it is cold and has no reference"
+
+    def expiring(self, txn: ReadTransaction, key: bytes, stored: memoryview) -> Defects:
+        id = _id(key[-8:])
+        if not _sound(self._db.expiring, key, stored) or len(stored) != SEAL_BYTES:
+            yield id, "the record of its last day is damaged"
+        elif (one := self._reference(txn, key[-8:])) != "damaged" and (
+            one is None or key not in expiries(key[-8:], one)
+        ):
+            yield id, "it is listed under a last day that it does not have"
 
     def meta(self, _: ReadTransaction, key: bytes, stored: memoryview) -> Defects:
         if not _sound(self._db.meta, key, stored):

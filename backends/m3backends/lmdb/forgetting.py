@@ -3,6 +3,8 @@
 A source that loses a reference loses its state, too, so that it is read anew when it is written again.
 """
 
+from contextlib import suppress
+
 import numpy as np
 
 from m3backends.lmdb.environment import ReadTransaction, WriteTransaction
@@ -11,14 +13,18 @@ from m3backends.lmdb.records import (
     Source,
     digest,
     identity,
+    pack_expiry,
     pack_ids,
     pack_source,
+    pack_state,
     unpack_id,
     unpack_ids,
     unpack_reference,
     unpack_source,
+    unpack_state,
 )
 from m3backends.lmdb.schema import Databases
+from m3runtime.documents.reference import Reference
 from m3runtime.errors import RecordError
 from m3runtime.memory.block import Ids
 
@@ -52,6 +58,7 @@ def _forget_known(txn: WriteTransaction, db: Databases, key: bytes) -> bool:
     if reference is None:
         return False
     listed = [leave(txn, db, source, key) for source in reference.sources]
+    listed += [db.expiring.delete(txn, expiry) for expiry in expiries(key, reference)]
     return _forget_text(txn, db, key, identity(reference)) and all(listed)
 
 
@@ -70,15 +77,33 @@ def _forget_lost(txn: WriteTransaction, db: Databases, lost: dict[bytes, bool]) 
         db.digests.delete(txn, text)
     for source, key in [(source, key) for source, key in txn.cursor(db.members) if key in lost]:
         txn.delete(source, key, db=db.members)
-        db.states.delete(txn, source)
+        void(txn, db, source)
         _unlist(txn, db, source, unpack_id(key), counted=lost[key])
+    for expiry in [key for key, _ in txn.cursor(db.expiring.handle) if key[-8:] in lost] if db.expiring.exists else ():
+        db.expiring.delete(txn, expiry)
+
+
+def expiries(key: bytes, reference: Reference) -> set[bytes]:
+    """The keys in `expiring` of a reference."""
+    return {pack_expiry(place.expires, key) for place in reference.places if place.expires}
+
+
+def void(txn: WriteTransaction, db: Databases, source: bytes) -> None:
+    """Remove the state of a source, but for its last day."""
+    known = None
+    with suppress(RecordError):
+        known = db.states.read(txn, source, unpack_state)
+    if known is not None and known[1].expires:
+        db.states.put(txn, source, pack_state(known[0], known[1].voided()))
+    else:
+        db.states.delete(txn, source)
 
 
 def leave(txn: WriteTransaction, db: Databases, name: str, key: bytes) -> bool:
     """Take a reference off a source that lists it; false if it does not. A damaged record of the source is mended."""
     source = digest(name)
     listed = txn.delete(source, key, db=db.members)
-    db.states.delete(txn, source)
+    void(txn, db, source)
     try:
         known = db.sources.read(txn, source, unpack_source)
     except RecordError:

@@ -24,7 +24,7 @@ from m3backends.lmdb.compression import (
     without_padding,
 )
 from m3backends.lmdb.environment import Durability, Environment, ReadTransaction, WriteTransaction
-from m3backends.lmdb.forgetting import forget
+from m3backends.lmdb.forgetting import expiries, forget
 from m3backends.lmdb.placing import join, move, state
 from m3backends.lmdb.reader import LmdbReader
 from m3backends.lmdb.records import identity, pack_id, pack_ids, pack_reference, pack_text
@@ -199,6 +199,8 @@ class LmdbHome(LmdbReader):
                 else:
                     txn.put(key, stored[row], db=self._db.blocks)
                 self._db.references.put(txn, key, pack_reference(reference))
+                for expiry in expiries(key, reference):
+                    self._db.expiring.put(txn, expiry, b"")
                 self._db.embeddings.put(txn, key, vectors[row].tobytes())
             members: dict[str, list[int]] = {}
             for id, reference in zip(ids.tolist(), references, strict=True):

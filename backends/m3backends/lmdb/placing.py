@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from m3backends.lmdb.environment import WriteTransaction
-from m3backends.lmdb.forgetting import forget, leave
+from m3backends.lmdb.forgetting import expiries, forget, leave, void
 from m3backends.lmdb.records import (
     Source,
     digest,
@@ -34,6 +34,11 @@ def move(txn: WriteTransaction, db: Databases, places: Mapping[int, tuple[Place,
             raise InputError(f"id {id} is not remembered: it can have no other places")
         moved = replace(old, places=new)
         db.references.put(txn, key, pack_reference(moved))
+        before, after = expiries(key, old), expiries(key, moved)
+        for expiry in before - after:
+            db.expiring.delete(txn, expiry)
+        for expiry in after - before:
+            db.expiring.put(txn, expiry, b"")
         for name in set(old.sources) - set(moved.sources):
             leave(txn, db, name, key)
         for name in moved.sources:
@@ -47,7 +52,7 @@ def join(txn: WriteTransaction, db: Databases, members: Mapping[str, Iterable[in
     """List references with their sources, whose states no longer hold."""
     for name, ids in members.items():
         source, more = digest(name), list(ids)
-        db.states.delete(txn, source)
+        void(txn, db, source)
         for id in more:
             txn.put(source, pack_id(id), db=db.members)
         if more:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from m3backends.lmdb.records import (
     digest,
     pack_ids,
     pack_text,
+    unpack_expiry,
     unpack_id,
     unpack_ids,
     unpack_number,
@@ -163,14 +165,29 @@ class LmdbReader(Home):
         """The states of sources that are known; a damaged record is left out."""
 
         def work(txn: ReadTransaction) -> dict[str, SourceState]:
-            found = {}
-            for key, stored in txn.cursor(self._db.states.handle) if self._db.states.exists else ():
+            table, found = self._db.states, dict[str, SourceState]()
+            for key, stored in txn.cursor(table.handle) if table.exists else ():
                 with suppress(RecordError):
-                    name, state = self._db.states.unpack(key, self._db.states.open(key, stored), unpack_state)
+                    name, state = table.unpack(key, table.open(key, stored), unpack_state)
                     found[name] = state
             return found
 
         return self._environment.read(work)
+
+    def expiring(self, before: str | None = None) -> Mapping[str, Ids]:
+        """The references that expire, by day, as `Home.expiring` says."""
+
+        def work(txn: ReadTransaction) -> dict[str, Ids]:
+            found = dict[str, list[int]]()
+            try:
+                keys = (unpack_expiry(key) for key, _ in self._db.expiring.items(txn, bytes))
+                for day, id in takewhile(lambda one: before is None or one[0] < before, keys):
+                    found.setdefault(day, []).append(id)
+            except RecordError:  # what is damaged may be the day: the references themselves say it
+                found = self._expiring_references(txn, before)
+            return {day: np.array(sorted(ids), np.uint64) for day, ids in sorted(found.items())}
+
+        return self._environment.read(work) if self._db.expiring.exists else {}
 
     def embeddings(self, ids: Ids | None = None, batch: int = 4096) -> Iterator[tuple[Ids, npt.NDArray[np.float32]]]:
         """Embeddings in batches, as `Home.embeddings` says. Given ids are found in quarantine, too."""
@@ -210,6 +227,16 @@ class LmdbReader(Home):
     def close(self) -> None:
         """Wait for running calls and close. Closing twice is fine."""
         self._environment.close()
+
+    def _expiring_references(self, txn: ReadTransaction, before: str | None) -> dict[str, list[int]]:
+        table, found = self._db.references, dict[str, list[int]]()
+        for key, stored in txn.cursor(table.handle):
+            with suppress(RecordError):
+                reference = table.unpack(key, table.open(key, stored), unpack_reference)
+                for day in {place.expires for place in reference.places if place.expires}:
+                    if before is None or day < before:
+                        found.setdefault(day, []).append(unpack_id(key))
+        return found
 
     def _ids_in_parts(self) -> Ids | None:
         """`ids`, read in several transactions; None if there was a commit between them.

@@ -22,10 +22,7 @@ SEAL_BYTES = 8
 
 def seal(database: str, key: bytes | memoryview, value: bytes | memoryview) -> bytes:
     """XXH3-64 over the database's name, a zero byte, the key's length (16 bits), the key and the value."""
-    state = xxhash.xxh3_64(database.encode() + b"\0" + len(key).to_bytes(2, "big"))
-    state.update(key)
-    state.update(value)
-    return state.digest()
+    return xxhash.xxh3_64_digest(b"".join((database.encode(), b"\0", len(key).to_bytes(2, "big"), key, value)))
 
 
 def pack_id(id: int) -> bytes:
@@ -54,6 +51,16 @@ def unpack_ids(keys: Iterable[bytes | memoryview]) -> Ids:
             raise ValueError("there are keys that are no ids")
         packed += key
     return np.frombuffer(packed, ">u8").astype(np.uint64)
+
+
+def pack_expiry(day: str, id: bytes) -> bytes:
+    """A last day and an id, so that earlier days come first."""
+    return pack_text(day) + id
+
+
+def unpack_expiry(key: bytes) -> tuple[str, int]:
+    """The last day and the id that `pack_expiry` wrote."""
+    return unpack_text(key[:-8]), unpack_id(key[-8:])
 
 
 def pack_text(text: str) -> bytes:
@@ -112,6 +119,10 @@ def _are_numbers(*values: int) -> bool:
     return not any(isinstance(value, bool) for value in values)
 
 
+_STATE = (str, int, int, str, str, str, list)
+"""The types of a stored state: its source's name and its fields."""
+
+
 def pack_state(name: str, state: SourceState) -> bytes:
     """A JSON array of the source's name and the fields of its state."""
     return _pack_json([name, *astuple(state)])
@@ -119,10 +130,15 @@ def pack_state(name: str, state: SourceState) -> bytes:
 
 def unpack_state(value: bytes | memoryview) -> tuple[str, SourceState]:
     """The name and the state that `pack_state` wrote."""
-    match _unpack_json(value):
-        case [str(name), int(size), int(time), str(digest), str(how)] if _are_numbers(size, time):
-            return name, SourceState(size, time, digest, how)
-    raise ValueError("not name, size, time, digest and settings")
+    fields = _unpack_json(value)
+    if isinstance(fields, list) and len(fields) == len(_STATE) - 2:  # of an earlier release
+        fields += ["", []]
+    if not (isinstance(fields, list) and tuple(map(type, fields)) == _STATE):  # a pattern takes twice as long
+        raise ValueError("not the fields of a state")
+    name, size, time, digest, how, expires, unread = fields
+    if not all(isinstance(reason, str) for reason in unread):
+        raise ValueError("not the fields of a state")
+    return name, SourceState(size, time, digest, how, expires, tuple(unread))
 
 
 def _pack_json(value: object) -> bytes:

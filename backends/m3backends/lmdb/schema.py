@@ -13,7 +13,8 @@ references  id                          *sealed* JSON of text, tokens, heading, 
 digests     digest of heading and text  *sealed* id
 sources     digest of the source        *sealed* count and sum of its ids, 8 bytes each, and its name
 members     digest of the source        ids, sorted
-states      digest of the source        *sealed* JSON of its name, size, time, digest, settings
+states      digest of the source        *sealed* JSON of its name and the fields of its state
+expiring    last day, id                *sealed* nothing: the reference has a place with this last day
 embeddings  id                          *sealed* float32, little-endian
 quarantine  id                          *sealed* reason
 cold        id                          *sealed* nothing: a reference that has no block yet
@@ -25,8 +26,9 @@ follows 8 bytes of XXH3-64 over the database's name, a zero byte, the key's leng
 
 The schema is not the bank's format, which its manifest states. Schema 2 has one place for each reference, and its
 records of references are JSON of text, source, start, end, tokens. They stay as they are: a home becomes schema 3 when
-the first reference of the later form is written. A home of an earlier release lacks `cold` or `states`: opening it for
-writing adds the databases, and for readers nothing is cold and no state is known.
+the first reference of the later form is written. A home of an earlier release lacks `cold`, `states` or
+`expiring`: opening it for writing adds the databases, and for readers nothing is cold, no state is known and nothing
+expires.
 """
 
 import os
@@ -56,7 +58,7 @@ _READABLE = (2, SCHEMA)
 _LARGEST_SLOT = 64 + 2**32
 _BY_ID = ("references", "embeddings", "quarantine", "cold")
 _UNSEALED = ("blocks", "members")
-_LATER = ("cold", "states")
+_LATER = ("cold", "states", "expiring")
 """Missing in homes of earlier releases."""
 
 
@@ -74,6 +76,7 @@ class Databases(NamedTuple):
     meta: RecordTable
     cold: RecordTable
     states: RecordTable
+    expiring: RecordTable
 
 
 class Opened(NamedTuple):

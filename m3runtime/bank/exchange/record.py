@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from m3runtime.documents.expiry import last_day_of
 from m3runtime.documents.reference import Place, Reference
 from m3runtime.errors import InputError
 from m3runtime.plugins.messages import first_fault
@@ -70,11 +71,16 @@ def from_mapping(fields: object, name: str, number: int) -> Record:
         text = stated.text if stated.places else stated.text.strip()
         own = Place(name, 0, len(text), {"record": str(number)})
         places = tuple(_PLACE.validate_python(place) for place in stated.places) or (own,)
+        for place in places:
+            if place.expires and last_day_of(place.expires) != place.expires:
+                raise InputError(f"{where}: expires must be a date such as 2027-01-31, not {place.expires[:40]!r}")
         f"{text}{stated.heading}".encode()
     except ValidationError as error:
         raise InputError(f"{where}: {first_fault(error)}") from error
     except UnicodeEncodeError as error:
         raise InputError(f"{where} has half a character (a lone surrogate)") from error
+    except ValueError as error:
+        raise InputError(f"{where}: expires {error}") from error
     if not text.strip():
         raise InputError(f"{where}: text is blank")
     embedding = None if stated.embedding is None else np.array(stated.embedding, np.float32)

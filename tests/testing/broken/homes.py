@@ -1,6 +1,6 @@
 """Homes with one mistake each, in LMDB."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -249,6 +249,17 @@ class ChangesAndThenCommits(LmdbHome):
         if changes is not None:
             self.change(changes)
         super().commit(batch, replacing=replacing)
+
+
+class ListsTheFirstLastDay(LmdbHome):
+    """Keeps a list of what expires that says of each reference when it begins to."""
+
+    def expiring(self, before: str | None = None) -> Mapping[str, Ids]:
+        seen, found = set[int](), dict[str, Ids]()
+        for day, ids in super().expiring(before).items():
+            found[day] = ids[[id not in seen for id in ids.tolist()]]
+            seen |= set(ids.tolist())
+        return {day: ids for day, ids in found.items() if len(ids)}
 
 
 class LeavesPlacelessReferences(LmdbHome):

@@ -57,6 +57,7 @@ CAUGHT_BY = {
         "CompactsNothing": "test_no_byte_of_what_was_forgotten_is_left",
         "CopiesPages": "test_no_byte_of_what_was_forgotten_is_left",
         "CompactsWhatIsColdAway": "test_compacting_changes_nothing",
+        "ListsTheFirstLastDay": "test_references_are_listed_by_their_last_days",
     },
     "indexes": {
         "FindsWhatWasRemoved": "test_thousands_at_once",
