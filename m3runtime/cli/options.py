@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from m3runtime.cli.terminal import print_json
+from m3runtime.cli.terminal import console, print_json
 from m3runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -81,9 +81,7 @@ def parsed(option: str, parse: Callable[[str], T], text: str) -> T:
 
 def show(result: "Result", *, json: bool) -> None:
     """Print the result of an experiment: as tables, or as one line of JSON."""
-    from rich.console import Console
-
     if json:
         print_json(result.to_json())
     else:
-        Console().print(result)
+        console().print(result)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, TextIO
 
+from m3runtime.cli.terminal import console
+
 if TYPE_CHECKING:
     from rich.progress import Progress, Task
 
@@ -63,7 +65,6 @@ class Lines:
 
 
 def _bar(*, shown: bool) -> "Progress":
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
@@ -82,6 +83,6 @@ def _bar(*, shown: bool) -> "Progress":
         MofNCompleteColumn(),
         Rate(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console(err=True),
         disable=not shown,
     )

@@ -1,10 +1,17 @@
-"""`say` and `print_json`: the output of every command. Control characters out of a text do not reach the terminal."""
+"""`say`, `print_json` and `console`: the output of every command.
+
+Control characters out of a text do not reach the terminal.
+"""
 
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """Characters that move the cursor, change the terminal or turn the direction of text; tab and line end are kept."""
@@ -18,6 +25,17 @@ def printable(text: str) -> str:
 def say(text: str = "", *, nl: bool = True, err: bool = False) -> None:
     """Print a text for people, on standard error if ``err``."""
     typer.echo(printable(text), nl=nl, err=err)
+
+
+def console(*, err: bool = False) -> "Console":
+    """A console of rich, for tables. It prints texts as they are, without markup, and control characters as escapes."""
+    from rich.console import Console
+
+    class Printable(Console):
+        def render_str(self, text: str, **settings: Any) -> "Text":
+            return super().render_str(printable(text), **settings)
+
+    return Printable(stderr=err, markup=False, emoji=False)
 
 
 def print_json(value: Any) -> None:

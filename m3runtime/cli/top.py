@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from m3runtime.cli.options import ConfigFile, Set, configuration
-from m3runtime.cli.terminal import print_json, printable
+from m3runtime.cli.terminal import console, print_json, printable
 from m3runtime.errors import InputError
 from m3runtime.observe.figures import show_size
 
@@ -52,15 +52,14 @@ def top(
     if json:
         print_json({**sample.values, **sample.by_label})
         return
-    from rich.console import Console
     from rich.live import Live
 
-    console = Console()
+    screen = console()
     if once:
-        console.print(shown(where, sample, None))
+        screen.print(shown(where, sample, None))
         return
     # Ctrl-C is how it ends.
-    with suppress(KeyboardInterrupt), Live(shown(where, sample, None), console=console, auto_refresh=False) as live:
+    with suppress(KeyboardInterrupt), Live(shown(where, sample, None), console=screen, auto_refresh=False) as live:
         while True:
             time.sleep(interval)
             before, sample = sample, read(where)

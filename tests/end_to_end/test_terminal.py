@@ -6,8 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
-from m3runtime.cli.terminal import printable
+from m3runtime.cli.terminal import console, printable
 from tests.end_to_end.commands import M3, Place, environment
 
 EVIL = "The harbour\x1b]0;owned\x07 lamp \x1b[2Jburns \x9b31m walnut \u202eoil at dusk.\x0b"
@@ -51,7 +52,20 @@ def test_every_command_prints_through_one_place() -> None:
     import m3runtime.cli
 
     for file in Path(m3runtime.cli.__file__).parent.glob("*.py"):
-        assert file.name == "terminal.py" or "typer.echo(" not in file.read_text(), file
+        assert file.name == "terminal.py" or not re.search(r"typer\.echo\(|\bConsole\(", file.read_text()), file
+
+
+def test_tables_have_no_control_characters_and_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("[bold]name", title=EVIL)
+    table.add_row(f"a.txt\x1b[2J [red]{EVIL}")
+    console().print(table, "\x9b31m", EVIL)
+    shown = capsys.readouterr().out
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", shown)
+    assert "[bold]name" in shown
+    assert "[red]" in shown
+    assert "\\x1b[2J" in shown
+    rows = [line for line in shown.splitlines() if line.startswith(("│", "┃"))]
+    assert len({len(row) for row in rows}) == 1  # columns are as wide as what is shown
 
 
 def test_a_bank_on_a_read_only_file_system_answers(written: Place) -> None:
