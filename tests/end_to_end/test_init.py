@@ -1,12 +1,17 @@
 """``m3 init`` makes a configuration with which the next commands work."""
 
+import os
+import pty
 import shlex
 import shutil
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.commands import REPOSITORY, Place
+from tests.end_to_end.commands import REPOSITORY, Place, environment
 
 CHINESE = "布林多瓦镇的市政厅建于一七四九年。港口的灯漆成紫色。每十一秒闪一次。\n"
 
@@ -78,3 +83,40 @@ def test_the_first_hour_of_the_readme(empty: Place, smollm2_path: Path, minilm_p
         assert answer.code == 0, answer.err
     assert "walnut oil" in answer.out
     assert answer.out.count("\n") == 1  # it does not run on
+
+
+def test_what_is_not_installed_is_asked_for_on_a_terminal(empty: Place, model_path: Path, minilm_path: Path) -> None:
+    """Through a pseudo-terminal, as a person answers: a wrong model first, which leaves nothing."""
+    hidden = "from m3runtime.plugins import installed; installed.find = lambda _: None"
+    hidden += "; from m3runtime import cli; cli.main()"
+
+    def init(*answers: object) -> tuple[int, str]:
+        ours, theirs = pty.openpty()
+        with os.fdopen(ours, "rb+", buffering=0) as keyboard:
+            process = subprocess.Popen(
+                [sys.executable, "-c", hidden, "init"],
+                cwd=empty.folder,
+                env=environment(),
+                stdin=theirs,
+                stdout=theirs,
+                stderr=theirs,
+                start_new_session=True,
+            )
+            os.close(theirs)
+            keyboard.write("".join(f"{answer}\n" for answer in answers).encode())
+            shown = b""
+            with suppress(OSError):  # the other end is closed
+                while piece := os.read(ours, 1 << 16):
+                    shown += piece
+            return process.wait(), shown.decode().replace("\r\n", "\n")
+
+    code, shown = init("./absent", minilm_path)
+    assert code == 2
+    assert "No model is installed. Folder, file or hub name: " in shown
+    assert shown.endswith("m3: model.path: no such folder: ./absent\n")
+    assert list(empty.folder.iterdir()) == []
+    code, shown = init(model_path, minilm_path)
+    assert code == 0, shown
+    assert shown.index("No model is installed") < shown.index("No embedder is installed")
+    assert f"m3.yaml written: model {model_path.name}, embedder {minilm_path}" in shown
+    assert empty.m3("config", "--json").json["config"]["model"]["path"] == str(model_path)
