@@ -1,5 +1,6 @@
 """The command ``m3``. Heavy libraries are imported only when a command runs."""
 
+import atexit
 import gc
 import os
 import sys
@@ -62,6 +63,7 @@ def main() -> None:
     # a spinning thread holds. The library reads it when torch loads it, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     gc.set_threshold(100_000, 50, 50)  # heavy libraries make objects that stay; searching them takes a fifth of imports
+    atexit.register(_end)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:
@@ -77,6 +79,13 @@ def main() -> None:
     except KeyboardInterrupt:
         _complain("interrupted; nothing is half-written")
         sys.exit(_INTERRUPTED)
+
+
+def _end() -> None:
+    # A last search of all objects takes a tenth of a short command. Libraries that come with torch (nanobind) would
+    # report as leaks what is not searched.
+    if "torch" not in sys.modules:
+        gc.freeze()
 
 
 def _complain(message: str) -> None:
