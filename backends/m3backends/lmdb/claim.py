@@ -6,16 +6,15 @@ lock, either ``writer.lock`` is taken, and that writer has verified the file, or
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING, TypeVar
 
 from m3backends.lmdb.files import HomeFiles
 from m3backends.lmdb.structure import check_structure
 from m3runtime.errors import BankBusyError, BankError
 
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 if os.name == "posix":
     import fcntl
 
@@ -31,7 +30,7 @@ class Claim:
 
     def __init__(self, files: HomeFiles, *, read_only: bool) -> None:
         self._files = files
-        self._writer: FileLock | None = None
+        self._writer: BaseFileLock | None = None
         self._reader: int | None = None
         self.verified: bytes | None = None
         """The state of the file whose pages were verified just now; its records are still to be checked."""
@@ -65,18 +64,19 @@ class Claim:
         """Run ``work`` for a reader while no process can write; None if a process may."""
         if not self.registers:
             return work()
-        with _lock(self._files.opening), suppress(Timeout), _lock(self._files.writer).acquire(blocking=False):
-            return work()
-        return None
+        with _lock(self._files.opening):
+            if (writer := _taken(self._files.writer)) is None:
+                return None
+            try:
+                return work()
+            finally:
+                writer.release()
 
     def _take_writing(self) -> None:
         with _lock(self._files.opening):
-            writer = _lock(self._files.writer)
-            try:
-                writer.acquire(blocking=False)
-            except Timeout:
-                raise self._busy() from None
-            self._writer = writer
+            self._writer = _taken(self._files.writer)
+            if self._writer is None:
+                raise self._busy()
             self._verify()
 
     def _trust_reading(self) -> None:
@@ -110,6 +110,20 @@ class Claim:
         )
 
 
-def _lock(path: Path) -> FileLock:
+def _taken(path: Path) -> "BaseFileLock | None":
+    """A lock that was free and is held now; None if another has it."""
+    from filelock import Timeout
+
+    lock = _lock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    return lock
+
+
+def _lock(path: Path) -> "BaseFileLock":
     """A lock that any thread may release, and that follows no symbolic link."""
+    from filelock import FileLock  # readers of a home that fits its stamp take none
+
     return FileLock(path, thread_local=False, fallback_to_soft=False)

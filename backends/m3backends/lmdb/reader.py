@@ -17,6 +17,7 @@ from m3backends.lmdb.records import (
     digest,
     pack_ids,
     pack_text,
+    unpack_count,
     unpack_expiry,
     unpack_id,
     unpack_ids,
@@ -157,9 +158,7 @@ class LmdbReader(Home):
 
     def sources(self) -> Mapping[str, int]:
         """The number of references of each source, quarantined ones included."""
-        return self._environment.read(
-            lambda txn: {known.name: known.count for _, known in self._db.sources.items(txn, unpack_source)}
-        )
+        return self._environment.read(lambda txn: dict(known for _, known in self._db.sources.items(txn, unpack_count)))
 
     def states(self) -> Mapping[str, SourceState]:
         """The states of sources that are known; a damaged record is left out."""
