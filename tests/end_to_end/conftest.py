@@ -1,13 +1,16 @@
 """A model, an embedder and a folder to run ``m3`` in."""
 
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from transformers.utils import logging
 
-from tests.end_to_end.commands import Place
+from tests.end_to_end.commands import Place, environment
+from tests.end_to_end.nursery import NURSERY, Nursery
 from tests.model.families import make_model, make_tokenizer
 
 NewPlace = Callable[[Path], Place]
@@ -49,6 +52,15 @@ def new_place(model_path: Path) -> NewPlace:
         return place
 
     return make
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    with subprocess.Popen(
+        [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+    ) as process:
+        yield Nursery(process)
+        process.kill()  # what it imported takes seconds to end in order
 
 
 @pytest.fixture

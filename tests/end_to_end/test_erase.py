@@ -14,9 +14,7 @@ from m3runtime.documents.reference import Reference
 from m3runtime.runtime import Runtime
 from tests.end_to_end.commands import Contents, Place
 from tests.end_to_end.conftest import NewPlace
-from tests.end_to_end.test_kill import Nursery, errors, nursery
-
-__all__ = ["nursery"]
+from tests.end_to_end.nursery import Nursery, errors
 
 COUNT = 12
 GONE = range(1, COUNT, 3)
@@ -96,10 +94,10 @@ def test_forgetting_leaves_bytes_and_erasing_does_not(warm: Place, tmp_path: Pat
     assert set(place.contents().references) == set(range(COUNT)) - {0, *GONE}
 
 
-def test_a_process_that_reads_meanwhile_goes_on(warm: Place, tmp_path: Path) -> None:
+def test_a_process_that_reads_meanwhile_goes_on(warm: Place, nursery: Nursery, tmp_path: Path) -> None:
     place = copied(warm, tmp_path / "place")
     with Runtime.open(Config.load(place.file, environ={}), read_only=True) as runtime:
-        done = place.process(*ERASE)
+        done = nursery.m3(place, *ERASE)
         assert done.json["forgotten"] == list(GONE)
         assert runtime.references([0, 1, 2])[1] is None
         assert runtime.references([0])[0] == warm.contents().references[0]

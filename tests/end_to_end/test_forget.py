@@ -13,10 +13,8 @@ from m3runtime.config.schema import Config
 from m3runtime.runtime import Runtime
 from tests.end_to_end.commands import Place, records
 from tests.end_to_end.conftest import NewPlace
-from tests.end_to_end.test_kill import Nursery, errors, nursery
+from tests.end_to_end.nursery import Nursery, errors
 from tests.hostile import raw
-
-__all__ = ["nursery"]
 
 COUNT = 12
 GONE = range(1, COUNT, 3)

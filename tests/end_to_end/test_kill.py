@@ -1,141 +1,24 @@
 """``m3 write`` is killed or interrupted at any moment. What is left is whole, and writing again completes it."""
 
+import itertools
 import json
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 
 from m3runtime.errors import BankMissingError
 from m3runtime.writing.encoding import GROUP
-from tests.end_to_end.commands import Contents, Place, environment, records
+from tests.end_to_end.commands import Contents, Place, records
 from tests.end_to_end.conftest import NewPlace
+from tests.end_to_end.nursery import Nursery, errors
 
 COUNT = 5 * GROUP + 7
 CORPUS = records(f"Keeper {number} lit it on day {number * 37 % 1000}." for number in range(COUNT))
 PHASES = ("reading", "creation", "commits", "codec", "index")
-
-# Imports and compiles everything once, then forks an `m3` for every line it reads, and says how it ended.
-# Moments are numbers of calls of Python and C functions in the main thread: a command makes the same ones each time.
-# It would not if it compiled, whose results numba keeps in files; nor would most moments be the command's own then.
-NURSERY = """
-import contextlib, json, os, signal, sys, time
-from m3runtime import cli
-from m3runtime.writing import writer
-import faiss, lmdb, m3backends.lmdb.home, m3backends.slabs, m3backends.usearch.index, m3model.transformers
-import usearch.index
-import m3runtime.writing.mirror, m3runtime.writing.forgetting
-import m3model.memory3, m3model.attention.passes, m3runtime.codecs.product.kernels.sharing
-import m3runtime.codecs.product.codec, m3runtime.codecs.product.kmeans, m3runtime.config.loading
-import encodings.utf_8_sig, html, lmdb._envid, rich.progress, tests.end_to_end.embedders
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-import transformers.modeling_gguf_pytorch_utils
-
-with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):
-    cli.app(["write", "--help"])
-if m3runtime.codecs.product.kernels.sharing.compiled():
-    from m3runtime.codecs.product.kernels import by_numba
-    by_numba.nearest_of(8), by_numba.scatter()
-
-BEGINS = {"train_planned": "codec", "Bank.create": "creation", "Pipeline.run": "commits", "BankIndex.save": "index",
-          "_Repair.mend": "repair", "_Repair._compute": "computing", "Moves.make": "forgetting",
-          "KeptTier.discard": "tiers", "begin": "begun", "LmdbHome.compact": "compacting",
-          "Erasures.with_one_done": "recording"}
-
-def everything():
-    kernels = sys.modules.get("m3runtime.codecs.product.kernels.by_numba")
-    return {*sys.modules, kernels and kernels.nearest_of.cache_info().currsize}
-
-class Finalised:
-    def __del__(self):
-        os.kill(os.getpid(), signal.SIGINT)
-
-def live(say, folder, arguments, moment, signal_number, delay):
-    os.chdir(folder)
-    sys.argv = ["m3", *arguments]
-    sys.stdout, sys.stderr = open("stdout", "w"), open("stderr", "w")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    count, phases, ready = 0, {"reading": 0}, everything()
-
-    def watch(frame, event, _):
-        nonlocal count
-        count += 1
-        if moment is None and event == "call" and frame.f_code.co_qualname in BEGINS:
-            phases.setdefault(BEGINS[frame.f_code.co_qualname], count)
-        if count == moment:
-            sys.setprofile(None)
-            if signal_number == signal.SIGKILL and delay is not None:
-                os.write(say, b"now")
-            elif signal_number == signal.SIGINT and delay is None:
-                Finalised()  # Python cannot raise what comes up in there
-            else:
-                os.kill(os.getpid(), signal_number)
-
-    sys.setprofile(watch if moment != 0 else None)
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as exit:
-        code = exit.code or 0
-    sys.setprofile(None)
-    if moment is None:
-        os.write(say, json.dumps([phases, count, [str(one) for one in everything() - ready]]).encode())
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-for line in sys.stdin:
-    folder, arguments, moment, signal_number, delay = json.loads(line)
-    hear, say = os.pipe()
-    child = os.fork()
-    if not child:
-        live(say, folder, arguments, moment, signal_number, delay)
-    os.close(say)
-    heard = os.read(hear, 1 << 16)  # nothing, if it ended without a word
-    if heard == b"now":
-        time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
-        heard = b""
-    _, status = os.waitpid(child, 0)
-    os.close(hear)
-    print(json.dumps([os.waitstatus_to_exitcode(status), json.loads(heard or "null")]), flush=True)
-"""
-
-
-@dataclass
-class Nursery:
-    """Runs ``m3`` as processes of their own, one at a time."""
-
-    process: "subprocess.Popen[str]"
-
-    def run(
-        self,
-        place: Place,
-        moment: int | None = 0,
-        *,
-        arguments: Sequence[str] = ("write", "corpus.jsonl", "--json"),
-        signal_number: int = signal.SIGKILL,
-        delay: float | None = 0,
-    ) -> tuple[int, Any]:
-        """The exit code of a command that gets a signal at a moment; without a moment, its phases and their end too,
-        and what it still had to import or compile.
-
-        SIGKILL comes ``delay`` seconds later, wherever the command is by then; with None, at that very moment. SIGINT
-        comes at that very moment; with None, in a finaliser.
-        """
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        order = [str(place.folder), list(arguments), moment, signal_number, delay]
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        code, said = json.loads(self.process.stdout.readline())
-        return code, said
 
 
 @dataclass(frozen=True)
@@ -147,49 +30,33 @@ class Undisturbed:
     """The moments of each phase."""
 
 
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    with subprocess.Popen(
-        [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
-    ) as process:
-        yield Nursery(process)
-        assert process.stdin is not None
-        process.stdin.close()
-
-
 @pytest.fixture
 def places(tmp_path: Path, new_place: NewPlace) -> Iterator[Place]:
     """New places of the same corpus, without end."""
-
-    def make() -> Iterator[Place]:
-        for number in range(1000):
-            place = new_place(tmp_path / str(number))
-            place.configure(
-                memory={"layers": [0, 2]},
-                codec={"kind": "product", "key_bytes": 2, "value_bytes": 2, "scope": "layer", "sample_tokens": 2500},
-                embedder={"dim": 32},
-            )
-            place.text("corpus.jsonl", CORPUS)
-            yield place
-
-    return make()
+    return (prepared(new_place(tmp_path / str(number))) for number in itertools.count())
 
 
-@pytest.fixture
-def undisturbed(nursery: Nursery, places: Iterator[Place]) -> Undisturbed:
-    place = next(places)
+def prepared(place: Place) -> Place:
+    place.configure(
+        memory={"layers": [0, 2]},
+        codec={"kind": "product", "key_bytes": 2, "value_bytes": 2, "scope": "layer", "sample_tokens": 2500},
+        embedder={"dim": 32},
+    )
+    place.text("corpus.jsonl", CORPUS)
+    return place
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nursery: Nursery, new_place: NewPlace, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    place = prepared(new_place(tmp_path_factory.mktemp("undisturbed")))
     code, said = nursery.run(place, None)
     assert code == 0, errors(place)
     begins, end, late = said
-    assert not late, "the nursery is there to have done that"
+    assert late == [], "the nursery is there to have imported and compiled that"
     begins = {name: moment for name, moment in begins.items() if name in PHASES}
     assert list(begins) == list(PHASES)
     bounds = [*begins.values(), end]
     return Undisturbed(place.contents(), {name: range(*bounds[i : i + 2]) for i, name in enumerate(PHASES)})
-
-
-def errors(place: Place) -> str:
-    return (place.folder / "stderr").read_text()
 
 
 def sample_of(whole: Contents) -> int:

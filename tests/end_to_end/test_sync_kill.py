@@ -14,9 +14,7 @@ from m3runtime.documents.survey import Reading
 from m3runtime.writing.following import follow
 from m3runtime.writing.mirror import Mirror, MirrorReport
 from tests.end_to_end.commands import M3, Place, environment
-from tests.end_to_end.test_kill import Nursery, errors, nursery
-
-__all__ = ["nursery"]
+from tests.end_to_end.nursery import Nursery, errors
 
 NAMES = ("a.txt", "b.md", "c.txt", "deep/d.txt")
 TEXTS = [f"The lamp of house {number} is kept dry on day {number * 37 % 101}." for number in range(90)]

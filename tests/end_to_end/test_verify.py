@@ -24,11 +24,9 @@ from m3runtime.runtime import Runtime
 from m3runtime.writing.encoding import GROUP
 from tests.end_to_end.commands import Place, environment, records
 from tests.end_to_end.conftest import NewPlace
-from tests.end_to_end.test_kill import Nursery, errors, nursery
+from tests.end_to_end.nursery import Nursery, errors
 from tests.hostile import raw
 from tests.model.families import make_model, make_tokenizer
-
-__all__ = ["nursery"]
 
 QUESTION = "What does the harbour lamp of Uskerfold burn?"
 BAD = 2
