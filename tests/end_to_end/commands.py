@@ -110,13 +110,14 @@ class Place:
             self.text(f"facts/{name}", content)
         return "facts"
 
-    def m3(self, *arguments: object, stdin: str = "", **variables: str) -> Result:
+    def m3(self, *arguments: object, stdin: str | bytes = "", **variables: str) -> Result:
         """Run a command in this process: as ``m3`` does, but without importing everything anew."""
+        given = stdin if isinstance(stdin, bytes) else stdin.encode()
         out, err = (TextIOWrapper(BytesIO(), "utf-8", write_through=True) for _ in range(2))
         # The command's surroundings, not its parts: arguments, input, environment and working directory.
         with (
             patch.object(sys, "argv", ["m3", *map(str, arguments)]),
-            patch.object(sys, "stdin", TextIOWrapper(BytesIO(stdin.encode()), "utf-8")),
+            patch.object(sys, "stdin", TextIOWrapper(BytesIO(given), "utf-8")),
             patch.dict(os.environ, variables),
             chdir(self.folder),
             redirect_stdout(out),

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -354,20 +355,13 @@ class TestArguments:
         assert line == "m3: model.path: the model's chat template refuses this conversation: roles must alternate"
 
     def test_text_that_is_not_utf_8(self, written: Place) -> None:
-        for command in ("ask", "search"):
-            result = subprocess.run(
-                [os.fsencode(M3), command.encode(), b"wh\xff"],
-                cwd=written.folder,
-                env=environment(),
-                capture_output=True,
-            )
-            assert (result.returncode, result.stdout) == (2, b"")
-            assert result.stderr.endswith(b" is not text in UTF-8\n")
-            assert result.stderr.count(b"\n") == 1
-        result = subprocess.run(
-            [M3, "chat"], cwd=written.folder, env=environment(), capture_output=True, input=b"wh\xff\n"
-        )
-        assert (result.returncode, result.stderr) == (2, b"m3: the line is not text in UTF-8\n")
+        arguments = [os.fsencode(M3), b"search", b"wh\xff"]
+        result = subprocess.run(arguments, cwd=written.folder, env=environment(), capture_output=True)
+        assert (result.returncode, result.stdout) == (2, b"")
+        assert result.stderr.endswith(b" is not text in UTF-8\n")
+        assert result.stderr.count(b"\n") == 1
+        assert complaint(written, "ask", os.fsdecode(b"wh\xff")).endswith(" is not text in UTF-8")
+        assert written.m3("chat", stdin=b"wh\xff\n").complaint == "m3: the line is not text in UTF-8"
 
     def test_a_prompt_beyond_the_model_s_positions(self, written: Place) -> None:
         line = complaint(written, "ask", "lamp " * (POSITIONS + 88))
@@ -433,36 +427,48 @@ class TestFull:
 
 
 class TestMissingExtras:
-    # A process in which one module cannot be found, as if its package were not installed.
+    """The extra that would install it is named."""
+
+    # A process in which a module cannot be found, as if its package were not installed.
     HIDE = """
 import sys
 class Hidden:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == {hidden!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+        if name.partition(".")[0] == "transformers":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Hidden())
 """
+
+    def test_of_a_model(self, place: Place) -> None:
+        place.facts()
+        place.text("hidden/sitecustomize.py", self.HIDE)
+        line = place.process("write", "facts", "--json", first=str(place.folder / "hidden")).complaint
+        self.check(line, "transformers", "transformers")
+        assert not place.bank.exists()
 
     @pytest.mark.parametrize(
         ("hidden", "extra", "changes"),
         [
-            ("transformers", "transformers", {}),
             ("faiss", "train", {"codec": {"kind": "product", "key_bytes": 4, "value_bytes": 4}}),
             ("sentence_transformers", "sentence-transformers", {"embedder": {"kind": "sentence-transformers"}}),
             ("FlagEmbedding", "bge", {"embedder": {"kind": "flag-embedding"}}),
         ],
     )
-    def test_the_extra_is_named(self, place: Place, hidden: str, extra: str, changes: dict[str, Any]) -> None:
+    def test_of_what_is_imported_when_it_is_used(
+        self, place: Place, monkeypatch: pytest.MonkeyPatch, hidden: str, extra: str, changes: dict[str, Any]
+    ) -> None:
         place.facts()
         place.configure(**changes)
         if "embedder" in changes:
             shutil.copytree(Config.load(place.file, environ={}).model.path, place.folder / "embedder")
             place.file.write_text(place.file.read_text().replace("path: hashed", "path: ./embedder"))
-        place.text("hidden/sitecustomize.py", self.HIDE.format(hidden=hidden))
-        line = place.process("write", "facts", "--json", first=str(place.folder / "hidden")).complaint
+        monkeypatch.setitem(sys.modules, hidden, None)  # what Python itself keeps for a failed import
+        self.check(place.m3("write", "facts", "--json").complaint, hidden, extra)
+        assert not place.bank.exists()
+
+    def check(self, line: str, hidden: str, extra: str) -> None:
         assert f"needs {hidden}" in line
         assert f"pip install 'm3runtime[{extra}]'" in line
-        assert not place.bank.exists()
 
 
 def set_manifest(place: Place, change: Callable[[Any], Any]) -> None:

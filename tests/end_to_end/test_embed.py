@@ -30,7 +30,17 @@ print([[len(chunk), len(chunk.late)] for chunk in shown["recalled"]])
 """
 
 
-M3 = "from m3runtime.cli import main; main()"
+# Three commands, as ``m3`` runs them, in one process.
+COMMANDS = """
+import sys
+from m3runtime.cli import main
+for arguments in (["write", "notes.jsonl", "--json"], ["search", "the ferry", "--json"], ["ask", "Which oil?"]):
+    sys.argv = ["m3", *arguments]
+    try:
+        main()
+    except SystemExit as exit:
+        print(arguments[0], exit.code)
+"""
 
 
 def python(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -143,15 +153,13 @@ def test_the_commands_know_the_adapter(ran: "subprocess.CompletedProcess[str]", 
         shutil.copy(example / name, tmp_path)
     (tmp_path / "notes.jsonl").write_text(records(TEXTS), encoding="utf-8")
 
-    written = python(tmp_path, "-c", M3, "write", "notes.jsonl", "--json")
-    assert written.returncode == 0, written.stderr
-    assert json.loads(written.stdout)["written"] == 3
-    found = python(tmp_path, "-c", M3, "search", "the ferry", "--json")
-    assert found.returncode == 0, found.stderr
-    assert TEXTS[1] in found.stdout
-    asked = python(tmp_path, "-c", M3, "ask", "Which oil?")
-    assert asked.returncode == 2
-    assert asked.stderr.strip() == "m3: model.adapter: ToyAdapter only writes memories, it does not generate by itself"
+    done = python(tmp_path, "-c", COMMANDS)
+    written, *codes = done.stdout.splitlines()
+    assert json.loads(written)["written"] == 3
+    assert codes[0] == "write 0"
+    assert TEXTS[1] in codes[1]
+    assert codes[2:] == ["search 0", "ask 2"]
+    assert done.stderr.strip() == "m3: model.adapter: ToyAdapter only writes memories, it does not generate by itself"
 
 
 class TestWordEmbedder(EmbedderContract):

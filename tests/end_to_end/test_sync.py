@@ -13,6 +13,7 @@ from m3runtime.documents.sources import SourceNames, is_within
 from m3runtime.memory.block import as_ids
 from m3runtime.runtime import Runtime
 from tests.end_to_end.commands import Place
+from tests.end_to_end.nursery import Nursery
 
 NINE, TWELVE = "The old mill of Tannhollow has nine sails.", "The old mill of Tannhollow has twelve sails."
 SHARED = "A keeper trims the harbour lamp at dusk."
@@ -235,7 +236,7 @@ class TestNames:
         assert not is_within("/x/a.txt", ".")
 
 
-def test_a_running_process_sees_what_another_changed(docs: Place) -> None:
+def test_a_running_process_sees_what_another_changed(docs: Place, nursery: Nursery) -> None:
     config = Config.load(docs.file, environ={}, overrides={"recall.refresh": "0s"})
     with Runtime.open(config, read_only=True) as runtime:
 
@@ -250,11 +251,11 @@ def test_a_running_process_sees_what_another_changed(docs: Place) -> None:
         assert found(SHARED)[SHARED] == ["docs/a.txt", "docs/deep/b.md"]
         docs.text("docs/a.txt", f"{TWELVE}\n\n{SHARED}")
         (docs.folder / "docs/deep/b.md").rename(docs.folder / "docs/z.md")
-        assert docs.process("write", "docs").code == 0
+        assert nursery.m3(docs, "write", "docs").code == 0
         sails = found("sails of the old mill")
         assert (TWELVE in sails, NINE in sails) == (True, False)
         assert sorted(found(SHARED)[SHARED]) == ["docs/a.txt", "docs/z.md"]
-        assert docs.process("forget", "docs").code == 0
+        assert nursery.m3(docs, "forget", "docs").code == 0
         assert found(SHARED) == {}
         assert not runtime.hierarchy.held(as_ids(range(9))).any()
         assert runtime.store.references() == {}

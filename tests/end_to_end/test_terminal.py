@@ -1,5 +1,6 @@
 """Texts out of documents do not command the terminal, and a bank can be read where nothing can be written."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -73,10 +74,11 @@ def test_a_bank_on_a_read_only_file_system_answers(written: Place) -> None:
     probe = ["unshare", "-m", "sh", "-c", f"{mounted} test ! -w bank"]
     if not shutil.which("unshare") or subprocess.run(probe, cwd=written.folder, capture_output=True).returncode:
         pytest.skip("cannot mount here")
-    for command in ("ask", "search"):
-        script = f"{mounted} {M3} {command} 'What does the harbour lamp burn?' --json"
-        done = subprocess.run(
-            ["unshare", "-m", "sh", "-c", script], cwd=written.folder, env=environment(), capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        assert "walnut oil" in done.stdout
+    question = "What does the harbour lamp burn?"
+    script = f"{mounted} {M3} ask '{question}' --json"
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script], cwd=written.folder, env=environment(), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "walnut oil" in done.stdout
+    assert json.loads(done.stdout)["answer"] == written.m3("ask", question, "--json").json["answer"]
