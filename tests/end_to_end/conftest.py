@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from transformers.utils import logging
 
+import run as demo
+from m3runtime import assembly
+from m3runtime.adapters.base import Adapter
+from m3runtime.config.schema import CodecConfig, Config
 from tests.end_to_end.commands import Place, environment
 from tests.end_to_end.nursery import NURSERY, Nursery
 from tests.model.families import make_model, make_tokenizer
@@ -52,6 +56,17 @@ def new_place(model_path: Path) -> NewPlace:
         return place
 
     return make
+
+
+@pytest.fixture(scope="session")
+def real_model(smollm2_path: Path, minilm_path: Path) -> Iterator[tuple[Adapter, Config]]:
+    """The demo's model and settings, but with a codec that has nothing to train."""
+    paths = {"model.path": smollm2_path, "embedder.path": minilm_path}
+    config = Config.load(demo.ROOT / "demo/m3.yaml", {}, {key: str(path) for key, path in paths.items()})
+    config = config.model_copy(update={"codec": CodecConfig(kind="scalar")})
+    adapter = assembly.open_adapter(config)
+    yield adapter, config
+    adapter.close()
 
 
 @pytest.fixture(scope="session")

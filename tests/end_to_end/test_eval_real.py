@@ -1,40 +1,28 @@
 """Evaluations measure something: with a real model, what is known shows, and what is not does not."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 
-import run as demo
-from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
 from m3runtime.config.schema import Config
 from m3runtime.lab.evaluation.facts import FactsResults, FactsRun, FactsSettings
 from m3runtime.lab.evaluation.judging import is_right
 from m3runtime.lab.evaluation.statistics import mean
-from m3runtime.lab.evaluation.trials import changed
 from m3runtime.lab.evaluation.world import make_world
 
 pytestmark = pytest.mark.real_model
 
-SETTINGS = FactsSettings(seed=5, references=24, questions=16, unanswerable=0, ask="statements", timed=1)
+SETTINGS = FactsSettings(
+    seed=5, references=24, questions=16, unanswerable=0, ask="statements", max_new_tokens=8, timed=0
+)
 
 
 @pytest.fixture(scope="module")
-def opened(smollm2_path: Path, minilm_path: Path) -> Iterator[tuple[Adapter, Config]]:
-    paths = {"model.path": smollm2_path, "embedder.path": minilm_path}
-    config = Config.load(demo.ROOT / "demo/m3.yaml", {}, {key: str(path) for key, path in paths.items()})
-    config = changed(config, {"codec": {"kind": "scalar"}})  # needs no training: what is tested is the evaluation
-    adapter = assembly.open_adapter(config)
-    yield adapter, config
-    adapter.close()
-
-
-@pytest.fixture(scope="module")
-def results(opened: tuple[Adapter, Config], tmp_path_factory: pytest.TempPathFactory) -> FactsResults:
-    adapter, config = opened
+def results(real_model: tuple[Adapter, Config], tmp_path_factory: pytest.TempPathFactory) -> FactsResults:
+    adapter, config = real_model
     run = FactsRun(config, SETTINGS, tmp_path_factory.mktemp("facts"))
     return run.run(adapter, modes=("none", "memory", "memory-oracle"))
 
@@ -44,9 +32,9 @@ def log_probs(results: FactsResults, mode: str) -> list[float]:
 
 
 def test_a_bank_with_the_answers_beats_one_without(
-    opened: tuple[Adapter, Config], results: FactsResults, tmp_path: Path
+    real_model: tuple[Adapter, Config], results: FactsResults, tmp_path: Path
 ) -> None:
-    adapter, config = opened
+    adapter, config = real_model
     assert all(item.right in [match.id for match in item.recalled] for item in results.items), "always recalled"
     # The same questions, over a bank of another world: of the same kinds of things, and none of the answers.
     without = FactsRun(config, SETTINGS, tmp_path)

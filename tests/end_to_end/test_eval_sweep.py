@@ -56,11 +56,15 @@ def test_every_setting_is_tried_and_one_of_each_is_recommended(place: Place) -> 
     kept = report["results"]["recommended"]
     assert len(kept) == len(tried)
     assert "**kept**" in (folder / "report.md").read_text()
-    # It goes on from where it was: nothing is tried again.
-    journal = (folder / "sweep.jsonl").read_bytes()
-    assert place.m3("eval", "sweep", "--out", "report", *SIZES, "--json").json == report
-    assert (folder / "sweep.jsonl").read_bytes() == journal
-    assert place.m3("eval", "sweep", "--out", "again", *SIZES, "--json").json["results"] == report["results"]
+
+
+def test_it_goes_on_from_where_it_was_and_ends_alike_from_the_start(place: Place) -> None:
+    sweep = ("eval", "sweep", *SIZES, "--axis", "memories", "--axis", "codec", "--json", "--out")
+    report = place.m3(*sweep, "report").json
+    journal = (place.folder / "report/sweep.jsonl").read_bytes()
+    assert place.m3(*sweep, "report").json == report
+    assert (place.folder / "report/sweep.jsonl").read_bytes() == journal, "nothing is tried again"
+    assert place.m3(*sweep, "again").json["results"] == report["results"]
 
 
 def test_one_setting_alone_and_chunk_lengths_on_real_text(place: Place) -> None:

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-import run as demo
 from m3runtime import assembly
 from m3runtime.adapters.answers import Prompt, Score
 from m3runtime.adapters.base import Adapter
-from m3runtime.config.schema import CodecConfig, Config
+from m3runtime.config.schema import Config
 from m3runtime.documents.document import Document
 from m3runtime.documents.reading import read_documents
 from m3runtime.errors import InputError
@@ -220,12 +219,9 @@ def test_an_adapter_that_scores_other_tokens_is_refused(
 
 @pytest.mark.real_model
 def test_a_real_model_knows_a_text_better_with_its_other_parts(
-    smollm2_path: Path, minilm_path: Path, tmp_path: Path
+    real_model: tuple[Adapter, Config], tmp_path: Path
 ) -> None:
-    paths = {"model.path": smollm2_path, "embedder.path": minilm_path}
-    config = Config.load(demo.ROOT / "demo/m3.yaml", {}, {key: str(path) for key, path in paths.items()})
-    config = config.model_copy(update={"codec": CodecConfig(kind="scalar")})  # which has nothing to train
-    adapter = assembly.open_adapter(config)
+    adapter, config = real_model
     (document,) = read_documents([REPOSITORY / "docs/embed.md"])
     document = replace(document, content=document.text[:6000])  # writing the whole takes a minute
     corpus = cut_up(adapter, [document], passages=1, continuation=2, chunk_tokens=config.recall.chunk_tokens)

@@ -20,10 +20,10 @@ CPU = torch.device("cpu")
 FEWER_EXAMPLES = """
 from hypothesis import settings
 
-settings.register_profile("fewer", max_examples=20, stateful_step_count=15, deadline=None)
+settings.register_profile("fewer", max_examples=8, stateful_step_count=15, deadline=None)
 settings.load_profile("fewer")
 """
-"""As many as each machine of tests/core/test_hierarchy.py gets: what is tested here is the example."""
+"""Fewer than the machines of tests/core/test_hierarchy.py get: what is tested here is the example."""
 
 
 @pytest.fixture

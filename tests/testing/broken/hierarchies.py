@@ -70,4 +70,4 @@ def make_test(name: str, kind: type[Hierarchy], settings: settings = SETTINGS) -
 
 BROKEN = Hierarchy.__subclasses__()
 globals().update({f"Test{kind.__name__}": make_test(f"Test{kind.__name__}", kind) for kind in BROKEN})
-TestIntact = make_test("TestIntact", Hierarchy, settings(SETTINGS, max_examples=15))
+TestIntact = make_test("TestIntact", Hierarchy, settings(SETTINGS, max_examples=5))

@@ -58,6 +58,12 @@ CAUGHT_BY = {
         "CopiesPages": "test_no_byte_of_what_was_forgotten_is_left",
         "CompactsWhatIsColdAway": "test_compacting_changes_nothing",
         "ListsTheFirstLastDay": "test_references_are_listed_by_their_last_days",
+        "OneTextUnderAllHeadings": "test_a_text_is_remembered_once_under_each_heading",
+        "StatesWhatWasChanged": "test_a_source_that_gains_moves_or_loses_a_member_loses_its_state",
+        "IsAlwaysTheSame": "test_the_revision_rises_with_every_change_and_with_nothing_else",
+        "ChangesAndThenCommits": "test_states_are_kept_as_they_are",
+        "KeepsTheFirstPlace": "test_a_reference_is_a_member_of_all_its_sources",
+        "LeavesPlacelessReferences": "test_a_reference_without_a_place_is_forgotten",
     },
     "indexes": {
         "FindsWhatWasRemoved": "test_thousands_at_once",
