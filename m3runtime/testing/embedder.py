@@ -98,7 +98,8 @@ class EmbedderContract:
             assert vectors[0] @ vectors[1] < 1 - 1e-4
 
     def test_a_very_long_text(self, embedder: Embedder) -> None:
-        for vectors in self.both(embedder, ["word " * 10_000, "character" * 5_000]):
+        texts = ["word " * 10_000, "character" * 5_000]
+        for vectors in (embedder.embed_references(texts), embedder.embed_queries(texts[1:])):
             assert np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-5)
 
     def test_another_one_has_the_same_fingerprint_and_vectors(

@@ -414,7 +414,7 @@ class TestIndex:
 
 # A process that writes and forgets until it is told to end.
 WRITER = """
-import sys, threading
+import sys, threading, time
 from m3runtime import assembly
 from m3runtime.config.schema import Config
 from m3runtime.memory.block import as_ids
@@ -439,6 +439,7 @@ with Runtime.open(config) as runtime:
         group.commit()
         runtime.retriever.index.add(group.ids, group.vectors)
         runtime.forget(group.ids[:2].tolist())
+        time.sleep(0.01)  # the cores are wanted by those who read
         number += 3
         if number == 30:
             print("ready", flush=True)

@@ -59,7 +59,7 @@ CHOSEN = {
         "set apart for a reason of many lines",
     ),
     test_home_files: ("zeros", "half of its pages", "1 TB of holes", "data.mdb is a pipe", "scribble 3", "scribble 4"),
-    test_yaml: ("laughs, a billion", "64 MiB of lines", "deep lists", "a list"),
+    test_yaml: ("laughs, a billion", "64 MiB of lines", "deep mappings", "a list"),
 }
 
 
