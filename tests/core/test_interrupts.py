@@ -74,8 +74,6 @@ def recalled(runtime: Runtime) -> Recalled:
 def test_an_interrupt_at_any_moment_harms_no_later_recall(
     when_late: str, hinted: bool, step: int, tmp_path: Path
 ) -> None:
-    gc.collect()
-    gc.freeze()  # so that the collections below look at little
     with open_runtime(tmp_path / "bank", when_late=when_late, deadline=60.0, decoded=6 * PART_BYTES) as runtime:
         for moment in count(1, step):
             runtime.store.forget(range(len(TEXTS)))
@@ -94,5 +92,4 @@ def test_an_interrupt_at_any_moment_harms_no_later_recall(
             runtime.store.check_integrity()
             if not goes_on:
                 break
-    gc.unfreeze()
     assert moment > 100

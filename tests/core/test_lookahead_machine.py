@@ -170,4 +170,4 @@ class LookaheadMachine(RuleBasedStateMachine):
 
 
 TestLookahead = LookaheadMachine.TestCase
-TestLookahead.settings = settings(max_examples=max(20, settings.default.max_examples // 2), stateful_step_count=25)
+TestLookahead.settings = settings(max_examples=max(25, settings.default.max_examples // 4), stateful_step_count=25)
