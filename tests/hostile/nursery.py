@@ -67,6 +67,7 @@ class Nursery:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         assert self._process.stdin
         assert self._process.stdout
+        self._process.kill()  # what it imported takes seconds to end in order
         self._process.stdin.close()
         self._process.stdout.close()
         self._process.wait()
