@@ -194,7 +194,12 @@ def test_no_more_than_a_few_groups_are_in_memory(desk: Desk, bank: Path, catalog
     documents = (Document(f"{n}", f"Heron number {n} nests.") for n in range(20 * GROUP))
     config = desk.config.model_copy(update={"bank": bank / "bank"})
     embedder = Alive(desk.embedder)
-    report = Writer(config, desk.adapter, cast(Embedder, embedder), parallel=True).write(documents, catalogue=catalogue)
+    gc.freeze()  # what there was before need not be looked through
+    try:
+        writer = Writer(config, desk.adapter, cast(Embedder, embedder), parallel=True)
+        report = writer.write(documents, catalogue=catalogue)
+    finally:
+        gc.unfreeze()
     assert report.references == 20 * GROUP
     assert 0 < embedder.most <= 6 * GROUP
 
