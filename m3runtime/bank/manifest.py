@@ -105,12 +105,12 @@ class Manifest:
         return BlockStamp(bank=fingerprint(of), codec=codec)
 
     def with_codec(self, kind: str, options: Mapping[str, Any], codec: str, **changes: Any) -> "Manifest":
-        """This manifest with another newest codec, and the one before among the others; not if it was that one.
+        """This manifest with another newest codec, and the one before as the first of the others.
 
         ``changes`` are those of other fields.
         """
-        known = {one.fingerprint: one for one in self.others}
-        known[self.codec] = OtherCodec(self.codec_kind, self.codec_options, self.codec)
+        former = OtherCodec(self.codec_kind, self.codec_options, self.codec)
+        known = {one.fingerprint: one for one in (former, *self.others)}
         known.pop(codec, None)
         of_codec = {"codec_kind": kind, "codec_options": dict(options), "codec": codec}
         return replace(self, **{"others": tuple(known.values()), **of_codec, **changes})

@@ -99,8 +99,12 @@ def show(report: "MirrorReport", bank: Path, *, verbose: bool = False) -> None:
     if verbose:
         _list(report.survey)
     say(f"{summary(report)}: {bank}")
-    if report.written is not None and report.written.codec is not None:
-        say(f"the codec ({report.written.codec}) was trained: it encodes new memories; earlier ones stay in int8")
+    written = report.written
+    if written is not None and written.codec is not None:
+        say(f"the codec ({written.codec}) was trained, and encodes memories from now on")
+    if written is not None and written.reencoded:
+        stay = f"; {written.left} stay in int8, since it would lose too much of them" if written.left else ""
+        say(f"{written.reencoded} memories that were in int8 were encoded anew{stay}")
     if expired := report.survey.expired:
         say(f"{len(expired)} files have expired and are not read, such as {expired[0]}; --expires gives another day")
     if skipped := report.survey.skipped:
@@ -134,7 +138,9 @@ def summary(report: "MirrorReport") -> str:
 
 def facts(report: "MirrorReport") -> dict[str, Any]:
     """The numbers of `WriteReport`, also where there was nothing to read, and the sources of each kind."""
-    numbers = dict.fromkeys(("documents", "references", "written", "known", "catalogued", "bytes", "seconds"), 0)
+    numbers = dict.fromkeys(
+        ("documents", "references", "written", "known", "catalogued", "bytes", "seconds", "reencoded", "left"), 0
+    )
     written = {**numbers, "codec": None, **({} if report.written is None else asdict(report.written))}
     known = {"known": written["known"] + report.known, "forgotten": report.forgotten, "expired": report.expired}
     return {**written, **known, **_differences(report.survey)}

@@ -20,7 +20,7 @@ from m3runtime.plugins.loading import load
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.storage.defaults import default_tiers
 from m3runtime.writing import codec_files
-from m3runtime.writing.codec_training import starter
+from m3runtime.writing.reencoding import starter
 
 if TYPE_CHECKING:
     from m3runtime.config.schema import Config

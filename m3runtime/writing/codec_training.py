@@ -3,7 +3,7 @@
 A bank whose codec learns begins with `starter`, and its manifest has the *planned* codec. The first `Writer.write` that
 finds enough memory tokens, in the bank and in what it is to write, stores a uniform sample of both first, and trains
 the planned codec on it. A measurement decides whether new blocks get the trained codec; each of them is measured again
-(see `m3runtime.codecs.limit`). Blocks that were written before stay as they are.
+(see `m3runtime.codecs.limit`). Then blocks that were written before are encoded anew: see `reencoding`.
 """
 
 import json
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
 
 from m3runtime import assembly
@@ -23,24 +22,20 @@ from m3runtime.bank.codecs import slot_bytes
 from m3runtime.bank.manifest import PlannedCodec
 from m3runtime.codecs import Codec
 from m3runtime.codecs.limit import MOST, ErrorLimit, held_out, relative_errors
-from m3runtime.codecs.scalar import ScalarCodec
 from m3runtime.codecs.steps import Steps
 from m3runtime.config.schema import Config
 from m3runtime.documents.reference import Reference
-from m3runtime.errors import BlockError
-from m3runtime.memory import block
 from m3runtime.memory.block import Ids, as_ids
 from m3runtime.memory.spec import MemorySpec, fingerprint
 from m3runtime.memory.tensors import MemoryTensors
-from m3runtime.writing import codec_files
+from m3runtime.writing import codec_files, reencoding
 from m3runtime.writing.encoding import GROUP, Group, Store
-from m3runtime.writing.fitting import collected, memory_tokens, sample, weigh
+from m3runtime.writing.fitting import TRAINING, OnStep, collected, memory_tokens, sample, weigh
 from m3runtime.writing.pipeline import Pipeline
+from m3runtime.writing.reencoding import encoded_ids, starter, stored_memories
 
 log = logging.getLogger("m3runtime")
 
-TRAINING = "training"
-"""The folder in a bank that keeps the steps of a training."""
 _TRIED = "codec_tried"
 _AGAIN = 2
 """How many times the tokens of a training that failed there must be before the next."""
@@ -50,8 +45,6 @@ _BATCH = 1024
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the title of a task, its steps done, and all its steps."""
-OnStep = Callable[[int, int], None]
-"""Called with the steps done, and the number of all steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +80,6 @@ class Judged:
     def is_good(self) -> bool:
         """May it encode memories that it was not trained on?"""
         return self.worse <= _MANY
-
-
-def starter(spec: MemorySpec) -> Codec:
-    """The codec of banks that are too small to train one: int8, which loses next to nothing of any memory."""
-    return ScalarCodec(spec, bits=8)
 
 
 def beginning(config: Config, spec: MemorySpec) -> Beginning:
@@ -165,7 +153,8 @@ def train_planned(
     codec = assembly.make_codec(config, bank.manifest.spec)
     steps = Steps(bank.path / TRAINING, training_key(bank, codec, chosen))
     ids = known_ids(bank, chosen)
-    found = train(codec, adapter, chosen, stored(bank, ids), len(ids), config.memory.batch_size, steps, progress)
+    memories = stored_memories(bank, ids, 1)
+    found = train(codec, adapter, chosen, memories, len(ids), config.memory.batch_size, steps, progress)
     if not found.is_good:
         total = memory_tokens(encoded(bank), bank.manifest.spec)
         log.warning(
@@ -178,7 +167,7 @@ def train_planned(
         bank.home.set_meta(_TRIED, json.dumps(total).encode())
     else:
         manifest = bank.manifest.with_codec(codec.kind, codec.options, codec.fingerprint)
-        bank.adopt(replace(manifest, planned=None, typical_errors=found.limit.typical), codec)
+        reencoding.begin(bank, replace(manifest, planned=None, typical_errors=found.limit.typical), codec)
     steps.remove()
     return found.is_good
 
@@ -223,26 +212,9 @@ def train(
     return Judged(codec, limit, worse)
 
 
-def stored(bank: Bank, ids: Ids) -> Iterator[MemoryTensors]:
-    """The stored memories of ids one by one, in float32, on the CPU. Those without a sound block are left out."""
-    slot = torch.zeros(1, bank.home.slot_bytes, dtype=torch.uint8)
-    for row in range(len(ids)):
-        if bank.home.read(ids[row : row + 1], slot)[0]:
-            try:
-                block.check(slot[0].numpy(), id=int(ids[row]), stamp=bank.codecs)
-                yield bank.decode(slot, torch.float32)
-            except BlockError as error:
-                log.warning("left out of the training: %s; run `m3 verify --repair`", error)
-
-
 def known_ids(bank: Bank, references: Sequence[Reference]) -> Ids:
     """The ids of those references that the bank remembers."""
     return as_ids([id for id in _find(bank, references) if id is not None])
-
-
-def encoded_ids(bank: Bank) -> Ids:
-    """The ids of memories that have a block which is not quarantined."""
-    return np.setdiff1d(bank.home.ids(), bank.home.cold())
 
 
 def encoded(bank: Bank) -> Iterator[Reference]:

@@ -8,7 +8,7 @@ from m3runtime.bank.erasures import Erasure, Erasures
 from m3runtime.config.schema import Config
 from m3runtime.errors import TierError
 from m3runtime.storage.home import Home
-from m3runtime.writing.codec_training import TRAINING
+from m3runtime.writing.fitting import TRAINING
 from m3runtime.writing.forgetting import discard
 
 

@@ -14,10 +14,12 @@ from m3runtime.documents.reference import Reference
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
 
+TRAINING = "training"
+"""The folder in a bank that keeps the steps of a training."""
 WEIGHED = 48
 """References on which the cost of errors is measured. That takes about three times as long as encoding them."""
 
-OnReference = Callable[[int, int], None]
+OnStep = Callable[[int, int], None]
 """Called with the steps done, and the number of all steps."""
 
 
@@ -49,7 +51,7 @@ def sample(references: Iterable[Reference], tokens: int, spec: MemorySpec) -> li
 
 
 def fit_codec(
-    codec: Codec, adapter: Adapter, texts: Sequence[str], batch_size: int, progress: OnReference | None = None
+    codec: Codec, adapter: Adapter, texts: Sequence[str], batch_size: int, progress: OnStep | None = None
 ) -> None:
     """Train a codec on the memories of these references; a codec that learns nothing is left as it is.
 
@@ -130,7 +132,7 @@ def join(parts: Sequence[MemoryTensors]) -> MemoryTensors:
 class _Report:
     """Progress of several parts as one number of steps."""
 
-    def __init__(self, progress: OnReference | None, total: int) -> None:
+    def __init__(self, progress: OnStep | None, total: int) -> None:
         self._progress, self._total, self._before = progress, total, 0
 
     def part(self, steps: int) -> Callable[[float], None]:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
@@ -18,9 +19,10 @@ from m3runtime.documents.spool import ReferenceSpool
 from m3runtime.errors import InputError
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.storage.home import Home
-from m3runtime.writing import codec_files, codec_training, erasure
+from m3runtime.writing import codec_files, codec_training, erasure, reencoding
 from m3runtime.writing.grouping import Groups
 from m3runtime.writing.pipeline import Clock, Pipeline
+from m3runtime.writing.reencoding import Reencoded
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the title of a task, its steps done, and all its steps."""
@@ -48,6 +50,10 @@ class WriteReport:
     """References that no source has any more."""
     codec: str | None = None
     """The kind of the codec that was trained, and encodes new blocks from now on."""
+    reencoded: int = 0
+    """Earlier memories that were encoded anew by the newest codec, under new ids."""
+    left: int = 0
+    """Earlier memories that this codec would lose too much of, where others were encoded anew."""
 
 
 class Writer:
@@ -116,6 +122,7 @@ class Writer:
                 first = codec_training.Early()
                 if not catalogue:
                     first = codec_training.train_if_due(self.config, bank, self.adapter, references, pipeline, progress)
+                anew = self._encode_anew(bank, clock, progress)
                 title = "Cataloguing references" if catalogue else "Writing memories"
                 groups = Groups(bank, references, mirrored, catalogue=catalogue)
 
@@ -139,7 +146,20 @@ class Writer:
                 catalogued=groups.stored if catalogue else 0,
                 forgotten=groups.forgotten,
                 codec=bank.codec.kind if first.trained else None,
+                reencoded=len(anew.ids),
+                left=anew.left,
             )
+
+    def _encode_anew(self, bank: Bank, clock: Clock, progress: OnProgress | None) -> Reencoded:
+        """Encode earlier memories by the codec that was just trained, or go on with it.
+
+        It comes before new memories are written: their blocks take the room of old ones in the home's file.
+        """
+        if not reencoding.is_begun(bank):
+            return Reencoded()
+        with clock.phase("codec"):
+            on_step = progress and partial(progress, "Encoding memories anew")
+            return reencoding.reencode(bank, self.config.memory.batch_size, on_step=on_step)
 
     def _open(self, references: ReferenceSpool) -> Bank:
         """The bank after its manifest was found to fit, or a new one with the codec that it begins with."""

@@ -31,7 +31,8 @@ if m3runtime.codecs.product.kernels.sharing.compiled():
     from m3runtime.codecs.product.kernels import by_numba
     by_numba.nearest_of(8), by_numba.look_up_of(by_numba.unit_of(8)), by_numba.scatter()
 
-BEGINS = {"train_planned": "codec", "Bank.create": "creation", "Pipeline.run": "commits", "BankIndex.save": "index",
+BEGINS = {"train_planned": "codec", "reencode": "reencoding",
+          "Bank.create": "creation", "Pipeline.run": "commits", "BankIndex.save": "index",
           "_Repair.mend": "repair", "_Repair._compute": "computing", "Moves.make": "forgetting",
           "KeptTier.discard": "tiers", "begin": "begun", "LmdbHome.compact": "compacting",
           "Erasures.with_one_done": "recording"}

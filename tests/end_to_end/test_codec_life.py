@@ -18,7 +18,7 @@ import torch
 from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
 from m3runtime.bank.bank import Bank
-from m3runtime.bank.codecs import BankCodecs
+from m3runtime.bank.codecs import BankCodecs, slot_bytes
 from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs.limit import relative_errors
 from m3runtime.codecs.steps import Steps
@@ -27,8 +27,8 @@ from m3runtime.documents.document import Document
 from m3runtime.errors import BankMismatchError, BlockError
 from m3runtime.memory import block
 from m3runtime.runtime import Runtime
-from m3runtime.writing import refitting
-from m3runtime.writing.codec_training import TRAINING
+from m3runtime.writing import reencoding
+from m3runtime.writing.fitting import TRAINING
 from m3runtime.writing.refitting import refit
 from m3runtime.writing.verification import verify
 from m3runtime.writing.writer import Writer, WriteReport
@@ -123,6 +123,16 @@ def at_once(opened: tuple[Config, Adapter], tmp_path_factory: pytest.TempPathFac
     return made
 
 
+@pytest.fixture(scope="module")
+def mixed(opened: tuple[Config, Adapter], tmp_path_factory: pytest.TempPathFactory) -> Life:
+    """A bank of a codec that would spoil some of the texts, which stay in int8. Only for looking at."""
+    made = Life(*opened, tmp_path_factory.mktemp("mixed"))
+    made.write(ALIKE, sample_tokens=900)
+    made.write(TEXTS)
+    assert made.kinds().keys() == {"scalar", "product"}
+    return made
+
+
 class TestBeginning:
     @pytest.mark.parametrize("first", [1, 5, 17])
     def test_a_bank_answers_alike_whatever_it_began_with(self, life: Life, at_once: Life, first: int) -> None:
@@ -139,7 +149,7 @@ class TestBeginning:
         assert life.write(ALIKE, sample_tokens=900).codec == "product"
         assert life.write(TEXTS).codec is None
         kinds = life.kinds()
-        assert kinds["scalar"] > len(TEXTS)  # the sample of the others, and what is unlike it
+        assert kinds["scalar"] > len(TEXTS) / 2  # what is unlike the sample
         worst = max(at_once.errors().values())
         assert all(error < 1.5 * worst for text, error in life.errors().items() if text in TEXTS)
 
@@ -149,11 +159,12 @@ class TestBeginning:
         assert stored < 2000
         assert report.bytes == verify(life.config).bytes
 
-    def test_the_bytes_of_all_blocks_are_counted(self, at_once: Life, life: Life) -> None:
+    def test_the_bytes_of_all_blocks_are_counted(self, life: Life) -> None:
         report = life.write(TEXTS)
         assert report.written == len(TEXTS)
         assert report.known == 0
-        assert report.bytes == verify(life.config).bytes
+        in_int8 = (report.reencoded + report.left) * life.look(lambda bank: slot_bytes(bank.codecs.all[1]))
+        assert verify(life.config).bytes < report.bytes < verify(life.config).bytes + in_int8
         again = life.write(TEXTS)
         assert (again.written, again.known, again.bytes, again.codec) == (0, len(TEXTS), 0, None)
 
@@ -212,11 +223,11 @@ def test_an_interrupted_training_goes_on(life: Life, at_once: Life, monkeypatch:
 
 
 class TestMixed:
-    def test_recall_reads_blocks_of_both_codecs(self, at_once: Life) -> None:
-        with Runtime.open(at_once.config, read_only=True) as runtime:
+    def test_recall_reads_blocks_of_both_codecs(self, mixed: Life) -> None:
+        with Runtime.open(mixed.config, read_only=True) as runtime:
             stream = runtime.stream(torch.float32)
             kinds = set()
-            for text in TEXTS[::9]:
+            for text in (*TEXTS[::9], *ALIKE[:3]):
                 recalled = stream.recall(text)
                 for row, (id, reference) in enumerate(zip(recalled.ids, recalled.references, strict=True)):
                     slot = torch.zeros(1, runtime.bank.home.slot_bytes, dtype=torch.uint8)
@@ -225,11 +236,11 @@ class TestMixed:
                     alone = runtime.bank.decode(slot, torch.float32)
                     (keys, _) = recalled.parts[row]
                     torch.testing.assert_close(keys, alone.keys[0])
-                    assert reference.text in TEXTS
+                    assert reference.text in (*TEXTS, *ALIKE)
             assert kinds == {"scalar", "product"}
 
-    def test_tiers_hold_the_blocks_that_fit_and_the_others_come_from_the_home(self, at_once: Life) -> None:
-        with Runtime.open(at_once.config, read_only=True) as runtime:
+    def test_tiers_hold_the_blocks_that_fit_and_the_others_come_from_the_home(self, mixed: Life) -> None:
+        with Runtime.open(mixed.config, read_only=True) as runtime:
             assert runtime.hierarchy.tiers[0].slot_bytes < runtime.bank.home.slot_bytes
             ids = runtime.bank.home.ids()
             out = torch.zeros(len(ids), runtime.bank.home.slot_bytes, dtype=torch.uint8)
@@ -242,7 +253,7 @@ class TestMixed:
             assert held.any()
             assert not held[long].any()
 
-    def test_all_memories_decoded_in_one_call_are_those_decoded_alone(self, at_once: Life) -> None:
+    def test_all_memories_decoded_in_one_call_are_those_decoded_alone(self, mixed: Life) -> None:
         def work(bank: Bank) -> None:
             ids = bank.home.ids()
             rows = torch.zeros(len(ids), bank.home.slot_bytes, dtype=torch.uint8)
@@ -255,7 +266,7 @@ class TestMixed:
                 assert torch.equal(together.values[row, :, :, :own], alone.values[0])
                 assert not together.keys[row, :, :, own:].any()
 
-        at_once.look(work)
+        mixed.look(work)
 
     def test_a_process_that_was_open_reads_blocks_of_a_later_codec(self, life: Life) -> None:
         life.write(TEXTS[:5])
@@ -318,17 +329,17 @@ class TestRefit:
     def test_it_goes_on_where_it_was_interrupted(self, life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
         life.write(TEXTS[:40], sample_tokens=1000)
         life.configure(bytes=8)
-        real = refitting._Refit._replace
+        real = reencoding._replace
         calls = Counter[str]()
 
-        def stopping(self: Any, memories: Any) -> Any:
+        def stopping(bank: Any, memories: Any) -> Any:
             calls["all"] += 1
             if calls["all"] == 3:
                 raise KeyboardInterrupt
-            return real(self, memories)
+            return real(bank, memories)
 
         with monkeypatch.context() as patch:
-            patch.setattr(refitting._Refit, "_replace", stopping)
+            patch.setattr(reencoding, "_replace", stopping)
             with pytest.raises(KeyboardInterrupt):
                 refit(life.config)
         halfway = life.look(lambda bank: (bank.manifest.codec, len(bank.codecs.all)))
@@ -377,16 +388,18 @@ def test_the_commands_say_what_a_bank_has(new_place: NewPlace, tmp_path: Path) -
     assert [one["kind"] for one in facts["other_codecs"].values()] == ["scalar"]
     assert "planned_codec" not in facts
     assert facts["codec_bytes"] > 1000
-    assert place.m3("inspect", "0", "--json").json["codec"] == "scalar"
-    assert place.m3("inspect", str(facts["memories"] - 1), "--json").json["codec"] == "product"
-    result = place.m3("verify")
-    assert "blocks by codec" in result.out
+    (last,) = place.m3("search", TEXTS[-1], "-k", 1, "--json").json
+    assert place.m3("inspect", str(last["id"]), "--json").json["codec"] == "product"
     assert sum(place.m3("verify", "--json").json["codecs"].values()) == facts["memories"]
     assert place.m3("codec", "report", "--json").json["kind"] == "product"
     result = place.m3("codec", "refit")
     assert result.code == 0, result.err
     assert "memories encoded anew by product" in result.out
-    assert place.m3("verify").code == 0
+    place.text("odd.txt", "\n\n".join(ALIKE))
+    assert place.m3("write", "odd.txt").code == 0
+    result = place.m3("verify")
+    assert result.code == 0
+    assert "blocks by codec" in result.out
     assert place.m3("ask", "Who saw the lamp?").code == 0
 
 

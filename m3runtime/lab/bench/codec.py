@@ -28,7 +28,7 @@ from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.observe.figures import show_size
 from m3runtime.writing.codec_files import configured
-from m3runtime.writing.fitting import OnReference, fit_codec, join
+from m3runtime.writing.fitting import OnStep, fit_codec, join
 from m3runtime.writing.writer import OnProgress
 
 LEAST = 256
@@ -198,7 +198,7 @@ def _at_rest(name: str, codec: Codec, memories: MemoryTensors) -> AtRest:
     return AtRest(name, plainly / len(memories), packed / len(memories))
 
 
-def _encode(adapter: Adapter, texts: Sequence[str], batch: int, progress: OnReference) -> MemoryTensors:
+def _encode(adapter: Adapter, texts: Sequence[str], batch: int, progress: OnStep) -> MemoryTensors:
     parts = []
     for start in range(0, len(texts), batch):
         progress(start, len(texts))
