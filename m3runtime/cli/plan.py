@@ -175,7 +175,7 @@ def _bank(found: "Plan", text_bytes: int, embeddings: str) -> list[str]:
         f"({text_bytes} bytes each), embeddings {show_size(bank.embeddings)} ({embeddings}), "
         f"codec {show_size(bank.codec)}",
         *(
-            [f"{found.beginning:,} of the blocks are in int8, {show_size(found.beginning_block)} each, to begin with"]
+            [f"its blocks are in int8, {show_size(found.beginning_block)} each: it is too small to train a codec on"]
             if found.beginning
             else []
         ),

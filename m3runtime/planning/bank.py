@@ -96,7 +96,7 @@ class Plan:
     """Kind and options of the codec."""
     references: int
     beginning: int
-    """References whose blocks are in int8, since the bank begins with them; the codec is trained on them."""
+    """References whose blocks are in int8: all of a bank that is too small to train its codec on, or none."""
     beginning_block: int
     """Bytes of a block in int8."""
     memories: int
@@ -159,10 +159,9 @@ def plan(config: "Config", shape: ModelShape, need: Need, name: str) -> Plan:
         block=block,
     )
     n, recall = need.references, config.recall
-    beginning = min(n, sampled)
+    beginning = n if n < sampled else 0
     blocks = beginning * first + (n - beginning) * block
-    # What is not enough to train on has no trained codec.
-    stored = (blocks, n * need.text_bytes, n * need.dim * _FLOAT32, 0 if n < sampled else codec.learned_bytes())
+    stored = (blocks, n * need.text_bytes, n * need.dim * _FLOAT32, 0 if beginning else codec.learned_bytes())
     return Plan(
         model=name,
         shape=shape,
