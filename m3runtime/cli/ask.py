@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from io import TextIOWrapper
 from pathlib import Path
@@ -73,11 +74,16 @@ class _Talk(ExitStack):
         super().__init__()
         self.settings = configuration(file, settings)
         from m3runtime import assembly
+        from m3runtime.plugins.loading import load
 
         self.runtime: Runtime | None = None
         with ExitStack() as opened:  # closes what is open if the next cannot be opened
             if not no_memory:
-                self.runtime = opened.enter_context(self._open_runtime(lasting=lasting))
+                with ThreadPoolExecutor(1) as aside:
+                    if (self.settings.bank / "home").exists():  # else the error should not wait for it
+                        # The transformers library takes longer to import than a bank to open.
+                        aside.submit(load, "adapters", self.settings.model.adapter)
+                    self.runtime = opened.enter_context(self._open_runtime(lasting=lasting))
             device = None if self.runtime is None else self.runtime.device
             self.adapter: Adapter = assembly.open_adapter(self.settings, device)
             opened.callback(self.adapter.close)
