@@ -44,6 +44,8 @@ class Reencoded:
     """Maps the old id of each memory that was encoded anew to its new one."""
     left: int = 0
     """Memories with blocks of other codecs: the newest would lose too much of them, or they cannot be read."""
+    saved: int = 0
+    """Bytes that the old blocks had more than the new ones."""
 
 
 @dataclass(slots=True)
@@ -53,6 +55,8 @@ class Stored:
     id: int
     codec: bytes
     """The codec of its block, as the header has it."""
+    bytes: int
+    """The length of its block."""
     reference: Reference
     memory: MemoryTensors | None
     """The memory alone; None if its codec loses too much of it, and no model computed it."""
@@ -85,12 +89,14 @@ def reencode(bank: Bank, batch_size: int, adapter: Adapter | None = None, on_ste
     manifest, ids = bank.manifest, encoded_ids(bank)
     new: dict[int, int] = {}
     left = Counter[bytes]()
-    ends = True
+    saved, ends = 0, True
     for start in range(0, len(ids), batch_size):
         if on_step:
             on_step(start, len(ids))
         others = _read(bank, ids[start : start + batch_size], adapter, but=manifest.stamp.codec_bytes)
-        new |= _replace(bank, others)
+        replaced, fewer = _replace(bank, others)
+        new |= replaced
+        saved += fewer
         left.update(one.codec for one in others if one.id not in new)
         ends = ends and all(one.memory is not None for one in others)
     if on_step:
@@ -104,7 +110,7 @@ def reencode(bank: Bank, batch_size: int, adapter: Adapter | None = None, on_ste
         except BankFullError as error:
             log.warning("the room of former blocks is not given back to the drive: %s", error)
         bank.home.set_meta(_PENDING, b"")
-    return Reencoded(new, left.total())
+    return Reencoded(new, left.total(), saved)
 
 
 def encoded_ids(bank: Bank) -> Ids:
@@ -138,7 +144,7 @@ def _read(bank: Bank, ids: Ids, adapter: Adapter | None, but: bytes = b"") -> li
                 codec = bank.codecs.of(block.headers(slot.numpy())[0])
                 is_exact = isinstance(codec, RawCodec) or codec.fingerprint == exact
                 memory = bank.decode(slot, torch.float32) if is_exact else None
-                stored.append(Stored(int(ids[row]), name, reference, memory))
+                stored.append(Stored(int(ids[row]), name, block.length(slot[0].numpy()), reference, memory))
         except BlockError as error:
             log.warning("not encoded anew: %s; run `m3 verify --repair`", error)
     lacking = [one for one in stored if one.memory is None]
@@ -149,10 +155,11 @@ def _read(bank: Bank, ids: Ids, adapter: Adapter | None, but: bytes = b"") -> li
     return stored
 
 
-def _replace(bank: Bank, memories: Sequence[Stored]) -> dict[int, int]:
-    """Encode these under new ids, and forget the old ones in the same transaction. Maps old ids to new ones.
+def _replace(bank: Bank, memories: Sequence[Stored]) -> tuple[dict[int, int], int]:
+    """Encode these under new ids, and forget the old ones in the same transaction.
 
-    A memory that would have a block of the same codec again stays as it is.
+    Returns a map of old ids to new ones, and the bytes that the old blocks had more. A memory that would have a block
+    of the same codec again stays as it is.
     """
     home = bank.home
     vectors: dict[int, Embeddings] = {}
@@ -169,14 +176,15 @@ def _replace(bank: Bank, memories: Sequence[Stored]) -> dict[int, int]:
                 taken.append(one)
                 blocks.append(made)
     if not taken:
-        return {}
+        return {}, 0
     new = as_ids(range(first, first + len(taken)))
     embeddings = np.stack([vectors[one.id] for one in taken])
     batch = Batch(new, torch.cat(blocks), [one.reference for one in taken], embeddings)
     states = home.states()
     kept = {name: states[name] for one in taken for name in one.reference.sources if name in states}
     home.commit(batch, replacing=as_ids([one.id for one in taken]), changes=Changes(states=kept))
-    return dict(zip([one.id for one in taken], new.tolist(), strict=True))
+    saved = sum(one.bytes - block.length(made[0].numpy()) for one, made in zip(taken, blocks, strict=True))
+    return dict(zip([one.id for one in taken], new.tolist(), strict=True)), saved
 
 
 def _codec_of(blocks: Tensor) -> bytes:

@@ -39,7 +39,7 @@ class WriteReport:
     known: int
     """References that the bank remembered already, and that were not written now."""
     bytes: int
-    """Bytes of the blocks that were written."""
+    """Bytes of the blocks that were written, less those that were saved where blocks were encoded anew; 0 at least."""
     seconds: float
     phases: Mapping[str, float] = field(default_factory=dict)
     """Seconds that went by in each of `m3runtime.writing.pipeline.PHASES`. They may overlap, and an accelerator's work
@@ -140,7 +140,7 @@ class Writer:
                 references=len(references),
                 written=0 if catalogue else first.stored + groups.stored,
                 known=groups.known - first.stored,
-                bytes=pipeline.bytes,
+                bytes=max(0, pipeline.bytes - anew.saved),
                 seconds=time.perf_counter() - began,
                 phases=clock.seconds,
                 catalogued=groups.stored if catalogue else 0,
