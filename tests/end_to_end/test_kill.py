@@ -129,6 +129,7 @@ def test_killed_at_any_moment(nursery: Nursery, places: Iterator[Place], undistu
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_at_many_moments(nursery: Nursery, places: Iterator[Place], undisturbed: Undisturbed) -> None:
     kills = {"reading": 2, "codec": 8, "creation": 10, "commits": 15, "reencoding": 15, "compacting": 10, "index": 5}
     kill_and_complete(nursery, places, undisturbed, kills, seed=2)
