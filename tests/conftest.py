@@ -51,6 +51,11 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """Let the interpreter find at its end what it froze, or extension modules complain of what they never get back."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The folder of SmolLM2-135M-Instruct in float32."""
