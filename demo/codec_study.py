@@ -19,8 +19,7 @@ from torch import Tensor
 import codec_variants as cv
 import m3model.attention.implementation
 from m3model.adapter import TransformersAdapter
-from m3model.engine.reading import Row
-from m3model.engine.scoring import Scoring
+from m3model.engine.scoring import Row, Scoring
 from m3runtime import assembly
 from m3runtime.adapters.answers import Prompt
 from m3runtime.cli.progress import progress_bars

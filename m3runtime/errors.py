@@ -77,6 +77,10 @@ class StoreFullError(M3Error):
     """Leased memories fill the memory store, so a recall finds no room. See ``recall.decoded``."""
 
 
+class EngineClosedError(M3Error):
+    """A request is submitted to an engine that has been closed."""
+
+
 class CodecError(M3Error):
     """A codec is untrained, unreadable, or does not fit the spec."""
 

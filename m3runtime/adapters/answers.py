@@ -1,4 +1,4 @@
-"""Requests to a model and their results: `Prompt`, `Answer`, `Score`."""
+"""Prompts of a model and what it makes of them: `Prompt`, `Answer`, `Score`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,19 +26,32 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogProb:
+    """The likelihood of a generated token, by the model's logits as they are: before penalties and temperature."""
+
+    token: int
+    log_prob: float
+    """Natural logarithm of its probability."""
+    likeliest: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens in its place, best first, with theirs; as many as ``generate.log_probs``."""
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """The text generated after a prompt."""
 
     text: str
     tokens: tuple[int, ...]
     """Generated token ids, a stop token left out."""
-    stopped_by: Literal["token", "text", "length"]
+    stopped_by: Literal["token", "text", "length", "cancel"]
     chunks: "tuple[Recalled, ...]" = field(repr=False)
     """The recalls, in order: of each chunk of the prompt, then of each chunk of generated tokens."""
     first_token_s: float
     """Seconds from the call to the first token, recall included."""
     tokens_per_s: float
     """Tokens a second after the first; 0 for a single token."""
+    log_probs: tuple[TokenLogProb, ...] = field(default=(), repr=False)
+    """One for each token, if ``generate.log_probs`` asks for them."""
 
     @property
     def memories(self) -> "Mapping[int, float]":

@@ -9,8 +9,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from m3runtime.adapters.answers import Answer, Form, OnText, Prompt, Score
+from m3runtime.adapters.engine import Engine, Request, answers
 from m3runtime.bank.manifest import Manifest
-from m3runtime.errors import ConfigError
+from m3runtime.errors import ConfigError, InputError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Adapter(ABC):
-    """Computes memories from references; the methods from `generate` on let the ``m3`` commands talk with the model.
+    """Computes memories from references; the methods from `engine` on let the ``m3`` commands talk with the model.
 
     An inference stack that has a loop of its own leaves those out, and hands streams to its loop instead.
 
@@ -100,6 +101,11 @@ class Adapter(ABC):
         """
         return None
 
+    @property
+    def engine(self) -> Engine:
+        """The engine that decodes with this model, one for each adapter."""
+        raise self._cannot_talk()
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -107,12 +113,15 @@ class Adapter(ABC):
         settings: "GenerateConfig",
         on_text: OnText | None = None,
     ) -> list[Answer]:
-        """Continue each prompt, reading the memories that its stream recalls at every chunk.
+        """Continue each prompt by the `engine`, reading the memories that its stream recalls at every chunk.
 
         ``streams`` is None for the model as it is, without sink and memories. Raises `InputError` for a prompt without
-        tokens.
+        tokens. Callable from any thread.
         """
-        raise self._cannot_talk()
+        check_streams(prompts, streams)
+        theirs = streams if streams is not None else [None] * len(prompts)
+        requests = [Request(prompt, settings, stream) for prompt, stream in zip(prompts, theirs, strict=True)]
+        return answers(self.engine, requests, on_text) if requests else []
 
     def score(
         self, prompts: Sequence[Prompt], continuations: Sequence[str], streams: "Sequence[Stream] | None"
@@ -130,10 +139,7 @@ class Adapter(ABC):
         streams: "Sequence[Stream] | None",
         settings: "GenerateConfig",
     ) -> list[tuple[Answer, Score | None]]:
-        """The results of `generate` and `score`; an adapter may read the prompts once for both.
-
-        A continuation that is None is not scored.
-        """
+        """The results of `generate` and `score`. A continuation that is None is not scored."""
         answers = self.generate(prompts, streams, settings)
         wanted = [row for row, text in enumerate(continuations) if text is not None]
         scores: list[Score | None] = [None] * len(prompts)
@@ -174,3 +180,9 @@ class Adapter(ABC):
 
     def _cannot_talk(self) -> ConfigError:
         return ConfigError(f"model.adapter: {type(self).__name__} only writes memories, it does not generate by itself")
+
+
+def check_streams(prompts: Sequence[Prompt], streams: "Sequence[Stream] | None") -> None:
+    """Raise `InputError` unless each prompt has a stream, or none has."""
+    if streams is not None and len(streams) != len(prompts):
+        raise InputError(f"{len(prompts)} prompts, but {len(streams)} streams")

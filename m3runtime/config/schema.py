@@ -52,6 +52,11 @@ class ModelConfig(Section):
     """The dtype of computation; ``auto`` is float32 on a CPU, and the weights' own dtype on an accelerator."""
     device: Name = "auto"
     """The device of the whole runtime, such as ``cpu`` or ``cuda:1``; ``auto``: the accelerator if one is found."""
+    rows: Count = 32
+    """Most sequences that are decoded at once; further requests wait for a row."""
+    room: Size | None = None
+    """Most bytes of keys and values of all rows: sink, memories and context. Default: a half of what is free on the
+    device, a quarter on a CPU. Where it is full, the youngest sequence waits and is read again later."""
 
 
 class MemoryConfig(Section):
@@ -220,12 +225,24 @@ class GenerateConfig(Section):
     """Tokens are drawn from the likeliest ones that together have this probability."""
     top_k: Annotated[Whole, Field(ge=0)] = 0
     """Tokens are drawn from this many likeliest ones; 0: from all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Tokens are drawn from those at least this many times as likely as the likeliest one."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    """Above 1 it makes tokens less likely that are in the answer already."""
+    """Above 1 it makes tokens less likely that are in the prompt or in the answer already."""
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Subtracted from a token's logit for each time that it is in the answer already."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Subtracted from a token's logit if it is in the answer already."""
+    logit_bias: Mapping[Whole, float] = {}
+    """Added to the logits of these token ids."""
     seed: Annotated[Whole, Field(ge=0)] = 0
     """The seed of sampling: equal seeds draw equal tokens."""
     stop: tuple[Name, ...] = ()
     """Texts that end an answer, in addition to the model's own end token."""
+    stop_tokens: tuple[Whole, ...] = ()
+    """Token ids that end an answer, in addition to the model's own."""
+    log_probs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    """Report how likely each token was, and so many of the likeliest ones beside it; null: neither."""
 
 
 class Config(Section):

@@ -1,4 +1,4 @@
-"""`default_tiers`: the tiers of a configuration that names none."""
+"""What fits the machine, where a configuration does not say it: tiers, decoded memories, an engine's rows."""
 
 import os
 from pathlib import Path
@@ -30,6 +30,13 @@ def default_decoded(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory) // 8
     return min(2 * _GIB, _ram() // 8)
+
+
+def default_room(device: torch.device) -> int:
+    """Bytes of keys and values of an engine's rows: half of what is free on ``device``; on a CPU a quarter of RAM."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 2
+    return _ram() // 4
 
 
 def _tier(kind: str, capacity: int) -> TierConfig:

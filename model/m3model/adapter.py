@@ -4,10 +4,10 @@ Any architecture whose layers keep plain rotary keys and values works, if it ask
 its keyword arguments down to attention. `tests/model/test_architectures.py` tries all that the library has.
 """
 
-import copy
-import time
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,37 +18,53 @@ from m3model.attention.implementation import prepare
 from m3model.attention.layout import AttentionLayout
 from m3model.attention.selection import attention_modules, select
 from m3model.engine.baseline import TransformersBaseline
+from m3model.engine.buffers import RowBuffers
 from m3model.engine.cutting import cut
 from m3model.engine.encoding import encode_dense, encode_scored, reference_ids
-from m3model.engine.generation import Generation
+from m3model.engine.engine import MemoryEngine, Words
 from m3model.engine.importance import importance
 from m3model.engine.prompts import chat, render
-from m3model.engine.reading import Row
-from m3model.engine.scoring import Scoring
+from m3model.engine.scoring import Row, Scoring, decode
 from m3model.engine.session import Session, Sink, make_sink
 from m3model.engine.tokens import PromptTokens, stop_tokens
 from m3model.loading.fingerprint import ModelIdentity, tokenizer_fingerprint
 from m3model.loading.models import configuration_of, load
 from m3model.loading.sizing import shape_of
 from m3model.loading.spec import carried
-from m3runtime.adapters.answers import Answer, Form, OnText, Prompt, Score
-from m3runtime.adapters.base import Adapter
+from m3runtime.adapters.answers import Form, Prompt, Score
+from m3runtime.adapters.base import Adapter, check_streams
+from m3runtime.adapters.engine import Engine
 from m3runtime.bank.manifest import Manifest
-from m3runtime.config.schema import GenerateConfig, MemoryConfig, ModelConfig
+from m3runtime.config.schema import MemoryConfig, ModelConfig
 from m3runtime.errors import BankMismatchError, InputError
 from m3runtime.memory.shape import ModelShape, memory_spec
 from m3runtime.memory.tensors import MemoryTensors
+from m3runtime.storage.defaults import default_room
 from m3runtime.stream import Stream
 
 
 class TransformersAdapter(Adapter):
     """A causal language model and its tokenizer. `count_tokens` may be called from any thread, the rest from one."""
 
-    def __init__(self, model: Any, tokenizer: Any, memory: MemoryConfig, name: str) -> None:
-        """Switch ``model`` to the attention of `m3model.attention`: only a `Session` can run it from now on."""
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        memory: MemoryConfig,
+        name: str,
+        *,
+        rows: int = ModelConfig.model_fields["rows"].default,
+        room: int | None = None,
+    ) -> None:
+        """Switch ``model`` to the attention of `m3model.attention`: only its engine and sessions can run it now.
+
+        ``rows`` and ``room`` are the settings of the engine; see `m3runtime.config.schema.ModelConfig`.
+        """
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
+        self.rows, self.room = rows, room
+        self._busy = threading.Lock()  # held while the model computes for the engine, or encodes
         self.memory = memory = carried(model.config, memory)
         self.layout = AttentionLayout.of(model)
         self.tokens = PromptTokens(tokenizer, memory)
@@ -76,7 +92,7 @@ class TransformersAdapter(Adapter):
     def open(cls, model: ModelConfig, memory: MemoryConfig, device: torch.device) -> Self:
         """Load the model from a folder, a hub name or a GGUF file; see `Adapter.open`."""
         loaded, tokenizer = load(model.path, model.dtype, device)
-        return cls(loaded, tokenizer, memory, model.path)
+        return cls(loaded, tokenizer, memory, model.path, rows=model.rows, room=model.room)
 
     @classmethod
     def shape(cls, model: ModelConfig) -> ModelShape:
@@ -137,7 +153,8 @@ class TransformersAdapter(Adapter):
         See `Adapter.encode`.
         """
         if self.spec.dense:
-            return encode_dense(self.model, self._reference_ids(references), self._sink, self.spec)
+            with self._busy:
+                return encode_dense(self.model, self._reference_ids(references), self._sink, self.spec)
         memories, scores = self.encode_scored(references)
         return select(memories, scores, self.spec.tokens)
 
@@ -146,7 +163,8 @@ class TransformersAdapter(Adapter):
 
         Raises `InputError` as `Adapter.encode` does.
         """
-        return encode_scored(self.model, self._reference_ids(references), self._sink, self.spec)
+        with self._busy:  # meanwhile every forward pass of these layers is looked at
+            return encode_scored(self.model, self._reference_ids(references), self._sink, self.spec)
 
     def importance(self, references: Sequence[str]) -> torch.Tensor:
         """The cost of errors in keys and values; see `Adapter.importance` and `m3model.engine.importance`."""
@@ -154,9 +172,9 @@ class TransformersAdapter(Adapter):
 
     def baseline(self) -> TransformersBaseline:
         """The model as its own library runs it; see `m3runtime.lab.bench.comparison.Comparable`."""
-        endless = copy.copy(self)
+        endless = self.with_memory(self.memory)
         endless.stop_tokens = frozenset()
-        return TransformersBaseline(self.model, lambda prompts: self._prompt_ids(prompts, None), endless)
+        return TransformersBaseline(self.model, lambda prompts: self._prompt_ids(prompts, sink=False), endless)
 
     def session(self, batch: int, *, memories: bool = True, context: int = 256) -> Session:
         """A batch to feed token by token: sink, room for memories, and the context after them."""
@@ -173,16 +191,25 @@ class TransformersAdapter(Adapter):
             arrange=self._arrange,
         )
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        streams: Sequence[Stream] | None,
-        settings: GenerateConfig,
-        on_text: OnText | None = None,
-    ) -> list[Answer]:
-        """Continue each prompt; see `Adapter.generate`."""
-        began = time.perf_counter()
-        return self._generation(prompts, streams, settings, on_text).run(began) if prompts else []
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine that decodes with this model; see `Adapter.engine`."""
+        buffers = RowBuffers(self.layout, self.spec.layers, self._sink, self.memory.attention_temperature)
+        words = Words(
+            lambda prompt, sink: self._prompt_ids([prompt], sink=sink)[0],
+            lambda tokens: decode(self.tokenizer, tokens),
+            lambda: self.stop_tokens,
+        )
+        return MemoryEngine(
+            self.model,
+            buffers,
+            words,
+            offset=self.offset,
+            arrange=self._arrange,
+            rows=self.rows,
+            room=self.room or default_room(self.device),
+            busy=self._busy,
+        )
 
     def score(
         self, prompts: Sequence[Prompt], continuations: Sequence[str], streams: Sequence[Stream] | None
@@ -190,11 +217,14 @@ class TransformersAdapter(Adapter):
         """The likelihood of each continuation after its prompt; see `Adapter.score`."""
         if len(continuations) != len(prompts):
             raise InputError(f"{len(prompts)} prompts, but {len(continuations)} continuations")
+        check_streams(prompts, streams)
         if not prompts:
             return []
         rows = [
             Row(prompt, ids, self.ids(text))
-            for prompt, ids, text in zip(prompts, self._prompt_ids(prompts, streams), continuations, strict=True)
+            for prompt, ids, text in zip(
+                prompts, self._prompt_ids(prompts, sink=streams is not None), continuations, strict=True
+            )
         ]
         if any(not row.tokens for row in rows):
             raise InputError("a continuation needs at least one token")
@@ -202,36 +232,11 @@ class TransformersAdapter(Adapter):
         session = self.session(len(rows), memories=streams is not None, context=room)
         return Scoring(session, self.tokenizer, rows, streams).run()
 
-    def examine(
-        self,
-        prompts: Sequence[Prompt],
-        continuations: Sequence[str | None],
-        streams: Sequence[Stream] | None,
-        settings: GenerateConfig,
-    ) -> list[tuple[Answer, Score | None]]:
-        """`generate` and `score` at once: the prompts are read once. See `Adapter.examine`."""
-        if not prompts:
-            return []
-        began = time.perf_counter()
-        generation = self._generation(prompts, streams, settings, None)
-        after, end = generation.read_prompts(), generation.session.mark()
-        rows = [
-            Row(row.prompt, row.ids, self.ids(text or ""), list(row.chunks))
-            for row, text in zip(generation.rows, continuations, strict=True)
-        ]
-        scores = Scoring(generation.session, self.tokenizer, rows, streams).run(after)
-        generation.session.rewind(end)
-        if streams is not None:
-            generation.attend()
-        answers = generation.run(began, after)
-        return [
-            (answer, None if text is None else score)
-            for answer, text, score in zip(answers, continuations, scores, strict=True)
-        ]
-
     def with_memory(self, memory: MemoryConfig) -> Self:
         """An adapter of the same loaded model with other memory settings; see `Adapter.with_memory`."""
-        return type(self)(self.model, self.tokenizer, memory, self.name)
+        other = type(self)(self.model, self.tokenizer, memory, self.name, rows=self.rows, room=self.room)
+        other._busy = self._busy
+        return other
 
     def render(self, question: str, form: Form, texts: Sequence[str] | None = None) -> Prompt:
         """The prompt that asks a question; see `Adapter.render` and `m3model.engine.prompts.render`."""
@@ -242,31 +247,20 @@ class TransformersAdapter(Adapter):
         return chat(self.tokenizer, messages)
 
     def close(self) -> None:
-        """Drop the model; see `Adapter.close`."""
+        """Close the engine and drop the model; see `Adapter.close`."""
+        if "engine" in self.__dict__:
+            self.engine.close()
+            del self.engine
         del self.model
-
-    def _generation(
-        self,
-        prompts: Sequence[Prompt],
-        streams: Sequence[Stream] | None,
-        settings: GenerateConfig,
-        on_text: OnText | None,
-    ) -> Generation:
-        ids = self._prompt_ids(prompts, streams)
-        room = max(len(row) for row in ids) + settings.max_new_tokens
-        session = self.session(len(prompts), memories=streams is not None, context=room)
-        return Generation(session, self.tokenizer, prompts, ids, streams, settings, self.stop_tokens, on_text)
 
     def _reference_ids(self, references: Sequence[str]) -> Sequence[list[int]]:
         return reference_ids(references, [self.ids(text) for text in references], self.spec.reference_tokens)
 
-    def _prompt_ids(self, prompts: Sequence[Prompt], streams: Sequence[Stream] | None) -> list[list[int]]:
-        """The tokens of prompts, after the sink where they have streams."""
-        if streams is not None and len(streams) != len(prompts):
-            raise InputError(f"{len(prompts)} prompts, but {len(streams)} streams")
-        ids = [self.tokens.of_prompt(prompt, sink=streams is not None) for prompt in prompts]
+    def _prompt_ids(self, prompts: Sequence[Prompt], *, sink: bool) -> list[list[int]]:
+        """The tokens of prompts, after the sink or without. Raises `InputError` if the model has not room for them."""
+        ids = [self.tokens.of_prompt(prompt, sink=sink) for prompt in prompts]
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        room = None if positions is None else positions - (0 if streams is None else self.offset)
+        room = None if positions is None else positions - (self.offset if sink else 0)
         if room is not None and (longest := max(map(len, ids), default=0)) > room:
             raise InputError(
                 f"the prompt has {longest} tokens, and of the model's {positions} positions {room} are left for a "

@@ -174,4 +174,4 @@ def test_the_head_is_asked_for_the_ends_of_prompts(runtime_of: Callable[..., Run
     runtime = runtime_of(adapter, min_score=1)
     prompts = [Prompt(random_text(adapter.tokenizer, length, seed=length)) for length in (3, CHUNK + 2, CHUNK + 5)]
     heads = [event[1] for event in events_of(adapter, runtime, prompts) if event[0] == "head"]
-    assert heads == [2, 2]  # in the first chunk after tokens 3 and CHUNK, in the second after 2 and 5
+    assert heads == [1, 2]  # in the first chunk after token 3, in the second after 2 and 5

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from m3model.adapter import TransformersAdapter
-from m3model.engine.reading import padded
+from m3model.engine.scoring import padded
 from m3runtime.errors import InputError
 from m3runtime.memory.tensors import MemoryTensors
 from tests.model.families import REFERENCE_TOKENS, make_adapter, random_text

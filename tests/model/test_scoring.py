@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3model.engine import generation
+from m3model.engine.sampling import Chosen, Sampling
 from m3model.transformers import TransformersAdapter
 from m3runtime.adapters.answers import Prompt
 from m3runtime.adapters.base import Adapter
@@ -43,19 +43,15 @@ def decoded(
     """Decode exactly these tokens: how likely each was, and what was recalled on the way."""
     log_probs: list[float] = []
 
-    class Forced:
-        """Chooses what it is told to."""
+    ahead = iter(tokens)
 
-        def __init__(self, *_: object) -> None:
-            self.ahead = iter(tokens)
-
-        def choose(self, logits: Tensor) -> Tensor:
-            token = next(self.ahead)
-            log_probs.append(float(logits[0].log_softmax(-1)[token]))
-            return torch.tensor([token])
+    def choose(_: Sampling, logits: Tensor, *__: object) -> Chosen:
+        token = next(ahead)
+        log_probs.append(float(logits[0].log_softmax(-1)[token]))
+        return Chosen(torch.tensor([token]))
 
     settings = GenerateConfig(max_new_tokens=len(tokens))
-    with patch.object(generation, "Sampler", Forced), ExitStack() as closing:
+    with patch.object(Sampling, "choose", choose), ExitStack() as closing:
         streams = [closing.enter_context(runtime.stream(adapter.dtype))] if runtime else None
         (answer,) = adapter.generate([prompt], streams, settings)
     assert len(log_probs) == len(tokens)

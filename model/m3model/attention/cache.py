@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from m3model.attention.buffers import BufferLayer, LayerStack
+from m3model.attention.implementation import Masked
 from m3model.attention.layout import AttentionLayout
 from m3model.attention.slots import Slot, place
 
@@ -29,7 +30,7 @@ _GRAIN = 128
 """The memory region grows by multiples of so many columns: few moves, whatever memories come."""
 
 
-class MemoryCache(Cache):
+class MemoryCache(Masked, Cache):
     """Keys and values of a batch of sequences, with the memories each of them holds now. Not thread-safe."""
 
     def __init__(
@@ -153,12 +154,6 @@ class MemoryCache(Cache):
             self._bias[:, start : start + self._pending].masked_fill_(~self.query_valid, -torch.inf)
         self.columns += self._pending
         self._pending = 0
-
-    def rewind(self, columns: int, whole: bool) -> None:
-        """Forget the columns of context from ``columns`` on; ``whole`` is as it was then."""
-        start = self.region + self.sink_tokens
-        self._bias[:, start + columns : start + self.columns] = 0
-        self.columns, self.whole = columns, whole
 
     @property
     def query_valid(self) -> Tensor:

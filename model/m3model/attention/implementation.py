@@ -1,8 +1,8 @@
 """Attention over ``[memories | sink | context]``, registered with transformers under the name `IMPLEMENTATION`.
 
 A model whose attention implementation is `IMPLEMENTATION` is called with ``m3_cache=cache`` in addition to its own
-cache argument. `MemoryCache.mask` builds the masks, because they depend on the layer (a layer without memories has
-fewer keys) and on positions that only the cache knows. The model only says which window each layer has: it asks
+cache argument. The cache builds the masks, because they depend on the layer (a layer without memories has
+fewer keys) and on positions that it alone knows. The model only says which window each layer has: it asks
 transformers for a mask of that kind, and gets a `Window` to hand to its layers. No other source is reliable: some
 models (Phi-3.5-MoE, Qwen2-MoE) tell attention nothing of their window, others (OLMoE) tell it of one that their masks
 do not have.
@@ -37,14 +37,34 @@ class Window:
     """The number of last tokens of the context that each token sees, itself included; None for all."""
 
 
-class Masking(Protocol):
-    """The cache of a forward pass.
+class Attending(Protocol):
+    """The cache of a forward pass, which knows what each query sees.
 
-    It is a `m3model.attention.cache.MemoryCache`, or for gradients a `m3model.attention.passes.Pass`.
+    It is a `m3model.engine.step.StepCache`, a `m3model.attention.cache.MemoryCache`, or for gradients a
+    `m3model.attention.passes.Pass`.
     """
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, *, scale: float, softcap: float | None
+    ) -> Tensor:
+        """What each query, ``[B, Hq, Q, D]``, reads of the keys and values that the cache gave, in its shape."""
+
+
+class Masked:
+    """A cache whose queries all read the same columns, but for a mask."""
 
     def mask(self, keys: int, window: int | None) -> Tensor | None:
         """The mask added to the logits of the last ``keys`` columns, ``[B, 1, Q, K]``; None if all is seen."""
+        raise NotImplementedError
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, *, scale: float, softcap: float | None
+    ) -> Tensor:
+        """See `Attending`."""
+        mask = self.mask(keys.shape[2], window)
+        if mask is not None:
+            mask = mask.to(query.dtype)  # in mixed precision queries have another one than the weights
+        return attend(query, keys, values, mask, scale=scale, softcap=softcap)
 
 
 Observer = Callable[[Tensor, Tensor, float, float | None], None]
@@ -100,7 +120,7 @@ def memory_attention(
     value: Tensor,
     attention_mask: object,
     *,
-    m3_cache: Masking | None = None,
+    m3_cache: Attending | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -121,10 +141,8 @@ def memory_attention(
     if m3_observer is not None:
         m3_observer(query, key, scale, softcap)
         return query.transpose(1, 2), None
-    mask = m3_cache.mask(key.shape[2], attention_mask.tokens)
-    if mask is not None:
-        mask = mask.to(query.dtype)  # in mixed precision queries have another one than the weights
-    return attend(query, key, value, mask, scale=scale, softcap=softcap).transpose(1, 2).contiguous(), None
+    read = m3_cache.attend(query, key, value, attention_mask.tokens, scale=scale, softcap=softcap)
+    return read.transpose(1, 2).contiguous(), None
 
 
 def _window(*, config: Any, local_size: int | None = None, allow_is_causal_skip: bool = True, **_: Any) -> Window:

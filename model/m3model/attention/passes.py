@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from m3model.attention.implementation import Masked
 from m3model.attention.layout import Pair
 from m3model.attention.stopping import StoringLayer
 
@@ -25,7 +26,7 @@ class ReadMemories:
     """The columns among M that each token of the text attends to, ``bool[B, T, M]``."""
 
 
-class Pass(Cache):
+class Pass(Masked, Cache):
     """One forward pass over ``[sink | text]``: what stands for a cache, in place of `MemoryCache`."""
 
     def __init__(self, layers: int, sink: int, valid: Tensor, positions: Tensor) -> None:

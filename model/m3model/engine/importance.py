@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from m3model.engine.reading import padded
+from m3model.engine.scoring import padded
 from m3model.engine.session import Session
 from m3runtime.errors import InputError
 from m3runtime.memory.tensors import MemoryTensors

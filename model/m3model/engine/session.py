@@ -5,7 +5,6 @@ every memory in ``[s, s + 128)`` (parallel positions, Memory³ section 3.2), the
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,16 +21,6 @@ Sink = tuple[Tensor, Tensor]
 
 RowMemories = Sequence[Sequence[tuple[Tensor, Tensor]]]
 """The memories of each row: keys and values, each ``[memory layers, kv_heads, tokens, head_dim]``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A place in a session."""
-
-    columns: int
-    whole: bool
-    lengths: Tensor
-    next: Tensor
 
 
 class Session:
@@ -122,16 +111,6 @@ class Session:
         kept = self._run(tokens, counts, keep=keep)
         places = torch.searchsorted(keep, last.clamp_min(0)).to(kept.device, non_blocking=True)
         return kept[torch.arange(batch, device=kept.device), places]
-
-    def mark(self) -> Mark:
-        """The session's place, for `rewind`."""
-        return Mark(self.cache.columns, self.cache.whole, self.lengths, self._next)
-
-    @torch.inference_mode()
-    def rewind(self, mark: "Mark") -> None:
-        """Forget what was read since `mark`. Memories stay those that are read now."""
-        self.cache.rewind(mark.columns, mark.whole)
-        self.lengths, self._next = mark.lengths, mark.next
 
     def all_logits(self, tokens: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """`forward` with the logits after every token, ``[B, Q, vocabulary]``, of no meaning after padding."""

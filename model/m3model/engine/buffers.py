@@ -1,0 +1,171 @@
+"""`RowBuffers`: the keys and values that the rows of an engine read, allocated once and overwritten in place.
+
+Each layer's are ``[row, KV head, memories | sink | context, head dim]``. The memory region is filled from its right
+end, so that what attention reads is one contiguous stretch of columns whatever the number of memories. A row's context
+begins at the same column for all rows, and token ``i`` of it stands in column ``i``: what a query sees follows from its
+place alone. One more row and one more column of context take what belongs to no sequence, so that a step writes as
+much whoever takes part in it.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from m3model.attention.layout import AttentionLayout, Pair
+from m3model.attention.slots import Slot, place
+
+GRAIN = 64
+"""Memory and context are allocated by multiples of so many columns."""
+_ALIGNED = 8
+"""CUDA's kernels read masks whose rows begin at multiples of so many columns."""
+
+
+def rounded(count: int, grain: int = GRAIN) -> int:
+    """The next multiple of ``grain``."""
+    return -(-count // grain) * grain
+
+
+class Stack:
+    """Buffers of layers that are alike, ``[layers, rows + 1, kv_heads, columns, head_dim]``.
+
+    A memory is written to all layers by two strided copies: on a GPU two launches instead of dozens.
+    """
+
+    def __init__(self, layers: list[int], *, remembers: bool) -> None:
+        self.layers = layers
+        self.remembers = remembers
+        """Are they memory layers? Others have no memory region."""
+        self.keys = self.values = torch.empty(0)
+
+
+class RowBuffers:
+    """Keys, values and biases of all rows. Not thread-safe."""
+
+    def __init__(
+        self, layout: AttentionLayout, memory_layers: Sequence[int], sink: Pair | None, temperature: float = 1.0
+    ) -> None:
+        """``sink`` is ``[layers, kv_heads, tokens, head_dim]``; ``temperature`` divides the logits of memories."""
+        self.layout = layout
+        self.temperature = temperature
+        self.rows = self.region = self.context = 0
+        """Rows, columns of memories and columns of context that are allocated."""
+        self.sink = 0 if sink is None else rounded(sink[0].shape[2], _ALIGNED)
+        """Columns of the sink: the first ones are hidden if it has fewer tokens."""
+        self._sink = sink
+        remembering = set(memory_layers)
+        self.stacks = (
+            Stack(sorted(remembering), remembers=True),
+            Stack([layer for layer in range(layout.layers) if layer not in remembering], remembers=False),
+        )
+        self.bias = torch.empty(0)
+        """What is added to the logits of memories and sink, ``[rows, region + sink]``: zero, a log weight, or -inf."""
+        self._slots: list[dict[Hashable, Slot]] = []
+        self._used: list[int] = []
+
+    # -- room ---------------------------------------------------------------------------------------------------
+
+    def bytes_of(self, rows: int, region: int, context: int) -> int:
+        """Bytes of keys and values of so many rows."""
+        pair = 2 * self.layout.kv_heads * self.layout.head_dim * self.layout.dtype.itemsize
+        columns = self.layout.layers * (self.sink + context + 1) + len(self.stacks[0].layers) * region
+        return (rows + 1) * columns * pair
+
+    @torch.inference_mode()
+    def reserve(self, rows: int, region: int, context: int) -> bool:
+        """Make room for so many rows, columns of memories and tokens of context; is everything in another place now?"""
+        rows, region = max(rows, self.rows), max(rounded(region), self.region)
+        context = max(rounded(context), self.context)
+        if (rows, region, context) == (self.rows, self.region, self.context):
+            return False
+        for stack in self.stacks:
+            for name in ("keys", "values"):  # one after the other: the first old buffer is gone before the second new
+                sink = None if self._sink is None else self._sink[name == "values"][stack.layers]
+                setattr(stack, name, self._grown(stack, getattr(stack, name), rows, region, context, sink))
+        bias = torch.full(
+            (rows + 1, region + self.sink), -torch.inf, dtype=self.layout.dtype, device=self.layout.device
+        )
+        if self.rows:
+            bias[: self.rows, region - self.region :] = self.bias[: self.rows]
+        self.bias = bias
+        self._slots += [{} for _ in range(rows + 1 - len(self._slots))]
+        self._used += [0] * (rows + 1 - len(self._used))
+        self.rows, self.region, self.context = rows, region, context
+        return True
+
+    def _grown(self, stack: Stack, old: Tensor, rows: int, region: int, context: int, sink: Tensor | None) -> Tensor:
+        layout, before = self.layout, (region if stack.remembers else 0) + self.sink
+        shape = (len(stack.layers), rows + 1, layout.kv_heads, before + context + 1, layout.head_dim)
+        # Zeros, for a column that is masked must still be finite.
+        new = torch.zeros(shape, dtype=layout.dtype, device=layout.device)
+        if sink is not None:
+            new[..., before - sink.shape[2] : before, :] = sink[:, None]
+        if self.rows:
+            kept = (self.region if stack.remembers else 0) + self.sink
+            columns = slice(before - kept, before + self.context)
+            new[:, : self.rows, :, columns] = old[:, : self.rows, :, :-1]
+        return new
+
+    # -- rows ---------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def begin(self, row: int, *, sink: bool) -> None:
+        """Give a row to a sequence: without memories, and with the sink if it reads any."""
+        self._slots[row], self._used[row] = {}, 0
+        self.bias[row] = -torch.inf
+        if sink and self._sink is not None:
+            self.bias[row, self.region + self.sink - self._sink[0].shape[2] :] = 0
+
+    @torch.inference_mode()
+    def move(self, row: int, to: int, tokens: int) -> None:
+        """Move a row with ``tokens`` tokens of context to another one, which is free."""
+        for stack in self.stacks:
+            for buffer in (stack.keys, stack.values):
+                end = buffer.shape[3] - 1 - self.context + tokens
+                buffer[:, to, :, :end] = buffer[:, row, :, :end]
+        self.bias[to] = self.bias[row]
+        self._slots[to], self._used[to] = self._slots[row], self._used[row]
+        self._slots[row], self._used[row] = {}, 0
+
+    def used(self, rows: int) -> int:
+        """Columns of memories that the first rows read, rounded up."""
+        return rounded(max(self._used[:rows], default=0))
+
+    @torch.inference_mode()
+    def put_memories(
+        self, row: int, memories: Sequence[Pair], names: Sequence[Hashable], log_weights: Sequence[float]
+    ) -> None:
+        """Let a row read these memories from now on, and none of the earlier ones.
+
+        Memories are ``(keys, values)``, each ``[memory layers, kv_heads, tokens, head_dim]``; ``names`` says which they
+        are: one that the row reads already under its name is not written again. ``log_weights`` are added to the logits
+        of each memory's keys. There must be room for them, see `reserve`.
+        """
+        lengths = [keys.shape[2] for keys, _ in memories]
+        used, named, held = sum(lengths), _distinct(names), self._slots[row]
+        slots = place(held, list(zip(named, lengths, strict=True)), used)
+        bias = torch.full((self.region,), -torch.inf, dtype=self.layout.dtype)
+        for name, memory, weight in zip(named, memories, log_weights, strict=True):
+            slot = slots[name]
+            bias[self.region - slot.end : self.region - slot.start] = weight
+            if held.get(name) != slot:
+                self._write(row, slot, memory)
+        self._slots[row], self._used[row] = slots, used
+        self.bias[row, : self.region].copy_(bias, non_blocking=True)
+
+    def _write(self, row: int, slot: Slot, memory: Pair) -> None:
+        stack, (keys, values) = self.stacks[0], memory
+        columns = slice(self.region - slot.end, self.region - slot.start)
+        stack.keys[:, row, :, columns] = keys if self.temperature == 1.0 else keys / self.temperature
+        stack.values[:, row, :, columns] = values
+
+
+def _distinct(names: Sequence[Hashable]) -> Sequence[Hashable]:
+    """Names that tell a memory from the same one a second time."""
+    seen: Counter[Hashable] = Counter()
+    distinct = []
+    for name in names:
+        distinct.append((name, seen[name]))
+        seen[name] += 1
+    return distinct

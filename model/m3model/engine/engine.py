@@ -1,0 +1,397 @@
+"""`MemoryEngine`: decodes many requests at once on one model, each with its own memories."""
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from m3model.attention.layout import Pair
+from m3model.attention.rope import check_positions
+from m3model.engine.buffers import RowBuffers, rounded
+from m3model.engine.recalls import Asking, Found, hint, recall
+from m3model.engine.running import Outcome, Runner
+from m3model.engine.sampling import uniforms
+from m3model.engine.scheduler import Plan, Scheduled, Scheduler
+from m3model.engine.writing import Reason, Writing
+from m3runtime.adapters.answers import Prompt
+from m3runtime.adapters.engine import End, Engine, Failure, OnEvent, Piece, Read, Request, Ticket
+from m3runtime.device.side_stream import SideStream
+from m3runtime.device.threads import prepare
+from m3runtime.errors import EngineClosedError, ForkedError, InputError
+from m3runtime.recall.recalled import Recalled
+
+_READING = 8
+"""Prompts that are read at once where nobody decodes."""
+
+Arrange = Callable[[Sequence[Pair]], list[Pair]]
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """How an engine reads and writes text."""
+
+    ids: Callable[[Prompt, bool], list[int]]
+    """The tokens of a prompt, after the sink or without."""
+    decode: Callable[[Sequence[int]], str]
+    """The text of tokens, without special tokens."""
+    stop_tokens: Callable[[], frozenset[int]]
+    """The tokens that end an answer."""
+
+
+class _Job(Ticket):
+    """A request on its way."""
+
+    def __init__(self, engine: "MemoryEngine", request: Request, index: int, on_event: OnEvent, ids: list[int]) -> None:
+        settings, stream = request.settings, request.stream
+        chunk = stream.runtime.config.recall.chunk_tokens if stream else None
+        self.request = request
+        self.scheduled = Scheduled(ids, settings.max_new_tokens, chunk)
+        self.writing = Writing(settings, engine.words.stop_tokens(), engine.words.decode)
+        self.uniforms = uniforms(settings.seed, settings.max_new_tokens) if settings.temperature > 0 else None
+        self.told = -1
+        """The place of the last recall that was told: a sequence that lost its row recalls again what it had."""
+        self.ending: Reason | Exception | None = None
+        """How it ends as soon as the recall under way leaves its stream alone."""
+        self._engine = engine
+        self._index = index
+        self._on_event = on_event
+
+    def cancel(self) -> None:
+        """See `Ticket.cancel`."""
+        self._engine.cancel(self)
+
+    def tell(self, event: Read | Piece | End | Failure | None) -> None:
+        """Hand an event to whoever asked."""
+        if event is None:
+            return
+        try:
+            self._on_event(self._index, event)
+        except Exception:  # noqa: BLE001 - reported below, and not raised into the steps of others
+            self._on_event = lambda *_: None
+            self._engine.cancel(self)
+            threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
+
+
+class MemoryEngine(Engine):
+    """See `m3runtime.adapters.engine.Engine`. Steps run in one thread, which ends when nothing is left to do."""
+
+    def __init__(
+        self,
+        model: Any,
+        buffers: RowBuffers,
+        words: Words,
+        *,
+        offset: int,
+        arrange: Arrange | None,
+        rows: int,
+        room: int,
+        busy: threading.Lock,
+    ) -> None:
+        """``offset`` is the position of the first token of context after sink and memories.
+
+        ``rows`` and ``room`` are ``model.rows`` and ``model.room``. ``busy`` is held while the model computes.
+        """
+        self.words = words
+        self._buffers = buffers
+        self._offset = offset
+        self._arrange = arrange
+        self._runner = Runner(model, buffers)
+        self._rows = rows
+        self._room = room
+        self._busy = busy
+        self._scheduler = Scheduler(rows, self._fits)
+        self._side = SideStream(buffers.layout.device)
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = self._heard_close = False
+        self._process = os.getpid()
+        # What other threads bring; the engine's thread takes it between two steps.
+        self._new: list[_Job] = []
+        self._cancelled: list[_Job] = []
+        self._found: list[tuple[list[Found[_Job]], torch.Event | None]] = []
+        # The engine's thread alone.
+        self._jobs: dict[Scheduled, _Job] = {}
+        self._recalling = 0
+        self._under_way: Outcome | None = None
+
+    # -- from any thread ----------------------------------------------------------------------------------------
+
+    def submit(self, requests: Sequence[Request], on_event: OnEvent) -> list[Ticket]:
+        """See `Engine.submit`."""
+        if os.getpid() != self._process:
+            raise ForkedError("the model was opened before this process forked; open it in this process, or use spawn")
+        jobs = []
+        for index, request in enumerate(requests):
+            ids = self.words.ids(request.prompt, request.stream is not None)
+            self._check(request, ids)
+            jobs.append(_Job(self, request, index, on_event, ids))
+        with self._changed:
+            if self._closed:
+                raise EngineClosedError("the engine is closed: it takes no more requests")
+            self._new += jobs
+            if self._thread is None and jobs:
+                name, cores = "m3-engine", torch.get_num_threads()
+                self._thread = threading.Thread(target=self._run, args=(cores,), name=name, daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+        return list(jobs)
+
+    def cancel(self, job: _Job) -> None:
+        """End a request; see `Ticket.cancel`."""
+        with self._changed:
+            if self._thread is not None:
+                self._cancelled.append(job)
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _check(self, request: Request, ids: Sequence[int]) -> None:
+        """Raise `InputError` for a request that can never be answered."""
+        if not ids:
+            raise InputError("a prompt needs at least one token")
+        most = len(ids) + request.settings.max_new_tokens
+        check_positions(most + self._start(request), self._buffers.layout.positions)
+        if not self._fits(1, most):
+            raise InputError(
+                f"model.room: {self._room} bytes do not hold the keys and values of {len(ids)} tokens of prompt and "
+                f"{request.settings.max_new_tokens} of answer; raise it, shorten the prompt, or lower max_new_tokens"
+            )
+
+    # -- the engine's thread ------------------------------------------------------------------------------------
+
+    def _run(self, cores: int) -> None:
+        prepare(self._buffers.layout.device, cores)
+        with torch.inference_mode():
+            while self._turn():
+                pass
+
+    def _turn(self) -> bool:
+        """One round: hear the news, recall, step. False once there is nothing left to do."""
+        with self._changed:
+            new, self._new = self._new, []
+            cancelled, self._cancelled = self._cancelled, []
+            found, self._found = self._found, []
+            self._heard_close = self._closed
+            if self._closed:
+                cancelled = [*self._jobs.values(), *new]
+            elif not (new or found or self._jobs):
+                self._thread = None
+                return False
+        try:
+            self._hear(new, cancelled, found)
+            self._work()
+        except Exception as error:  # noqa: BLE001 - told to whoever is under way: nothing is left to go on with
+            for job in list(self._jobs.values()):
+                self._stop(job, error)
+            self._under_way = None
+        if self._closed and not self._jobs and not self._recalling:
+            with self._changed:
+                self._thread = None
+            return False
+        return True
+
+    def _hear(
+        self,
+        new: Sequence[_Job],
+        cancelled: Sequence[_Job],
+        found: Sequence[tuple[list[Found[_Job]], torch.Event | None]],
+    ) -> None:
+        for job in new:
+            self._jobs[job.scheduled] = job
+            self._scheduler.add(job.scheduled)
+        for some, event in found:
+            self._recalling -= 1
+            self._deliver(some, event)
+        for job in cancelled:
+            if job.scheduled in self._jobs:
+                self._stop(job, "cancel")
+
+    def _work(self) -> None:
+        admitted = self._scheduler.admit()
+        for sequence in admitted:
+            self._begin(self._jobs[sequence])
+        due = [self._jobs[sequence] for sequence in self._scheduler.due()]
+        for job in due:
+            job.scheduled.recalling = True
+        plan = self._scheduler.plan(most_reading=_READING)
+        is_idle = not (plan.decoding or plan.reading)
+        if due:
+            self._recall(due, beside=not is_idle or self._recalling > 0 or self._under_way is not None)
+            if is_idle and not self._recalling:
+                return
+        launched = None if is_idle else self._launch(plan)
+        before, self._under_way = self._under_way, launched
+        # A step on a GPU is launched before the results of the last one are read, so that it never waits for Python.
+        if before is not None:
+            self._finish(before)
+        if launched is not None and not self._runner.runs_ahead:
+            self._under_way = None
+            self._finish(launched)
+        if before is None and launched is None and not due:
+            self._wait()
+
+    def _wait(self) -> None:
+        """Wait until another thread brings something."""
+        with self._changed:
+            if not (self._new or self._found or self._cancelled or self._closed != self._heard_close):
+                self._changed.wait()
+
+    # -- rows ---------------------------------------------------------------------------------------------------
+
+    def _fits(self, rows: int, tokens: int) -> bool:
+        return self._buffers.bytes_of(rows, self._buffers.region, rounded(tokens)) <= self._room
+
+    def _start(self, request: Request) -> int:
+        """The position of a request's first token of context."""
+        return self._offset if request.stream is not None else 0
+
+    def _begin(self, job: _Job) -> None:
+        """Prepare a row that a sequence was given, for the first time or again."""
+        row, settings = job.scheduled.row, job.request.settings
+        assert row is not None
+        tokens = len(job.scheduled.prompt) + settings.max_new_tokens
+        rows = len(self._scheduler.running)
+        self._runner.reserve(rows, 0, tokens if self._fits(rows, tokens) else job.scheduled.total + 1, settings)
+        self._buffers.begin(row, sink=job.request.stream is not None)
+        self._runner.sampling.begin(row, settings, job.scheduled.prompt, job.scheduled.answer)
+
+    def _stop(self, job: _Job, how: Reason | Exception) -> None:
+        """End a request early: now, or once no recall uses its stream any more."""
+        if job.scheduled.recalling:
+            job.ending = job.ending or how
+        elif isinstance(how, Exception):
+            self._end(job, Failure(how))
+        else:
+            job.tell(job.writing.end(how))
+            self._end(job, End(job.writing.answer()))
+
+    def _end(self, job: _Job, event: End | Failure) -> None:
+        del self._jobs[job.scheduled]
+        self._scheduler.end(job.scheduled)
+        for row, to in self._scheduler.compact():
+            moved = next(one for one in self._scheduler.running if one.row == to)
+            self._runner.move(row, to, moved.read)
+        job.tell(event)
+
+    # -- steps --------------------------------------------------------------------------------------------------
+
+    def _launch(self, plan: Plan) -> Outcome:
+        settings = [self._jobs[one].request.settings for one in plan.sequences]
+        with self._busy:
+            outcome = self._runner.launch(
+                plan,
+                settings,
+                offset=lambda one: self._start(self._jobs[one].request),
+                uniform=lambda one: self._uniform(self._jobs[one]),
+            )
+        self._scheduler.launched(plan)
+        return outcome
+
+    def _uniform(self, job: _Job) -> float:
+        return 0.0 if job.uniforms is None else float(job.uniforms[job.scheduled.drawn])
+
+    def _finish(self, outcome: Outcome) -> None:
+        """Take the tokens that a step drew."""
+        results = outcome.results()
+        ahead = []
+        for sequence, index in outcome.places.items():
+            job = self._jobs.get(sequence)
+            if job is None:
+                continue  # it ended while the step was under way
+            token, log_prob = results.token(index, job.request.settings.log_probs)
+            sequence.answer.append(token)
+            job.tell(job.writing.take(token, log_prob))
+            if job.writing.stopped_by:
+                self._end(job, End(job.writing.answer()))
+            elif text := self._next_text(job):
+                assert job.request.stream
+                ahead.append((job, job.request.stream, text))
+        hint(ahead, self._stop)
+
+    # -- memories -----------------------------------------------------------------------------------------------
+
+    def _next_text(self, job: _Job) -> str | None:
+        """The text of the chunk so far, where it is time to look ahead for the recall at its end."""
+        one, stream = job.scheduled, job.request.stream
+        if stream is None:
+            return None
+        recall_config = stream.runtime.config.recall
+        place = len(one.answer) % recall_config.chunk_tokens
+        if not recall_config.lookahead_tokens or place != recall_config.chunk_tokens - recall_config.lookahead_tokens:
+            return None
+        return self.words.decode(one.answer[-place:])
+
+    def _recall(self, jobs: Sequence[_Job], *, beside: bool) -> None:
+        """Recall for these; ``beside`` the steps of others, or else here and now."""
+        asking = [self._asking(job) for job in jobs]
+        self._recalling += 1
+        if not beside:
+            self._recalling -= 1
+            self._deliver(recall(asking), None)
+            return
+        cores = torch.get_num_threads()
+
+        def work() -> None:
+            prepare(self._buffers.layout.device, cores)
+            with torch.inference_mode(), self._side.use():
+                found = recall(asking)
+                event = self._side.mark()
+            with self._changed:
+                self._found.append((found, event))
+                self._changed.notify_all()
+
+        threading.Thread(target=work, name="m3-engine-recall", daemon=True).start()
+
+    def _asking(self, job: _Job) -> Asking[_Job]:
+        one, stream = job.scheduled, job.request.stream
+        assert stream
+        assert one.chunk
+        in_prompt = one.read < len(one.prompt)
+
+        if not in_prompt:
+            return Asking(job, stream, self.words.decode(one.chunk_tokens()), None)
+        query, after = job.request.prompt.query, one.read + one.chunk
+        now = query or self.words.decode(one.chunk_tokens())
+        if query or after >= len(one.prompt) or not stream.runtime.config.recall.lookahead_tokens:
+            return Asking(job, stream, now, wait=True)
+        text = self.words.decode(one.prompt[after : after + one.chunk])
+        return Asking(job, stream, now, wait=True, next_text=None if text == now else text)
+
+    def _deliver(self, found: Sequence[Found[_Job]], event: torch.Event | None) -> None:
+        for one in found:
+            job, scheduled = one.who, one.who.scheduled
+            scheduled.recalling = False
+            if job.ending is not None:
+                self._stop(job, job.ending)
+            elif isinstance(one.recalled, Exception):
+                self._stop(job, one.recalled)
+            else:
+                self._read(job, one.recalled, event)
+
+    def _read(self, job: _Job, recalled: Recalled, event: torch.Event | None) -> None:
+        """Let a row attend to what was recalled for it."""
+        row = job.scheduled.row
+        assert row is not None
+        self._side.arrive(event, [tensor for part in recalled.parts for tensor in part])
+        parts, names = list(recalled.parts), list[Hashable](recalled.ids)
+        if self._arrange is not None:  # how one is arranged depends on its place
+            parts, names = self._arrange(parts), list(enumerate(recalled.ids))
+        self._runner.reserve(0, sum(keys.shape[2] for keys, _ in parts), 0, job.request.settings)
+        self._buffers.put_memories(row, parts, names, recalled.log_weights)
+        place = job.scheduled.recalled = job.scheduled.read
+        if place > job.told:
+            job.told = place
+            kept = recalled.without_parts()
+            job.writing.chunks.append(kept)
+            job.tell(Read(kept, len(job.scheduled.answer)))

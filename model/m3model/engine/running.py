@@ -1,0 +1,108 @@
+"""`Runner`: launches steps on the buffers of an engine, and brings what they drew to the host."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3model.engine.buffers import RowBuffers
+from m3model.engine.graph import GraphedStep
+from m3model.engine.sampling import Chosen, Kinds, Sampling
+from m3model.engine.scheduler import Plan, Scheduled
+from m3model.engine.staging import Staging
+from m3model.engine.step import Step
+from m3runtime.adapters.answers import TokenLogProb
+from m3runtime.config.schema import GenerateConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What a step drew, on the host."""
+
+    tokens: list[int]
+    log_probs: list[float] | None = None
+    likeliest: list[list[int]] | None = None
+    likeliest_log_probs: list[list[float]] | None = None
+
+    def token(self, index: int, log_probs: int | None) -> tuple[int, TokenLogProb | None]:
+        """A token, and how likely it was, with so many of the likeliest; None asks for neither."""
+        token = self.tokens[index]
+        if log_probs is None or self.log_probs is None or self.likeliest is None or self.likeliest_log_probs is None:
+            return token, None
+        best = zip(self.likeliest[index][:log_probs], self.likeliest_log_probs[index][:log_probs], strict=True)
+        return token, TokenLogProb(token, self.log_probs[index], tuple(best))
+
+
+class Outcome:
+    """The tokens of a step that may still be under way."""
+
+    def __init__(self, chosen: Chosen | None, places: Mapping[Scheduled, int]) -> None:
+        self.places = places
+        """The sequences that a token is drawn for, and its place in the results."""
+        self._host = [] if chosen is None else [_to_host(getattr(chosen, one.name)) for one in fields(chosen)]
+        self._event: torch.Event | None = None
+        if chosen is not None and chosen.tokens.device.type == "cuda":
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def results(self) -> Results:
+        """Wait for the tokens."""
+        if self._event is not None:
+            self._event.synchronize()
+        lists: list[Any] = [None if tensor is None else tensor.tolist() for tensor in self._host]
+        return Results(*lists) if lists else Results([])
+
+
+class Runner:
+    """The buffers and the step of one engine. One thread."""
+
+    def __init__(self, model: Any, buffers: RowBuffers) -> None:
+        device = buffers.layout.device
+        self.runs_ahead = device.type == "cuda"
+        """May a step be launched before the results of the last one are known?"""
+        self.sampling = Sampling(device, model.config.get_text_config().vocab_size)
+        self._buffers = buffers
+        self._step = Step(model, buffers, self.sampling)
+        self._run: Step | GraphedStep = GraphedStep(self._step) if self.runs_ahead else self._step
+        self._staging = Staging(buffers, few_shapes=self.runs_ahead)
+
+    def reserve(self, rows: int, region: int, context: int, settings: GenerateConfig) -> None:
+        """Make room for so many rows, columns of memories and tokens of context, and for what a row asks for."""
+        moved = self._buffers.reserve(rows, region, context)
+        moved |= self.sampling.reserve(self._buffers.rows, Kinds.of([settings]))
+        moved |= self._step.reserve(self._buffers.rows)
+        if moved and isinstance(self._run, GraphedStep):
+            self._run.clear()
+
+    def move(self, row: int, to: int, tokens: int) -> None:
+        """Move a row with ``tokens`` tokens of context to another one, which is free."""
+        self._buffers.move(row, to, tokens)
+        self.sampling.move(row, to)
+        self._step.move(row, to)
+
+    def launch(
+        self,
+        plan: Plan,
+        settings: Sequence[GenerateConfig],
+        *,
+        offset: Callable[[Scheduled], int],
+        uniform: Callable[[Scheduled], float],
+    ) -> Outcome:
+        """Launch a step. ``settings`` are of the rows that it draws for."""
+        most = max([one.read + 1 for one in plan.decoding] + [part.end for part in plan.reading])
+        if most > self._buffers.context:
+            self.reserve(0, 0, most + self._buffers.context // 2, settings[0] if settings else GenerateConfig())
+        shape = self._staging.shape(plan, Kinds.of(settings))
+        places = {one: one.row for one in plan.decoding if one.row is not None}
+        ends = (part.sequence for part in plan.reading if part.draws)
+        places |= {one: place for place, one in enumerate(ends, shape.decoding)}
+        return Outcome(self._run(shape, self._staging.inputs(plan, shape, offset, uniform)), places)
+
+
+def _to_host(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or tensor.device.type != "cuda":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

@@ -1,0 +1,202 @@
+"""One step of the engine: rows that decode read a token each, others a part of their prompts, in one forward pass.
+
+The tokens of all rows stand in one sequence of the model, ``[decoding rows | parts of prompts]``: projections and the
+rest of each layer know no rows, and attention takes them apart again. A step reads nothing but buffers that were there
+before it, at shapes that `Shape` alone decides: no host synchronisation, no data-dependent Python, no tensor that
+outlives it. So it can be captured as a CUDA graph, see `m3model.engine.graph`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from m3model.attention.implementation import attend
+from m3model.attention.layout import Pair
+from m3model.attention.stopping import StoringLayer
+from m3model.attention.versions import cache_name
+from m3model.engine.buffers import RowBuffers, Stack
+from m3model.engine.sampling import Chosen, Kinds, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """All that decides which operations a step is made of."""
+
+    decoding: int
+    """The first so many rows read one token each, whether they decode or not."""
+    parts: int
+    """Parts of prompts."""
+    width: int
+    """Tokens of each part, with padding."""
+    ends: int
+    """Parts that a token is drawn after. The head, much of a small model, is asked for no others."""
+    memories: int
+    """Columns of memories that attention reads."""
+    context: int
+    """Columns of context that attention reads."""
+    kinds: Kinds
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the forward pass."""
+        return self.decoding + self.parts * self.width
+
+    @property
+    def results(self) -> int:
+        """Tokens that are drawn."""
+        return self.decoding + self.ends
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the host says about a step: views of one buffer on the device, of the step's shape."""
+
+    prompts: Tensor
+    """The tokens of the parts of prompts, ``[parts * width]``; int64, as all but ``uniform``."""
+    positions: Tensor
+    """The position of each token."""
+    rows: Tensor
+    """The row that each token's key and value are written to,"""
+    columns: Tensor
+    """and the column of context there."""
+    sees: Tensor
+    """The last column of context that each token sees."""
+    part_rows: Tensor
+    """The row of each part."""
+    results: Tensor
+    """The places of the tokens whose logits are wanted,"""
+    result_rows: Tensor
+    """and the rows that are sampled by them."""
+    uniform: Tensor
+    """Numbers to draw tokens by, float32; see `m3model.engine.sampling.uniforms`."""
+
+
+class _Layer(StoringLayer):  # type: ignore[no-untyped-call]  # an untyped __init_subclass__
+    """One layer of a `StepCache`."""
+
+    def __init__(self, cache: "StepCache", stack: Stack, index: int) -> None:
+        super().__init__()
+        self._cache = cache
+        self._stack = stack
+        self._index = index
+
+    def store(self, keys: Tensor, values: Tensor) -> Pair:
+        """Write the tokens' keys and values to their places; return the layer's buffers."""
+        at = (self._cache.inputs.rows, self._cache.columns[self._stack.remembers])
+        pair = self._stack.keys[self._index], self._stack.values[self._index]
+        for buffer, new in zip(pair, (keys, values), strict=True):
+            buffer.transpose(1, 2).index_put_(at, new[0].transpose(0, 1).to(buffer.dtype))
+        return pair
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Of no meaning: masks are the cache's."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Of no meaning: each row has its own."""
+        return 0
+
+
+class StepCache(Cache):
+    """What stands for a cache in the forward pass of a step. It holds nothing but the step's own."""
+
+    def __init__(self, buffers: RowBuffers, shape: Shape, inputs: Inputs) -> None:
+        self.buffers = buffers
+        self.shape = shape
+        self.inputs = inputs
+        # The same places in layers with a memory region and without.
+        before = (buffers.sink, buffers.region + buffers.sink)
+        self.columns = tuple(inputs.columns + start for start in before)
+        self._masks: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
+        places = {layer: (stack, at) for stack in buffers.stacks for at, layer in enumerate(stack.layers)}
+        super().__init__(layers=[_Layer(self, *places[layer]) for layer in range(buffers.layout.layers)])
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, *, scale: float, softcap: float | None
+    ) -> Tensor:
+        """Attention of each row's tokens over its own columns; see `m3model.attention.implementation.Attending`."""
+        shape, sink = self.shape, self.buffers.sink
+        memories = shape.memories if keys.shape[2] > sink + self.buffers.context + 1 else 0
+        first = keys.shape[2] - 1 - self.buffers.context - sink - memories
+        count = memories + sink + shape.context
+        keys, values = keys.narrow(2, first, count), values.narrow(2, first, count)
+        masks = self._mask(memories, window)
+        heads, dim = query.shape[1], query.shape[3]
+        outputs = []
+        if shape.decoding:
+            # [1, Hq, R, D] -> [R, Hq, 1, D]
+            asking = query[:, :, : shape.decoding].transpose(0, 2)
+            ours = keys.narrow(0, 0, shape.decoding), values.narrow(0, 0, shape.decoding)
+            read = attend(asking, *ours, masks[0].to(query.dtype), scale=scale, softcap=softcap)
+            outputs.append(read.transpose(0, 2))
+        if shape.parts:
+            # [1, Hq, P * Q, D] -> [P, Hq, Q, D]
+            asking = query[0, :, shape.decoding :].reshape(heads, shape.parts, shape.width, dim).transpose(0, 1)
+            # A copy: a part of a prompt reads its row once, where a decoding row reads it for each token.
+            theirs = keys.index_select(0, self.inputs.part_rows), values.index_select(0, self.inputs.part_rows)
+            read = attend(asking, *theirs, masks[1].to(query.dtype), scale=scale, softcap=softcap)
+            outputs.append(read.transpose(0, 1).reshape(1, heads, -1, dim))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+
+    def _mask(self, memories: int, window: int | None) -> tuple[Tensor, Tensor]:
+        """What is added to the logits, of decoding rows ``[R, 1, 1, K]`` and of parts ``[P, 1, Q, K]``.
+
+        Memories and sink are seen in layers with a sliding window as well: they stand outside the sequence.
+        """
+        if window is not None and self.shape.context <= window:
+            window = None
+        if (memories, window) not in self._masks:
+            shape, bias = self.shape, self.buffers.bias
+            bias = bias.narrow(1, bias.shape[1] - self.buffers.sink - memories, memories + self.buffers.sink)
+            columns = torch.arange(shape.context, device=bias.device)
+            sees = self.inputs.sees[:, None]
+            seen = columns <= sees if window is None else (columns <= sees) & (columns > sees - window)
+            context = torch.zeros((), dtype=bias.dtype, device=bias.device).where(seen, -torch.inf)
+            decoding = torch.cat([bias[: shape.decoding], context[: shape.decoding]], 1)[:, None, None]
+            parts = context[shape.decoding :].view(shape.parts, shape.width, shape.context)
+            before = bias.index_select(0, self.inputs.part_rows)[:, None].expand(-1, shape.width, -1)
+            self._masks[memories, window] = decoding, torch.cat([before, parts], 2)[:, None]
+        return self._masks[memories, window]
+
+
+class Step:
+    """The step of one model over its buffers."""
+
+    def __init__(self, model: Any, buffers: RowBuffers, sampling: Sampling) -> None:
+        self.model = model
+        self.buffers = buffers
+        self.sampling = sampling
+        self.last = torch.zeros(1, dtype=torch.int64, device=buffers.layout.device)
+        """The token that each row drew last, int64 ``[rows + 1]``: nobody has to tell the next step."""
+        self._cache_name = cache_name(model)
+
+    def reserve(self, rows: int) -> bool:
+        """Make room for so many rows; is it in another place now?"""
+        if len(self.last) > rows:
+            return False
+        self.last = torch.cat([self.last[:-1], self.last.new_zeros(rows + 2 - len(self.last))])
+        return True
+
+    def move(self, row: int, to: int) -> None:
+        """Move a row to another one."""
+        self.last[to] = self.last[row]
+
+    def __call__(self, shape: Shape, inputs: Inputs) -> Chosen | None:
+        """Read and draw; None if nothing is drawn. Rows of the results that belong to nobody have no meaning."""
+        cache = StepCache(self.buffers, shape, inputs)
+        output = self.model(
+            input_ids=torch.cat([self.last[: shape.decoding], inputs.prompts])[None],
+            position_ids=inputs.positions[None],
+            use_cache=True,
+            logits_to_keep=inputs.results,
+            m3_cache=cache,
+            **{self._cache_name: cache},
+        )
+        if not shape.results:
+            return None
+        chosen = self.sampling.choose(output.logits[0], inputs.result_rows, inputs.uniform, shape.kinds)
+        self.last.index_copy_(0, inputs.result_rows, chosen.tokens)
+        return chosen
