@@ -1,4 +1,4 @@
-"""Every architecture of the transformers library keeps the parity law, or is refused in one line.
+"""Every architecture of the transformers library keeps the parity law, in sessions and engine, or is refused in a line.
 
 Models are tiny and random. The law is taken apart, so that the stock model alone is the oracle: a memory gives the
 logits of its text where no window hides anything, and windows hide what they should where there is no memory.
@@ -17,8 +17,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from m3model.attention.layout import AttentionLayout
 from m3model.transformers import TransformersAdapter
+from m3runtime.adapters.answers import Prompt
+from m3runtime.config.schema import GenerateConfig
 from m3runtime.errors import ConfigError
 from tests.model.families import REFERENCE_TOKENS, WINDOW, make_adapter, random_text
+from tests.model.given import GivenMemories
 
 CONTEXT = 36
 TOLERANCE = 1e-4
@@ -153,6 +156,30 @@ def window_gap(model: Any) -> float:
     return gap(adapter.session(1, memories=False).all_logits(torch.tensor([ids]))[0], plain(model, ids))
 
 
+def engine_gap(model: Any, *, with_memory: bool) -> float:
+    """The greatest difference between what the engine and the stock model say of the tokens that the engine wrote.
+
+    Two rows at once, of which one reads its prompt in parts while the other one decodes.
+    """
+    stock = copy.deepcopy(model)
+    adapter = make_adapter(model=model)
+    text = random_text(adapter.tokenizer, REFERENCE_TOKENS, seed=1)
+    prompts = [Prompt(random_text(adapter.tokenizer, length, seed=length)) for length in (3, 5 * WINDOW)]
+    streams, before = None, [0] if adapter.tokenizer.bos_token_id is not None else []
+    if with_memory:
+        given = GivenMemories(adapter, [text])
+        streams, before = [given.stream() for _ in prompts], [*adapter.sink_ids, *adapter.ids(text)]
+    adapter.stop_tokens = frozenset()
+    settings = GenerateConfig(max_new_tokens=2 * WINDOW, log_probs=0)
+    gaps = []
+    for prompt, answer in zip(prompts, adapter.generate(prompts, streams, settings), strict=True):
+        ids = [*before, *adapter.ids(prompt.text), *answer.tokens]
+        wanted = plain(stock, ids)[-len(answer.tokens) - 1 : -1].log_softmax(1)
+        found = torch.tensor([one.log_prob for one in answer.log_probs])
+        gaps.append(gap(found, wanted.gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]))
+    return max(gaps)
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -169,7 +196,12 @@ def test_an_architecture_keeps_the_law_or_is_refused(kind: str) -> None:
         pytest.skip("the library makes no model of it")
     refusal, gaps = "", []
     try:
-        gaps = [memory_gap(make(kind, 512)), window_gap(make(kind, WINDOW))]
+        gaps = [
+            memory_gap(make(kind, 512)),
+            window_gap(make(kind, WINDOW)),
+            engine_gap(make(kind, 512), with_memory=True),
+            engine_gap(make(kind, WINDOW), with_memory=False),
+        ]
     except ConfigError as error:
         refusal = str(error)
     except ImportError as error:

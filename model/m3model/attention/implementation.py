@@ -64,7 +64,8 @@ class Masked:
         mask = self.mask(keys.shape[2], window)
         if mask is not None:
             mask = mask.to(query.dtype)  # in mixed precision queries have another one than the weights
-        return attend(query, keys, values, mask, scale=scale, softcap=softcap)
+        threads = torch.get_num_threads()
+        return attend(query, keys, values, mask, scale=scale, softcap=softcap, threads=threads)
 
 
 Observer = Callable[[Tensor, Tensor, float, float | None], None]
@@ -72,12 +73,19 @@ Observer = Callable[[Tensor, Tensor, float, float | None], None]
 
 
 def attend(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None = None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    threads: int = 1,
 ) -> Tensor:
     """Joint softmax over memories, sink and context (Memory³, section 3.1).
 
     ``query`` is ``[B, Hq, Q, D]``, ``keys`` and ``values`` ``[B, Hkv, K, D]``, ``mask`` ``[B, 1, Q, K]``, added to the
-    logits, or None where all is seen. Returns ``[B, Hq, Q, D]``.
+    logits, or None where all is seen. ``threads`` is how many compute it on a CPU. Returns ``[B, Hq, Q, D]``.
     """
     batch, heads, length, dim = query.shape
     kv_heads = keys.shape[1]
@@ -90,7 +98,7 @@ def attend(
             logits = logits + mask
         weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)
         return (weights.view(batch, kv_heads, -1, keys.shape[2]) @ values).view(batch, heads, length, dim)
-    if heads == kv_heads or not _folds(query, kv_heads, mask):
+    if heads == kv_heads or not _folds(query, kv_heads, mask, threads):
         return scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=heads != kv_heads)
     if mask is not None and length > 1:
         mask = mask.repeat(1, 1, heads // kv_heads, 1)  # [B, 1, G * Q, K]
@@ -98,7 +106,7 @@ def attend(
     return scaled_dot_product_attention(folded, keys, values, mask, scale=scale).reshape(batch, heads, length, dim)
 
 
-def _folds(query: Tensor, kv_heads: int, mask: Tensor | None) -> bool:
+def _folds(query: Tensor, kv_heads: int, mask: Tensor | None, threads: int) -> bool:
     """Do the query heads that share a KV head become queries of one head? If not, ``enable_gqa`` groups them.
 
     On a CPU neither copies keys or values, but ``enable_gqa`` goes over them once for each query head: at one query,
@@ -109,7 +117,7 @@ def _folds(query: Tensor, kv_heads: int, mask: Tensor | None) -> bool:
     """
     if query.device.type != "cpu":
         return query.shape[2] == 1 or mask is not None
-    units, threads = query.shape[0] * kv_heads, torch.get_num_threads()
+    units = query.shape[0] * kv_heads
     return query.shape[2] == 1 and (units % threads == 0 or units >= 8 * threads)
 
 

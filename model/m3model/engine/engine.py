@@ -160,6 +160,9 @@ class MemoryEngine(Engine):
         """Raise `InputError` for a request that can never be answered."""
         if not ids:
             raise InputError("a prompt needs at least one token")
+        vocabulary = self._runner.sampling.vocabulary
+        if strange := [token for token in request.settings.logit_bias if not 0 <= token < vocabulary]:
+            raise InputError(f"generate.logit_bias: {strange[0]} is no token; the model's are 0 to {vocabulary - 1}")
         most = len(ids) + request.settings.max_new_tokens
         check_positions(most + self._start(request), self._buffers.layout.positions)
         if not self._fits(1, most):
@@ -238,7 +241,7 @@ class MemoryEngine(Engine):
         if launched is not None and not self._runner.runs_ahead:
             self._under_way = None
             self._finish(launched)
-        if before is None and launched is None and not due:
+        if self._jobs and before is None and launched is None and not due:
             self._wait()
 
     def _wait(self) -> None:

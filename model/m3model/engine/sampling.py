@@ -103,7 +103,7 @@ class Sampling:
         self._top_k[row] = settings.top_k or self.vocabulary
         if len(self._written):
             self._prompted[row] = False
-            self._prompted[row, torch.tensor(prompt, device=self.device)] = True
+            self._prompted[row, torch.tensor(prompt, dtype=torch.int64, device=self.device)] = True
             counts = torch.bincount(torch.tensor(answer, dtype=torch.int64), minlength=self.vocabulary)
             self._written[row] = counts.to(self.device, torch.int32)
         if len(self._bias):

@@ -50,6 +50,7 @@ class Staging:
             memories=memories,
             context=min(rounded(context), self._buffers.context),
             kinds=kinds,
+            threads=torch.get_num_threads(),
         )
 
     def inputs(

@@ -7,6 +7,7 @@ outlives it. So it can be captured as a CUDA graph, see `m3model.engine.graph`.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class Shape:
     context: int
     """Columns of context that attention reads."""
     kinds: Kinds
+    threads: int = 1
+    """How many compute it on a CPU."""
 
     @property
     def tokens(self) -> int:
@@ -124,20 +127,21 @@ class StepCache(Cache):
         count = memories + sink + shape.context
         keys, values = keys.narrow(2, first, count), values.narrow(2, first, count)
         masks = self._mask(memories, window)
+        attending = partial(attend, scale=scale, softcap=softcap, threads=shape.threads)
         heads, dim = query.shape[1], query.shape[3]
         outputs = []
         if shape.decoding:
             # [1, Hq, R, D] -> [R, Hq, 1, D]
             asking = query[:, :, : shape.decoding].transpose(0, 2)
             ours = keys.narrow(0, 0, shape.decoding), values.narrow(0, 0, shape.decoding)
-            read = attend(asking, *ours, masks[0].to(query.dtype), scale=scale, softcap=softcap)
+            read = attending(asking, *ours, masks[0].to(query.dtype))
             outputs.append(read.transpose(0, 2))
         if shape.parts:
             # [1, Hq, P * Q, D] -> [P, Hq, Q, D]
             asking = query[0, :, shape.decoding :].reshape(heads, shape.parts, shape.width, dim).transpose(0, 1)
             # A copy: a part of a prompt reads its row once, where a decoding row reads it for each token.
             theirs = keys.index_select(0, self.inputs.part_rows), values.index_select(0, self.inputs.part_rows)
-            read = attend(asking, *theirs, masks[1].to(query.dtype), scale=scale, softcap=softcap)
+            read = attending(asking, *theirs, masks[1].to(query.dtype))
             outputs.append(read.transpose(0, 1).reshape(1, heads, -1, dim))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 

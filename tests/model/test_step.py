@@ -1,0 +1,133 @@
+"""A step of the engine can be captured: what that asks of it shows on a CPU as well."""
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from m3model.engine.buffers import RowBuffers
+from m3model.engine.running import Runner
+from m3model.engine.sampling import Kinds
+from m3model.engine.scheduler import Plan, Reading, Scheduled
+from m3model.engine.step import Inputs, Shape
+from m3model.transformers import TransformersAdapter
+from m3runtime.config.schema import GenerateConfig
+from tests.model.families import FAMILIES, make_adapter, random_text
+from tests.model.test_decode_step import WAITING, Operations
+
+EVERYTHING = GenerateConfig(
+    temperature=0.8, top_p=0.9, top_k=7, min_p=0.01, repetition_penalty=1.2, presence_penalty=0.3, logit_bias={3: 1.0},
+    log_probs=2,
+)  # fmt: skip
+
+
+class Ready:
+    """An engine's buffers with two rows that decode, with memories, and one that reads its prompt."""
+
+    def __init__(self, adapter: TransformersAdapter) -> None:
+        self.adapter = adapter
+        self.buffers = RowBuffers(adapter.layout, adapter.spec.layers, adapter._sink)
+        self.runner = Runner(adapter.model, self.buffers)
+        self.runner.reserve(3, 64, 64, EVERYTHING)
+        texts = [random_text(adapter.tokenizer, length, seed=length) for length in (20, 11)]
+        encoded = adapter.encode(texts)
+        parts = [
+            (keys[:, :, :count], values[:, :, :count])
+            for keys, values, count in zip(encoded.keys, encoded.values, encoded.tokens.tolist(), strict=True)
+        ]
+        self.rows = [Scheduled(adapter.ids(random_text(adapter.tokenizer, 20 + i, seed=i)), 99, None) for i in range(3)]
+        for row, one in enumerate(self.rows):
+            one.row = row
+            self.buffers.begin(row, sink=True)
+            self.runner.sampling.begin(row, EVERYTHING, one.prompt, ())
+            self.buffers.put_memories(row, parts[: row % 3], ["a", "b"][: row % 3], [0.0, -0.5][: row % 3])
+        for one in self.rows[:2]:
+            self.step(Plan((), (Reading(one, 0, len(one.prompt)),)))
+
+    def plan(self) -> Plan:
+        """The two that decode, and a part of the third one's prompt."""
+        third = self.rows[2]
+        return Plan(tuple(self.rows[:2]), (Reading(third, third.read, third.read + 3),))
+
+    def inputs(self, plan: Plan) -> tuple[Shape, Inputs]:
+        shape = self.runner._staging.shape(plan, Kinds.of([EVERYTHING]))
+        return shape, self.runner._staging.inputs(plan, shape, lambda _: self.adapter.offset, lambda _: 0.3)
+
+    def step(self, plan: Plan) -> Any:
+        with torch.inference_mode():
+            chosen = self.runner._step(*self.inputs(plan))
+        for one in plan.decoding:
+            one.read, one.drawn = one.read + 1, one.drawn + 1
+        for part in plan.reading:
+            part.sequence.read = part.end
+            part.sequence.drawn += part.end == len(part.sequence.prompt)
+        return chosen
+
+    def addresses(self) -> list[int]:
+        sampling, stacks = self.runner.sampling, self.buffers.stacks
+        tensors = [self.runner._step.last, self.buffers.bias, *(x for s in stacks for x in (s.keys, s.values))]
+        tensors += [sampling._settings, sampling._top_k, sampling._prompted, sampling._written, sampling._bias]
+        return [tensor.data_ptr() for tensor in tensors]
+
+
+class Made(TorchDispatchMode):
+    """Remembers every tensor that an operation makes, without keeping it alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for one in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(one, Tensor):
+                self.tensors.append(weakref.ref(one))
+        return result
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_waits_for_nothing_and_keeps_nothing(family: str) -> None:
+    ready = Ready(make_adapter(family))
+    before = ready.addresses()
+    for _ in range(2):
+        with Operations() as step:
+            ready.step(ready.plan())
+        assert not WAITING & step.names.keys()
+        assert step.names["linear"] + step.names["mm"] + step.names["addmm"] > 0  # the step was seen at all
+        # Decoding rows read their keys where they stand: no copy of a layer's columns for two rows.
+        layout = ready.adapter.layout
+        assert [shape for shape in step.shapes if len(shape) == 4 and shape[0] == 2 and shape[2] > 60] == []
+        assert layout.layers
+    assert ready.addresses() == before
+    with Made() as made:
+        chosen = ready.step(ready.plan())
+    assert len(made.tensors) > 100
+    results = {chosen.tokens, chosen.log_probs, chosen.likeliest, chosen.likeliest_log_probs}
+    gc.collect()
+    alive = {tensor for reference in made.tensors if (tensor := reference()) is not None}
+    model = ready.adapter.model
+    there = {*before, *(tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()])}
+    assert {tensor for tensor in alive if tensor.data_ptr() not in there} <= results
+
+
+@pytest.mark.parametrize(
+    "family",
+    [one if one in ("llama", "gemma3_text") else pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES],
+)
+def test_a_step_is_one_graph(family: str) -> None:
+    """No data-dependent Python: `torch.compile` follows the whole step, and gets what it gets without."""
+    ready, other = Ready(make_adapter(family)), Ready(make_adapter(family))
+    compiled = torch.compile(other.runner._step, fullgraph=True, backend="eager")
+    for _ in range(2):
+        expected = ready.step(ready.plan())
+        with torch.inference_mode():
+            found = compiled(*other.inputs(other.plan()))
+        for one in other.rows[:2]:
+            one.read, one.drawn = one.read + 1, one.drawn + 1
+        other.rows[2].read += 3
+        assert found.tokens[:2].tolist() == expected.tokens[:2].tolist()
+        torch.testing.assert_close(found.log_probs[:2], expected.log_probs[:2], atol=1e-5, rtol=1e-5)
