@@ -1,6 +1,6 @@
 """The engine on tiny models: the laws of every engine, and what is this one's own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ from m3model.engine.buffers import rounded
 from m3model.engine.engine import MemoryEngine
 from m3model.transformers import TransformersAdapter
 from m3runtime.adapters.answers import Prompt
-from m3runtime.adapters.engine import Request
+from m3runtime.adapters.engine import Request, answers
 from m3runtime.config.schema import GenerateConfig
 from m3runtime.errors import InputError
 from m3runtime.runtime import Runtime
 from m3runtime.stream import Stream
-from m3runtime.testing.engine import EngineContract
+from m3runtime.testing.engine import Crowd, EngineContract
 from tests.model.banks import CHUNK, make_runtime
 from tests.model.families import make_adapter, random_text
 
@@ -91,10 +91,6 @@ class Engines(EngineContract):
         return Request(Prompt(random_text(self.adapter.tokenizer, 9, seed=1)), GenerateConfig(), stream)
 
 
-class TestLlama(Engines):
-    family = "llama"
-
-
 class TestMistralSliding(Engines):
     family = "mistral-sliding"
     examples = 4
@@ -105,8 +101,44 @@ class TestGemma3(Engines):
     examples = 4
 
 
-def sizes(engine: MemoryEngine) -> Sequence[int]:
-    return engine._buffers.rows, engine._buffers.region, engine._buffers.context
+class TestLlama(Engines):
+    """The contract, and what is this engine's own."""
+
+    def test_who_loses_its_row_goes_on_as_if_nothing_had_happened(self) -> None:
+        def requests() -> list[Request]:
+            settings = GenerateConfig(max_new_tokens=70, temperature=0.8, seed=3, presence_penalty=0.4)
+            prompts = [Prompt(random_text(self.adapter.tokenizer, 20, seed=seed)) for seed in (1, 2)]
+            return [Request(prompt, settings, self.stream()) for prompt in prompts]
+
+        alone = [answers(self.make_engine(), [request])[0] for request in requests()]
+        adapter = make_adapter(model=self.adapter.model)
+        adapter.room = self.buffers_of(adapter).bytes_of(2, rounded(64), 64)
+        engine = adapter.engine
+        assert isinstance(engine, MemoryEngine)
+        together = answers(engine, requests())
+        assert engine.preempted > 0
+        for one, other in zip(together, alone, strict=True):
+            assert one.tokens == other.tokens
+            assert [chunk.ids for chunk in one.chunks] == [chunk.ids for chunk in other.chunks]
+
+    def test_a_model_that_fails_ends_who_is_under_way_and_nobody_else(self) -> None:
+        engine, requests = self.make_engine(), self.make_requests()
+        expected = self.alone()
+        fails = iter([False, False, True])
+
+        def fail(*_: object) -> None:
+            if next(fails, False):
+                raise RuntimeError("the device fell off")
+
+        hook = engine._runner._step.model.lm_head.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="fell off"):
+            answers(engine, requests)
+        hook.remove()
+        self.check(Crowd(engine, self.make_requests(), [0] * len(requests), [None] * len(requests)).seen, expected)
+
+    def test_tokens_that_the_model_does_not_have_are_refused(self) -> None:
+        with pytest.raises(InputError, match=r"generate\.logit_bias: 99999 is no token"):
+            self.adapter.generate([Prompt("oil")], None, GenerateConfig(logit_bias={99_999: 1.0}))
 
 
 def test_a_request_that_can_never_fit_is_refused_by_the_key() -> None:

@@ -118,6 +118,11 @@ class MemoryEngine(Engine):
         self._recalling = 0
         self._under_way: Outcome | None = None
 
+    @property
+    def preempted(self) -> int:
+        """How often a request had to give its row back, to be read again later."""
+        return self._scheduler.preempted
+
     # -- from any thread ----------------------------------------------------------------------------------------
 
     def submit(self, requests: Sequence[Request], on_event: OnEvent) -> list[Ticket]:
@@ -195,9 +200,9 @@ class MemoryEngine(Engine):
             self._hear(new, cancelled, found)
             self._work()
         except Exception as error:  # noqa: BLE001 - told to whoever is under way: nothing is left to go on with
-            for job in list(self._jobs.values()):
-                self._stop(job, error)
             self._under_way = None
+            for job in list(self._jobs.values()):
+                self._stop(job, error, compact=False)
         if self._closed and not self._jobs and not self._recalling:
             with self._changed:
                 self._thread = None
@@ -269,20 +274,21 @@ class MemoryEngine(Engine):
         self._buffers.begin(row, sink=job.request.stream is not None)
         self._runner.sampling.begin(row, settings, job.scheduled.prompt, job.scheduled.answer)
 
-    def _stop(self, job: _Job, how: Reason | Exception) -> None:
+    def _stop(self, job: _Job, how: Reason | Exception, *, compact: bool = True) -> None:
         """End a request early: now, or once no recall uses its stream any more."""
         if job.scheduled.recalling:
             job.ending = job.ending or how
         elif isinstance(how, Exception):
-            self._end(job, Failure(how))
+            self._end(job, Failure(how), compact=compact)
         else:
             job.tell(job.writing.end(how))
             self._end(job, End(job.writing.answer()))
 
-    def _end(self, job: _Job, event: End | Failure) -> None:
+    def _end(self, job: _Job, event: End | Failure, *, compact: bool = True) -> None:
+        """Take a request out. Without ``compact`` the device does nothing: it has failed."""
         del self._jobs[job.scheduled]
         self._scheduler.end(job.scheduled)
-        for row, to in self._scheduler.compact():
+        for row, to in self._scheduler.compact() if compact else ():
             moved = next(one for one in self._scheduler.running if one.row == to)
             self._runner.move(row, to, moved.read)
         job.tell(event)

@@ -82,9 +82,9 @@ class Sampling:
     def reserve(self, rows: int, kinds: Kinds) -> bool:
         """Make room for so many rows; is anything in another place now?"""
         grown = [self._grow("_settings", rows), self._grow("_top_k", rows)]
-        if kinds.penalises:
+        if kinds.penalises or len(self._written):
             grown += [self._grow("_prompted", rows), self._grow("_written", rows)]
-        if kinds.biased:
+        if kinds.biased or len(self._bias):
             grown.append(self._grow("_bias", rows))
         return any(grown)
 
