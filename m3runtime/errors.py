@@ -16,6 +16,7 @@ what to do about it. A cache miss is never an error; it is a value (see `m3runti
     ├── BlockError              bytes are not the expected block
     ├── ForkedError             a runtime is used in a process that was forked after it was opened
     ├── StoreFullError          leased memories fill the memory store
+    ├── EngineClosedError       a request to an engine after `close`
     ├── CodecError              a codec is untrained, unreadable or does not fit
     ├── IndexFileError          an index file cannot be used
     └── TierError               a tier failed

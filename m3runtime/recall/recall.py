@@ -161,6 +161,7 @@ class Recall:
             device=self._loader.device,
             dtype=stream.dtype,
             parts=tuple(lease.loaded.part for lease in leases),
+            tokens=sum(lease.loaded.part[0].shape[2] for lease in leases),
             log_weights=log_weights(given, self._config.score_temperature),
             phases=phases.seconds,
         )

@@ -30,6 +30,8 @@ class Recalled:
     They count as leased until the stream's next recall; whoever keeps them longer takes memory beyond
     ``recall.decoded``.
     """
+    tokens: int
+    """Tokens of all memories together, per KV head."""
     log_weights: tuple[float, ...]
     """Added to the attention logits of each memory's keys; zeros if ``recall.score_temperature`` is null."""
     phases: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False)
@@ -37,11 +39,6 @@ class Recalled:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all memories together, per KV head."""
-        return sum(keys.shape[2] for keys, _ in self.parts)
 
     def layer(self, index: int) -> Part:
         """Keys and values of model layer ``index``, memories in a row: each ``[kv_heads, tokens, head_dim]``.

@@ -48,6 +48,7 @@ class GivenMemories:
             device=torch.device("cpu"),
             dtype=self.dtype,
             parts=tuple(self.parts),
+            tokens=sum(keys.shape[2] for keys, _ in self.parts),
             log_weights=(0.0,) * count,
         )
         return [one] * len(streams)

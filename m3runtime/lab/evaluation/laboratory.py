@@ -72,5 +72,6 @@ class Laboratory:
             device=parts[0][0].device if parts else torch.device("cpu"),
             dtype=stream.dtype,
             parts=parts,
+            tokens=sum(keys.shape[2] for keys, _ in parts),
             log_weights=tuple(choice.log_weight for choice in choices),
         )
