@@ -71,6 +71,34 @@ def decode(
 
 
 @app.command()
+def arrivals(
+    corpus: Corpus = None,
+    config: ConfigFile = None,
+    requests: Annotated[int, typer.Option(min=2, help="Requests.")] = 8,
+    new_tokens: Annotated[int, typer.Option(min=2, help="New tokens of each; none ends early.")] = 128,
+    spread: Annotated[
+        float, typer.Option(min=0, max=1, help="They arrive within this share of the time that they take together.")
+    ] = 0.1,
+    rounds: Rounds = 5,
+    memories: Annotated[int, typer.Option(min=1, help="Memories of each chunk.")] = 5,
+    references: References = 128,
+    threads: Threads = 0,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Compare requests that arrive at random moments with the same requests started together, and one by one."""
+    settings = configuration(config, set)
+    from m3runtime import assembly
+    from m3runtime.lab.bench.arrivals import ArrivalSettings, bench_arrivals
+
+    asked = ArrivalSettings(requests, new_tokens, spread, rounds, memories, references, threads or _default_threads())
+    adapter = assembly.open_adapter(settings)
+    with progress_bars(shown=not json) as progress:
+        found = bench_arrivals(settings, adapter, corpus or [], asked, progress)
+    show(found, json=json)
+
+
+@app.command()
 def tiers(
     corpus: Corpus = None,
     config: ConfigFile = None,
