@@ -50,6 +50,7 @@ from m3runtime.storage.tier import CachingTier  # noqa: E402
 from m3runtime.writing.fitting import fit_codec  # noqa: E402
 from m3runtime.writing.writer import Writer  # noqa: E402
 from tests.gpu import report  # noqa: E402
+from tests.gpu.decoding import decoding  # noqa: E402
 from tests.gpu.models import REAL, TINY, make_embedder, make_model, topics  # noqa: E402
 from tests.gpu.report import Check, Figure  # noqa: E402
 
@@ -169,6 +170,11 @@ def write(place: Place) -> Iterator[Figure]:
     embedder.close()
     yield Figure("references written", wrote.written, least=len(pieces))
     yield Figure("seconds of writing", wrote.seconds, "s", details=str(dict(wrote.phases)))
+
+
+def decode(place: Place) -> Iterator[Figure]:
+    """The engine on larger shapes than the bank's."""
+    yield from decoding(place.folder / "model", resolve(place.device), tiny=place.tiny)
 
 
 def codec(place: Place) -> Iterator[Figure]:
@@ -340,6 +346,7 @@ def preset(place: Place) -> Iterator[Figure]:
 CHECKS: Sequence[Check[Place]] = (
     Check("suite", suite, 90),
     Check("write", write, 60),
+    Check("decode", decode, 120),
     Check("codec", codec, 30),
     Check("tiers", tiers, 20),
     Check("recall", recall, 30),
