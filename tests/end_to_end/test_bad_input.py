@@ -330,7 +330,7 @@ class TestArguments:
 
     def test_nothing_to_do(self, written: Place) -> None:
         assert (
-            complaint(written, "forget") == "m3: nothing to forget is given: name ids, files, --source or --quarantined"
+            complaint(written, "forget") == "m3: nothing to forget is given: name ids, files, --source, --quarantined or --expired"
         )
         assert complaint(written, "search", " ") == "m3: there is nothing to search for: the text is blank"
         assert "token" in complaint(written, "ask", "", "--set", "generate.prompt=plain")

@@ -95,6 +95,8 @@ class TestWrite:
             "left_out": {},
             "unread": {},
             "codec": None,
+            "reencoded": 0,
+            "left": 0,
         }
 
     def test_files_that_are_passed_over_are_counted(self, place: Place) -> None:
