@@ -147,19 +147,6 @@ def test_nothing_is_masked_where_nothing_needs_it() -> None:
     assert step(cache, [1, 1], 0.5)[0][2] is None
 
 
-def test_what_a_rewound_pass_padded_is_seen_again() -> None:
-    cache = make_cache(2)
-    step(cache, [2, 2], 0.5)
-    columns, whole = cache.columns, cache.whole
-    step(cache, [3, 1], 1.5)
-    assert step(cache, [1, 1], 2.5)[0][2] is not None
-    cache.rewind(columns, whole)
-    keys, values, mask = step(cache, [1, 1], 3.5)[0]
-    assert mask is None
-    assert {column[1] for column in seen(keys, values, mask, 0)} >= {0.5, 3.5}
-    assert not {column[1] for column in seen(keys, values, mask, 0)} & {1.5, 2.5}
-
-
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3_text", "gemma2"])
 @pytest.mark.parametrize("settings", [{}, {"sinks": "each", "positions": "sequential", "layers": (1, 2)}])
 def test_sequences_at_different_chunk_positions(family: str, settings: dict[str, object]) -> None:
