@@ -329,9 +329,8 @@ class TestArguments:
         assert line == "m3: the bank remembers nothing from lamp.txt; `m3 inspect --all` lists its sources"
 
     def test_nothing_to_do(self, written: Place) -> None:
-        assert (
-            complaint(written, "forget") == "m3: nothing to forget is given: name ids, files, --source, --quarantined or --expired"
-        )
+        ways = "name ids, files, --source, --quarantined or --expired"
+        assert complaint(written, "forget") == f"m3: nothing to forget is given: {ways}"
         assert complaint(written, "search", " ") == "m3: there is nothing to search for: the text is blank"
         assert "token" in complaint(written, "ask", "", "--set", "generate.prompt=plain")
 
