@@ -66,8 +66,10 @@ def files(draw: st.DrawFn) -> tuple[str, str, str]:
     first = draw(st.sampled_from(["", "\ufeff", "# first\n", "---\n"]))
     last = draw(st.sampled_from(["", "\n", "# the end\n", "...\n"]))
     section = draw(sections(indent))
-    if not section:
+    if not section:  # it is added behind everything
         place = len(blocks)
+        if last == "# the end\n":
+            blocks, last, place = [*blocks, last], "", place + 1
     return first + "".join(blocks[:place]), section, "".join(blocks[place:]) + last
 
 
