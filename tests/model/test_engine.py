@@ -1,5 +1,6 @@
 """The engine on tiny models: the laws of every engine, and what is this one's own."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -135,6 +136,15 @@ class TestLlama(Engines):
             answers(engine, requests)
         hook.remove()
         self.check(Crowd(engine, self.make_requests(), [0] * len(requests), [None] * len(requests)).seen, expected)
+
+    def test_the_interpreter_waits_for_its_threads(self) -> None:
+        """A thread that is stopped within a step takes the process with it."""
+        daemons: list[bool] = []
+        answers(engine := self.make_engine(), self.make_requests())
+        tickets = engine.submit(self.make_requests(), lambda *_: daemons.append(threading.current_thread().daemon))
+        engine.close()
+        assert tickets
+        assert not any(daemons)
 
     def test_tokens_that_the_model_does_not_have_are_refused(self) -> None:
         with pytest.raises(InputError, match=r"generate\.logit_bias: 99999 is no token"):

@@ -140,7 +140,7 @@ class MemoryEngine(Engine):
             self._new += jobs
             if self._thread is None and jobs:
                 name, cores = "m3-engine", torch.get_num_threads()
-                self._thread = threading.Thread(target=self._run, args=(cores,), name=name, daemon=True)
+                self._thread = threading.Thread(target=self._run, args=(cores,), name=name)
                 self._thread.start()
             self._changed.notify_all()
         return list(jobs)
@@ -360,7 +360,7 @@ class MemoryEngine(Engine):
                 self._found.append((found, event))
                 self._changed.notify_all()
 
-        threading.Thread(target=work, name="m3-engine-recall", daemon=True).start()
+        threading.Thread(target=work, name="m3-engine-recall").start()
 
     def _asking(self, job: _Job) -> Asking[_Job]:
         one, stream = job.scheduled, job.request.stream
