@@ -47,8 +47,8 @@ class Scoring:
         self._take(self._read_prompts()[:, None], 0)
         size, longest, start = self._size, max(len(row.tokens) for row in self._rows), 0
         # Decoding recalls before it reads a chunk's last token, and nobody asks what follows the very last one.
-        for end in [*range(size - 1, longest - 1, size), longest - 1]:
-            if start:
+        for number, end in enumerate([*range(size - 1, longest - 1, size), longest - 1]):
+            if number:
                 texts = [row.tokens[start + 1 - size : start + 1] for row in self._rows]
                 going_on = [len(row.tokens) > start + 1 for row in self._rows]
                 self._recall([self._decode(text) if more else None for text, more in zip(texts, going_on, strict=True)])
