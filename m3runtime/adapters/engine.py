@@ -101,7 +101,10 @@ class Engine(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Cancel what is under way, wait for its last events, and drop the buffers. Closing twice is fine."""
+        """Cancel what is under way, wait for its last events, and drop the buffers. Closing twice is fine.
+
+        A listener may close the engine too; it does not wait.
+        """
 
 
 def answers(engine: Engine, requests: Sequence[Request], on_text: OnText | None = None) -> list[Answer]:

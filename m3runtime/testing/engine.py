@@ -3,6 +3,7 @@
 No law waits on a clock: requests arrive and leave at the tokens of others.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -110,6 +111,10 @@ class EngineContract:
         """A request whose recalls raise an error."""
         raise NotImplementedError
 
+    def make_late_request(self, gate: threading.Event) -> Request:
+        """A request whose recalls wait for the gate."""
+        raise NotImplementedError
+
     def alone(self) -> list[Answer]:
         """The answer to each of `make_requests` by an engine that has nothing else to do."""
         engine = self.make_engine()
@@ -181,13 +186,34 @@ class EngineContract:
             answers(engine, [self.make_failing_request()])
         engine.close()
 
+    def test_a_recall_stops_nobody_who_comes_later(self) -> None:
+        engine, expected = self.make_engine(), self.alone()
+        gate, late = threading.Event(), Seen()
+
+        def hear(_: int, event: Event) -> None:
+            late.events.append(event)
+            if isinstance(event, End | Failure):
+                late.ended.set()
+
+        [ticket] = engine.submit([self.make_late_request(gate)], hear)
+        requests = self.make_requests()
+        without = [index for index, one in enumerate(requests) if one.stream is None]
+        found = answers(engine, [requests[index] for index in without])
+        assert [one.tokens for one in found] == [expected[index].tokens for index in without]
+        ticket.cancel()
+        gate.set()
+        late.check()
+        assert late.answer.stopped_by == "cancel"
+        engine.close()
+
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-    def test_a_listener_that_raises_is_not_listened_for(self) -> None:
+    @pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+    def test_a_listener_that_raises_is_not_listened_for(self, error: type[BaseException]) -> None:
         engine, requests = self.make_engine(), self.make_requests()
         expected = self.alone()
 
         def raises(*_: object) -> None:
-            raise RuntimeError("the listener fell ill")
+            raise error("the listener fell ill")
 
         engine.submit(requests[1:2], raises)
         assert answers(engine, requests[:1])[0].tokens == expected[0].tokens
@@ -203,6 +229,44 @@ class EngineContract:
         engine.close()
         with pytest.raises(EngineClosedError):
             engine.submit(self.make_requests()[:1], lambda *_: None)
+
+    def test_what_is_submitted_before_the_close_has_a_last_event(self) -> None:
+        """Also if the close comes while the engine tells the end of the last request that it knows."""
+        engine, (first, second, *_) = self.make_engine(), self.make_requests()
+        late = Seen()
+        closing = threading.Thread(target=engine.close)
+
+        def hear_late(_: int, event: Event) -> None:
+            late.events.append(event)
+            if isinstance(event, End | Failure):
+                late.ended.set()
+
+        def hear(_: int, event: Event) -> None:
+            if isinstance(event, End):
+                engine.submit([second], hear_late)
+                closing.start()
+                with contextlib.suppress(EngineClosedError):
+                    while True:
+                        engine.submit([], hear_late)
+
+        engine.submit([first], hear)
+        late.check()
+        closing.join()
+
+    def test_a_listener_closes_the_engine(self) -> None:
+        engine, requests = self.make_engine(), self.make_requests()
+        crowd = [Seen() for _ in requests]
+
+        def hear(index: int, event: Event) -> None:
+            crowd[index].events.append(event)
+            engine.close()
+            if isinstance(event, End | Failure):
+                crowd[index].ended.set()
+
+        engine.submit(requests, hear)
+        for seen in crowd:
+            seen.check()
+        engine.close()
 
     def test_many_threads_ask(self) -> None:
         engine, expected = self.make_engine(rows=3), self.alone()

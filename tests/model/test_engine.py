@@ -1,25 +1,29 @@
 """The engine on tiny models: the laws of every engine, and what is this one's own."""
 
+import copy
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from m3model.engine.buffers import rounded
 from m3model.engine.engine import MemoryEngine
 from m3model.transformers import TransformersAdapter
 from m3runtime.adapters.answers import Prompt
-from m3runtime.adapters.engine import Request, answers
+from m3runtime.adapters.engine import Event, Failure, Piece, Request, answers
 from m3runtime.config.schema import GenerateConfig
 from m3runtime.errors import InputError
 from m3runtime.runtime import Runtime
 from m3runtime.stream import Stream
 from m3runtime.testing.engine import Crowd, EngineContract
 from tests.model.banks import CHUNK, make_runtime
-from tests.model.families import make_adapter, random_text
+from tests.model.families import make_adapter, make_model, random_text
 
 
 class FailingRuntime:
@@ -36,6 +40,18 @@ class FailingRuntime:
 
     def release(self, _: Stream) -> None:
         """Nothing is held."""
+
+
+class LateRuntime(FailingRuntime):
+    """A recaller that waits for its gate."""
+
+    def __init__(self, runtime: Runtime, gate: threading.Event) -> None:
+        super().__init__(runtime)
+        self.gate = gate
+
+    def recall(self, *_: object, **__: object) -> Any:
+        assert self.gate.wait(60)
+        raise InputError("nothing is remembered here")
 
 
 class Engines(EngineContract):
@@ -91,6 +107,9 @@ class Engines(EngineContract):
         stream = Stream(FailingRuntime(self.runtime), self.adapter.dtype)
         return Request(Prompt(random_text(self.adapter.tokenizer, 9, seed=1)), GenerateConfig(), stream)
 
+    def make_late_request(self, gate: threading.Event) -> Request:
+        return replace(self.make_failing_request(), stream=Stream(LateRuntime(self.runtime, gate), self.adapter.dtype))
+
 
 class TestMistralSliding(Engines):
     family = "mistral-sliding"
@@ -145,6 +164,115 @@ class TestLlama(Engines):
         engine.close()
         assert tickets
         assert not any(daemons)
+
+    def test_a_recall_that_cannot_be_read_ends_all_and_leaves_nobody_waiting(self, monkeypatch: Any) -> None:
+        engine, requests = self.make_engine(rows=8), self.make_requests()
+        expected = self.alone()
+        put = engine._buffers.put_memories
+        fails = iter([False, False, True])
+
+        def fail(*args: Any) -> None:
+            if next(fails, False):
+                raise RuntimeError("no memory left")
+            put(*args)
+
+        monkeypatch.setattr(engine._buffers, "put_memories", fail)
+        crowd = Crowd(engine, requests, [0] * len(requests), [None] * len(requests))
+        assert any(isinstance(seen.last, Failure) for seen in crowd.seen)
+        self.check(Crowd(engine, self.make_requests(), [0] * len(requests), [None] * len(requests)).seen, expected)
+        engine.close()
+
+    @pytest.mark.parametrize("broken", ["prepare", "torch.get_num_threads", "Asking"])
+    def test_a_recall_that_cannot_begin_ends_its_request(self, broken: str, monkeypatch: Any) -> None:
+        engine, requests = self.make_engine(), self.make_requests()
+        expected = self.alone()
+        begun = threading.Event()
+
+        def fail(*_: object, **__: object) -> None:
+            raise RuntimeError("cannot begin")
+
+        def hear(_: int, event: Event) -> None:
+            if isinstance(event, Piece) and not begun.is_set():
+                begun.set()
+                monkeypatch.setattr(f"m3model.engine.engine.{broken}", fail)
+
+        engine.submit([replace(requests[3], settings=GenerateConfig(max_new_tokens=400))], hear)
+        assert begun.wait(60)
+        with pytest.raises(RuntimeError, match="cannot begin"):
+            answers(engine, requests[:1])
+        monkeypatch.undo()
+        self.check(Crowd(engine, self.make_requests(), [0] * 6, [None] * 6).seen, expected)
+        engine.close()
+
+    def test_buffers_that_could_not_grow_are_made_anew(self, monkeypatch: Any) -> None:
+        engine, requests = self.make_engine(), self.make_requests()
+        expected = self.alone()
+        answers(engine, requests[:1])
+        zeros, count = torch.zeros, iter(range(99))
+
+        def fail(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if len(args[0]) == 5 and next(count) == 1:  # the second buffer of four
+                raise RuntimeError("out of memory")
+            return zeros(*args, **kwargs)
+
+        monkeypatch.setattr("m3model.engine.buffers.torch.zeros", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            answers(engine, [replace(requests[1], settings=GenerateConfig(max_new_tokens=300))])
+        assert answers(engine, requests[4:5])[0].tokens == expected[4].tokens
+        engine.close()
+
+    def test_rows_and_contexts_together_stay_within_the_room(self) -> None:
+        """One long request and then many short ones have no more than either needs."""
+        adapter = make_adapter(model=self.adapter.model)
+        expected = self.alone()
+        adapter.room = self.buffers_of(adapter).bytes_of(1, 64, 448)
+        engine = adapter.engine
+        assert isinstance(engine, MemoryEngine)
+        long = [Request(Prompt("oil"), GenerateConfig(max_new_tokens=400), stream) for stream in (None, self.stream())]
+        for requests in (long[1:], self.make_requests(), long[:1], self.make_requests()):
+            found = answers(engine, requests)
+            if len(requests) > 1:
+                assert [answer.tokens for answer in found] == [answer.tokens for answer in expected]
+            buffers = engine._buffers
+            assert buffers.bytes_of(buffers.rows, buffers.region, buffers.context) <= adapter.room
+        engine.close()
+        assert buffers.stacks[0].keys.numel() == 0
+
+    def test_settings_beyond_what_the_device_counts_with(self) -> None:
+        request = self.make_requests()[0]
+        greedy, *others = (
+            answers(self.make_engine(), [replace(request, settings=settings, stream=self.stream())])[0].tokens
+            for settings in (
+                GenerateConfig(max_new_tokens=9),
+                GenerateConfig(max_new_tokens=9, temperature=1e-40),
+                GenerateConfig(max_new_tokens=9, top_k=10**30),
+            )
+        )
+        assert others == [greedy, greedy]
+
+    @pytest.mark.parametrize("more", [16, -8])
+    def test_a_head_that_is_not_as_wide_as_the_vocabulary(self, more: int) -> None:
+        model = copy.deepcopy(make_model("llama"))
+        old = model.lm_head.weight.detach()
+        model.lm_head = torch.nn.Linear(old.shape[1], len(old) + more, bias=False)
+        with torch.no_grad():
+            model.lm_head.weight.zero_()[: len(old)] = old[: len(model.lm_head.weight)]
+        adapter = make_adapter(model=model)
+        settings = GenerateConfig(max_new_tokens=4, presence_penalty=0.1, logit_bias={3: 50.0})
+        assert adapter.generate([Prompt("oil")], None, settings)[0].tokens == (3, 3, 3, 3)
+
+    def test_a_forked_process_ends_its_copy(self) -> None:
+        engine = self.make_engine()
+        [ticket] = engine.submit(self.make_requests()[:1], lambda *_: None)
+        with engine._changed:  # as the engine's thread may hold it at any moment
+            child = os.fork()
+            if not child:
+                thread = threading.Thread(target=lambda: (ticket.cancel(), engine.close()))
+                thread.start()
+                thread.join(20)
+                os._exit(thread.is_alive())
+        assert os.waitpid(child, 0)[1] == 0
+        engine.close()
 
     def test_tokens_that_the_model_does_not_have_are_refused(self) -> None:
         with pytest.raises(InputError, match=r"generate\.logit_bias: 99999 is no token"):

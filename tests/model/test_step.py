@@ -2,6 +2,8 @@
 
 import gc
 import weakref
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,10 +12,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3model.engine.buffers import RowBuffers
-from m3model.engine.running import Runner
-from m3model.engine.sampling import Kinds
+from m3model.engine.graph import GraphedStep
+from m3model.engine.running import Outcome, Runner
+from m3model.engine.sampling import Chosen, Kinds
 from m3model.engine.scheduler import Plan, Reading, Scheduled
-from m3model.engine.step import Inputs, Shape
+from m3model.engine.staging import Staging
+from m3model.engine.step import Inputs, Shape, Step
 from m3model.transformers import TransformersAdapter
 from m3runtime.config.schema import GenerateConfig
 from tests.model.families import FAMILIES, make_adapter, random_text
@@ -131,3 +135,52 @@ def test_a_step_is_one_graph(family: str) -> None:
         other.rows[2].read += 3
         assert found.tokens[:2].tolist() == expected.tokens[:2].tolist()
         torch.testing.assert_close(found.log_probs[:2], expected.log_probs[:2], atol=1e-5, rtol=1e-5)
+
+
+class Remembering(GraphedStep):
+    """Checks that a shape finds its inputs where they were when it was captured."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        self.places: dict[Shape, list[int]] = {}
+        self.cleared = 0
+
+    def clear(self) -> None:
+        self.cleared += 1
+        self.places.clear()
+
+    def __call__(self, shape: Shape, inputs: Inputs) -> Chosen | None:
+        places = [getattr(inputs, one.name).data_ptr() for one in fields(inputs) if shape.parts or one.name == "rows"]
+        assert self.places.setdefault(shape, places) == places
+        return self._step(shape, inputs)
+
+
+def test_captured_steps_find_their_inputs_where_they_were() -> None:
+    ready = Ready(make_adapter())
+    ready.runner._run = graphed = Remembering(ready.runner._step)
+    ready.runner._staging = Staging(ready.buffers, few_shapes=True)
+    ready.runner.reserve(3, 64, 512, GenerateConfig())
+    launch = partial(ready.runner.launch, settings=[], offset=lambda _: 0, uniform=lambda _: 0.0)
+    with torch.inference_mode():
+        small = ready.plan()
+        launch(small)
+        cleared = graphed.cleared
+        long = [Scheduled([5] * 512, 9, None, row=row) for row in range(3)]
+        launch(Plan((), tuple(Reading(one, 0, 400) for one in long)))
+        assert graphed.cleared > cleared
+        launch(small)
+        launch(small)
+
+
+def test_a_step_that_draws_nothing_is_waited_for_too() -> None:
+    """Or the step after the next would overwrite inputs that it has still to read."""
+
+    class Mark:
+        waited = 0
+
+        def synchronize(self) -> None:
+            self.waited += 1
+
+    mark: Any = Mark()
+    Outcome(None, {}, lambda: mark).results()
+    assert mark.waited == 1

@@ -73,28 +73,50 @@ class RowBuffers:
         return (rows + 1) * columns * pair
 
     @torch.inference_mode()
-    def reserve(self, rows: int, region: int, context: int) -> bool:
-        """Make room for so many rows, columns of memories and tokens of context; is everything in another place now?"""
+    def reserve(self, rows: int, region: int, context: int, *, room: int | None = None) -> bool:
+        """Make room for so many rows, columns of memories and tokens of context; is everything in another place now?
+
+        What was reserved earlier is kept beside it, unless that takes more than ``room`` bytes: then further rows and
+        further context are given up. After an error nothing is reserved.
+        """
+        least = max(rows, 1), max(rounded(context), GRAIN)
         rows, region = max(rows, self.rows), max(rounded(region), self.region)
         context = max(rounded(context), self.context)
         if (rows, region, context) == (self.rows, self.region, self.context):
             return False
+        if room is not None and self.bytes_of(rows, region, context) > room:
+            rows, context = least
+        try:
+            self._resize(rows, region, context)
+        except BaseException:
+            self.drop()  # some are of the old size, some of the new
+            raise
+        return True
+
+    def drop(self) -> None:
+        """Drop all keys and values."""
+        self.rows = self.region = self.context = 0
+        self.bias = torch.empty(0)
+        for stack in self.stacks:
+            stack.keys = stack.values = torch.empty(0)
+
+    def _resize(self, rows: int, region: int, context: int) -> None:
         for stack in self.stacks:
             for name in ("keys", "values"):  # one after the other: the first old buffer is gone before the second new
                 sink = None if self._sink is None else self._sink[name == "values"][stack.layers]
-                setattr(stack, name, self._grown(stack, getattr(stack, name), rows, region, context, sink))
+                setattr(stack, name, self._resized(stack, getattr(stack, name), rows, region, context, sink))
         bias = torch.full(
             (rows + 1, region + self.sink), -torch.inf, dtype=self.layout.dtype, device=self.layout.device
         )
-        if self.rows:
-            bias[: self.rows, region - self.region :] = self.bias[: self.rows]
+        kept = min(rows, self.rows)
+        if kept:
+            bias[:kept, region - self.region :] = self.bias[:kept]
         self.bias = bias
         self._slots += [{} for _ in range(rows + 1 - len(self._slots))]
         self._used += [0] * (rows + 1 - len(self._used))
         self.rows, self.region, self.context = rows, region, context
-        return True
 
-    def _grown(self, stack: Stack, old: Tensor, rows: int, region: int, context: int, sink: Tensor | None) -> Tensor:
+    def _resized(self, stack: Stack, old: Tensor, rows: int, region: int, context: int, sink: Tensor | None) -> Tensor:
         layout, before = self.layout, (region if stack.remembers else 0) + self.sink
         shape = (len(stack.layers), rows + 1, layout.kv_heads, before + context + 1, layout.head_dim)
         # Zeros, for a column that is masked must still be finite.
@@ -102,9 +124,9 @@ class RowBuffers:
         if sink is not None:
             new[..., before - sink.shape[2] : before, :] = sink[:, None]
         if self.rows:
-            kept = (self.region if stack.remembers else 0) + self.sink
-            columns = slice(before - kept, before + self.context)
-            new[:, : self.rows, :, columns] = old[:, : self.rows, :, :-1]
+            kept, rows = (self.region if stack.remembers else 0) + self.sink, min(rows, self.rows)
+            tokens = min(context, self.context)
+            new[:, :rows, :, before - kept : before + tokens] = old[:, :rows, :, : kept + tokens]
         return new
 
     # -- rows ---------------------------------------------------------------------------------------------------

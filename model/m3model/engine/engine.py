@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from m3model.engine.scheduler import Plan, Scheduled, Scheduler
 from m3model.engine.writing import Reason, Writing
 from m3runtime.adapters.answers import Prompt
 from m3runtime.adapters.engine import End, Engine, Failure, OnEvent, Piece, Read, Request, Ticket
+from m3runtime.config.schema import GenerateConfig
 from m3runtime.device.side_stream import SideStream
 from m3runtime.device.threads import prepare
 from m3runtime.errors import EngineClosedError, ForkedError, InputError
@@ -70,7 +72,7 @@ class _Job(Ticket):
             return
         try:
             self._on_event(self._index, event)
-        except Exception:  # noqa: BLE001 - reported below, and not raised into the steps of others
+        except BaseException:  # noqa: BLE001 - reported below; whatever it is, the thread is not its own to end
             self._on_event = lambda *_: None
             self._engine.cancel(self)
             threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
@@ -137,29 +139,37 @@ class MemoryEngine(Engine):
         with self._changed:
             if self._closed:
                 raise EngineClosedError("the engine is closed: it takes no more requests")
-            self._new += jobs
             if self._thread is None and jobs:
-                name, cores = "m3-engine", torch.get_num_threads()
-                self._thread = threading.Thread(target=self._run, args=(cores,), name=name)
-                self._thread.start()
+                cores = torch.get_num_threads()
+                thread = threading.Thread(target=self._run, args=(cores,), name="m3-engine")
+                thread.start()  # it may fail, or be interrupted: nothing is queued then, and the thread finds it so
+                self._thread = thread
+            self._new += jobs
             self._changed.notify_all()
         return list(jobs)
 
     def cancel(self, job: _Job) -> None:
         """End a request; see `Ticket.cancel`."""
+        if os.getpid() != self._process:
+            return  # a forked process has a copy of the lock, which nobody may ever open
         with self._changed:
             if self._thread is not None:
                 self._cancelled.append(job)
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """See `Engine.close`."""
+        """See `Engine.close`. A listener that calls it does not wait."""
+        if os.getpid() != self._process:
+            return
         with self._changed:
             self._closed = True
             self._changed.notify_all()
             thread = self._thread
+        if thread is threading.current_thread():
+            return
         if thread is not None:
             thread.join()
+        self._runner.drop()
 
     def _check(self, request: Request, ids: Sequence[int]) -> None:
         """Raise `InputError` for a request that can never be answered."""
@@ -187,6 +197,8 @@ class MemoryEngine(Engine):
     def _turn(self) -> bool:
         """One round: hear the news, recall, step. False once there is nothing left to do."""
         with self._changed:
+            if self._thread is not threading.current_thread():
+                return False  # whoever started it was interrupted
             new, self._new = self._new, []
             cancelled, self._cancelled = self._cancelled, []
             found, self._found = self._found, []
@@ -202,8 +214,9 @@ class MemoryEngine(Engine):
         except Exception as error:  # noqa: BLE001 - told to whoever is under way: nothing is left to go on with
             self._under_way = None
             for job in list(self._jobs.values()):
-                self._stop(job, error, compact=False)
-        if self._closed and not self._jobs and not self._recalling:
+                self._stop(job, error)
+        # Not `_closed`: what was queued between the beginning of this round and the close is still to be told.
+        if self._heard_close and not self._jobs and not self._recalling:
             with self._changed:
                 self._thread = None
             return False
@@ -218,14 +231,19 @@ class MemoryEngine(Engine):
         for job in new:
             self._jobs[job.scheduled] = job
             self._scheduler.add(job.scheduled)
-        for some, event in found:
-            self._recalling -= 1
-            self._deliver(some, event)
         for job in cancelled:
             if job.scheduled in self._jobs:
                 self._stop(job, "cancel")
+        for some, _ in found:
+            self._returned(some)
+        for some, event in found:
+            self._deliver(some, event)
 
     def _work(self) -> None:
+        for row, to in self._scheduler.compact():
+            moved = next(one for one in self._scheduler.running if one.row == to)
+            if self._jobs[moved].ending is None:  # or nobody reads it any more, and it may be gone
+                self._runner.move(row, to, moved.read)
         admitted = self._scheduler.admit()
         for sequence in admitted:
             self._begin(self._jobs[sequence])
@@ -235,9 +253,7 @@ class MemoryEngine(Engine):
         plan = self._scheduler.plan(most_reading=_READING)
         is_idle = not (plan.decoding or plan.reading)
         if due:
-            self._recall(due, beside=not is_idle or self._recalling > 0 or self._under_way is not None)
-            if is_idle and not self._recalling:
-                return
+            self._recall(due)
         launched = None if is_idle else self._launch(plan)
         before, self._under_way = self._under_way, launched
         # A step on a GPU is launched before the results of the last one are read, so that it never waits for Python.
@@ -268,35 +284,39 @@ class MemoryEngine(Engine):
         """Prepare a row that a sequence was given, for the first time or again."""
         row, settings = job.scheduled.row, job.request.settings
         assert row is not None
-        tokens = len(job.scheduled.prompt) + settings.max_new_tokens
-        rows = len(self._scheduler.running)
-        self._runner.reserve(rows, 0, tokens if self._fits(rows, tokens) else job.scheduled.total + 1, settings)
+        self._reserve(settings, tokens=len(job.scheduled.prompt) + settings.max_new_tokens)
         self._buffers.begin(row, sink=job.request.stream is not None)
         self._runner.sampling.begin(row, settings, job.scheduled.prompt, job.scheduled.answer)
 
-    def _stop(self, job: _Job, how: Reason | Exception, *, compact: bool = True) -> None:
+    def _reserve(self, settings: GenerateConfig, *, memories: int = 0, tokens: int = 0) -> None:
+        """Make room for all that runs, for columns of memories, and for so many tokens of a row if they fit."""
+        rows = max((one.row + 1 for one in self._scheduler.running if one.row is not None), default=0)
+        least = self._scheduler.tokens
+        context = max(least, tokens) if self._fits(rows, tokens) else least
+        self._runner.reserve(rows, memories, context, settings, room=self._room)
+
+    def _stop(self, job: _Job, how: Reason | Exception) -> None:
         """End a request early: now, or once no recall uses its stream any more."""
         if job.scheduled.recalling:
             job.ending = job.ending or how
         elif isinstance(how, Exception):
-            self._end(job, Failure(how), compact=compact)
+            self._end(job, Failure(how))
         else:
             job.tell(job.writing.end(how))
             self._end(job, End(job.writing.answer()))
 
-    def _end(self, job: _Job, event: End | Failure, *, compact: bool = True) -> None:
-        """Take a request out. Without ``compact`` the device does nothing: it has failed."""
+    def _end(self, job: _Job, event: End | Failure) -> None:
+        """Take a request out. The device does nothing: it may have failed."""
         del self._jobs[job.scheduled]
         self._scheduler.end(job.scheduled)
-        for row, to in self._scheduler.compact() if compact else ():
-            moved = next(one for one in self._scheduler.running if one.row == to)
-            self._runner.move(row, to, moved.read)
         job.tell(event)
 
     # -- steps --------------------------------------------------------------------------------------------------
 
     def _launch(self, plan: Plan) -> Outcome:
         settings = [self._jobs[one].request.settings for one in plan.sequences]
+        if self._scheduler.tokens > self._buffers.context:
+            self._reserve(GenerateConfig(), tokens=self._scheduler.tokens + self._buffers.context // 2)
         with self._busy:
             outcome = self._runner.launch(
                 plan,
@@ -341,26 +361,37 @@ class MemoryEngine(Engine):
             return None
         return self.words.decode(one.answer[-place:])
 
-    def _recall(self, jobs: Sequence[_Job], *, beside: bool) -> None:
-        """Recall for these; ``beside`` the steps of others, or else here and now."""
-        asking = [self._asking(job) for job in jobs]
+    def _recall(self, jobs: Sequence[_Job]) -> None:
+        """Recall for these in a thread of its own: others may come, or be cancelled, before it ends."""
         self._recalling += 1
-        if not beside:
-            self._recalling -= 1
-            self._deliver(recall(asking), None)
-            return
-        cores = torch.get_num_threads()
+        try:
+            asking = [self._asking(job) for job in jobs]
+            work = partial(self._bring, asking, torch.get_num_threads())
+            threading.Thread(target=work, name="m3-engine-recall").start()
+        except Exception as error:  # noqa: BLE001 - told to whoever asked
+            found = [Found(job, error) for job in jobs]
+            self._returned(found)
+            self._deliver(found, None)
 
-        def work() -> None:
+    def _bring(self, asking: Sequence[Asking[_Job]], cores: int) -> None:
+        """Recall, and hand what was found to the engine's thread."""
+        event = None
+        try:
             prepare(self._buffers.layout.device, cores)
             with torch.inference_mode(), self._side.use():
                 found = recall(asking)
                 event = self._side.mark()
-            with self._changed:
-                self._found.append((found, event))
-                self._changed.notify_all()
+        except Exception as error:  # noqa: BLE001 - told to whoever asked
+            found = [Found(one.who, error) for one in asking]
+        with self._changed:
+            self._found.append((found, event))
+            self._changed.notify_all()
 
-        threading.Thread(target=work, name="m3-engine-recall").start()
+    def _returned(self, found: Sequence[Found[_Job]]) -> None:
+        """Note that a recall has ended: of all its rows, before anything is done that may fail for one."""
+        self._recalling -= 1
+        for one in found:
+            one.who.scheduled.recalling = False
 
     def _asking(self, job: _Job) -> Asking[_Job]:
         one, stream = job.scheduled, job.request.stream
@@ -379,8 +410,7 @@ class MemoryEngine(Engine):
 
     def _deliver(self, found: Sequence[Found[_Job]], event: torch.Event | None) -> None:
         for one in found:
-            job, scheduled = one.who, one.who.scheduled
-            scheduled.recalling = False
+            job = one.who
             if job.ending is not None:
                 self._stop(job, job.ending)
             elif isinstance(one.recalled, Exception):
@@ -396,7 +426,7 @@ class MemoryEngine(Engine):
         parts, names = list(recalled.parts), list[Hashable](recalled.ids)
         if self._arrange is not None:  # how one is arranged depends on its place
             parts, names = self._arrange(parts), list(enumerate(recalled.ids))
-        self._runner.reserve(0, sum(keys.shape[2] for keys, _ in parts), 0, job.request.settings)
+        self._reserve(job.request.settings, memories=sum(keys.shape[2] for keys, _ in parts))
         self._buffers.put_memories(row, parts, names, recalled.log_weights)
         place = job.scheduled.recalled = job.scheduled.read
         if place > job.told:

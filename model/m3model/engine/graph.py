@@ -35,6 +35,8 @@ class GraphedStep:
     def clear(self) -> None:
         """Drop what was captured: a buffer is in another place now."""
         self._captured.clear()
+        # With its last graph a pool ends, and torch refuses to capture into it again.
+        self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, shape: Shape, inputs: Inputs) -> Chosen | None:
         """See `Step.__call__`. The result is valid until the next step of this shape."""

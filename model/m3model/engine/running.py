@@ -15,6 +15,7 @@ from m3model.engine.staging import Staging
 from m3model.engine.step import Step
 from m3runtime.adapters.answers import TokenLogProb
 from m3runtime.config.schema import GenerateConfig
+from m3runtime.device.side_stream import SideStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +39,18 @@ class Results:
 class Outcome:
     """The tokens of a step that may still be under way."""
 
-    def __init__(self, chosen: Chosen | None, places: Mapping[Scheduled, int]) -> None:
+    def __init__(
+        self, chosen: Chosen | None, places: Mapping[Scheduled, int], mark: Callable[[], torch.Event | None]
+    ) -> None:
+        """``mark`` gives an event after all that was asked of the device, or None where nothing waits."""
         self.places = places
         """The sequences that a token is drawn for, and its place in the results."""
         self._host = [] if chosen is None else [_to_host(getattr(chosen, one.name)) for one in fields(chosen)]
-        self._event: torch.Event | None = None
-        if chosen is not None and chosen.tokens.device.type == "cuda":
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+        # Of a step that draws nothing as well: the inputs of a later one are written where its own may still be read.
+        self._event = mark()
 
     def results(self) -> Results:
-        """Wait for the tokens."""
+        """Wait for the step, and for its tokens if it draws any."""
         if self._event is not None:
             self._event.synchronize()
         lists: list[Any] = [None if tensor is None else tensor.tolist() for tensor in self._host]
@@ -62,18 +64,35 @@ class Runner:
         device = buffers.layout.device
         self.runs_ahead = device.type == "cuda"
         """May a step be launched before the results of the last one are known?"""
-        self.sampling = Sampling(device, model.config.get_text_config().vocab_size)
+        # The head may have more entries than the vocabulary, or fewer.
+        vocabulary = getattr(model.get_output_embeddings(), "out_features", model.config.get_text_config().vocab_size)
+        self.sampling = Sampling(device, vocabulary)
         self._buffers = buffers
         self._step = Step(model, buffers, self.sampling)
         self._run: Step | GraphedStep = GraphedStep(self._step) if self.runs_ahead else self._step
         self._staging = Staging(buffers, few_shapes=self.runs_ahead)
+        self._side = SideStream(device)
 
-    def reserve(self, rows: int, region: int, context: int, settings: GenerateConfig) -> None:
-        """Make room for so many rows, columns of memories and tokens of context, and for what a row asks for."""
-        moved = self._buffers.reserve(rows, region, context)
+    def reserve(
+        self, rows: int, region: int, context: int, settings: GenerateConfig, *, room: int | None = None
+    ) -> None:
+        """Make room for so many rows, columns of memories and tokens of context, and for what a row asks for.
+
+        See `RowBuffers.reserve` for ``room``.
+        """
+        moved = self._buffers.reserve(rows, region, context, room=room)
         moved |= self.sampling.reserve(self._buffers.rows, Kinds.of([settings]))
         moved |= self._step.reserve(self._buffers.rows)
-        if moved and isinstance(self._run, GraphedStep):
+        if moved:
+            self._forget_addresses()
+
+    def drop(self) -> None:
+        """Drop the buffers of keys and values. Nothing is under way."""
+        self._forget_addresses()
+        self._buffers.drop()
+
+    def _forget_addresses(self) -> None:
+        if isinstance(self._run, GraphedStep):
             self._run.clear()
 
     def move(self, row: int, to: int, tokens: int) -> None:
@@ -90,15 +109,15 @@ class Runner:
         offset: Callable[[Scheduled], int],
         uniform: Callable[[Scheduled], float],
     ) -> Outcome:
-        """Launch a step. ``settings`` are of the rows that it draws for."""
-        most = max([one.read + 1 for one in plan.decoding] + [part.end for part in plan.reading])
-        if most > self._buffers.context:
-            self.reserve(0, 0, most + self._buffers.context // 2, settings[0] if settings else GenerateConfig())
+        """Launch a step, which there is room for. ``settings`` are of the rows that it draws for."""
         shape = self._staging.shape(plan, Kinds.of(settings))
+        if self._staging.reserve(shape):
+            self._forget_addresses()
         places = {one: one.row for one in plan.decoding if one.row is not None}
         ends = (part.sequence for part in plan.reading if part.draws)
         places |= {one: place for place, one in enumerate(ends, shape.decoding)}
-        return Outcome(self._run(shape, self._staging.inputs(plan, shape, offset, uniform)), places)
+        chosen = self._run(shape, self._staging.inputs(plan, shape, offset, uniform))
+        return Outcome(chosen, places, self._side.mark)
 
 
 def _to_host(tensor: Tensor | None) -> Tensor | None:

@@ -100,7 +100,7 @@ class Sampling:
     def begin(self, row: int, settings: GenerateConfig, prompt: Sequence[int], answer: Sequence[int]) -> None:
         """Give a row to a sequence with these settings, which has read and written so much."""
         self._settings[row] = torch.tensor([getattr(settings, name) for name in _FIELDS])
-        self._top_k[row] = settings.top_k or self.vocabulary
+        self._top_k[row] = min(settings.top_k or self.vocabulary, self.vocabulary)  # it may be more than an integer
         if len(self._written):
             self._prompted[row] = False
             self._prompted[row, torch.tensor(prompt, dtype=torch.int64, device=self.device)] = True
@@ -153,7 +153,8 @@ class Sampling:
 def _draw(scores: Tensor, settings: dict[str, Tensor], top_k: Tensor, uniform: Tensor) -> Tensor:
     """Draw by the inverse of the distribution's sum over tokens, likeliest first: int64 ``[n]``."""
     temperature = settings["temperature"]
-    scaled = scores / torch.where(temperature > 0, temperature, 1)[:, None]
+    # Zero at the likeliest, for a temperature near 0 would give several tokens the same infinity.
+    scaled = (scores - scores.amax(1, keepdim=True)) / torch.where(temperature > 0, temperature, 1)[:, None]
     ranked, order = scaled.sort(dim=1, descending=True, stable=True)
     places = torch.arange(ranked.shape[1], device=ranked.device)
     chances = ranked.masked_fill(places >= top_k[:, None], -torch.inf).softmax(1)

@@ -34,8 +34,6 @@ class Scheduled:
     recalled: int = -1
     """The place (a number of tokens read) of its last recall."""
     recalling: bool = False
-    hinted: int = 0
-    """The number of drawn tokens at its last hint."""
     ended: bool = False
 
     @property
@@ -136,7 +134,7 @@ class Scheduler:
         while self.waiting and len(self.running) < self._rows:
             first = self.waiting[0]
             # All of it, and the token that it draws next: or it would be the first to be preempted.
-            if self.running and not self._fits(len(self.running) + 1, max(first.total + 1, self._tokens())):
+            if self.running and not self._fits(len(self.running) + 1, max(first.total + 1, self.tokens)):
                 break
             taken = {one.row for one in self.running}
             first.row = next(row for row in range(self._rows) if row not in taken)
@@ -192,12 +190,13 @@ class Scheduler:
             last.row = free
         return moves
 
-    def _tokens(self) -> int:
+    @property
+    def tokens(self) -> int:
         """Tokens of context that the longest row needs after its next step."""
         return max((max(one.read + 1, one.total) for one in self.running), default=0)
 
     def _make_room(self) -> None:
-        while len(self.running) > 1 and not self._fits(len(self.running), self._tokens()):
+        while len(self.running) > 1 and not self._fits(len(self.running), self.tokens):
             idle = [one for one in self.running if not one.recalling and len(one.answer) == one.drawn]
             if not idle:
                 return  # the step under way, or a recall, ends first

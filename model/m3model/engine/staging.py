@@ -61,9 +61,10 @@ class Staging:
         uniform: Callable[[Scheduled], float],
     ) -> Inputs:
         """The inputs of that step; ``offset`` is the position of a sequence's first token of context."""
-        tokens, padded = shape.tokens, shape.parts * shape.width
-        sizes = [padded, tokens, tokens, tokens, tokens, shape.parts, shape.results, shape.results]
-        host, drawn = self._room(sum(sizes), shape.results)
+        self.reserve(shape)
+        sizes = _sizes(shape)
+        host, drawn = self._host[self._turn], self._uniform[self._turn]
+        self._turn = 1 - self._turn if self._device.type == "cuda" else 0
         prompts, positions, rows, columns, sees, part_rows, results, result_rows = np.split(
             host.numpy()[: sum(sizes)], np.cumsum(sizes)[:-1]
         )
@@ -96,20 +97,25 @@ class Staging:
             numbers[place] = uniform(part.sequence)
         return self._copied(host, drawn, sizes)
 
-    def _room(self, integers: int, floats: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Page-locked memory to write to, of which there are two: the copy out of the other one may be under way."""
-        if integers > len(self._on_device) or floats > len(self._uniform_on_device):
-            locked = self._device.type == "cuda"
-            integers, floats = rounded(integers, 4096), rounded(floats, 256)
-            self._host = [torch.zeros(integers, dtype=torch.int64, pin_memory=locked) for _ in range(2)]
-            self._uniform = [torch.zeros(floats, pin_memory=locked) for _ in range(2)]
-            if locked:
-                self._on_device = self._on_device.new_zeros(integers)
-                self._uniform_on_device = self._uniform_on_device.new_zeros(floats)
-            else:
-                self._on_device, self._uniform_on_device = self._host[0], self._uniform[0]
-        self._turn = 1 - self._turn if self._device.type == "cuda" else 0
-        return self._host[self._turn], self._uniform[self._turn]
+    def reserve(self, shape: Shape) -> bool:
+        """Make room for the inputs of a shape; are inputs in another place now?
+
+        There are two pieces of page-locked memory to write to: the copy out of the other one may be under way.
+        """
+        integers, floats = sum(_sizes(shape)), shape.results
+        if integers <= len(self._on_device) and floats <= len(self._uniform_on_device):
+            return False
+        locked = self._device.type == "cuda"
+        integers = max(rounded(integers, 4096), len(self._on_device))
+        floats = max(rounded(floats, 256), len(self._uniform_on_device))
+        self._host = [torch.zeros(integers, dtype=torch.int64, pin_memory=locked) for _ in range(2)]
+        self._uniform = [torch.zeros(floats, pin_memory=locked) for _ in range(2)]
+        if locked:
+            self._on_device = self._on_device.new_zeros(integers)
+            self._uniform_on_device = self._uniform_on_device.new_zeros(floats)
+        else:
+            self._on_device, self._uniform_on_device = self._host[0], self._uniform[0]
+        return True
 
     def _copied(self, host: torch.Tensor, drawn: torch.Tensor, sizes: Sequence[int]) -> Inputs:
         if host is not self._on_device:
@@ -118,6 +124,12 @@ class Staging:
         views: list[torch.Tensor] = list(self._on_device[: sum(sizes)].split_with_sizes(list(sizes)))
         views.append(self._uniform_on_device[: sizes[-1]])
         return Inputs(*views)
+
+
+def _sizes(shape: Shape) -> list[int]:
+    """Integers of each of `Inputs`, in their order."""
+    tokens, padded = shape.tokens, shape.parts * shape.width
+    return [padded, tokens, tokens, tokens, tokens, shape.parts, shape.results, shape.results]
 
 
 def _power(count: int) -> int:
