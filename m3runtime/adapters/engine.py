@@ -96,7 +96,7 @@ class Engine(ABC):
         """Queue requests, which begin together if there is room for all.
 
         Raises `InputError` if one of them can never be answered (no token, more than the model has positions for or
-        the engine has room for): then none is queued. Raises `ClosedError` after `close`.
+        the engine has room for): then none is queued. Raises `EngineClosedError` after `close`.
         """
 
     @abstractmethod

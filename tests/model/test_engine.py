@@ -250,6 +250,19 @@ class TestLlama(Engines):
         )
         assert others == [greedy, greedy]
 
+    @pytest.mark.parametrize("reads", [True, False])
+    def test_positions_begin_after_the_memories_or_at_zero(self, reads: bool) -> None:
+        engine, seen = self.make_engine(), list[int]()
+        model = engine._runner._step.model
+        note = model.register_forward_pre_hook(
+            lambda _, __, given: seen.extend(given["position_ids"][0].tolist()), with_kwargs=True
+        )
+        request = Request(Prompt("oil"), GenerateConfig(max_new_tokens=4), self.stream() if reads else None)
+        answers(engine, [request])
+        note.remove()
+        first = self.adapter.offset if reads else 0
+        assert seen == list(range(first, first + len(seen)))
+
     @pytest.mark.parametrize("more", [16, -8])
     def test_a_head_that_is_not_as_wide_as_the_vocabulary(self, more: int) -> None:
         model = copy.deepcopy(make_model("llama"))

@@ -83,6 +83,25 @@ def test_a_score_is_what_decoding_the_continuation_gives(
     assert len(recalls) > 1 or runtime is None, "nothing that changes was recalled"
 
 
+@pytest.mark.parametrize(
+    "memory",
+    [{"sink": "one two three lamps"}, {"attention_temperature": 0.5}, {"sinks": "each"}, {"positions": "sequential"}],
+    ids=lambda memory: next(iter(memory)),
+)
+def test_memories_are_read_alike_whatever_their_settings(
+    memory: dict[str, Any], runtime_of: Callable[..., Runtime]
+) -> None:
+    """The engine and a session have buffers of their own; the engine pads its sink to a multiple of 8 tokens."""
+    adapter = make_adapter(**memory)
+    runtime = runtime_of(adapter)
+    prompt, text = Prompt(random_text(adapter.tokenizer, 20, seed=1)), random_text(adapter.tokenizer, 12, seed=2)
+    with runtime.stream(adapter.dtype) as stream:
+        (score,) = adapter.score([prompt], [text], [stream])
+    tokens = adapter.tokenizer(text, add_special_tokens=False)["input_ids"]
+    expected, _ = decoded(adapter, runtime, prompt, tokens)
+    torch.testing.assert_close(torch.tensor(score.log_probs), torch.tensor(expected), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("with_memory", [False, True])
 @pytest.mark.parametrize("family", FEW_FAMILIES)
 def test_examining_is_generating_and_scoring(
