@@ -4,8 +4,8 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ from m3runtime.recall.recalled import Recalled
 
 _READING = 8
 """Prompts that are read at once where nobody decodes."""
+
+_RECALLS = 8
+"""Recalls that are under way at once; each is of all rows that began a chunk together."""
 
 Arrange = Callable[[Sequence[Pair]], list[Pair]]
 
@@ -107,6 +110,8 @@ class MemoryEngine(Engine):
         self._busy = busy
         self._scheduler = Scheduler(rows, self._fits)
         self._side = SideStream(buffers.layout.device)
+        # Threads that stay: on a GPU each has a stream, and with it cached memory and a workspace of its own.
+        self._recalls = ThreadPoolExecutor(min(rows, _RECALLS), "m3-engine-recall")
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = self._heard_close = False
@@ -169,6 +174,7 @@ class MemoryEngine(Engine):
             return
         if thread is not None:
             thread.join()
+        self._recalls.shutdown()
         self._runner.drop()
 
     def _check(self, request: Request, ids: Sequence[int]) -> None:
@@ -362,12 +368,11 @@ class MemoryEngine(Engine):
         return self.words.decode(one.answer[-place:])
 
     def _recall(self, jobs: Sequence[_Job]) -> None:
-        """Recall for these in a thread of its own: others may come, or be cancelled, before it ends."""
+        """Recall for these in another thread: others may come, or be cancelled, before it ends."""
         self._recalling += 1
         try:
             asking = [self._asking(job) for job in jobs]
-            work = partial(self._bring, asking, torch.get_num_threads())
-            threading.Thread(target=work, name="m3-engine-recall").start()
+            self._recalls.submit(self._bring, asking, torch.get_num_threads())
         except Exception as error:  # noqa: BLE001 - told to whoever asked
             found = [Found(job, error) for job in jobs]
             self._returned(found)
