@@ -18,7 +18,7 @@ from m3model.transformers import TransformersAdapter
 from m3runtime.adapters.answers import Prompt
 from m3runtime.adapters.engine import Event, Failure, Piece, Request, answers
 from m3runtime.config.schema import GenerateConfig
-from m3runtime.errors import InputError
+from m3runtime.errors import ConfigError, InputError
 from m3runtime.runtime import Runtime
 from m3runtime.stream import Stream
 from m3runtime.testing.engine import Crowd, EngineContract
@@ -155,6 +155,22 @@ class TestLlama(Engines):
             answers(engine, requests)
         hook.remove()
         self.check(Crowd(engine, self.make_requests(), [0] * len(requests), [None] * len(requests)).seen, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_numbers_that_overflow_end_one_request(self, dtype: torch.dtype) -> None:
+        """And no later one that gets its row, whose hidden columns would be no numbers."""
+        model = copy.deepcopy(self.adapter.model).to(dtype)
+        adapter = make_adapter(model=model)
+        prompts = [Prompt(random_text(adapter.tokenizer, length, seed=length)) for length in (40, 5)]
+        strange = adapter.ids(prompts[0].text)[30]
+        assert strange not in adapter.ids(prompts[1].text)
+        settings = GenerateConfig(max_new_tokens=6)
+        [expected] = adapter.generate(prompts[1:], None, settings)
+        adapter.engine._runner._step.model.get_input_embeddings().weight.data[strange] = torch.nan  # type: ignore[attr-defined]
+        adapter.engine._runner._step.model.lm_head.weight.data.nan_to_num_()  # type: ignore[attr-defined]
+        with pytest.raises(ConfigError, match=r"model\.dtype: .* overflow"):
+            adapter.generate(prompts[:1], None, settings)
+        assert adapter.generate(prompts[1:], None, settings)[0].tokens == expected.tokens
 
     def test_the_interpreter_waits_for_its_threads(self) -> None:
         """A thread that is stopped within a step takes the process with it."""

@@ -136,8 +136,19 @@ class RowBuffers:
         """Give a row to a sequence: without memories, and with the sink if it reads any."""
         self._slots[row], self._used[row] = {}, 0
         self.bias[row] = -torch.inf
+        if self.layout.dtype is torch.float16:  # whose keys overflow easily
+            self.wipe(row)
         if sink and self._sink is not None:
             self.bias[row, self.region + self.sink - self._sink[0].shape[2] :] = 0
+
+    @torch.inference_mode()
+    def wipe(self, row: int) -> None:
+        """Forget what a row has written: what is hidden still counts where it is no number. Its sink stays."""
+        for stack in self.stacks:
+            start = self.region if stack.remembers else 0
+            for buffer in (stack.keys, stack.values):
+                buffer[:, row, :, :start] = 0
+                buffer[:, row, :, start + self.sink :] = 0
 
     @torch.inference_mode()
     def move(self, row: int, to: int, tokens: int) -> None:
@@ -146,6 +157,8 @@ class RowBuffers:
             for buffer in (stack.keys, stack.values):
                 end = buffer.shape[3] - 1 - self.context + tokens
                 buffer[:, to, :, :end] = buffer[:, row, :, :end]
+                if self.layout.dtype is torch.float16:
+                    buffer[:, to, :, end:] = 0
         self.bias[to] = self.bias[row]
         self._slots[to], self._used[to] = self._slots[row], self._used[row]
         self._slots[row], self._used[row] = {}, 0

@@ -15,7 +15,7 @@ from m3model.attention.rope import check_positions
 from m3model.engine.buffers import RowBuffers, rounded
 from m3model.engine.recalls import Asking, Found, hint, recall
 from m3model.engine.running import Outcome, Runner
-from m3model.engine.sampling import uniforms
+from m3model.engine.sampling import NO_TOKEN, uniforms
 from m3model.engine.scheduler import Plan, Scheduled, Scheduler
 from m3model.engine.writing import Reason, Writing
 from m3runtime.adapters.answers import Prompt
@@ -23,9 +23,10 @@ from m3runtime.adapters.engine import End, Engine, Failure, OnEvent, Piece, Read
 from m3runtime.config.schema import GenerateConfig
 from m3runtime.device.side_stream import SideStream
 from m3runtime.device.threads import prepare
-from m3runtime.errors import EngineClosedError, ForkedError, InputError
+from m3runtime.errors import ConfigError, EngineClosedError, ForkedError, InputError
 from m3runtime.recall.recalled import Recalled
 
+_OVERFLOWED = "model.dtype: the model's numbers overflow in {dtype} here; use bfloat16 or float32"
 _READING = 8
 """Prompts that are read at once where nobody decodes."""
 
@@ -345,6 +346,11 @@ class MemoryEngine(Engine):
             if job is None:
                 continue  # it ended while the step was under way
             token, log_prob = results.token(index, job.request.settings.log_probs)
+            if token == NO_TOKEN:
+                assert sequence.row is not None
+                self._runner.wipe(sequence.row)
+                self._stop(job, ConfigError(_OVERFLOWED.format(dtype=str(self._buffers.layout.dtype)[6:])))
+                continue
             sequence.answer.append(token)
             job.tell(job.writing.take(token, log_prob))
             if job.writing.stopped_by:

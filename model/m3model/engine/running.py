@@ -95,6 +95,11 @@ class Runner:
         if isinstance(self._run, GraphedStep):
             self._run.clear()
 
+    def wipe(self, row: int) -> None:
+        """Forget what a row has written, and what belongs to no sequence."""
+        self._buffers.wipe(row)
+        self._buffers.wipe(self._buffers.rows)
+
     def move(self, row: int, to: int, tokens: int) -> None:
         """Move a row with ``tokens`` tokens of context to another one, which is free."""
         self._buffers.move(row, to, tokens)

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from m3runtime.config.schema import GenerateConfig
 
+NO_TOKEN = -1
+"""In place of a token: the model's numbers overflowed."""
+
 _FIELDS = (
     "temperature",
     "top_p",
@@ -52,7 +55,7 @@ class Chosen:
     """The tokens of a step, one for each row of its logits."""
 
     tokens: Tensor
-    """int64 ``[n]``."""
+    """int64 ``[n]``; `NO_TOKEN` where the logits are no numbers."""
     log_probs: Tensor | None = None
     """Natural logarithms of their probabilities by the logits as they are, float32 ``[n]``."""
     likeliest: Tensor | None = None
@@ -130,16 +133,18 @@ class Sampling:
         if kinds.penalises:
             scores = self._penalised(scores, rows, settings)
         tokens = scores.argmax(1)
+        nonsense = scores.gather(1, tokens[:, None])[:, 0].isnan()  # for the greatest of them is one that is no number
         if kinds.draws:
             drawn = _draw(scores, settings, self._top_k[rows], uniform)
             tokens = torch.where(settings["temperature"] > 0, drawn, tokens)
         if kinds.penalises:
             self._written.index_put_((rows, tokens), torch.ones_like(tokens, dtype=torch.int32), accumulate=True)
+        told = tokens.masked_fill(nonsense, NO_TOKEN)
         if kinds.log_probs is None:
-            return Chosen(tokens)
+            return Chosen(told)
         all_log_probs = raw.log_softmax(1)
         best = all_log_probs.topk(kinds.log_probs, dim=1)
-        return Chosen(tokens, all_log_probs.gather(1, tokens[:, None])[:, 0], best.indices, best.values)
+        return Chosen(told, all_log_probs.gather(1, tokens[:, None])[:, 0], best.indices, best.values)
 
     def _penalised(self, scores: Tensor, rows: Tensor, settings: dict[str, Tensor]) -> Tensor:
         written = self._written[rows]

@@ -202,5 +202,5 @@ class Step:
         if not shape.results:
             return None
         chosen = self.sampling.choose(output.logits[0], inputs.result_rows, inputs.uniform, shape.kinds)
-        self.last.index_copy_(0, inputs.result_rows, chosen.tokens)
+        self.last.index_copy_(0, inputs.result_rows, chosen.tokens.clamp_min(0))  # `NO_TOKEN` is none to read
         return chosen
