@@ -113,6 +113,7 @@ class MemoryEngine(Engine):
         self._side = SideStream(buffers.layout.device)
         # Threads that stay: on a GPU each has a stream, and with it cached memory and a workspace of its own.
         self._recalls = ThreadPoolExecutor(min(rows, _RECALLS), "m3-engine-recall")
+        self._prepared = threading.local()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = self._heard_close = False
@@ -388,7 +389,9 @@ class MemoryEngine(Engine):
         """Recall, and hand what was found to the engine's thread."""
         event = None
         try:
-            prepare(self._buffers.layout.device, cores)
+            if getattr(self._prepared, "cores", None) != cores:  # once a thread: it takes longer than many a recall
+                prepare(self._buffers.layout.device, cores)
+                self._prepared.cores = cores
             with torch.inference_mode(), self._side.use():
                 found = recall(asking)
                 event = self._side.mark()
