@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, WrapValidator, model_validator
 from m3runtime.config import presets
 from m3runtime.config.loading import load_config
 from m3runtime.config.section import Count, File, FileOrHubName, Name, PluginSection, Section, Whole
+from m3runtime.config.serve import ServeConfig
 from m3runtime.config.train import TrainConfig
 from m3runtime.config.units import Seconds, Size
 
@@ -262,6 +263,7 @@ class Config(Section):
     threads: ThreadsConfig = ThreadsConfig()
     metrics: MetricsConfig = MetricsConfig()
     generate: GenerateConfig = GenerateConfig()
+    serve: ServeConfig = ServeConfig()
     train: TrainConfig | None = None
     """Training of the model to read memories, by `m3 train`; null: none."""
 

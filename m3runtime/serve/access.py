@@ -1,0 +1,82 @@
+"""`Guard`: checks key and size of a request before anything reads its body. `writer`: the routes that change a bank.
+
+A pure ASGI middleware, so that a stream sees its client go.
+"""
+
+from fastapi import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from m3runtime.serve.errors import ApiError
+from m3runtime.serve.served import Served
+
+OPEN = frozenset({"/", "/favicon.ico", "/health", "/health/live", "/health/ready"})
+"""Paths that need no key: the page itself shows nothing of the bank."""
+OPEN_FOLDER = "/assets/"
+"""Files of the page."""
+_UPLOAD = "multipart/form-data"
+
+
+class Guard:
+    """Answers 401 without a valid key, and 413 for a body above the limit, declared or not."""
+
+    def __init__(self, app: ASGIApp, served: Served) -> None:
+        self._app = app
+        self._served = served
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check, and hand on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        try:
+            scope.setdefault("state", {})["access"] = self._access(scope["path"], headers)
+            limited = _Limited(receive, self._limit(headers), headers.get(b"content-length"))
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        await self._app(scope, limited, send)
+
+    def _access(self, path: str, headers: dict[bytes, bytes]) -> str:
+        keys = self._served.keys
+        if not keys.needed:
+            return "write"
+        if path in OPEN or path.startswith(OPEN_FOLDER):
+            return "none"
+        kind, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        access = keys.access(key.strip()) if kind.lower() == "bearer" else None
+        if access is None:
+            raise ApiError(401, "a valid key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+        return access
+
+    def _limit(self, headers: dict[bytes, bytes]) -> int:
+        limits = self._served.limits
+        is_upload = headers.get(b"content-type", b"").lower().startswith(_UPLOAD.encode())
+        return max(limits.body, limits.upload) if is_upload else limits.body
+
+
+class _Limited:
+    """Receives a body of at most so many bytes."""
+
+    def __init__(self, receive: Receive, limit: int, declared: bytes | None) -> None:
+        self._receive = receive
+        self._left = self._limit = limit
+        if declared is not None and declared.isdigit() and int(declared) > limit:
+            raise self._too_large()
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._left -= len(message.get("body", b""))
+            if self._left < 0:
+                raise self._too_large()
+        return message
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"a request may have at most {self._limit} bytes here", code="request_too_large")
+
+
+def writer(request: Request) -> None:
+    """A dependency of routes that change the bank. Raises `ApiError` 403 for a key that may only read."""
+    if request.state.access != "write":
+        raise ApiError(403, "this key may only read; a write key is needed", code="write_key_needed")

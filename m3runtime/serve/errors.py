@@ -1,0 +1,111 @@
+"""Errors over HTTP, as OpenAI's clients read them: ``{"error": {message, type, param, code}}``.
+
+No message has the text of a reference, or a path of the server.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from m3runtime.errors import EngineClosedError, InputError, M3Error
+
+log = logging.getLogger("m3runtime.serve")
+
+_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+_LONGEST = 300
+
+
+class ApiError(Exception):
+    """A request that is refused, with its HTTP status."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        """``kind`` is the field ``type`` of the error; ``retry_after`` is in seconds."""
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.kind = kind or _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.retry_after = retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The error object."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers that belong to it."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+    def response(self) -> JSONResponse:
+        """The response."""
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """An error of the runtime or the engine, as a client may see it. What is not the client's fault is logged."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, InputError):
+        return ApiError(400, str(error)[:_LONGEST])
+    if isinstance(error, EngineClosedError):
+        return ApiError(503, "the server is being stopped", code="shutting_down", retry_after=5)
+    log.error("a request failed: %s", error if isinstance(error, M3Error) else type(error).__name__, exc_info=error)
+    return ApiError(500, "the server failed to answer; its log says why", code=type(error).__name__)
+
+
+def refused(details: Sequence[dict[str, Any]]) -> ApiError:
+    """The first error of validation: an unknown field before a wrong value."""
+    first = min(details, key=lambda one: one["type"] != "extra_forbidden")
+    param = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith(("function-", "union")))
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{param} is not supported", param=param, code="unsupported_parameter")
+    if first["type"] == "json_invalid":
+        return ApiError(400, "the body is not JSON", code="invalid_json")
+    message = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{param or 'the body'}: {message}"[:_LONGEST], param=param or None, code="invalid_value")
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error with an error object."""
+
+    async def known(_: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error).response()
+
+    async def invalid(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return refused(error.errors()).response()
+
+    async def by_status(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        response = ApiError(error.status_code, str(error.detail)).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    app.add_exception_handler(ApiError, known)
+    app.add_exception_handler(M3Error, known)
+    app.add_exception_handler(Exception, known)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, by_status)
