@@ -32,6 +32,7 @@ from m3runtime.recall.memory_store import MemoryStore
 from m3runtime.recall.recall import Recall
 from m3runtime.recall.recalled import Recalled
 from m3runtime.recall.refresh import Refresh
+from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
 from m3runtime.retrieval.retriever import Match, Retriever
 from m3runtime.storage.defaults import default_decoded
 from m3runtime.storage.hierarchy import Hierarchy
@@ -63,6 +64,7 @@ class Runtime:
         self.bank = bank
         self.hierarchy = hierarchy
         self.retriever = retriever
+        retriever.members = partial(records.members, bank.home)
         self.device = device
         self.stats = RecallStats()
         self.meter = Meter(config.metrics.timeline)
@@ -163,8 +165,10 @@ class Runtime:
 
     # -- streams ------------------------------------------------------------------------------------------------
 
-    def stream(self, dtype: torch.dtype | None = None) -> Stream:
+    def stream(self, dtype: torch.dtype | None = None, restriction: Restriction = UNRESTRICTED) -> Stream:
         """A new stream whose memories are decoded to ``dtype`` (default: the dtype that the model computed them in).
+
+        ``restriction`` limits which memories it may read, for example to those of some sources.
 
         Raises `ConfigError` if ``recall.decoded`` is too small for the memories of one chunk.
         """
@@ -174,7 +178,7 @@ class Runtime:
                 f"recall.decoded: {self.store.capacity} bytes do not hold the {self.config.recall.memories} memories "
                 f"of one chunk; set at least {least}"
             )
-        stream = Stream(self, dtype, next(self._numbers))
+        stream = Stream(self, dtype, next(self._numbers), restriction)
         weakref.finalize(stream, self._dropped.append, stream.number).atexit = False
         return stream
 
@@ -250,14 +254,21 @@ class Runtime:
 
     # -- the bank -----------------------------------------------------------------------------------------------
 
-    def search(self, texts: Sequence[str], k: int | None = None) -> list[list[Match]]:
-        """The matches that a recall would choose for each text, best first; with ``k``, so many whatever the scores."""
+    def search(
+        self, texts: Sequence[str], k: int | None = None, restriction: Restriction = UNRESTRICTED
+    ) -> list[list[Match]]:
+        """The matches that a recall would choose for each text, best first; with ``k``, so many whatever the scores.
+
+        ``restriction`` is that of a stream: see `stream`.
+        """
         self._check_process()
         self._refresh()
+        limits = [restriction] * len(texts)
         if k is None:
-            return self.retriever.search(texts)
+            return self.retriever.search(texts, restrictions=limits)
         everything = Retriever(self.retriever.embedder, self.retriever.index, memories=k)
-        return everything.search(texts)
+        everything.members = self.retriever.members
+        return everything.search(texts, restrictions=limits)
 
     def references(self, ids: Sequence[int]) -> list[Reference | None]:
         """The references of ids; None where an id is not remembered, or its record is damaged and now quarantined.

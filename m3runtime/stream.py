@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 import torch
 
 from m3runtime.recall.recalled import Recalled, StreamState
+from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
 
 if TYPE_CHECKING:
     from m3runtime.config.schema import Config
@@ -34,9 +35,11 @@ class Stream:
     A stream that is dropped without `close` gives its leases back when it is collected.
     """
 
-    def __init__(self, runtime: Recaller, dtype: torch.dtype, number: int = 0) -> None:
+    def __init__(
+        self, runtime: Recaller, dtype: torch.dtype, number: int = 0, restriction: Restriction = UNRESTRICTED
+    ) -> None:
         self.runtime = runtime
-        self.state = StreamState(number, dtype)
+        self.state = StreamState(number, dtype, restriction)
         """The runtime's own."""
 
     @property

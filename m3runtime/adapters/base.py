@@ -164,6 +164,17 @@ class Adapter(ABC):
         """The prompt of a conversation, ``role`` and ``content`` of each message; the last one is the query."""
         raise self._cannot_talk()
 
+    def count_prompt(self, prompt: Prompt, *, memories: bool) -> int:
+        """The number of tokens of a prompt, as the engine reads it: with ``memories`` those after the sink.
+
+        Callable from any thread. Raises `InputError` if the model has too few positions for it.
+        """
+        raise self._cannot_talk()
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of generated tokens; a part of a character is U+FFFD. Callable from any thread."""
+        raise self._cannot_talk()
+
     def close(self) -> None:  # noqa: B027 - an adapter whose model belongs to a stack gives nothing back
         """Drop the model."""
 

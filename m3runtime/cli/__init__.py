@@ -18,6 +18,7 @@ from m3runtime.cli import (
     init,
     interrupts,
     plan,
+    serve,
     sync,
     top,
     train,
@@ -37,7 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _PANELS = {
-    "Use a bank": (init.init, write.write, sync.sync, ask.ask, ask.chat, bank.search),
+    "Use a bank": (init.init, write.write, sync.sync, ask.ask, ask.chat, serve.serve, bank.search),
     "Keep a bank": (
         *(bank.inspect, bank.forget, bank.compact, exchange.export, exchange.import_),
         *(verify.verify, config.config, plan.plan, top.top, codec.app),

@@ -48,8 +48,8 @@ class Collector(_Collector):
                 family = _family(subject, one)
                 family.add_metric([], getattr(counts, one.name))
                 yield family
-        yield _histogram("m3_recall_phase_seconds", "Phases of recalls.", "phase", metrics.recall_phases)
-        yield _histogram("m3_lookahead_phase_seconds", "Background work, by phase.", "phase", metrics.lookahead_phases)
+        yield histogram("m3_recall_phase_seconds", "Phases of recalls.", "phase", metrics.recall_phases)
+        yield histogram("m3_lookahead_phase_seconds", "Background work, by phase.", "phase", metrics.lookahead_phases)
         yield from _tiers(metrics)
 
 
@@ -106,7 +106,7 @@ def _tiers(metrics: Metrics) -> Iterator[Metric]:
     yield blocks
     yield capacity
     reads = {tier.stats.name: tier.read for tier in metrics.tiers}
-    yield _histogram("m3_tier_read_seconds", "Calls that read from the tier.", "tier", reads)
+    yield histogram("m3_tier_read_seconds", "Calls that read from the tier.", "tier", reads)
 
 
 def _family(subject: str, one: Field[Any], labels: Sequence[str] = ()) -> CounterMetricFamily | GaugeMetricFamily:
@@ -115,7 +115,8 @@ def _family(subject: str, one: Field[Any], labels: Sequence[str] = ()) -> Counte
     return _FAMILIES[one.metadata["type"]](f"m3_{subject}_{name}", one.metadata["text"], labels=labels)
 
 
-def _histogram(name: str, text: str, label: str, latencies: Mapping[str, Latency]) -> HistogramMetricFamily:
+def histogram(name: str, text: str, label: str, latencies: Mapping[str, Latency]) -> HistogramMetricFamily:
+    """A histogram family of latencies by the value of a label."""
     family = HistogramMetricFamily(name, text, labels=[label])
     bounds = [*(f"{bound:g}" for bound in BOUNDS_S), "+Inf"]
     for key, latency in latencies.items():

@@ -15,10 +15,11 @@ from m3runtime.observe.metrics import Meter, Phases
 from m3runtime.recall.background import Background
 from m3runtime.recall.lease import Lease
 from m3runtime.recall.loader import Loader
+from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
 from m3runtime.retrieval.retriever import Match
 
-Search = Callable[[Sequence[str], Phases], list[list[Match]]]
-"""Embeds texts and returns the matches of each, best first."""
+Search = Callable[[Sequence["Hint"], Phases], list[list[Match]]]
+"""Embeds the texts of hints and returns the matches of each, best first."""
 
 
 @dataclass(eq=False, slots=True)
@@ -33,6 +34,8 @@ class Hint:
     """Ids that the stream leases already: its recall finds them in the store."""
     owed: tuple[Match, ...]
     """Matches that were late for the stream's last chunk, and that its next recall adds."""
+    restriction: Restriction = UNRESTRICTED
+    """The memories that the stream may read."""
     is_taken: bool = False
     """Does a thread work on it?"""
 
@@ -117,7 +120,7 @@ class Hints:
         """Search for these hints, and load what was found."""
         phases = self._meter.lookahead(tuple(hint.stream for hint in hints))
         try:
-            chosen = self._search([hint.text for hint in hints], phases)
+            chosen = self._search(hints, phases)
         except Exception:  # one by one, so that each hint fails by itself
             if len(hints) == 1:
                 raise

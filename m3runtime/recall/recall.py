@@ -14,8 +14,10 @@ from m3runtime.recall.batching import Batched
 from m3runtime.recall.cold_start import ColdStart
 from m3runtime.recall.delivery import Delivered, Delivery
 from m3runtime.recall.hints import Hint, Hints, with_owed
+from m3runtime.recall.lease import Lease
 from m3runtime.recall.loader import Loader
 from m3runtime.recall.recalled import Recalled, StreamState
+from m3runtime.retrieval.restriction import Restriction
 from m3runtime.retrieval.retriever import Match, Retriever, log_weights
 
 
@@ -49,7 +51,7 @@ class Recall:
         numbers = tuple(stream.number for stream in streams)
         phases = self._meter.recall(numbers)
         self.hints.begin_recall(numbers)
-        found = self._search((texts, phases))
+        found = self._search((texts, [stream.restriction for stream in streams], phases))
         most = self._config.memories
         chosen = [with_owed(matches, stream.owed, most) for stream, matches in zip(streams, found, strict=True)]
         self._release_stale(streams, chosen)
@@ -78,7 +80,9 @@ class Recall:
         """Prefetch what recalls by these texts would choose. Raises `TierClosedError` after the end."""
         self.hints.add(
             [
-                Hint(stream.number, text, stream.dtype, frozenset(stream.leases), tuple(stream.owed))
+                Hint(
+                    stream.number, text, stream.dtype, frozenset(stream.leases), tuple(stream.owed), stream.restriction
+                )
                 for stream, text in zip(streams, texts, strict=True)
             ]
         )
@@ -91,19 +95,23 @@ class Recall:
 
     # -- step by step ------------------------------------------------------------------------------------------
 
-    def _search_together(self, requests: Sequence[tuple[Sequence[str], Phases]]) -> list[list[list[Match]]]:
+    def _search_together(
+        self, requests: Sequence[tuple[Sequence[str], Sequence[Restriction], Phases]]
+    ) -> list[list[list[Match]]]:
         """Embed and search the texts of several calls at once."""
         began = time.perf_counter()
-        texts = [text for texts, _ in requests for text in texts]
-        found = iter(self._retriever.search(texts, timed=requests[0][1].phase))
+        texts = [text for texts, _, _ in requests for text in texts]
+        limits = [one for _, restrictions, _ in requests for one in restrictions]
+        found = iter(self._retriever.search(texts, timed=requests[0][2].phase, restrictions=limits))
         ended = time.perf_counter()
-        for _, phases in requests[1:]:  # their threads waited for it
+        for _, _, phases in requests[1:]:  # their threads waited for it
             phases.seconds["embed"] = ended - began
             phases.timeline.note("embed", began, ended, phases.streams)
-        return [[next(found) for _ in texts] for texts, _ in requests]
+        return [[next(found) for _ in texts] for texts, _, _ in requests]
 
-    def _search_for_hints(self, texts: Sequence[str], phases: Phases) -> list[list[Match]]:
-        return self._cold_start.without_cold(self._retriever.search(texts, timed=phases.phase))
+    def _search_for_hints(self, hints: Sequence[Hint], phases: Phases) -> list[list[Match]]:
+        texts, limits = [hint.text for hint in hints], [hint.restriction for hint in hints]
+        return self._cold_start.without_cold(self._retriever.search(texts, timed=phases.phase, restrictions=limits))
 
     def _release_stale(self, streams: Sequence[StreamState], chosen: Sequence[Sequence[Match]]) -> None:
         """Release what streams read no more, so that it makes room for what they will read."""
@@ -132,7 +140,7 @@ class Recall:
         return [
             self._give(
                 stream,
-                [match for match in matches if match.id in live],
+                [match for match in matches if match.id in live and _may_read(stream, delivered.leases[match.id])],
                 [match for match in matches if match.id in delivered.late],
                 delivered,
                 phases,
@@ -165,3 +173,9 @@ class Recall:
             log_weights=log_weights(given, self._config.score_temperature),
             phases=phases.seconds,
         )
+
+
+def _may_read(stream: StreamState, lease: Lease) -> bool:
+    """Has the memory a place in a source of the stream's? The place that the search knew may have expired since."""
+    sources = stream.restriction.sources
+    return sources is None or not sources.isdisjoint(lease.loaded.reference.sources)

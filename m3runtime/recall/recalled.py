@@ -9,6 +9,7 @@ import torch
 from m3runtime.documents.reference import Reference
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.recall.lease import Lease, Part
+from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
 from m3runtime.retrieval.retriever import Match
 
 
@@ -69,6 +70,8 @@ class StreamState:
     """Tells the streams of a runtime apart."""
     dtype: torch.dtype
     """The dtype that the stream's memories are decoded to."""
+    restriction: Restriction = UNRESTRICTED
+    """The memories that the stream may read."""
     leases: dict[int, Lease] = field(default_factory=dict)
     """On the memories of the last recall, by id."""
     owed: list[Match] = field(default_factory=list)

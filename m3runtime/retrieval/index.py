@@ -29,6 +29,12 @@ class Index(ABC):
         """
 
     @abstractmethod
+    def search_among(
+        self, ids: Ids, vectors: Embeddings, k: int
+    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float32]]:
+        """`search` over these ids alone, exactly: no other id is looked at. Ids that are not held are passed over."""
+
+    @abstractmethod
     def ids(self) -> Ids:
         """All ids held, ascending."""
 

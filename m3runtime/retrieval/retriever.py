@@ -4,12 +4,18 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+from m3runtime.errors import ConfigError
+from m3runtime.memory.block import Ids
 from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.retrieval.index import Index
 from m3runtime.retrieval.recent import Recent
+from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
 
 Timed = Callable[[str], AbstractContextManager[object]]
 """Is told that the block is the phase ``embed`` or ``search``."""
+
+Members = Callable[[frozenset[str]], Ids]
+"""The ids that have a place in one of these sources."""
 
 _RECENT = 64
 
@@ -37,6 +43,8 @@ class Retriever:
         self.memories = memories
         self.min_score = min_score
         self.margin = margin
+        self.members: Members | None = None
+        """Finds the ids of sources; without it no search is restricted to sources."""
         # By all texts of a call: the last bits of an embedding may depend on the other texts of its batch.
         self._recent = Recent[tuple[str, ...], Embeddings](_RECENT)
 
@@ -44,9 +52,19 @@ class Retriever:
         """Forget the embeddings of recent calls, so that a text is embedded anew."""
         self._recent = Recent(_RECENT)
 
-    def search(self, texts: Sequence[str], k: int | None = None, timed: Timed = nullcontext) -> list[list[Match]]:
-        """Matches of each text, best first; at most ``k`` (default ``memories``). A blank text has none."""
+    def search(
+        self,
+        texts: Sequence[str],
+        k: int | None = None,
+        timed: Timed = nullcontext,
+        restrictions: Sequence[Restriction] | None = None,
+    ) -> list[list[Match]]:
+        """Matches of each text, best first; at most ``k`` (default ``memories``). A blank text has none.
+
+        ``restrictions`` has one for each text. One to sources is applied in the search, never after it.
+        """
         wanted = self.memories if k is None else k
+        limits = restrictions or [UNRESTRICTED] * len(texts)
         asked = [i for i, text in enumerate(texts) if text.strip()]
         matches: list[list[Match]] = [[] for _ in texts]
         if not asked or not wanted or not len(self.index):
@@ -55,11 +73,29 @@ class Retriever:
         with timed("embed"):
             vectors = self._recent(wording, lambda: self.embedder.embed_queries(wording))
         with timed("search"):
-            ids, scores = self.index.search(vectors, wanted)
-        for row, i in enumerate(asked):
-            found = [Match(int(id), float(score)) for id, score in zip(ids[row], scores[row], strict=True)]
-            matches[i] = passing(found, min_score=self.min_score, margin=self.margin)
+            for sources in dict.fromkeys(limits[i].sources for i in asked):
+                rows = [row for row, i in enumerate(asked) if limits[i].sources == sources]
+                found = self._nearest(vectors[rows], wanted, sources)
+                for row, nearest in zip(rows, found, strict=True):
+                    matches[asked[row]] = self._passing(nearest, limits[asked[row]])
         return matches
+
+    def _nearest(self, vectors: Embeddings, k: int, sources: frozenset[str] | None) -> list[list[Match]]:
+        if sources is None:
+            ids, scores = self.index.search(vectors, k)
+        elif self.members is None:
+            raise ConfigError("this retriever does not know the members of sources")
+        else:
+            ids, scores = self.index.search_among(self.members(sources), vectors, k)
+        return [
+            [Match(int(id), float(score)) for id, score in zip(*row, strict=True)]
+            for row in zip(ids, scores, strict=True)
+        ]
+
+    def _passing(self, matches: Sequence[Match], limits: Restriction) -> list[Match]:
+        floor = self.min_score if limits.min_score is None else limits.min_score
+        found = passing(matches, min_score=floor, margin=self.margin)
+        return found if limits.memories is None else found[: limits.memories]
 
 
 def passing(matches: Sequence[Match], *, min_score: float, margin: float | None) -> list[Match]:

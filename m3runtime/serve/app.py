@@ -1,17 +1,35 @@
 """`make_app`: the ASGI application of a server."""
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 from fastapi import FastAPI
 
-from m3runtime.serve import errors
+from m3runtime.serve import chat, completions, embeddings, errors, health, models, responses
 from m3runtime.serve.access import Guard
+from m3runtime.serve.logs import Trace
 from m3runtime.serve.served import Served
 
 
 def make_app(served: Served) -> FastAPI:
-    """The application over an open runtime and its model, which stay the caller's to close."""
-    app = FastAPI(title="m3runtime", docs_url=None, redoc_url=None)
+    """The application over an open runtime and its model, which stay the caller's to close.
+
+    When it ends it closes the model's engine, so that no event comes any more.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        served.gate.is_closing = True
+        for answering in list(served.running):
+            answering.cancel("stopped")
+        await asyncio.to_thread(served.adapter.engine.close)
+
+    app = FastAPI(title="m3runtime", docs_url=None, redoc_url=None, lifespan=lifespan)
     errors.install(app)
-    for part in ():
+    for part in (models, chat, completions, responses, embeddings, health):
         app.include_router(part.router(served))
     app.add_middleware(Guard, served=served)
+    app.add_middleware(Trace, served=served)
     return app

@@ -26,7 +26,7 @@ _KINDS = {
 _LONGEST = 300
 
 
-class ApiError(Exception):
+class ApiError(HTTPException):
     """A request that is refused, with its HTTP status."""
 
     def __init__(
@@ -40,28 +40,22 @@ class ApiError(Exception):
         retry_after: int | None = None,
     ) -> None:
         """``kind`` is the field ``type`` of the error; ``retry_after`` is in seconds."""
-        super().__init__(message)
-        self.status = status
-        self.message = message
+        headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+        if retry_after is not None:
+            headers["Retry-After"] = str(retry_after)
+        super().__init__(status, message, headers)
         self.param = param
         self.code = code
         self.kind = kind or _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
-        self.retry_after = retry_after
 
     @property
     def body(self) -> dict[str, Any]:
         """The error object."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """The headers that belong to it."""
-        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+        return {"error": {"message": self.detail, "type": self.kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         """The response."""
-        return JSONResponse(self.body, self.status, self.headers)
+        return JSONResponse(self.body, self.status_code, self.headers)
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -100,11 +94,12 @@ def install(app: FastAPI) -> None:
 
     async def by_status(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        response = ApiError(error.status_code, str(error.detail)).response()
-        response.headers.update(error.headers or {})
-        return response
+        if isinstance(error, ApiError):
+            return error.response()
+        answer = ApiError(error.status_code, str(error.detail)).response()
+        answer.headers.update(error.headers or {})
+        return answer
 
-    app.add_exception_handler(ApiError, known)
     app.add_exception_handler(M3Error, known)
     app.add_exception_handler(Exception, known)
     app.add_exception_handler(RequestValidationError, invalid)

@@ -60,7 +60,7 @@ class Keys:
 
     @classmethod
     def _of(cls, entries: Iterable[tuple[str, str]]) -> "Keys":
-        reading, writing = [], []
+        reading, writing = list[bytes](), list[bytes]()
         for where, text in entries:
             entry = text.strip()
             if not entry or entry.startswith("#"):

@@ -1,6 +1,7 @@
 """`Served`: the parts that the routes of one server share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from m3runtime.adapters.base import Adapter
 from m3runtime.config.schema import Config
@@ -9,6 +10,9 @@ from m3runtime.runtime import Runtime
 from m3runtime.serve.gate import Gate
 from m3runtime.serve.keys import Keys
 from m3runtime.serve.meter import ServeMeter
+
+if TYPE_CHECKING:
+    from m3runtime.serve.answering import Answering
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,13 @@ class Served:
     gate: Gate
     """Counts the answers under way."""
     meter: ServeMeter
+    running: "set[Answering]" = field(default_factory=set, compare=False)
+    """The requests whose answers are under way, for the event loop."""
+
+    @property
+    def embedder_name(self) -> str:
+        """The name of the bank's embedder in the API."""
+        return f"{self.name}-embedder"
 
     @property
     def limits(self) -> ServeConfig:

@@ -53,6 +53,28 @@ class IndexContract(IndexFileLaws):
         alone = np.concatenate([index.search(query[None], 5)[0] for query in queries])
         assert np.array_equal(ids, alone)
 
+    @pytest.mark.parametrize("k", [0, 3, 100])
+    def test_a_search_among_ids_finds_what_brute_force_over_them_finds(self, k: int) -> None:
+        index, ids, vectors = self.filled()
+        queries = unit_vectors(4, self.dim, seed=5)
+        some = np.arange(0, len(ids), 3)
+        found, scores = index.search_among(np.append(ids[some], np.uint64(2)), queries, k)  # no index has id 2
+        assert found.shape == scores.shape == (4, min(k, len(some)))
+        assert (np.diff(scores, axis=1) <= 0).all()
+        for row, query in enumerate(queries):
+            own = dict(zip(ids.tolist(), (vectors @ query).tolist(), strict=True))
+            best = sorted((own[id] for id in ids[some].tolist()), reverse=True)
+            assert set(found[row].tolist()) <= set(ids[some].tolist())
+            assert len(set(found[row].tolist())) == found.shape[1]
+            assert [own[id] for id in found[row].tolist()] == pytest.approx(scores[row], abs=self.score_tolerance)
+            assert scores[row] == pytest.approx(best[:k], abs=self.score_tolerance)
+
+    def test_a_search_among_ids_that_are_not_held_finds_nothing(self) -> None:
+        index, ids, vectors = self.filled()
+        index.remove(ids[:1])
+        assert index.search_among(ids[:1], vectors[:2], 5)[0].shape == (2, 0)
+        assert index.search_among(ids[:0], vectors[:2], 5)[0].shape == (2, 0)
+
     def test_equal_scores_come_in_order_of_ids(self) -> None:
         index = self.make_index()
         vector = unit_vectors(1, self.dim)

@@ -246,6 +246,14 @@ class TransformersAdapter(Adapter):
         """The prompt of a conversation, in the model's chat template; see `Adapter.chat`."""
         return chat(self.tokenizer, messages)
 
+    def count_prompt(self, prompt: Prompt, *, memories: bool) -> int:
+        """The number of tokens of a prompt; see `Adapter.count_prompt`."""
+        return len(self._prompt_ids([prompt], sink=memories)[0])
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of generated tokens; see `Adapter.text_of`."""
+        return decode(self.tokenizer, tokens)
+
     def close(self) -> None:
         """Close the engine and drop the model; see `Adapter.close`."""
         if "engine" in self.__dict__:

@@ -70,6 +70,8 @@ def make_runtime(
     blocks: int = 6,
     generate: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
+    serve: dict[str, Any] | None = None,
+    sources: Sequence[str] | None = None,
     **recall: Any,
 ) -> Runtime:
     """A bank that remembers ``texts`` exactly, under a page-locked tier with room for ``blocks`` blocks."""
@@ -82,6 +84,7 @@ def make_runtime(
             "memory": adapter.memory.model_dump(),
             "recall": {**defaults, **recall},
             "generate": generate or {},
+            "serve": serve or {},
         }
     )
     embedder, codec = TrigramEmbedder(), RawCodec(adapter.spec)
@@ -103,8 +106,8 @@ def make_runtime(
     memories = adapter.encode(texts)
     ids = as_ids(range(bank.home.next_id(), bank.home.next_id() + len(texts)))
     references = [
-        Reference(text, int(tokens), places=(Place("book.txt", 0, len(text)),))
-        for text, tokens in zip(texts, memories.tokens, strict=True)
+        Reference(text, int(tokens), places=(Place(source, 0, len(text)),))
+        for text, tokens, source in zip(texts, memories.tokens, sources or ["book.txt"] * len(texts), strict=True)
     ]
     vectors = embedder.embed_references(texts)
     bank.home.commit(Batch(ids, bank.blocks(ids, memories), references, vectors))

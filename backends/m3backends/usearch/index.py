@@ -111,6 +111,23 @@ class UsearchIndex(Index):
                     ids[tied], scores[tied] = more_ids[:, : wanted + 1], more_scores[:, : wanted + 1]
         return ids[:, :wanted], scores[:, :wanted]
 
+    def search_among(self, ids: Ids, vectors: Embeddings, k: int) -> tuple[npt.NDArray[np.uint64], Scores]:
+        """`search` over these ids alone, by comparing all of them in float32."""
+        if k < 0:
+            raise InputError(f"index: k must not be negative, not {k}")
+        vectors = self._checked(vectors)
+        keys = np.unique(ids.astype(np.uint64)) ^ _FLIP
+        with self._lock:
+            keys = keys[np.asarray(self._native.contains(keys), np.bool_)] if len(keys) else keys
+            held = np.asarray(self._native.get(keys, dtype="f32"), np.float32) if len(keys) else None
+        if held is None:
+            return np.zeros((len(vectors), 0), np.uint64), np.zeros((len(vectors), 0), np.float32)
+        lengths = np.linalg.norm(vectors, axis=1)[:, None] * np.linalg.norm(held, axis=1)
+        scores = np.clip(vectors @ held.T / np.maximum(lengths, np.finfo(np.float32).tiny), -1, 1)
+        among = np.broadcast_to(keys ^ _FLIP, scores.shape)
+        order = np.lexsort((among, -scores))[:, :k]
+        return np.take_along_axis(among, order, 1), np.take_along_axis(scores, order, 1).astype(np.float32)
+
     def _nearest(self, vectors: Embeddings, count: int, size: int) -> tuple[npt.NDArray[np.uint64], Scores]:
         exact = size <= self.exact_below
         found = self._native.search(vectors, count, exact=exact, threads=self.threads)

@@ -25,6 +25,14 @@ class FarthestFirst(UsearchIndex):
         return ids[:, ::-1], scores[:, ::-1]
 
 
+class LooksAtAllAndFiltersAfterwards(UsearchIndex):
+    def search_among(self, ids: Ids, vectors: Embeddings, k: int) -> Any:
+        found, scores = self.search(vectors, k)
+        width = int(np.isin(found, ids).sum(axis=1).min(initial=found.shape[1]))
+        kept = np.argsort(~np.isin(found, ids), axis=1, kind="stable")[:, :width]
+        return np.take_along_axis(found, kept, 1), np.take_along_axis(scores, kept, 1)
+
+
 class KeepsWhatItHeldBeforeLoading(UsearchIndex):
     def load(self, data: memoryview) -> None:
         held = self.ids()

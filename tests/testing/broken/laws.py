@@ -68,6 +68,7 @@ CAUGHT_BY = {
     "indexes": {
         "FindsWhatWasRemoved": "test_thousands_at_once",
         "FarthestFirst": "test_save_and_load",
+        "LooksAtAllAndFiltersAfterwards": "test_a_search_among_ids_finds_what_brute_force_over_them_finds",
         "KeepsWhatItHeldBeforeLoading": "test_what_is_loaded_replaces_what_was_held",
         "WhatItCannotLoadIsAnEmptyIndex": "test_an_index_of_another_dim_is_refused",
         "AppendsToTheFile": "test_saving_replaces_a_longer_file_and_leaves_no_other",

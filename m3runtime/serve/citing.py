@@ -1,0 +1,100 @@
+"""`Reads`: the memories that an answer read, chunk by chunk, as citations and as JSON."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote
+
+from m3runtime.documents.reference import Place, Reference
+from m3runtime.recall.recalled import Recalled
+
+
+@dataclass(slots=True)
+class Reads:
+    """Collects the memories of one answer, and the places of its text that were written while they were read."""
+
+    sources: Collection[str] | None = None
+    """Places in other sources are not cited."""
+    with_text: bool = False
+    memories: list[dict[str, Any]] = field(default_factory=list)
+    """One for each chunk and memory: ``id``, ``score``, ``source``, ``span``, the places ``start_index`` and
+    ``end_index`` in the answer, and more."""
+    now: list[dict[str, Any]] = field(default_factory=list)
+    """Those of them that are read now."""
+    _tokens: dict[int, int] = field(default_factory=dict)
+    _cited: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+
+    def begin(self, recalled: Recalled, at: int) -> None:
+        """Memories are read from the ``at``-th character of the answer on, in place of earlier ones."""
+        self.end(at)
+        self.now = []
+        for id, score, reference in zip(recalled.ids, recalled.scores, recalled.references, strict=True):
+            place = self._place(reference)
+            one: dict[str, Any] = {
+                "id": id,
+                "score": round(score, 4),
+                "source": place.name,
+                "span": [place.start, place.end],
+                "heading": reference.heading,
+                "url": place.metadata.get("url"),
+                "start_index": at,
+                "end_index": None,
+            }
+            if self.with_text:
+                one["text"] = reference.text
+            self.now.append(one)
+            self._tokens[id] = reference.tokens
+            self._cited.append((one, _address(id, place)))
+        self.memories += self.now
+
+    def end(self, at: int) -> None:
+        """The answer ends at its ``at``-th character."""
+        for one in self.now:
+            one["end_index"] = at
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all memories, each once."""
+        return sum(self._tokens.values())
+
+    def url_citations(self) -> list[dict[str, Any]]:
+        """The annotations of chat completions, of those memories that a part of the answer was written with."""
+        return [{"type": "url_citation", "url_citation": one} for one in self._url_citations()]
+
+    def response_annotations(self) -> list[dict[str, Any]]:
+        """The annotations of responses: each memory as ``url_citation`` and as ``file_citation``."""
+        urls = [{"type": "url_citation", **one} for one in self._url_citations()]
+        files = [
+            {
+                "type": "file_citation",
+                "file_id": f"memory-{one['id']}",
+                "filename": one["source"],
+                "index": one["end_index"],
+            }
+            for one, _ in self._used()
+        ]
+        return [*urls, *files]
+
+    def _url_citations(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "start_index": one["start_index"],
+                "end_index": one["end_index"],
+                "title": one["heading"] or one["source"],
+                "url": address,
+            }
+            for one, address in self._used()
+        ]
+
+    def _used(self) -> list[tuple[dict[str, Any], str]]:
+        """Without the memories that only a part of the prompt was read with."""
+        return [both for both in self._cited if (both[0]["end_index"] or 0) > both[0]["start_index"]]
+
+    def _place(self, reference: Reference) -> Place:
+        places = [one for one in reference.places if self.sources is None or one.source in self.sources]
+        return places[0]
+
+
+def _address(id: int, place: Place) -> str:
+    """The document's own address, or one that names its source and the memory."""
+    return place.metadata.get("url") or f"memory:{id}?source={quote(place.name, safe='/:')}"

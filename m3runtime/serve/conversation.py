@@ -1,0 +1,57 @@
+"""The messages of a conversation, and the prompt that they are for the model."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from m3runtime.adapters.answers import Prompt
+from m3runtime.errors import ConfigError
+from m3runtime.retrieval.restriction import Restriction
+from m3runtime.serve.errors import ApiError
+from m3runtime.serve.fields import Fields
+from m3runtime.serve.served import Served
+
+
+class TextPart(Fields):
+    """A part of a message. Only text is supported."""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+class Message(Fields):
+    """One message."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1024)]
+
+    @property
+    def text(self) -> str:
+        """Its text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
+
+
+def prompt_of(served: Served, messages: Sequence[Message], restriction: Restriction | None) -> Prompt:
+    """The prompt of a conversation. With ``restriction`` the references that it allows stand in it as text.
+
+    A single message of the user is asked in the form of ``generate.prompt``, as `m3 ask` does; any other conversation
+    is written by the model's chat template. Runs in a thread. Raises `ApiError`.
+    """
+    try:
+        if len(messages) == 1 and messages[0].role == "user":
+            question, texts = messages[0].text, None
+            if restriction is not None:
+                (matches,) = served.runtime.search([question], restriction=restriction)
+                found = served.runtime.references([match.id for match in matches])
+                texts = [one.text for one in found if one is not None]
+            return served.adapter.render(question, served.config.generate.prompt, texts)
+        if restriction is not None:
+            raise ApiError(400, "memory.as_text: only for a single message of the user", param="memory.as_text")
+        roles = {"developer": "system"}
+        return served.adapter.chat([{"role": roles.get(one.role, one.role), "content": one.text} for one in messages])
+    except ConfigError as error:  # the model has no chat template, or one that refuses these messages
+        raise ApiError(400, str(error)[:300], param="messages") from None

@@ -1,0 +1,136 @@
+"""The fields of requests that several routes have, and the settings of the engine that they stand for.
+
+A field that is not described here or in the route's own model is refused by name. A field that is null counts as left
+out.
+"""
+
+import secrets
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from m3runtime.config.schema import GenerateConfig
+from m3runtime.retrieval.restriction import Restriction
+from m3runtime.serve.errors import ApiError
+from m3runtime.serve.served import Served
+
+Count = Annotated[int, Field(ge=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Source = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class Fields(BaseModel):
+    """A request, or a part of one."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class MemoryFields(Fields):
+    """The field ``memory``: which memories are read. It is ours, not OpenAI's."""
+
+    off: bool = False
+    """Read none: the model as it is."""
+    as_text: bool = False
+    """Put the references into the prompt as text instead, for comparison. For a single message of the user."""
+    memories: Annotated[int, Field(ge=0)] | None = None
+    """Most memories of a chunk; at most ``recall.memories``."""
+    min_score: Annotated[float, Field(ge=-1, le=1)] | None = None
+    """Memories that score lower are not read."""
+    sources: Annotated[list[Source], Field(max_length=1000)] | None = None
+    """Read memories of these sources only."""
+    text: bool = False
+    """Report the text of each memory."""
+
+    def restriction(self, served: Served) -> Restriction:
+        """The restriction of memories. Raises `ApiError`."""
+        most = served.config.recall.memories
+        if self.memories is not None and self.memories > most:
+            raise ApiError(400, f"memory.memories: at most {most} here", param="memory.memories")
+        if self.off and self.as_text:
+            raise ApiError(400, "memory.off and memory.as_text exclude each other", param="memory.off")
+        return Restriction(self.memories, self.min_score, None if self.sources is None else frozenset(self.sources))
+
+
+class StreamOptions(Fields):
+    """The field ``stream_options``."""
+
+    include_usage: bool = False
+    """Send the usage in a last chunk."""
+    include_obfuscation: bool = False
+    """Padding against observers of the traffic; only false is supported."""
+
+
+class SamplingFields(Fields):
+    """The fields of sampling, which routes of answers share. Default: the ``generate`` section."""
+
+    model: str
+    stream: bool = False
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    memory: MemoryFields = MemoryFields()
+    user: Annotated[str, Field(max_length=512)] | None = None
+    """An identifier of the client's user, which changes nothing."""
+
+    def settings(self, served: Served, most_tokens: int | None, param: str, **more: Any) -> GenerateConfig:
+        """The settings of the engine. ``param`` is the field of ``most_tokens``. Raises `ApiError`."""
+        if self.model != served.name:
+            message = f"the model {self.model!r} is not served here; {served.name!r} is"
+            raise ApiError(404, message[:300], param="model", code="model_not_found")
+        limit, base = served.limits.answer_tokens, served.config.generate
+        if most_tokens is not None and most_tokens > limit:
+            raise ApiError(400, f"{param}: an answer may have at most {limit} tokens here", param=param)
+        given = {
+            "max_new_tokens": min(base.max_new_tokens, limit) if most_tokens is None else most_tokens,
+            **{name: getattr(self, name) for name in _SAMPLING},
+            **more,
+        }
+        return base.model_copy(update={name: value for name, value in given.items() if value is not None})
+
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+class PenaltyFields(SamplingFields):
+    """The further fields of chat completions and of text completions."""
+
+    stream_options: StreamOptions | None = None
+    n: Count = 1
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], float], Field(max_length=1024)] | None = (
+        None
+    )
+
+    def penalised(self, served: Served, most_tokens: int | None, param: str, log_probs: int | None) -> GenerateConfig:
+        """The settings of the engine, of the first answer. Raises `ApiError`."""
+        if self.n > served.limits.choices:
+            raise ApiError(400, f"n: at most {served.limits.choices} answers here", param="n")
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options: only with stream", param="stream_options")
+        if self.stream_options is not None and self.stream_options.include_obfuscation:
+            name = "stream_options.include_obfuscation"
+            raise ApiError(400, f"{name} is not supported", param=name, code="unsupported_parameter")
+        bias = self.logit_bias
+        return self.settings(
+            served,
+            most_tokens,
+            param,
+            stop=None if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            seed=secrets.randbelow(1 << 31) if self.seed is None else self.seed,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=None if bias is None else {int(token): value for token, value in bias.items()},
+            log_probs=log_probs,
+        )

@@ -1,0 +1,96 @@
+"""`Written`: what is known of one answer while it comes, and the parts of OpenAI's objects that all routes share."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from m3runtime.adapters.answers import Answer, TokenLogProb
+from m3runtime.adapters.base import Adapter
+from m3runtime.adapters.engine import End, Event, Failure, Piece, Read
+from m3runtime.serve.answering import Answering
+from m3runtime.serve.citing import Reads
+
+FINISHED = {"token": "stop", "text": "stop", "length": "length", "cancel": "stop"}
+
+
+@dataclass(slots=True)
+class Written:
+    """One answer, event by event."""
+
+    reads: Reads
+    text: str = ""
+    log_probs: list[TokenLogProb] = field(default_factory=list)
+    answer: Answer | None = None
+
+    def take(self, event: Event) -> None:
+        """Take the next event. Raises the error of a `Failure`."""
+        if isinstance(event, Read):
+            self.reads.begin(event.recalled, len(self.text))
+        elif isinstance(event, Piece):
+            self.text += event.text
+            self.log_probs += event.log_probs
+        elif isinstance(event, End):
+            self.answer = event.answer
+            self.reads.end(len(self.text))
+        elif isinstance(event, Failure):
+            raise event.error
+
+    @property
+    def finish_reason(self) -> str:
+        """OpenAI's word for how it ended."""
+        return FINISHED[self.answer.stopped_by] if self.answer else "stop"
+
+
+async def collect(answering: Answering, written: Sequence[Written]) -> None:
+    """Wait for all answers. Raises the error of the first that fails."""
+    async for index, event in answering:
+        written[index].take(event)
+
+
+def usage(answering: Answering, written: Iterable[Written]) -> dict[str, Any]:
+    """The tokens of a request. Those of memories count as prompt tokens that were cached."""
+    answers = list(written)
+    memories = sum(one.reads.tokens for one in answers)
+    answered = sum(len(one.answer.tokens) for one in answers if one.answer)
+    prompt = answering.prompt_tokens + memories
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answered,
+        "total_tokens": prompt + answered,
+        "prompt_tokens_details": {"cached_tokens": memories},
+    }
+
+
+def chat_log_probs(adapter: Adapter, log_probs: Iterable[TokenLogProb]) -> dict[str, Any]:
+    """The log probabilities of tokens, in the form of chat completions."""
+
+    def entry(token: int, log_prob: float) -> dict[str, Any]:
+        text = adapter.text_of([token])
+        # A part of a character has no text of its own, and the tokenizer does not tell its bytes.
+        data = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": max(log_prob, -9999.0), "bytes": data}
+
+    return {
+        "content": [
+            {**entry(one.token, one.log_prob), "top_logprobs": [entry(*other) for other in one.likeliest]}
+            for one in log_probs
+        ],
+        "refusal": None,
+    }
+
+
+def text_log_probs(adapter: Adapter, log_probs: Sequence[TokenLogProb], start: int = 0) -> dict[str, Any]:
+    """The log probabilities of tokens, in the form of text completions. ``start`` is the offset of the first."""
+    texts = [adapter.text_of([one.token]) for one in log_probs]
+    offsets, place = [], start
+    for text in texts:
+        offsets.append(place)
+        place += len(text)
+    return {
+        "tokens": texts,
+        "token_logprobs": [max(one.log_prob, -9999.0) for one in log_probs],
+        "top_logprobs": [
+            {adapter.text_of([token]): max(value, -9999.0) for token, value in one.likeliest} for one in log_probs
+        ],
+        "text_offset": offsets,
+    }

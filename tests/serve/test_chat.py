@@ -1,0 +1,156 @@
+"""Chat completions, by plain HTTP and by OpenAI's client."""
+
+from itertools import pairwise
+
+import pytest
+
+from tests.serve.serving import TOPICS, Serving, data_of
+
+QUESTION = "what does the harbour lamp burn?"
+
+
+def test_an_answer_with_usage_and_the_memories_that_were_read(serving: Serving) -> None:
+    answer = serving.chat(QUESTION, memory={"text": True}).json()
+    (choice,) = answer["choices"]
+    message, usage = choice["message"], answer["usage"]
+    assert (answer["object"], answer["model"], choice["finish_reason"]) == ("chat.completion", "tiny", "length")
+    assert message["content"]
+    assert usage["completion_tokens"] == 20
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 20
+    assert usage["prompt_tokens"] > usage["prompt_tokens_details"]["cached_tokens"] > 0
+    first = message["memories"][0]
+    assert (first["source"], first["text"], first["span"]) == ("lamp.txt", TOPICS["lamp"], [0, len(TOPICS["lamp"])])
+
+
+def test_citations_stand_where_their_memories_were_read(serving: Serving) -> None:
+    message = serving.chat(QUESTION).json()["choices"][0]["message"]
+    cited = [one["url_citation"] for one in message["annotations"]]
+    spans = sorted({(one["start_index"], one["end_index"]) for one in cited})
+    assert len(spans) == 3  # 20 tokens in chunks of 8
+    assert spans[0][0] == 0
+    assert all(before[1] == after[0] for before, after in pairwise(spans))
+    assert spans[-1][1] == len(message["content"])
+    read = [one for one in message["memories"] if one["end_index"] > one["start_index"]]
+    assert [(one["start_index"], one["source"]) for one in read] == [
+        (one["start_index"], one["title"]) for one in cited
+    ]
+    assert "text" not in read[0]
+
+
+def test_a_stream_says_what_the_answer_says_at_once(serving: Serving) -> None:
+    whole = serving.chat(QUESTION, seed=1).json()
+    body = {"stream": True, "stream_options": {"include_usage": True}, "seed": 1}
+    response = serving.chat(QUESTION, **body)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *chunks, done = data_of(iter(response.text.splitlines()))
+    assert done == "[DONE]"
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
+    message = whole["choices"][0]["message"]
+    assert "".join(delta.get("content", "") for delta in deltas) == message["content"]
+    assert [one for delta in deltas for one in delta.get("annotations", [])] == message["annotations"]
+    read = [one["id"] for delta in deltas for one in delta.get("memories", [])]
+    assert read == [one["id"] for one in message["memories"]]
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"] == whole["usage"]
+    assert chunks[-2]["choices"][0]["finish_reason"] == "length"
+
+
+def test_openais_client_reads_answers_and_streams(serving: Serving) -> None:
+    client = serving.openai()
+    messages = [
+        {"role": "system", "content": "answer"},
+        {"role": "user", "content": [{"type": "text", "text": "lamp"}]},
+    ]
+    answer = client.chat.completions.create(model="tiny", messages=messages, logprobs=True, top_logprobs=2, n=2)
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    content = answer.choices[0].logprobs.content
+    assert len(content) == 20
+    assert all(len(one.top_logprobs) == 2 and one.logprob <= 0 for one in content)
+    assert answer.choices[0].message.annotations[0].url_citation.url.startswith("memory:")
+    with client.chat.completions.create(model="tiny", messages=messages, stream=True) as stream:
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert text == answer.choices[0].message.content
+
+
+def test_memory_off_reads_none(serving: Serving) -> None:
+    answer = serving.chat(QUESTION, memory={"off": True}).json()
+    assert answer["choices"][0]["message"]["memories"] == []
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_references_as_text_make_a_longer_prompt(serving: Serving) -> None:
+    alone, text = (serving.chat(QUESTION, memory={one: True}).json() for one in ("off", "as_text"))
+    assert text["usage"]["prompt_tokens"] > alone["usage"]["prompt_tokens"] + 10
+    assert text["choices"][0]["message"]["memories"] == []
+
+
+def test_a_request_restricts_the_memories_of_each_chunk(serving: Serving) -> None:
+    def read(**memory: object) -> list[dict[str, object]]:
+        return serving.chat(QUESTION, memory=memory).json()["choices"][0]["message"]["memories"]
+
+    assert {one["source"] for one in read(sources=["owl.txt", "wall.txt"])} <= {"owl.txt", "wall.txt"}
+    assert len(read(memories=1)) < len(read())
+    assert read(memories=0) == read(sources=["nowhere.txt"]) == read(min_score=1) == []
+
+
+def test_sampling_follows_its_seed(serving: Serving) -> None:
+    def text(**fields: object) -> str:
+        return serving.chat(QUESTION, temperature=2, **fields).json()["choices"][0]["message"]["content"]
+
+    assert text(seed=3) == text(seed=3) != text(seed=4)
+    assert text() != text()  # another seed each time
+
+
+def test_stop_texts_and_lengths_end_an_answer(serving: Serving) -> None:
+    whole = serving.chat(QUESTION).json()["choices"][0]["message"]["content"]
+    stop = whole[4:6]
+    (choice,) = serving.chat(QUESTION, stop=stop).json()["choices"]
+    assert choice["message"]["content"] == whole[: whole.index(stop)]
+    assert choice["finish_reason"] == "stop"
+    assert serving.chat(QUESTION, max_completion_tokens=3).json()["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": []}, "tools"),
+        ({"function_call": "auto"}, "function_call"),
+        ({"memory": {"refresh": False}}, "memory.refresh"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"stream_options": {"include_obfuscation": True}, "stream": True}, "stream_options.include_obfuscation"),
+        ({"n": 9}, "n"),
+        ({"max_tokens": 100_000}, "max_tokens"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, None),
+        ({"memory": {"memories": 99}}, "memory.memories"),
+        ({"logit_bias": {"none": 1}}, None),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(
+    serving: Serving, fields: dict[str, object], param: str | None
+) -> None:
+    response = serving.chat(QUESTION, **fields)
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert error["type"] == "invalid_request_error"
+    assert param is None or (error["param"] == param and param in error["message"]), error
+
+
+def test_fields_that_are_null_count_as_left_out(serving: Serving) -> None:
+    assert serving.chat(QUESTION, tools=None, temperature=None, user="somebody").status_code == 200
+
+
+def test_an_unknown_model_is_not_found(serving: Serving) -> None:
+    response = serving.chat(QUESTION, model="gpt-4")
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_a_prompt_beyond_the_model_is_refused(serving: Serving) -> None:
+    for fields in ({}, {"stream": True}):
+        response = serving.chat("lamp " * 2000, **fields)
+        assert response.status_code == 400
+        assert "tokens" in response.json()["error"]["message"]
