@@ -101,6 +101,5 @@ def install(app: FastAPI) -> None:
         return answer
 
     app.add_exception_handler(M3Error, known)
-    app.add_exception_handler(Exception, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, by_status)

@@ -8,6 +8,7 @@ import secrets
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from m3runtime.config.schema import GenerateConfig
 from m3runtime.retrieval.restriction import Restriction
@@ -17,6 +18,14 @@ from m3runtime.serve.served import Served
 Count = Annotated[int, Field(ge=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Source = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+def is_text(value: object) -> bool:
+    """Can a value be written in UTF-8, if it is a text? JSON can escape what cannot."""
+    try:
+        return not isinstance(value, str) or bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
 
 
 class Fields(BaseModel):
@@ -29,7 +38,14 @@ class Fields(BaseModel):
     def _leave_out_nulls(cls, values: object) -> object:
         if not isinstance(values, dict):
             return values
-        return {name: value for name, value in values.items() if value is not None}
+        kept = {name: value for name, value in values.items() if value is not None}
+        for name, value in kept.items():
+            inner = (
+                value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else [value]
+            )
+            if not all(is_text(one) for one in [name, *inner]):
+                raise PydanticCustomError("no_text", "a text is not valid Unicode: it has half of a surrogate pair")
+        return kept
 
 
 class MemoryFields(Fields):

@@ -14,6 +14,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from m3runtime.serve.errors import as_api_error
 from m3runtime.serve.served import Served
 
 log = logging.getLogger("m3runtime.serve")
@@ -62,7 +63,7 @@ class Trace:
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         id = given if _ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
         scope.setdefault("state", {})["request_id"] = id
-        began, status = time.perf_counter(), 500
+        began, status = time.perf_counter(), 0
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -73,6 +74,10 @@ class Trace:
 
         try:
             await self._app(scope, receive, sending)
+        except Exception as error:  # noqa: BLE001 - logged and told; uvicorn would log it again
+            told = as_api_error(error)
+            if not status:
+                await told.response()(scope, receive, sending)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._meter.count_request(route, status)
