@@ -1,0 +1,89 @@
+"""``m3 serve`` as a process."""
+
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from openai import OpenAI
+
+import run as demo
+from m3runtime import assembly
+from m3runtime.config.schema import Config
+from m3runtime.documents.reading import read_documents
+from m3runtime.writing.writer import Writer
+from tests.end_to_end.commands import M3, environment
+from tests.yaml_text import dumped
+
+
+@contextmanager
+def served(folder: Path, *arguments: str, **variables: str) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+    """The address of a server that runs in a process."""
+    command = [M3, "serve", "--port", "0", *arguments]
+    process = subprocess.Popen(command, cwd=folder, env=environment() | variables, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr
+        found = None
+        while not found and (line := process.stderr.readline()):
+            found = re.search(r"serving \S+ at (http://\S+)", line)
+        assert found
+        yield found[1], process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.real_model
+def test_a_real_model_answers_from_memory_over_http(smollm2_path: Path, minilm_path: Path, tmp_path: Path) -> None:
+    settings = {
+        "bank": str(tmp_path / "bank"),
+        "model": {"path": str(smollm2_path)},
+        "memory": {"attention_temperature": 0.9},
+        "codec": {"kind": "scalar"},
+        "embedder": {"path": str(minilm_path)},
+        "recall": {"when_late": "wait"},
+        "generate": {"prompt": "reference", "max_new_tokens": 24, "stop": ["\n"]},
+        "serve": {"name": "smollm2"},
+    }
+    (tmp_path / "m3.yaml").write_text(dumped(settings))
+    config = Config.load(tmp_path / "m3.yaml", {})
+    adapter = assembly.open_adapter(config)
+    Writer(config, adapter, assembly.open_embedder(config)).write(read_documents([demo.HANDBOOK]))
+    adapter.close()
+    question = [{"role": "user", "content": "What is the harbour lamp's fuel?"}]
+    with served(tmp_path, M3_KEYS="read:real-model-key") as (url, process):
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        client = OpenAI(base_url=f"{url}/v1", api_key="real-model-key", max_retries=0)
+        answer = client.chat.completions.create(model="smollm2", messages=question)
+        assert "walnut" in answer.choices[0].message.content
+        assert answer.choices[0].message.annotations[0].url_citation.title
+        forgetful = client.chat.completions.create(
+            model="smollm2", messages=question, extra_body={"memory": {"off": True}}
+        )
+        assert "walnut" not in forgetful.choices[0].message.content
+        with client.chat.completions.create(model="smollm2", messages=question, stream=True) as stream:
+            assert "walnut" in "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--address", "0.0.0.0"), "--no-keys"),
+        (("--set", "serve.keys_file=none.txt"), "serve.keys_file: cannot read"),
+        (("--set", "serve.nothing=1"), "serve.nothing"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path: Path, arguments: tuple[str, ...], text: str) -> None:
+    (tmp_path / "m3.yaml").write_text("bank: ./bank\nmodel: {path: ./none}\nembedder: {path: ./none}\n")
+    done = subprocess.run(
+        [M3, "serve", *arguments], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert text in line
