@@ -51,6 +51,7 @@ ROOMS = {
         "runtime": "an open bank",
         "storage": "bytes in tiers",
         "stream": "one sequence",
+        "serve": "the HTTP API",
         "testing": "contract suites",
         "writing": "write, verify, repair",
     },

@@ -3,6 +3,8 @@
 A pure ASGI middleware, so that a stream sees its client go.
 """
 
+import asyncio
+
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -31,7 +33,9 @@ class Guard:
         headers = {name.lower(): value for name, value in scope["headers"]}
         try:
             scope.setdefault("state", {})["access"] = self._access(scope["path"], headers)
-            limited = _Limited(receive, self._limit(headers), headers.get(b"content-length"))
+            limited = _Limited(
+                receive, self._limit(headers), headers.get(b"content-length"), self._served.limits.timeout
+            )
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
@@ -56,17 +60,24 @@ class Guard:
 
 
 class _Limited:
-    """Receives a body of at most so many bytes."""
+    """Receives a body of at most so many bytes, in at most so many seconds."""
 
-    def __init__(self, receive: Receive, limit: int, declared: bytes | None) -> None:
+    def __init__(self, receive: Receive, limit: int, declared: bytes | None, seconds: float) -> None:
         self._receive = receive
+        self._deadline: float | None = asyncio.get_running_loop().time() + seconds
         self._left = self._limit = limit
         if declared is not None and declared.isdigit() and int(declared) > limit:
             raise self._too_large()
 
     async def __call__(self) -> Message:
-        message = await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            raise ApiError(408, "the request took too long to arrive", code="timeout") from None
         if message["type"] == "http.request":
+            if not message.get("more_body", False):
+                self._deadline = None
             self._left -= len(message.get("body", b""))
             if self._left < 0:
                 raise self._too_large()

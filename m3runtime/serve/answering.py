@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Literal
+from contextlib import suppress
 
 from starlette.requests import Request as HttpRequest
 
@@ -12,9 +12,7 @@ from m3runtime.adapters.engine import End, Event, Failure, Piece, Request, Ticke
 from m3runtime.config.schema import GenerateConfig
 from m3runtime.retrieval.restriction import Restriction
 from m3runtime.serve.errors import ApiError
-from m3runtime.serve.served import Served
-
-Reason = Literal["gone", "timeout", "stopped"]
+from m3runtime.serve.served import Reason, Served
 
 
 class Answering:
@@ -120,7 +118,7 @@ class Answering:
         if self.reason is not None:
             self.cancel(self.reason)
         elif self._open:
-            self._served.running.add(self)
+            self._served.running.add(self.cancel)
             self._watch = self._loop.create_task(self._look_for_the_client())
             self._alarm = self._loop.call_later(self._served.limits.timeout, self.cancel, "timeout")
 
@@ -138,7 +136,8 @@ class Answering:
             meter = self._served.meter
             (meter.between_tokens if self._has_begun[index] else meter.first_token).add(now - self._last[index])
             self._has_begun[index], self._last[index] = True, now
-        self._loop.call_soon_threadsafe(self._take, index, event)
+        with suppress(RuntimeError):  # the loop is closed after a second Ctrl-C: nobody waits any more
+            self._loop.call_soon_threadsafe(self._take, index, event)
 
     def _take(self, index: int, event: Event) -> None:
         if isinstance(event, End | Failure):
@@ -158,7 +157,7 @@ class Answering:
         if index < len(self._requests) and (stream := self._requests[index].stream) is not None:
             stream.close()
         if not self._open:
-            self._served.running.discard(self)
+            self._served.running.discard(self.cancel)
             if self._watch is not None:
                 self._watch.cancel()
             if self._alarm is not None:

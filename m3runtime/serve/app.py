@@ -22,8 +22,8 @@ def make_app(served: Served) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         served.gate.is_closing = True
-        for answering in list(served.running):
-            answering.cancel("stopped")
+        for cancel in list(served.running):
+            cancel("stopped")
         await asyncio.to_thread(served.adapter.engine.close)
 
     app = FastAPI(title="m3runtime", docs_url=None, redoc_url=None, lifespan=lifespan)

@@ -1,7 +1,8 @@
 """`Served`: the parts that the routes of one server share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Literal
 
 from m3runtime.adapters.base import Adapter
 from m3runtime.config.schema import Config
@@ -11,8 +12,9 @@ from m3runtime.serve.gate import Gate
 from m3runtime.serve.keys import Keys
 from m3runtime.serve.meter import ServeMeter
 
-if TYPE_CHECKING:
-    from m3runtime.serve.answering import Answering
+Reason = Literal["gone", "timeout", "stopped"]
+"""Why answers are cancelled: their client went, it took too long, or the server is being stopped."""
+Cancel = Callable[[Reason], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +30,8 @@ class Served:
     gate: Gate
     """Counts the answers under way."""
     meter: ServeMeter
-    running: "set[Answering]" = field(default_factory=set, compare=False)
-    """The requests whose answers are under way, for the event loop."""
+    running: set[Cancel] = field(default_factory=set, compare=False)
+    """Cancels each of the requests whose answers are under way, in the event loop."""
 
     @property
     def embedder_name(self) -> str:

@@ -2,7 +2,9 @@
 
 import ipaddress
 import logging
+import signal
 import socket
+from types import FrameType
 
 import uvicorn
 
@@ -60,6 +62,14 @@ class Server(uvicorn.Server):
         """Serve. Returns after a signal, or after ``should_exit`` was set, once all answers have ended."""
         log.info("listening", extra={"fields": {"address": self.served.limits.address, "port": self.port}})
         self.run([self.socket])
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """Stop at a signal; a second SIGINT waits for nothing.
+
+        Unlike uvicorn, the signal is not raised again afterwards: the caller still has to close bank and model.
+        """
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take nothing new, and wait for what is under way."""

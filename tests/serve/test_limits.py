@@ -115,6 +115,16 @@ def test_a_body_of_no_declared_length_is_counted(small: Serving) -> None:
         assert client.post("/v1/chat/completions", content=blocks()).status_code == 413
 
 
+def test_a_body_that_trickles_is_not_waited_for(tmp_path: Path) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    with (
+        tiny(tmp_path, serve={"timeout": 0.3}) as serving,
+        socket.create_connection(("127.0.0.1", serving.server.port), timeout=20) as connection,
+    ):
+        connection.sendall(head + b"{")
+        assert connection.recv(100).startswith(b"HTTP/1.1 408")
+
+
 def test_prompts_and_answers_have_limits_of_their_own(small: Serving) -> None:
     long = small.chat("lamp " * 30)
     assert (long.status_code, long.json()["error"]["code"]) == (400, "context_length_exceeded")
