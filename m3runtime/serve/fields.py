@@ -17,6 +17,8 @@ from m3runtime.serve.served import Served
 
 Count = Annotated[int, Field(ge=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Token = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Source = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
@@ -92,7 +94,7 @@ class SamplingFields(Fields):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     memory: MemoryFields = MemoryFields()
     user: Annotated[str, Field(max_length=512)] | None = None
     """An identifier of the client's user, which changes nothing."""
@@ -121,13 +123,11 @@ class PenaltyFields(SamplingFields):
 
     stream_options: StreamOptions | None = None
     n: Count = 1
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 62)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], float], Field(max_length=1024)] | None = (
-        None
-    )
+    logit_bias: Annotated[dict[Token, Bias], Field(max_length=1024)] | None = None
 
     def penalised(self, served: Served, most_tokens: int | None, param: str, log_probs: int | None) -> GenerateConfig:
         """The settings of the engine, of the first answer. Raises `ApiError`."""

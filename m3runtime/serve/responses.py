@@ -1,6 +1,7 @@
 """``POST /v1/responses``. Answers are not kept, so a response cannot be read again or continued by its id."""
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
@@ -46,6 +47,8 @@ class ResponseRequest(SamplingFields):
     input: Annotated[str, Field(min_length=1)] | Annotated[list[Item], Field(min_length=1, max_length=4096)]
     instructions: str | None = None
     max_output_tokens: Count | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     """Repeated in the response."""
     text: TextOptions | None = None
@@ -66,7 +69,14 @@ def router(served: Served) -> APIRouter:
     @routes.post("/v1/responses")
     async def responses(request: ResponseRequest, http: Request) -> Response:
         """Answer a conversation from memory."""
-        settings = request.settings(served, request.max_output_tokens, "max_output_tokens")
+        settings = request.settings(
+            served,
+            request.max_output_tokens,
+            "max_output_tokens",
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            seed=secrets.randbelow(1 << 31),
+        )
         memory = request.memory
         restriction = memory.restriction(served)
         asked = restriction if memory.as_text else None
@@ -109,19 +119,29 @@ class _Response:
         return {
             **self._head,
             "status": status,
+            "completed_at": now() if status == "completed" else None,
+            "background": False,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "frequency_penalty": self._settings.frequency_penalty,
             "instructions": self._request.instructions,
             "max_output_tokens": self._settings.max_new_tokens,
+            "max_tool_calls": None,
             "metadata": self._request.metadata or {},
             "output": [] if answer is None else [self._message(status)],
             "parallel_tool_calls": False,
+            "presence_penalty": self._settings.presence_penalty,
             "previous_response_id": None,
+            "prompt_cache_key": None,
+            "reasoning": None,
+            "safety_identifier": None,
+            "service_tier": "default",
             "store": False,
             "temperature": self._settings.temperature,
             "text": {"format": {"type": "text"}},
             "tool_choice": "none",
             "tools": [],
+            "top_logprobs": 0,
             "top_p": self._settings.top_p,
             "truncation": "disabled",
             "usage": None if answer is None else self._usage(),

@@ -101,6 +101,11 @@ def test_sampling_follows_its_seed(serving: Serving) -> None:
     assert text() != text()  # another seed each time
 
 
+def test_numbers_at_the_edge_disturb_nobody(serving: Serving) -> None:
+    edge = {"top_k": 10**30, "top_p": 5e-324, "temperature": 5e-324, "min_p": 1.0, "repetition_penalty": 0.01}
+    assert serving.chat(QUESTION, **edge, logit_bias={"7": 100}, logprobs=True).status_code == 200
+
+
 def test_stop_texts_and_lengths_end_an_answer(serving: Serving) -> None:
     whole = serving.chat(QUESTION).json()["choices"][0]["message"]["content"]
     stop = whole[4:6]
@@ -128,6 +133,8 @@ def test_stop_texts_and_lengths_end_an_answer(serving: Serving) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, None),
         ({"memory": {"memories": 99}}, "memory.memories"),
         ({"logit_bias": {"none": 1}}, None),
+        ({"logit_bias": {"5": 101}}, None),
+        ({"logit_bias": {"999999": 1}}, None),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(

@@ -1,0 +1,67 @@
+"""Clients that people use, and a fuzzer, against a running server; `make test-serve` installs them aside."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.serve.serving import Serving
+
+pytestmark = pytest.mark.clients
+
+PYTHON = Path(os.environ.get("M3_CLIENTS", ".venv-clients/bin/python")).absolute()
+"""The interpreter of an environment that has them."""
+LANGCHAIN = """
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+options = {"model": "tiny", "base_url": base, "api_key": "none", "max_retries": 0}
+chat = ChatOpenAI(**options, max_tokens=12, temperature=0)
+answer = chat.invoke("lamp")
+assert answer.content == "".join(chunk.content for chunk in chat.stream("lamp")) != ""
+assert answer.usage_metadata["input_token_details"]["cache_read"] > 0
+assert len(chat.batch(["lamp", "owl", "wall"])) == 3
+cited = ChatOpenAI(**options, max_tokens=20, use_responses_api=True).invoke("lamp").content[0]["annotations"]
+assert {one["type"] for one in cited} == {"url_citation", "file_citation"}
+assert OpenAIEmbeddings(**options, check_embedding_ctx_length=False).embed_query("lamp")
+"""
+LLAMA_INDEX = """
+from llama_index.core.llms import ChatMessage
+from llama_index.llms.openai_like import OpenAILike
+options = {"model": "tiny", "api_base": base, "api_key": "none", "max_tokens": 12, "temperature": 0, "max_retries": 0}
+question = [ChatMessage(role="user", content="lamp")]
+chat = OpenAILike(**options, is_chat_model=True)
+assert chat.chat(question).message.content == "".join(piece.delta for piece in chat.stream_chat(question)) != ""
+assert OpenAILike(**options, is_chat_model=False).complete("the lamp").text
+"""
+LITELLM = """
+import os
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+import litellm
+options = {"model": "openai/tiny", "api_base": base, "api_key": "none", "max_tokens": 12, "temperature": 0}
+question = [{"role": "user", "content": "lamp"}]
+answer = litellm.completion(**options, messages=question)
+pieces = litellm.completion(**options, messages=question, stream=True)
+assert answer.choices[0].message.content == "".join(piece.choices[0].delta.content or "" for piece in pieces) != ""
+assert answer.usage.prompt_tokens_details.cached_tokens > 0
+"""
+
+
+def run(*command: object) -> str:
+    """The output of a command that succeeds, without the variables of this process that concern Python."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(list(map(str, command)), env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", [LANGCHAIN, LLAMA_INDEX, LITELLM], ids=["langchain", "llama-index", "litellm"])
+def test_a_client_asks_and_streams(serving: Serving, script: str) -> None:
+    run(PYTHON, "-c", f"base = {serving.url!r} + '/v1'\n{script}")
+
+
+def test_no_request_is_answered_with_5xx(serving: Serving, tmp_path: Path) -> None:
+    settings = tmp_path / "schemathesis.toml"
+    settings.write_text('[parameters]\n"body.model" = "tiny"\n')
+    options = ["--checks", "not_a_server_error", "--max-examples", 60, "--phases", "coverage,fuzzing"]
+    fuzzer = PYTHON.with_name("schemathesis")
+    assert "passed" in run(fuzzer, "--config-file", settings, "run", f"{serving.url}/openapi.json", *options)
