@@ -65,7 +65,7 @@ def test_a_full_queue_is_429_and_a_client_that_vanishes_frees_its_row(small: Ser
 def test_a_client_that_vanishes_while_it_waits_for_a_whole_answer_frees_its_row(small: Serving) -> None:
     body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "lamp"}], "max_tokens": SLOW}).encode()
     kind = "Content-Type: application/json"
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n{kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n{kind}\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", small.server.port)) as connection:
         connection.sendall(head.encode() + body)
         until(lambda: small.server.served.gate.taken == 1)
@@ -116,7 +116,7 @@ def test_a_body_of_no_declared_length_is_counted(small: Serving) -> None:
 
 
 def test_a_body_that_trickles_is_not_waited_for(tmp_path: Path) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
     with (
         tiny(tmp_path, serve={"timeout": 0.3}) as serving,
         socket.create_connection(("127.0.0.1", serving.server.port), timeout=20) as connection,
