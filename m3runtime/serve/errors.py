@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from m3runtime.errors import EngineClosedError, InputError, M3Error
+from m3runtime.errors import EngineClosedError, InputError, M3Error, StoreFullError
 
 log = logging.getLogger("m3runtime.serve")
 
@@ -66,6 +66,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error)[:_LONGEST])
     if isinstance(error, EngineClosedError):
         return ApiError(503, "the server is being stopped", code="shutting_down", retry_after=5)
+    if isinstance(error, StoreFullError):
+        return ApiError(503, "memories of other answers take all room; try again later", code="busy", retry_after=1)
     log.error("a request failed: %s", error if isinstance(error, M3Error) else type(error).__name__, exc_info=error)
     return ApiError(500, "the server failed to answer; its log says why", code=type(error).__name__)
 

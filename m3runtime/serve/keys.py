@@ -4,7 +4,7 @@ import hmac
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -21,8 +21,8 @@ _ENTRY = re.compile(r"(?:(read|write)[\s:]+)?([\x21-\x7e]{8,512})")
 class Keys:
     """Digests of keys. A write key may read as well. Without any key everything is allowed."""
 
-    reading: tuple[bytes, ...] = ()
-    writing: tuple[bytes, ...] = ()
+    reading: tuple[bytes, ...] = field(default=(), repr=False)
+    writing: tuple[bytes, ...] = field(default=(), repr=False)
 
     @property
     def needed(self) -> bool:

@@ -116,12 +116,12 @@ def test_a_body_of_no_declared_length_is_counted(small: Serving) -> None:
 
 
 def test_a_body_that_trickles_is_not_waited_for(tmp_path: Path) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    headers = b"Host: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 100"
     with (
         tiny(tmp_path, serve={"timeout": 0.3}) as serving,
         socket.create_connection(("127.0.0.1", serving.server.port), timeout=20) as connection,
     ):
-        connection.sendall(head + b"{")
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\n" + headers + b"\r\n\r\n{")
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
 
 
