@@ -17,6 +17,7 @@ from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
 from m3runtime.bank import records
 from m3runtime.bank.bank import Bank
+from m3runtime.bank.members import Members
 from m3runtime.config.schema import Config
 from m3runtime.device.threads import prepare
 from m3runtime.documents import expiry
@@ -64,7 +65,7 @@ class Runtime:
         self.bank = bank
         self.hierarchy = hierarchy
         self.retriever = retriever
-        retriever.members = partial(records.members, bank.home)
+        retriever.members = Members(bank.home)
         self.device = device
         self.stats = RecallStats()
         self.meter = Meter(config.metrics.timeline)

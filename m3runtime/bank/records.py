@@ -27,11 +27,6 @@ def references(home: Home, ids: Ids) -> tuple[list[Reference | None], dict[int, 
     return found, damaged
 
 
-def members(home: Home, sources: Iterable[str]) -> Ids:
-    """The ids of the references that have a place in one of these sources, ascending."""
-    return np.unique(np.concatenate([as_ids(()), *(home.ids_of(source) for source in sources)]))
-
-
 def embeddings(home: Home, ids: Ids, dim: int | None, damaged: dict[int, str]) -> Iterator[tuple[Ids, Embeddings]]:
     """The sound embeddings of ids in batches: ``ids[n]`` and ``float32[n, dim]``.
 

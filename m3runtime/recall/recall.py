@@ -177,5 +177,4 @@ class Recall:
 
 def _may_read(stream: StreamState, lease: Lease) -> bool:
     """Has the memory a place in a source of the stream's? The place that the search knew may have expired since."""
-    sources = stream.restriction.sources
-    return sources is None or not sources.isdisjoint(lease.loaded.reference.sources)
+    return any(stream.restriction.allows(source) for source in lease.loaded.reference.sources)

@@ -9,12 +9,15 @@ from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from m3runtime.serve.errors import ApiError
+from m3runtime.serve.keys import Grant
 from m3runtime.serve.served import Served
 
 OPEN = frozenset({"/", "/favicon.ico", "/health", "/health/live", "/health/ready"})
 """Paths that need no key: the page itself shows nothing of the bank."""
 OPEN_FOLDER = "/assets/"
 """Files of the page."""
+ANSWERS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/models")
+"""Beginnings of the paths that a key for some sources may use: these routes keep to its sources."""
 _UPLOAD = "multipart/form-data"
 
 
@@ -32,7 +35,7 @@ class Guard:
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
         try:
-            scope.setdefault("state", {})["access"] = self._access(scope["path"], headers)
+            scope.setdefault("state", {})["grant"] = self._grant(scope["path"], headers)
             limited = _Limited(
                 receive, self._limit(headers), headers.get(b"content-length"), self._served.limits.timeout
             )
@@ -41,17 +44,19 @@ class Guard:
             return
         await self._app(scope, limited, send)
 
-    def _access(self, path: str, headers: dict[bytes, bytes]) -> str:
+    def _grant(self, path: str, headers: dict[bytes, bytes]) -> Grant:
         keys = self._served.keys
         if not keys.needed:
-            return "write"
+            return Grant("write")
         if path in OPEN or path.startswith(OPEN_FOLDER):
-            return "none"
+            return Grant("none")
         kind, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-        access = keys.access(key.strip()) if kind.lower() == "bearer" else None
-        if access is None:
+        grant = keys.grant(key.strip()) if kind.lower() == "bearer" else None
+        if grant is None:
             raise ApiError(401, "a valid key is needed: Authorization: Bearer KEY", code="invalid_api_key")
-        return access
+        if grant.restriction.sources is not None and not path.startswith(ANSWERS):
+            raise ApiError(403, "this key may only ask for answers", code="key_is_restricted")
+        return grant
 
     def _limit(self, headers: dict[bytes, bytes]) -> int:
         limits = self._served.limits
@@ -89,5 +94,5 @@ class _Limited:
 
 def writer(request: Request) -> None:
     """A dependency of routes that change the bank. Raises `ApiError` 403 for a key that may only read."""
-    if request.state.access != "write":
+    if request.state.grant.access != "write":
         raise ApiError(403, "this key may only read; a write key is needed", code="write_key_needed")

@@ -52,7 +52,7 @@ def router(served: Served) -> APIRouter:
         log_probs = (request.top_logprobs or 0) if request.logprobs else None
         settings = request.penalised(served, most, param, log_probs)
         memory = request.memory
-        restriction = memory.restriction(served)
+        restriction = memory.restriction(served, http)
         prompt = await asyncio.to_thread(prompt_of, served, request.messages, restriction if memory.as_text else None)
         answering = await Answering.begin(
             served,
@@ -61,7 +61,7 @@ def router(served: Served) -> APIRouter:
             [settings.model_copy(update={"seed": settings.seed + number}) for number in range(request.n)],
             None if memory.off or memory.as_text else restriction,
         )
-        written = [Written(Reads(restriction.sources, memory.text)) for _ in range(request.n)]
+        written = [Written(Reads(restriction, memory.text)) for _ in range(request.n)]
         chat = _Chat(served, request, answering, written)
         if request.stream:
             return stream(chat.chunks())

@@ -1,20 +1,20 @@
 """`Reads`: the memories that an answer read, chunk by chunk, as citations and as JSON."""
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
 from m3runtime.documents.reference import Place, Reference
 from m3runtime.recall.recalled import Recalled
+from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
 
 
 @dataclass(slots=True)
 class Reads:
     """Collects the memories of one answer, and the places of its text that were written while they were read."""
 
-    sources: Collection[str] | None = None
-    """Places in other sources are not cited."""
+    restriction: Restriction = UNRESTRICTED
+    """Places in sources that it does not allow are not cited."""
     with_text: bool = False
     memories: list[dict[str, Any]] = field(default_factory=list)
     """One for each chunk and memory: ``id``, ``score``, ``source``, ``span``, the places ``start_index`` and
@@ -91,8 +91,7 @@ class Reads:
         return [both for both in self._cited if (both[0]["end_index"] or 0) > both[0]["start_index"]]
 
     def _place(self, reference: Reference) -> Place:
-        places = [one for one in reference.places if self.sources is None or one.source in self.sources]
-        return places[0]
+        return next(place for place in reference.places if self.restriction.allows(place.source))
 
 
 def _address(id: int, place: Place) -> str:

@@ -37,7 +37,7 @@ def router(served: Served) -> APIRouter:
         """Continue texts, reading memories."""
         settings = request.penalised(served, request.max_tokens, "max_tokens", request.logprobs)
         memory = request.memory
-        restriction = memory.restriction(served)
+        restriction = memory.restriction(served, http)
         if memory.as_text:
             raise ApiError(400, "memory.as_text: only in chat completions", param="memory.as_text")
         texts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
@@ -51,7 +51,7 @@ def router(served: Served) -> APIRouter:
             [settings.model_copy(update={"seed": seed}) for seed in seeds],
             None if memory.off else restriction,
         )
-        written = [Written(Reads(restriction.sources, memory.text)) for _ in seeds]
+        written = [Written(Reads(restriction, memory.text)) for _ in seeds]
         text = _Text(served, request, answering, written)
         if request.stream:
             return stream(text.chunks())

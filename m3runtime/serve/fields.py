@@ -7,6 +7,7 @@ out.
 import secrets
 from typing import Annotated, Any
 
+from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -62,18 +63,19 @@ class MemoryFields(Fields):
     min_score: Annotated[float, Field(ge=-1, le=1)] | None = None
     """Memories that score lower are not read."""
     sources: Annotated[list[Source], Field(max_length=1000)] | None = None
-    """Read memories of these sources only."""
+    """Read memories of these sources, or folders of sources, only."""
     text: bool = False
     """Report the text of each memory."""
 
-    def restriction(self, served: Served) -> Restriction:
-        """The restriction of memories. Raises `ApiError`."""
+    def restriction(self, served: Served, http: Request) -> Restriction:
+        """The restriction of memories, within that of the request's key. Raises `ApiError`."""
         most = served.config.recall.memories
         if self.memories is not None and self.memories > most:
             raise ApiError(400, f"memory.memories: at most {most} here", param="memory.memories")
         if self.off and self.as_text:
             raise ApiError(400, "memory.off and memory.as_text exclude each other", param="memory.off")
-        return Restriction(self.memories, self.min_score, None if self.sources is None else frozenset(self.sources))
+        asked = Restriction(self.memories, self.min_score, None if self.sources is None else frozenset(self.sources))
+        return asked.within(http.state.grant.restriction)
 
 
 class StreamOptions(Fields):

@@ -32,7 +32,7 @@ def router(served: Served) -> APIRouter:
         """New requests are taken. 503 while the server is being stopped."""
         if served.gate.is_closing:
             raise ApiError(503, "the server is being stopped", code="shutting_down", retry_after=5)
-        return {"status": "ok", "model": served.name, "references": len(served.runtime.retriever.index)}
+        return {"status": "ok", "model": served.name}
 
     @routes.get("/metrics")
     def metrics() -> Response:

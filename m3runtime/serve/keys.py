@@ -10,39 +10,47 @@ from pathlib import Path
 from typing import Literal
 
 from m3runtime.errors import ConfigError
-
-Access = Literal["read", "write"]
+from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
 
 VARIABLE = "M3_KEYS"
-_ENTRY = re.compile(r"(?:(read|write)[\s:]+)?([\x21-\x7e]{8,512})")
+_ENTRY = re.compile(r"(?:(read|write)[\s:]+)?([\x21-\x7e]{8,512})((?:\s+\S+)*)")
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What a request may do."""
+
+    access: Literal["none", "read", "write"]
+    restriction: Restriction = UNRESTRICTED
+    """The memories that it may read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Keys:
     """Digests of keys. A write key may read as well. Without any key everything is allowed."""
 
-    reading: tuple[bytes, ...] = field(default=(), repr=False)
-    writing: tuple[bytes, ...] = field(default=(), repr=False)
+    grants: tuple[tuple[bytes, Grant], ...] = field(default=(), repr=False)
+    """The digest of each key, and what it allows."""
 
     @property
     def needed(self) -> bool:
         """Does a request need a key?"""
-        return bool(self.reading or self.writing)
+        return bool(self.grants)
 
-    def access(self, key: str) -> Access | None:
+    def grant(self, key: str) -> Grant | None:
         """What a key allows, or None for an unknown one."""
         digest = _digest(key)
         # All are compared, whichever fits: the time tells nothing.
-        reads = [hmac.compare_digest(digest, one) for one in self.reading]
-        writes = [hmac.compare_digest(digest, one) for one in self.writing]
-        return "write" if any(writes) else "read" if any(reads) else None
+        found = [grant for one, grant in self.grants if hmac.compare_digest(digest, one)]
+        return found[0] if found else None
 
     @classmethod
     def load(cls, file: Path | None, environ: Mapping[str, str] | None = None) -> "Keys":
         """The keys of ``serve.keys_file`` and of the variable ``M3_KEYS``, separated there by commas.
 
         An entry is ``read KEY`` (``read:KEY``), ``write KEY``, or ``KEY`` for both. A key has 8 to 512 visible ASCII
-        characters. Raises `ConfigError`, which names the place of a bad entry and never the entry.
+        characters. Names of sources and folders after a key to read restrict it to these: ``read KEY docs/ faq.md``.
+        Raises `ConfigError`, which names the place of a bad entry and never the entry.
         """
         entries = list[tuple[str, str]]()
         if file is not None:
@@ -60,18 +68,19 @@ class Keys:
 
     @classmethod
     def _of(cls, entries: Iterable[tuple[str, str]]) -> "Keys":
-        reading, writing = list[bytes](), list[bytes]()
+        grants = dict[bytes, Grant]()
         for where, text in entries:
             entry = text.strip()
             if not entry or entry.startswith("#"):
                 continue
             found = _ENTRY.fullmatch(entry)
-            if found is None:
+            if found is None or (found[3] and found[1] != "read") or _digest(found[2]) in grants:
                 raise ConfigError(
                     f"{where} is no key: write `read KEY` or `write KEY`, of 8 or more visible characters"
                 )
-            (reading if found[1] == "read" else writing).append(_digest(found[2]))
-        return cls(tuple(reading), tuple(writing))
+            sources = frozenset(found[3].split()) if found[3] else None
+            grants[_digest(found[2])] = Grant("read" if found[1] == "read" else "write", Restriction(sources=sources))
+        return cls(tuple(grants.items()))
 
 
 def _digest(key: str) -> bytes:

@@ -78,12 +78,12 @@ def router(served: Served) -> APIRouter:
             seed=secrets.randbelow(1 << 31),
         )
         memory = request.memory
-        restriction = memory.restriction(served)
+        restriction = memory.restriction(served, http)
         asked = restriction if memory.as_text else None
         prompt = await asyncio.to_thread(prompt_of, served, request.messages, asked)
         reads = None if memory.off or memory.as_text else restriction
         answering = await Answering.begin(served, http, [prompt], [settings], reads)
-        written = Written(Reads(restriction.sources, memory.text))
+        written = Written(Reads(restriction, memory.text))
         response = _Response(served, request, settings, answering, written)
         if request.stream:
             return stream(response.events(), done=False)

@@ -81,14 +81,16 @@ def running(runtime: Runtime, adapter: TransformersAdapter, environ: dict[str, s
 
 
 @contextmanager
-def tiny(path: Path, environ: dict[str, str] | None = None, **options: Any) -> Iterator[Serving]:
+def tiny(
+    path: Path, environ: dict[str, str] | None = None, folders: dict[str, str] | None = None, **options: Any
+) -> Iterator[Serving]:
     """A server over the tiny random model and a bank of `TOPICS`."""
     tokenizer = make_tokenizer(eos=False, text=" ".join(TOPICS.values()))
     adapter = make_adapter(tokenizer=tokenizer)
     defaults = {"generate": {"max_new_tokens": 20}, "serve": {}}
     options = defaults | options
     options["serve"] = {"name": "tiny", "port": 0, "grace": 5, **options["serve"]}
-    sources = [f"{name}.txt" for name in TOPICS]
+    sources = [f"{(folders or {}).get(name, '')}{name}.txt" for name in TOPICS]
     with make_runtime(adapter, path / "bank", list(TOPICS.values()), sources=sources, **options) as runtime:
         adapter.rows = runtime.config.model.rows
         try:
