@@ -15,29 +15,33 @@ class Guard:
 
     It is not reentrant: a thread inside that enters again would wait for an `alone` that waits for it.
 
-    An interrupt (Ctrl-C) may come at any call. So a thread leaves in a line that calls nothing, and whoever waits looks
-    again every so often: an interrupt may have come before the notice.
+    An interrupt (Ctrl-C) may come at any call. So a thread leaves in lines that call nothing, and whoever waits looks
+    again every so often: an interrupt may have come before the notice. One may also come after a thread has entered and
+    before its ``with`` block knows of it. Then the thread is inside until the interrupt's traceback is gone, and may
+    have to enter again to clean up; so what a thread would wait for of its own is forgotten.
     """
 
     def __init__(self, closed: str) -> None:
         self._lock = threading.Lock()  # entered as itself: an interrupt can come between a `Condition` and its lock
         self._condition = threading.Condition(self._lock)
-        self._inside: dict[object, None] = {}
-        self._alone = 0
+        # Each entry by an object of its own, with the thread that made it.
+        self._inside: dict[object, int] = {}
+        self._alone: dict[object, int] = {}  # those that wait to be alone, or are, in the order in which they came
         self._message = closed
         self._closed = False
 
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Enter with others. Raises `TierClosedError` after `alone` with ``closing``."""
-        me = object()
+        me, thread = object(), threading.get_ident()
         try:
             with self._lock:
+                self._forget(self._alone, thread)
                 while self._alone:
                     self._condition.wait(_PATIENCE)
                 if self._closed:
                     raise TierClosedError(self._message)
-                self._inside[me] = None
+                self._inside[me] = thread
             yield
         finally:
             if me in self._inside:
@@ -48,15 +52,29 @@ class Guard:
     @contextmanager
     def alone(self, *, closing: bool = False) -> Iterator[None]:
         """Wait until no other thread is inside. Raises `TierClosedError`, but not if closing again."""
-        with self._lock:
-            self._alone += 1
-            try:
-                while self._inside:
+        me, thread = object(), threading.get_ident()
+        try:
+            with self._lock:
+                self._forget(self._inside, thread)
+                self._forget(self._alone, thread)
+                self._alone[me] = thread
+                while self._inside or next(iter(self._alone)) is not me:
                     self._condition.wait(_PATIENCE)
                 if self._closed and not closing:
                     raise TierClosedError(self._message)
                 self._closed |= closing
-                yield
-            finally:
-                self._alone -= 1
+                self._inside[me] = thread
+            yield
+        finally:
+            if me in self._inside:
+                del self._inside[me]
+            if me in self._alone:
+                del self._alone[me]
+            with self._lock:
                 self._condition.notify_all()
+
+    def _forget(self, entries: dict[object, int], thread: int) -> None:
+        """Forget the entries that an interrupt has left of this thread."""
+        for entry in [entry for entry, other in entries.items() if other == thread]:
+            del entries[entry]
+            self._inside.pop(entry, None)
