@@ -58,7 +58,7 @@ class Guard:
                 self._forget(self._inside, thread)
                 self._forget(self._alone, thread)
                 self._alone[me] = thread
-                while self._inside or next(iter(self._alone)) is not me:
+                while self._inside or [*self._alone].index(me):
                     self._condition.wait(_PATIENCE)
                 if self._closed and not closing:
                     raise TierClosedError(self._message)
@@ -75,6 +75,7 @@ class Guard:
 
     def _forget(self, entries: dict[object, int], thread: int) -> None:
         """Forget the entries that an interrupt has left of this thread."""
-        for entry in [entry for entry, other in entries.items() if other == thread]:
-            del entries[entry]
-            self._inside.pop(entry, None)
+        for entry, other in list(entries.items()):  # a list, for others leave meanwhile
+            if other == thread:
+                entries.pop(entry, None)
+                self._inside.pop(entry, None)
