@@ -279,6 +279,14 @@ class Runtime:
         found = self._loader.references(ids)
         return [found.get(id) for id in ids]
 
+    def refresh(self) -> None:
+        """See now what other processes changed in the bank, whatever ``recall.refresh`` says.
+
+        Once this has returned, recalls and searches that begin later know of every change that was committed before.
+        """
+        self._check_process()
+        self._refresh.now()
+
     def fetch(self, ids: Sequence[int] | Ids, dtype: torch.dtype) -> dict[int, Part]:
         """The decoded memories of ids, on the device, without lease; forgotten, bad and cold ones are left out."""
         self._check_process()

@@ -60,13 +60,22 @@ class Refresh:
             return
         if self._lock.acquire(blocking=False):
             try:
-                self._looked = time.monotonic()
-                revision = self._bank.home.revision()
-                if revision != self._revision:
-                    self._catch_up()
-                    self._revision = revision
+                self._look()
             finally:
                 self._lock.release()
+
+    def now(self) -> None:
+        """Look now, whatever ``every`` says: what was committed before the call counts when it returns."""
+        with self._lock:
+            self._expire(self._today())
+            self._look()
+
+    def _look(self) -> None:
+        self._looked = time.monotonic()
+        revision = self._bank.home.revision()
+        if revision != self._revision:
+            self._catch_up()
+            self._revision = revision
 
     def _expire(self, today: str) -> None:
         if today != self._day:

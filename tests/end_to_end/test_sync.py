@@ -259,3 +259,13 @@ def test_a_running_process_sees_what_another_changed(docs: Place, nursery: Nurse
         assert found(SHARED) == {}
         assert not runtime.hierarchy.held(as_ids(range(9))).any()
         assert runtime.store.references() == {}
+
+
+def test_a_running_process_looks_when_it_is_told_to(docs: Place) -> None:
+    config = Config.load(docs.file, environ={}, overrides={"recall.refresh": "null"})
+    with Runtime.open(config, read_only=True) as runtime:
+        assert runtime.search([SHARED])[0]
+        assert docs.process("forget", "docs").code == 0
+        assert runtime.search([SHARED])[0]
+        runtime.refresh()
+        assert not runtime.search([SHARED])[0]
