@@ -26,6 +26,8 @@ class ServeConfig(Section):
     """Most bytes of a request; longer ones get 413."""
     upload: Size = 64 << 20
     """Most bytes of a request that uploads documents."""
+    uploads: File | None = None
+    """The folder of uploaded documents, which the bank mirrors; null: ``uploads`` next to the bank's folder."""
     prompt_tokens: Count | None = None
     """Most tokens of a prompt; null: as many as the model has positions and the engine has room for."""
     answer_tokens: Count = 2048

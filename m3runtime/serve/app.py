@@ -6,7 +6,18 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from m3runtime.serve import chat, completions, embeddings, errors, health, models, responses
+from m3runtime.serve import (
+    chat,
+    completions,
+    corpus,
+    embeddings,
+    errors,
+    health,
+    models,
+    observing,
+    page,
+    responses,
+)
 from m3runtime.serve.access import Guard
 from m3runtime.serve.logs import Trace
 from m3runtime.serve.served import Served
@@ -28,7 +39,7 @@ def make_app(served: Served) -> FastAPI:
 
     app = FastAPI(title="m3runtime", docs_url=None, redoc_url=None, lifespan=lifespan)
     errors.install(app)
-    for part in (models, chat, completions, responses, embeddings, health):
+    for part in (models, chat, completions, responses, embeddings, health, corpus, observing, page):
         app.include_router(part.router(served))
     app.add_middleware(Guard, served=served)
     app.add_middleware(Trace, served=served)

@@ -1,0 +1,102 @@
+// Tiers, hit rates and the timeline of recalls, looked at every second while they are shown.
+
+import { call } from "./api.js";
+import { $, bytes, h, seconds } from "./dom.js";
+
+const SPAN = 60;
+const SVG = "http://www.w3.org/2000/svg";
+let timer = null;
+
+export function stop() {
+  clearTimeout(timer);
+  timer = null;
+}
+
+export async function show() {
+  stop();
+  try {
+    draw(await call("/v1/observe"));
+  } catch (error) {
+    $("numbers").replaceChildren(h("p", { class: "error" }, error.message));
+  }
+  if (!$("live").hidden) timer = setTimeout(show, document.hidden ? 5000 : 1000);
+}
+
+function draw(now) {
+  const { recall, store, lookahead } = now;
+  const rate = lookahead.guesses ? lookahead.hits / lookahead.guesses : null;
+  $("numbers").replaceChildren(
+    card("Chunks recalled for", recall.chunks),
+    card("Memories given", recall.memories),
+    card("Decoded already", percent(recall.memories ? recall.kept / recall.memories : null)),
+    card("Late", recall.late),
+    card("Prefetches used", percent(rate)),
+    card("Decoded memories", `${store.parts}`, `${bytes(store.bytes)} of ${bytes(store.capacity)}`),
+  );
+  $("tiers").tBodies[0].replaceChildren(...now.tiers.map(tierRow));
+  const phases = Object.entries(recall.phases).filter(([, one]) => one.count);
+  $("phases").tBodies[0].replaceChildren(
+    ...phases.map(([name, one]) =>
+      h("tr", {}, h("td", {}, name), number(one.count), number(seconds(one.mean_s)), number(seconds(one.max_s))),
+    ),
+  );
+  $("timeline").replaceChildren(now.has_timeline ? timeline(now.timeline) : h("p", { class: "quiet" }, "The timeline is off: metrics.timeline is 0."));
+}
+
+const percent = (share) => (share == null ? "–" : `${Math.round(share * 100)} %`);
+const number = (value) => h("td", { class: "number" }, `${value}`);
+
+function card(title, value, more) {
+  return h("div", { class: "card" }, h("span", { class: "quiet" }, title), h("strong", {}, `${value}`), more ? h("span", { class: "quiet" }, more) : null);
+}
+
+function tierRow(tier) {
+  const asked = tier.hits + tier.misses + tier.unanswered;
+  const rate = asked ? tier.hits / asked : null;
+  return h(
+    "tr",
+    {},
+    h("td", {}, tier.name),
+    number(tier.blocks ?? "–"),
+    number(tier.capacity ? bytes(tier.capacity) : "–"),
+    number(tier.hits),
+    number(tier.misses),
+    h("td", {}, rate == null ? "–" : h("meter", { min: 0, max: 1, value: rate, "aria-hidden": "true" }), rate == null ? "" : ` ${percent(rate)}`),
+    number(tier.read.count ? seconds(tier.read.mean_s) : "–"),
+  );
+}
+
+function timeline(events) {
+  const shown = events.filter((event) => event.ended < SPAN);
+  if (!shown.length) return h("p", { class: "quiet" }, "Nothing was recalled in this time. Ask something.");
+  const names = [...new Set(shown.map((event) => event.name))].sort();
+  const row = 18;
+  const svg = element("svg", { viewBox: `0 0 760 ${names.length * row + 18}`, role: "img", "aria-label": `${shown.length} events of recalls in the last ${SPAN} seconds` });
+  names.forEach((name, line) => {
+    const y = line * row;
+    svg.append(text(name, 0, y + 13), element("line", { class: "line", x1: 110, x2: 760, y1: y + row - 1, y2: y + row - 1 }));
+    for (const event of shown.filter((one) => one.name === name)) {
+      const x = (age) => 110 + 650 * (1 - Math.min(SPAN, Math.max(0, age)) / SPAN);
+      const bar = element("rect", { class: name.startsWith("ahead.") ? "ahead" : "now", x: x(event.began), y: y + 3, width: Math.max(2, x(event.ended) - x(event.began)), height: row - 7, rx: 1 });
+      const label = element("title", {});
+      label.textContent = `${name}: ${seconds(event.began - event.ended)}, ${event.blocks} blocks, ${event.ended.toFixed(1)} s ago`;
+      bar.append(label);
+      svg.append(bar);
+    }
+  });
+  const foot = names.length * row + 14;
+  svg.append(text(`${SPAN} s ago`, 110, foot), text("now", 735, foot));
+  return h("figure", {}, svg, h("figcaption", { class: "quiet" }, h("span", { class: "key now" }), "recall ", h("span", { class: "key ahead" }), "prefetch, ahead of need"));
+}
+
+function element(tag, attributes) {
+  const made = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  return made;
+}
+
+function text(content, x, y) {
+  const made = element("text", { x, y });
+  made.textContent = content;
+  return made;
+}

@@ -1,0 +1,89 @@
+"""A server over a bank, in a thread of this process, and what a client of its corpus does."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+from m3runtime import assembly
+from m3runtime.config.schema import Config
+from m3runtime.runtime import Runtime
+from m3runtime.serve.app import make_app
+from m3runtime.serve.keys import Keys
+from m3runtime.serve.served import Served
+
+
+@contextmanager
+def serving(file: Path, keys: str = "", **overrides: str) -> Iterator[str]:
+    """Serve the bank of a configuration. Gives the address."""
+    config = Config.load(file, environ={}, overrides={name.replace("__", "."): one for name, one in overrides.items()})
+    with Runtime.open(config, read_only=True) as runtime:
+        adapter = assembly.open_adapter(config, runtime.device)
+        runtime.encoder = adapter
+        app = make_app(Served.of(runtime, adapter, Keys.load(None, {"M3_KEYS": keys})))
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="on"))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            while not server.started:
+                assert thread.is_alive()
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+            adapter.close()
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client of the corpus API."""
+
+    http: httpx.Client
+
+    @classmethod
+    @contextmanager
+    def of(cls, url: str, key: str = "") -> Iterator["Client"]:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        with httpx.Client(base_url=url, headers=headers, timeout=60) as http:
+            yield cls(http)
+
+    def upload(self, name: str, content: bytes) -> httpx.Response:
+        return self.http.post("/v1/corpus/documents", files={"file": (name, content)})
+
+    def text(self, name: str, text: str) -> httpx.Response:
+        return self.http.post("/v1/corpus/documents", json={"name": name, "text": text})
+
+    def ended(self, response: httpx.Response) -> dict[str, Any]:
+        """The job that a response tells of, once it has ended."""
+        assert response.status_code == 202, response.text
+        job: dict[str, Any] = response.json()
+        while job["status"] not in ("done", "failed"):
+            time.sleep(0.05)
+            job = self.http.get(f"/v1/corpus/jobs/{job['id']}").json()
+        return job
+
+    def found(self, query: str, k: int = 3) -> list[dict[str, Any]]:
+        response = self.http.post("/v1/corpus/search", json={"query": query, "k": k})
+        assert response.status_code == 200, response.text
+        return list(response.json()["data"])
+
+    def sources(self, **query: Any) -> dict[str, Any]:
+        response = self.http.get("/v1/corpus/sources", params=query)
+        assert response.status_code == 200, response.text
+        return dict(response.json())
+
+
+def error(response: httpx.Response, status: int) -> str:
+    """The message of a refusal: one line."""
+    assert response.status_code == status, (response.status_code, response.text)
+    message = json.loads(response.text)["error"]["message"]
+    assert "\n" not in message
+    return str(message)
