@@ -106,10 +106,12 @@ def work(config: Config, connection: "Connection[Word, Change]") -> None:
         while True:
             try:
                 change = connection.recv()
-            except EOFError:
+            except EOFError:  # the server has ended
                 return
             try:
                 word: Word = Done(changes.make(change, progress))
+            except BrokenPipeError:
+                return
             except M3Error as error:
                 word = Failed(changes.public(str(error)), isinstance(error, InputError))
             except OSError as error:

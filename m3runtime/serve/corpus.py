@@ -74,6 +74,8 @@ def router(served: Served) -> APIRouter:
     routes = APIRouter(prefix="/v1/corpus", tags=["corpus"], lifespan=lifespan)
 
     def submit(job: Job, change: Any) -> dict[str, Any]:
+        if runtime.config.recall.cold_start and job.kind != "verify":
+            raise ApiError(409, "recall.cold_start is on: this server writes the bank itself, and nothing else can")
         try:
             return facts(jobs.submit(job, change))
         except JobsFullError as error:

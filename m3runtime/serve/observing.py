@@ -27,6 +27,7 @@ def router(served: Served) -> APIRouter:
         return {
             "object": "observation",
             "model": served.name,
+            "prompt": served.config.generate.prompt,
             "memories": len(runtime.bank.home),
             "recall": {**asdict(metrics.recall), "phases": _phases(metrics.recall_phases)},
             "lookahead": {

@@ -23,7 +23,7 @@ export async function answer(into, body, signal) {
       if (choice?.delta?.content) {
         first ??= performance.now() - began;
         said += choice.delta.content;
-        text.textContent = said;
+        text.textContent = said.trimStart();
       }
       reason = choice?.finish_reason ?? reason;
     }

@@ -1,4 +1,5 @@
-// The conversation.
+// The conversation. Unless follow-up questions are on, each question is asked by itself, as `m3 ask` does: small models
+// answer best in the form that `generate.prompt` gives to a single question.
 
 import { answer } from "./answer.js";
 import { $, h } from "./dom.js";
@@ -11,6 +12,7 @@ export function start(model) {
 
   async function ask(question) {
     BEGIN.remove();
+    if (!$("follow").checked) messages = [];
     messages.push({ role: "user", content: question });
     const reply = h("article", { class: "answer", "aria-label": "Answer" });
     $("talk").append(h("article", { class: "question", "aria-label": "Question" }, question), reply);

@@ -132,9 +132,11 @@ async function follow(name, kind, begin, changed) {
   }
 }
 
+const memories = (count) => `${count} ${count === 1 ? "memory" : "memories"}`;
+
 function summary(kind, result) {
-  if (kind === "forget") return `${result.forgotten} memories forgotten`;
-  if (kind === "verify") return result.clean ? `${result.blocks} memories, nothing is damaged` : `${result.damage.length} damaged`;
+  if (kind === "forget") return `${memories(result.forgotten)} forgotten`;
+  if (kind === "verify") return result.clean ? `${memories(result.blocks)}, nothing is damaged` : `${result.damage.length} damaged`;
   const unread = result.unread.length ? `; ${result.unread[0]}` : "";
-  return `${result.written} memories written, ${result.known} known already${unread}`;
+  return `${memories(result.written)} written, ${result.known} known already${unread}`;
 }

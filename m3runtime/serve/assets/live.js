@@ -40,7 +40,7 @@ function draw(now) {
       h("tr", {}, h("td", {}, name), number(one.count), number(seconds(one.mean_s)), number(seconds(one.max_s))),
     ),
   );
-  $("timeline").replaceChildren(now.has_timeline ? timeline(now.timeline) : h("p", { class: "quiet" }, "The timeline is off: metrics.timeline is 0."));
+  $("timeline").replaceChildren(...(now.has_timeline ? figures(now.timeline) : [ h("p", { class: "quiet" }, "The timeline is off: metrics.timeline is 0.")]));
 }
 
 const percent = (share) => (share == null ? "–" : `${Math.round(share * 100)} %`);
@@ -66,27 +66,44 @@ function tierRow(tier) {
   );
 }
 
-function timeline(events) {
+/** All events of the last minute, and the latest recall by itself. */
+function figures(events) {
   const shown = events.filter((event) => event.ended < SPAN);
-  if (!shown.length) return h("p", { class: "quiet" }, "Nothing was recalled in this time. Ask something.");
-  const names = [...new Set(shown.map((event) => event.name))].sort();
+  if (!shown.length) return [h("p", { class: "quiet" }, "Nothing was recalled in this time. Ask something.")];
+  const all = timeline(shown, SPAN, 0, [`${SPAN} s ago`, "now"], `${shown.length} events in the last ${SPAN} seconds`);
+  const key = h("figcaption", { class: "quiet" }, h("span", { class: "key now" }), "recall ", h("span", { class: "key ahead" }), "prefetch, ahead of need");
+  const latest = shown.filter((event) => event.name === "recall").at(-1);
+  if (!latest) return [h("figure", {}, all, key)];
+  const during = shown.filter((event) => event.began <= latest.began + 1e-5 && event.ended >= latest.ended - 1e-5);
+  const ends = ["the latest recall", seconds(latest.began - latest.ended)];
+  const one = timeline(during, latest.began, latest.ended, ends, `phases of the latest recall, ${ends[1]}`);
+  return [h("figure", {}, all, key), h("figure", {}, one)];
+}
+
+/** Events from one age to another, a line for each phase; ages are in seconds. */
+function timeline(events, from, to, [begin, end], label) {
+  const names = [...new Set(events.map((event) => event.name))].sort();
   const row = 18;
-  const svg = element("svg", { viewBox: `0 0 760 ${names.length * row + 18}`, role: "img", "aria-label": `${shown.length} events of recalls in the last ${SPAN} seconds` });
+  const foot = names.length * row + 14;
+  const svg = element("svg", { viewBox: `0 0 760 ${foot + 4}`, role: "img", "aria-label": label });
+  const x = (age) => 110 + 650 * Math.min(1, Math.max(0, (from - age) / (from - to || 1)));
   names.forEach((name, line) => {
     const y = line * row;
     svg.append(text(name, 0, y + 13), element("line", { class: "line", x1: 110, x2: 760, y1: y + row - 1, y2: y + row - 1 }));
-    for (const event of shown.filter((one) => one.name === name)) {
-      const x = (age) => 110 + 650 * (1 - Math.min(SPAN, Math.max(0, age)) / SPAN);
-      const bar = element("rect", { class: name.startsWith("ahead.") ? "ahead" : "now", x: x(event.began), y: y + 3, width: Math.max(2, x(event.ended) - x(event.began)), height: row - 7, rx: 1 });
-      const label = element("title", {});
-      label.textContent = `${name}: ${seconds(event.began - event.ended)}, ${event.blocks} blocks, ${event.ended.toFixed(1)} s ago`;
-      bar.append(label);
+    for (const event of events.filter((one) => one.name === name)) {
+      const width = Math.max(2, x(event.ended) - x(event.began));
+      const kind = name.startsWith("ahead.") ? "ahead" : "now";
+      const bar = element("rect", { class: kind, x: Math.min(x(event.began), 758), y: y + 3, width, height: row - 7, rx: 1 });
+      const title = element("title", {});
+      title.textContent = `${name}: ${seconds(event.began - event.ended)}, ${event.blocks} blocks, ${event.ended.toFixed(1)} s ago`;
+      bar.append(title);
       svg.append(bar);
     }
   });
-  const foot = names.length * row + 14;
-  svg.append(text(`${SPAN} s ago`, 110, foot), text("now", 735, foot));
-  return h("figure", {}, svg, h("figcaption", { class: "quiet" }, h("span", { class: "key now" }), "recall ", h("span", { class: "key ahead" }), "prefetch, ahead of need"));
+  const last = text(end, 760, foot);
+  last.setAttribute("text-anchor", "end");
+  svg.append(text(begin, 110, foot), last);
+  return svg;
 }
 
 function element(tag, attributes) {

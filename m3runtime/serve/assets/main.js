@@ -9,11 +9,14 @@ import * as live from "./live.js";
 
 const VIEWS = ["chat", "compare", "corpus", "live"];
 let model = "";
+let isNew = true;
 
 async function look() {
   try {
     const seen = await call("/v1/observe");
     model = seen.model;
+    if (isNew) $("follow").checked = seen.prompt === "chat";
+    isNew = false;
     $("serving").textContent = `${seen.model} · ${seen.memories.toLocaleString("en")} memories`;
   } catch (error) {
     $("serving").textContent = "not connected";
