@@ -1,6 +1,7 @@
 """A server over a bank, in a thread of this process, and what a client of its corpus does."""
 
 import json
+import multiprocessing
 import threading
 import time
 from collections.abc import Iterator
@@ -10,36 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 
 from m3runtime import assembly
 from m3runtime.config.schema import Config
 from m3runtime.runtime import Runtime
-from m3runtime.serve.app import make_app
 from m3runtime.serve.keys import Keys
 from m3runtime.serve.served import Served
+from m3runtime.serve.server import Server
 
 
 @contextmanager
 def serving(file: Path, keys: str = "", **overrides: str) -> Iterator[str]:
-    """Serve the bank of a configuration. Gives the address."""
-    config = Config.load(file, environ={}, overrides={name.replace("__", "."): one for name, one in overrides.items()})
+    """Serve the bank of a configuration. Gives the address. ``overrides`` are keys with two underscores for a dot."""
+    changes = {"serve.port": "0", **{name.replace("__", "."): one for name, one in overrides.items()}}
+    config = Config.load(file, environ={}, overrides=changes)
     with Runtime.open(config, read_only=True) as runtime:
         adapter = assembly.open_adapter(config, runtime.device)
         runtime.encoder = adapter
-        app = make_app(Served.of(runtime, adapter, Keys.load(None, {"M3_KEYS": keys})))
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="on"))
-        thread = threading.Thread(target=server.run)
+        server = Server(Served.of(runtime, adapter, Keys.load(None, {"M3_KEYS": keys})))
+        thread = threading.Thread(target=server.serve_until_stopped)
         thread.start()
         try:
-            while not server.started:
-                assert thread.is_alive()
-                time.sleep(0.01)
-            yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+            yield f"http://127.0.0.1:{server.port}"
         finally:
             server.should_exit = True
             thread.join()
             adapter.close()
+    assert not multiprocessing.active_children(), "a process that changes the bank outlived its server"
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ export function start(model) {
     if (!$("follow").checked) messages = [];
     messages.push({ role: "user", content: question });
     const reply = h("article", { class: "answer", "aria-label": "Answer" });
-    $("talk").append(h("article", { class: "question", "aria-label": "Question" }, question), reply);
-    reply.scrollIntoView({ block: "nearest" });
+    const asked = h("article", { class: "question", "aria-label": "Question" }, question);
+    $("talk").append(asked, reply);
+    asked.scrollIntoView();
     stop = new AbortController();
     $("send").disabled = true;
     $("stop").hidden = false;
@@ -32,7 +33,6 @@ export function start(model) {
     else messages.pop();
     $("stop").hidden = true;
     $("send").disabled = false;
-    reply.scrollIntoView({ block: "nearest" });
   }
 
   $("ask").addEventListener("submit", (event) => {

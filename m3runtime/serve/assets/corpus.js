@@ -29,15 +29,9 @@ export function start(changed) {
     const done = await follow(body.name, "add", () => call("/v1/corpus/documents", { body }), changed);
     if (done) $("paste-form").reset();
   });
-  $("search-form").addEventListener("submit", async (event) => {
+  $("search-form").addEventListener("submit", (event) => {
     event.preventDefault();
-    try {
-      const { data } = await call("/v1/corpus/search", { body: { query: $("search").value, k: 8 } });
-      const list = data.map((one) => h("li", {}, memoryOf(one, one.id, new Set(data.slice(0, 1).map((best) => best.id)))));
-      $("found").replaceChildren(list.length ? h("ol", { class: "results" }, list) : h("p", {}, "Nothing is remembered."));
-    } catch (error) {
-      notice(error.message);
-    }
+    find($("search").value);
   });
   let waiting;
   $("filter").addEventListener("input", () => {
@@ -48,6 +42,18 @@ export function start(changed) {
   $("verify").addEventListener("click", () =>
     follow("", "verify", () => call("/v1/corpus/verify", { method: "POST" }), changed),
   );
+}
+
+async function find(query) {
+  try {
+    const { data } = await call("/v1/corpus/search", { body: { query, k: 8 } });
+    const best = new Set(data.slice(0, 1).map((one) => one.id));
+    const list = data.map((one) => h("li", {}, memoryOf(one, one.id, best)));
+    $("found").replaceChildren(list.length ? h("ol", { class: "results" }, list) : h("p", {}, "Nothing is remembered."));
+    $("found").dataset.query = query;
+  } catch (error) {
+    notice(error.message);
+  }
 }
 
 /** List the sources, from the beginning or from the one `after` a name on. */
@@ -124,7 +130,8 @@ async function follow(name, kind, begin, changed) {
       return false;
     }
     end(summary(kind, job.result));
-    await Promise.all([show(changed), changed()]);
+    const { query } = $("found").dataset;
+    await Promise.all([show(changed), changed(), query && find(query)]); // what was forgotten is shown no more
     return true;
   } catch (error) {
     end(error.message, true);

@@ -26,12 +26,12 @@ function draw(now) {
   const { recall, store, lookahead } = now;
   const rate = lookahead.guesses ? lookahead.hits / lookahead.guesses : null;
   $("numbers").replaceChildren(
-    card("Chunks recalled for", recall.chunks),
-    card("Memories given", recall.memories),
+    card("Chunks", recall.chunks),
+    card("Memories read", recall.memories),
     card("Decoded already", percent(recall.memories ? recall.kept / recall.memories : null)),
     card("Late", recall.late),
     card("Prefetches used", percent(rate)),
-    card("Decoded memories", `${store.parts}`, `${bytes(store.bytes)} of ${bytes(store.capacity)}`),
+    card("Decoded now", `${store.parts}`, `${bytes(store.bytes)} of ${bytes(store.capacity)}`),
   );
   $("tiers").tBodies[0].replaceChildren(...now.tiers.map(tierRow));
   const phases = Object.entries(recall.phases).filter(([, one]) => one.count);
