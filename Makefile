@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment would disturb each other
-.PHONY: help install test test-gpu test-slow test-lowest test-kill test-flips test-serve demo quality train-small docs wheel-check format clean
+.PHONY: help install test test-gpu test-slow test-lowest test-kill test-flips test-serve demo serve quality train-small docs wheel-check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,9 @@ test-serve: install  ## try m3 serve with client libraries and a fuzzer, from .v
 
 demo: .venv/stamp-demo .venv/stamp-models  ## write a bank and answer from it, with real models
 	$(BIN)/python demo/run.py
+
+serve: .venv/stamp-demo .venv/stamp-serve .venv/stamp-models  ## serve the demo's bank and its page: http://127.0.0.1:8000
+	$(BIN)/python demo/serve.py
 
 quality: install  ## measure what memory does to answers, for docs/quality.md (hours); NAME=facts for one of them
 	$(BIN)/python demo/quality.py $(NAME)

@@ -9,6 +9,9 @@ from m3runtime.cli.options import ConfigFile, Set, configuration
 from m3runtime.cli.terminal import say
 from m3runtime.errors import PluginError
 
+_TIMELINE = 512
+"""Events that the timeline keeps, unless ``metrics.timeline`` is set."""
+
 
 def serve(
     address: Annotated[str | None, typer.Option(help="The address to listen on; default: serve.address.")] = None,
@@ -35,6 +38,9 @@ def serve(
     from m3runtime import assembly
     from m3runtime.runtime import Runtime
 
+    if "timeline" not in settings.metrics.model_fields_set:  # the page shows it
+        metrics = settings.metrics.model_copy(update={"timeline": _TIMELINE})
+        settings = settings.model_copy(update={"metrics": metrics})
     keys = Keys.load(settings.serve.keys_file)
     check_address(settings.serve, has_keys=keys.needed, without_keys=no_keys)
     logs.configure()
