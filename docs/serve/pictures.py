@@ -11,11 +11,11 @@ from pathlib import Path
 from playwright.sync_api import Page, sync_playwright
 
 HERE = Path(__file__).parent
-NOTE = """# The tide mill
-
-The tide mill of Brindolvar was built in 1931. The tide mill of Brindolvar was built by a clockmaker named Wenna
-Tolvarsen. The wheel of the tide mill has 28 paddles of elm. The tide mill grinds barley twice a day.
-"""
+NOTE = (
+    "The tide mill of Brindolvar was built in 1931. The tide mill of Brindolvar was built by a clockmaker named Wenna "
+    "Tolvarsen. The tide mill of Brindolvar is painted yellow. The wheel of the tide mill has 28 paddles of elm. The "
+    "tide mill of Brindolvar grinds barley."
+)
 QUESTION = "In which year was the tide mill of Brindolvar built?"
 
 
