@@ -21,11 +21,12 @@ from m3runtime.serve.server import Server
 
 
 @contextmanager
-def serving(file: Path, keys: str = "", **overrides: str) -> Iterator[str]:
+def serving(file: Path, keys: str = "", *, read_only: bool = True, **overrides: str) -> Iterator[str]:
     """Serve the bank of a configuration. Gives the address. ``overrides`` are keys with two underscores for a dot."""
     changes = {"serve.port": "0", **{name.replace("__", "."): one for name, one in overrides.items()}}
     config = Config.load(file, environ={}, overrides=changes)
-    with Runtime.open(config, read_only=True) as runtime:
+    before = set(multiprocessing.active_children())
+    with Runtime.open(config, read_only=read_only) as runtime:
         adapter = assembly.open_adapter(config, runtime.device)
         runtime.encoder = adapter
         server = Server(Served.of(runtime, adapter, Keys.load(None, {"M3_KEYS": keys})))
@@ -37,7 +38,7 @@ def serving(file: Path, keys: str = "", **overrides: str) -> Iterator[str]:
             server.should_exit = True
             thread.join()
             adapter.close()
-    assert not multiprocessing.active_children(), "a process that changes the bank outlived its server"
+    assert not set(multiprocessing.active_children()) - before, "a process that changes the bank outlived its server"
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,16 @@ class Client:
             time.sleep(0.05)
             job = self.http.get(f"/v1/corpus/jobs/{job['id']}").json()
         return job
+
+    def waits_for_a_writer(self, response: httpx.Response) -> None:
+        """Return when the job that a response tells of waits for another process that writes."""
+        assert response.status_code == 202, response.text
+        while (
+            "Waiting"
+            not in (job := self.http.get(f"/v1/corpus/jobs/{response.json()['id']}").json())["progress"]["title"]
+        ):
+            assert job["status"] in ("queued", "running"), job
+            time.sleep(0.05)
 
     def found(self, query: str, k: int = 3) -> list[dict[str, Any]]:
         response = self.http.post("/v1/corpus/search", json={"query": query, "k": k})

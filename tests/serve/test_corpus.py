@@ -2,11 +2,16 @@
 
 import io
 import json
+import multiprocessing
+import shutil
 import threading
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
+from filelock import FileLock
 
 from tests.core import office
 from tests.end_to_end.commands import FACTS, Place
@@ -14,6 +19,7 @@ from tests.end_to_end.conftest import model_path, new_place, written, written_on
 from tests.serve.corpus_server import Client, error, serving
 
 pytest.importorskip("fastapi")
+KEYS = "read reader-key, write writer-key"
 NOTE = "The weathercock of Pellworm turns to the north before a storm.\n"
 
 
@@ -22,6 +28,24 @@ def shared(written_once: Place, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """A server whose bank stays as it is."""
     with serving(written_once.file, serve__upload="200KiB", serve__body="50KiB") as url, Client.of(url) as client:
         yield client
+
+
+@dataclass(frozen=True)
+class Changing:
+    """A server whose bank changes, and its clients."""
+
+    place: Place
+    url: str
+    writer: Client
+
+
+@pytest.fixture(scope="module")
+def changing(written_once: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Changing]:  # noqa: F811
+    """One server for many tests: the process that changes a bank takes seconds to start."""
+    folder = tmp_path_factory.mktemp("changing") / "place"
+    shutil.copytree(written_once.folder, folder)
+    with serving(folder / "m3.yaml", KEYS) as url, Client.of(url, "writer-key") as writer:
+        yield Changing(Place(folder), url, writer)
 
 
 class TestReading:
@@ -139,109 +163,146 @@ class TestRefusal:
         assert not [path for path in (written_once.folder / "uploads").rglob("*") if path.is_file()]
 
 
-def test_a_document_from_its_upload_to_its_end(written: Place) -> None:  # noqa: F811
-    with serving(written.file, serve__upload="200KiB") as url, Client.of(url) as client:
-        assert all("weathercock" not in one["text"] for one in client.found("the weathercock of Pellworm"))
+def test_a_document_from_its_upload_to_its_end(changing: Changing) -> None:
+    client, place = changing.writer, changing.place
+    assert all("weathercock" not in one["text"] for one in client.found("the weathercock of Pellworm"))
 
-        job = client.ended(client.upload("cock.md", NOTE.encode()))
-        assert job["status"] == "done", job["error"]
-        assert (job["result"]["source"], job["result"]["written"]) == ("uploads/cock.md", 1)
-        assert client.found("the weathercock of Pellworm")[0]["source"] == "uploads/cock.md"  # by the next request
-        (row,) = client.sources(contains="cock.md")["data"]
-        assert row == {"object": "corpus.source", "id": "uploads/cock.md", "references": 1, "uploaded": True}
+    job = client.ended(client.upload("cock.md", NOTE.encode()))
+    assert job["status"] == "done", job
+    assert (job["result"]["source"], job["result"]["written"]) == ("uploads/cock.md", 1)
+    assert client.found("the weathercock of Pellworm")[0]["source"] == "uploads/cock.md"  # by the next request
+    (row,) = client.sources(contains="cock.md")["data"]
+    assert row == {"object": "corpus.source", "id": "uploads/cock.md", "references": 1, "uploaded": True}
 
-        # Another upload of the name replaces it, and one that cannot be read changes nothing.
-        job = client.ended(client.text("cock.md", "The weathercock of Pellworm is made of tin."))
-        assert (job["result"]["written"], job["result"]["forgotten"]) == (1, 1)
-        assert [one["text"] for one in client.found("the weathercock of Pellworm", 1)] == [
-            "The weathercock of Pellworm is made of tin."
-        ]
-        job = client.ended(client.upload("cock.md", b"The weathercock \0\1\2 binary"))
-        assert (job["status"], job["error"]["type"]) == ("failed", "invalid_request_error")
-        assert job["error"]["message"] == "cock.md is a binary file, not text"
-        assert client.found("the weathercock of Pellworm", 1)[0]["text"].endswith("tin.")
+    # Another upload of the name replaces it, and one that cannot be read changes nothing.
+    job = client.ended(client.text("cock.md", "The weathercock of Pellworm is made of tin."))
+    assert (job["result"]["written"], job["result"]["forgotten"]) == (1, 1)
+    assert [one["text"] for one in client.found("the weathercock of Pellworm", 1)] == [
+        "The weathercock of Pellworm is made of tin."
+    ]
+    job = client.ended(client.upload("cock.md", b"The weathercock \0\1\2 binary"))
+    assert (job["status"], job["error"]["type"]) == ("failed", "invalid_request_error")
+    assert job["error"]["message"] == "cock.md is a binary file, not text"
+    assert client.found("the weathercock of Pellworm", 1)[0]["text"].endswith("tin.")
 
-        # `m3 sync` of the folder keeps it, while the server runs.
-        assert written.process("sync", "uploads").code == 0
-        assert client.sources(contains="cock.md")["total"] == 1
+    # `m3 sync` of the folder keeps it, while the server runs.
+    assert place.process("sync", "uploads").code == 0
+    assert client.sources(contains="cock.md")["total"] == 1
 
-        job = client.ended(client.http.delete("/v1/corpus/sources/uploads/cock.md", params={"erase": True}))
-        assert (job["status"], job["result"]["forgotten"]) == ("done", 1)
-        assert all("weathercock" not in one["text"] for one in client.found("the weathercock of Pellworm"))
-        assert client.sources(contains="cock.md")["total"] == 0
-        error(client.http.delete("/v1/corpus/sources/uploads/cock.md"), 404)
+    job = client.ended(client.http.delete("/v1/corpus/sources/uploads/cock.md", params={"erase": True}))
+    assert (job["status"], job["result"]["forgotten"]) == ("done", 1)
+    assert all("weathercock" not in one["text"] for one in client.found("the weathercock of Pellworm"))
+    assert client.sources(contains="cock.md")["total"] == 0
+    error(client.http.delete("/v1/corpus/sources/uploads/cock.md"), 404)
+    assert [path for path in place.folder.rglob("*") if path.is_file() and b"weathercock" in path.read_bytes()] == []
 
-        job = client.ended(client.http.post("/v1/corpus/verify"))
-        assert job["result"]["clean"], job
-        kinds = [one["kind"] for one in client.http.get("/v1/corpus/jobs").json()["data"]]
-        assert kinds == ["verify", "forget", "add", "add", "add"]
-    left = [path for path in written.folder.rglob("*") if path.is_file() and b"weathercock" in path.read_bytes()]
-    assert left == []
+    job = client.ended(client.http.post("/v1/corpus/verify"))
+    assert job["result"]["clean"], job
+    kinds = [one["kind"] for one in client.http.get("/v1/corpus/jobs").json()["data"]]
+    assert kinds[:5] == ["verify", "forget", "add", "add", "add"]
 
 
-def test_hostile_documents(written: Place) -> None:  # noqa: F811
+def test_hostile_documents(changing: Changing) -> None:
+    client, folder = changing.writer, changing.place.folder
+    before = client.sources()["total"]
     bomb = io.BytesIO()
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
         packed.writestr("word/document.xml", b" " * 1_000_000)
         packed.filelist[0].file_size = 1 << 29
+    for name, content, reason in (
+        ("bomb.docx", bomb.getvalue(), "larger than 256 MiB when it is unpacked"),
+        ("no.pdf", b"%PDF-1.7 and no more", "no.pdf is damaged or no PDF file"),
+        ("no.xlsx", b"PK\x03\x04 and no more", "no.xlsx is damaged or no"),
+        ("blank.md", b" \n \n", "there is no text in blank.md"),
+        ("lines.jsonl", b'{"text": 1}\n{', "lines.jsonl"),
+    ):
+        job = client.ended(client.upload(name, content))
+        assert job["status"] == "failed", (name, job)
+        message = job["error"]["message"]
+        assert reason in message
+        assert "\n" not in message
+        assert str(folder) not in json.dumps(job)
+    assert client.sources()["total"] == before
+    office.word(folder / "made.docx", [("Seals", "Seals bask on the sandbank of Pellworm.")])
+    job = client.ended(client.upload("made.docx", (folder / "made.docx").read_bytes()))
+    assert job["status"] == "done", job["error"]
+    assert not [path for path in (folder / "uploads/.waiting").rglob("*") if path.is_file()]
+
+
+def test_keys(changing: Changing) -> None:
+    with Client.of(changing.url) as nobody:
+        for path in ("/v1/corpus/sources", "/v1/corpus/jobs", "/v1/corpus/references/0", "/v1/observe"):
+            error(nobody.http.get(path), 401)
+        error(nobody.text("a.md", NOTE), 401)
+        assert nobody.http.get("/").status_code == 200
+    with Client.of(changing.url, "reader-key") as reader:
+        before = reader.sources()["total"]
+        assert reader.found("herons")
+        error(reader.text("a.md", NOTE), 403)
+        error(reader.http.delete("/v1/corpus/sources/facts/wall.html"), 403)
+        error(reader.http.post("/v1/corpus/verify"), 403)
+        assert reader.sources()["total"] == before
+
+
+def test_jobs_of_many_clients_are_made_in_order_and_reads_go_on(changing: Changing) -> None:
+    client = changing.writer
+    jobs = [client.text(f"note {number}", f"Note {number} is about buoy {number}.") for number in range(4)]
+    reads = 0
+    ended = threading.Event()
+
+    def read() -> None:
+        nonlocal reads
+        with Client.of(changing.url, "reader-key") as other:
+            while not ended.is_set():
+                assert other.found("the northern wall")[0]["source"] == "facts/wall.html"
+                reads += 1
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    results = [client.ended(job) for job in jobs]
+    ended.set()
+    thread.join()
+    assert [job["status"] for job in results] == ["done"] * 4
+    assert reads
+    assert client.sources(contains="uploads/note")["total"] == 4
+
+
+def test_a_job_waits_for_another_writer(changing: Changing) -> None:
+    client = changing.writer
+    with claimed(changing.place):
+        response = client.text("patience.md", "Patience is a barge that waits for the tide.")
+        client.waits_for_a_writer(response)
+        assert client.found("the northern wall")[0]["source"] == "facts/wall.html"
+    assert client.ended(response)["status"] == "done"
+
+
+def test_a_process_that_dies_fails_its_job_alone(written: Place) -> None:  # noqa: F811
+    before = set(multiprocessing.active_children())
     with serving(written.file) as url, Client.of(url) as client:
-        for name, content, reason in (
-            ("bomb.docx", bomb.getvalue(), "larger than 256 MiB when it is unpacked"),
-            ("no.pdf", b"%PDF-1.7 and no more", "no.pdf is damaged or no PDF file"),
-            ("no.xlsx", b"PK\x03\x04 and no more", "no.xlsx is damaged or no"),
-            ("blank.md", b" \n \n", "there is no text in blank.md"),
-            ("lines.jsonl", b'{"text": 1}\n{', "lines.jsonl"),
-        ):
-            job = client.ended(client.upload(name, content))
-            assert job["status"] == "failed", (name, job)
-            message = job["error"]["message"]
-            assert reason in message
-            assert "\n" not in message
-            assert str(written.folder) not in json.dumps(job)
+        with claimed(written):  # so that the job is still under way
+            response = client.text("lost.md", NOTE)
+            client.waits_for_a_writer(response)
+            (child,) = set(multiprocessing.active_children()) - before
+            child.kill()
+            job = client.ended(response)
+            assert (job["status"], job["error"]["type"]) == ("failed", "server_error")
         assert client.sources()["total"] == len(FACTS)
-        office.word(written.folder / "made.docx", [("Seals", "Seals bask on the sandbank of Pellworm.")])
-        job = client.ended(client.upload("made.docx", (written.folder / "made.docx").read_bytes()))
-        assert job["status"] == "done", job["error"]
-    assert not [path for path in (written.folder / "uploads/.waiting").rglob("*") if path.is_file()]
+        assert client.ended(client.text("kept.md", NOTE))["status"] == "done"
+        assert client.ended(client.http.post("/v1/corpus/verify"))["result"]["clean"]
+        with claimed(written):
+            client.waits_for_a_writer(client.text("b.md", "A job that is dropped when the server is stopped."))
+    assert written.m3("verify", "--json").json["clean"]
 
 
-def test_keys(written: Place) -> None:  # noqa: F811
-    keys = "read reader-key, write writer-key"
-    with serving(written.file, keys) as url:
-        with Client.of(url) as nobody:
-            for path in ("/v1/corpus/sources", "/v1/corpus/jobs", "/v1/corpus/references/0", "/v1/observe"):
-                error(nobody.http.get(path), 401)
-            error(nobody.text("a.md", NOTE), 401)
-            assert nobody.http.get("/").status_code == 200
-        with Client.of(url, "reader-key") as reader:
-            assert reader.sources()["total"] == len(FACTS)
-            assert reader.found("herons")
-            error(reader.text("a.md", NOTE), 403)
-            error(reader.http.delete("/v1/corpus/sources/facts/wall.html"), 403)
-            error(reader.http.post("/v1/corpus/verify"), 403)
-            assert reader.sources()["total"] == len(FACTS)
-        with Client.of(url, "writer-key") as writer:
-            assert writer.ended(writer.text("a.md", NOTE))["status"] == "done"
+def test_a_server_that_writes_by_itself_takes_no_documents(written: Place) -> None:  # noqa: F811
+    with serving(written.file, read_only=False, recall__cold_start="true") as url, Client.of(url) as client:
+        assert "recall.cold_start" in error(client.text("a.md", NOTE), 409)
+        error(client.http.delete("/v1/corpus/sources/facts/wall.html"), 409)
+        assert client.found("the northern wall")[0]["source"] == "facts/wall.html"
 
 
-def test_jobs_of_many_clients_are_made_in_order_and_reads_go_on(written: Place) -> None:  # noqa: F811
-    with serving(written.file) as url, Client.of(url) as client:
-        jobs = [client.text(f"note {number}", f"Note {number} is about buoy {number}.") for number in range(4)]
-        reads = 0
-        ended = threading.Event()
-
-        def read() -> None:
-            nonlocal reads
-            with Client.of(url) as other:
-                while not ended.is_set():
-                    assert other.found("the northern wall")[0]["source"] == "facts/wall.html"
-                    reads += 1
-
-        thread = threading.Thread(target=read)
-        thread.start()
-        results = [client.ended(job) for job in jobs]
-        ended.set()
-        thread.join()
-        assert [job["status"] for job in results] == ["done"] * 4
-        assert reads
-        assert client.sources(contains="uploads/note")["total"] == 4
+@contextmanager
+def claimed(place: Place) -> Iterator[None]:
+    """Claim the bank as another process that writes does."""
+    with FileLock(place.bank / "home/writer.lock"):
+        yield

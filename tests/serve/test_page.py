@@ -74,6 +74,11 @@ def test_the_whole_way(browser: "Browser", written: Place) -> None:  # noqa: F81
         page.locator("#search").fill("weathercock")
         page.keyboard.press("Enter")
         assert page.locator("#found .source").first.inner_text() == "uploads/cock.md"
+        page.locator("#paste summary").click()
+        page.locator("#paste-name").fill("cock.md")
+        page.locator("#paste-text").fill(f"{NOTE} It is made of tin.")
+        page.get_by_role("button", name="Remember").click()
+        page.locator("#jobs li.done", has_text="1 memory written").nth(1).wait_for()
         page.locator("#tab-chat").click()
         assert "uploads/cock.md" in ask(page, QUESTION)
 
@@ -152,15 +157,13 @@ def test_narrow_screens_and_the_keyboard(browser: "Browser", written_once: Place
 
 def test_documents_cannot_script_the_page(browser: "Browser", written: Place) -> None:  # noqa: F811
     hostile = "<img src=x onerror=alert(1)> <script>alert(2)</script> weathercock"
+    assert written.m3("write", written.text("bold.txt", hostile)).code == 0
     with serving(written.file) as url, opened(browser, url + "/#corpus") as page:
         page.locator("#paste summary").click()
         page.locator("#paste-name").fill("<b>bold")
         page.locator("#paste-text").fill(hostile)
         page.get_by_role("button", name="Remember").click()
-        page.locator("#jobs li.failed").wait_for()  # no such name
-        page.locator("#paste-name").fill("bold.txt")
-        page.get_by_role("button", name="Remember").click()
-        page.locator("#jobs li.done").wait_for()
+        page.locator("#jobs li.failed", has_text="Adding <b>bold").wait_for()  # no such name
         page.locator("#search").fill("weathercock")
         page.keyboard.press("Enter")
         assert page.locator("#found blockquote").first.inner_text() == hostile
