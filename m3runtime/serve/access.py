@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from m3runtime.serve.errors import ApiError
 from m3runtime.serve.keys import Grant
+from m3runtime.serve.origin import check_host
 from m3runtime.serve.served import Served
 
 OPEN = frozenset({"/", "/favicon.ico", "/health", "/health/live", "/health/ready"})
@@ -47,6 +48,7 @@ class Guard:
     def _grant(self, path: str, headers: dict[bytes, bytes]) -> Grant:
         keys = self._served.keys
         if not keys.needed:
+            check_host(headers.get(b"host", b"").decode("latin-1"), self._served.limits.address)
             return Grant("write")
         if path in OPEN or path.startswith(OPEN_FOLDER):
             return Grant("none")

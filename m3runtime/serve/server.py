@@ -1,6 +1,5 @@
 """`Server`: listens on a port and serves an application until it is stopped."""
 
-import ipaddress
 import logging
 import signal
 import socket
@@ -11,6 +10,7 @@ import uvicorn
 from m3runtime.config.serve import ServeConfig
 from m3runtime.errors import ConfigError
 from m3runtime.serve.app import make_app
+from m3runtime.serve.origin import is_own
 from m3runtime.serve.served import Served
 
 log = logging.getLogger("m3runtime.serve")
@@ -23,7 +23,7 @@ _IDLE_S = 30
 
 def check_address(limits: ServeConfig, *, has_keys: bool, without_keys: bool) -> None:
     """Raise `ConfigError` unless the address is this machine's own, there are keys, or ``without_keys`` is wanted."""
-    if has_keys or without_keys or _is_own(limits.address):
+    if has_keys or without_keys or is_own(limits.address):
         return
     raise ConfigError(
         f"serve.address: {limits.address} can be reached from other machines, and there are no keys; set M3_KEYS or "
@@ -85,10 +85,3 @@ def _listen(address: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or "no such address"
         raise ConfigError(f"serve.port: cannot listen at {address}:{port}: {why}") from None
-
-
-def _is_own(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"

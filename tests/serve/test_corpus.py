@@ -153,9 +153,22 @@ class TestRefusal:
         error(shared.http.get("/v1/corpus/jobs/job-1"), 404)
 
     def test_pages_of_other_sites(self, shared: Client) -> None:
-        for headers in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"Origin": "null"}):
+        for headers in (
+            {"Origin": "http://evil.example"},
+            {"Sec-Fetch-Site": "cross-site"},
+            {"Origin": "null"},
+            {"Origin": "http://["},
+        ):
             sent = {"files": {"file": ("a.md", NOTE.encode())}, "headers": headers}
             error(shared.http.post("/v1/corpus/documents", **sent), 403)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "", "[", "127.0.0.1.evil.example"])
+    def test_names_that_other_sites_let_lead_here(self, shared: Client, host: str) -> None:
+        error(shared.http.get("/v1/corpus/sources", headers={"Host": host}), 403)
+
+    @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1", "[::1]:8000"])
+    def test_names_of_this_machine(self, shared: Client, host: str) -> None:
+        assert shared.http.get("/v1/corpus/sources", headers={"Host": host}).status_code == 200
 
     def test_nothing_was_left(self, shared: Client, written_once: Place) -> None:  # noqa: F811
         assert shared.sources()["total"] == len(FACTS)
