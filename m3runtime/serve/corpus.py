@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import UploadFile
 
 from m3runtime.documents.reference import Reference
+from m3runtime.retrieval.restriction import Restriction
 from m3runtime.serve.access import writer
 from m3runtime.serve.changes import Forget, Verify
 from m3runtime.serve.errors import ApiError
@@ -34,6 +35,8 @@ class Search(BaseModel):
     model_config = ConfigDict(extra="forbid")
     query: str = Field(min_length=1, max_length=20_000)
     k: int = Field(5, ge=1, le=100)
+    sources: list[Annotated[str, Field(min_length=1, max_length=4096)]] | None = Field(None, max_length=1000)
+    """Look only at references that have a place in one of these."""
 
 
 _DOCUMENT = {
@@ -134,9 +137,9 @@ def router(served: Served) -> APIRouter:
             "total": len(names),
         }
 
-    @routes.delete("/sources/{source:path}", status_code=202, dependencies=Change)
-    def forget(source: str, erase: bool = False) -> dict[str, Any]:
-        """Forget a source. With ``erase`` no byte of it is left in the bank's files."""
+    @routes.delete("/sources", status_code=202, dependencies=Change)
+    def forget(source: Annotated[str, Query(max_length=4096)], erase: bool = False) -> dict[str, Any]:
+        """Forget a source. With ``erase`` no byte of it stays in the bank's files."""
         home = runtime.bank.home
         if source not in home.sources() and source not in home.states():
             raise ApiError(404, "the bank remembers nothing from this source")
@@ -145,7 +148,8 @@ def router(served: Served) -> APIRouter:
     @routes.post("/search")
     def search(asked: Search) -> dict[str, Any]:
         """The references nearest to a text, whatever their scores."""
-        (matches,) = runtime.search([asked.query], asked.k)
+        restriction = Restriction(sources=None if asked.sources is None else frozenset(asked.sources))
+        (matches,) = runtime.search([asked.query], asked.k, restriction)
         found = runtime.references([match.id for match in matches])
         data = [
             {"score": round(match.score, 4), **cited(match.id, one)}

@@ -1,5 +1,6 @@
 """`Jobs`: changes of the bank, made one after the other by a process of their own, and what became of each."""
 
+import logging
 import multiprocessing
 import threading
 import time
@@ -14,7 +15,10 @@ from queue import Empty, Full, Queue
 from typing import Any, Literal
 
 from m3runtime.config.schema import Config
+from m3runtime.errors import M3Error
 from m3runtime.serve.changes import Change, Done, Failed, Progress, Word, work
+
+log = logging.getLogger("m3runtime.serve")
 
 State = Literal["queued", "running", "done", "failed"]
 
@@ -129,7 +133,12 @@ class Jobs:
         self._note(id, state="running")
         word = self._asked(id, change)
         if isinstance(word, Done):
-            self._changed()
+            try:
+                self._changed()
+            except M3Error as error:
+                log.error("the server cannot read what changed in the bank: %s", error)
+                word = Failed("the change was made, and the server cannot read it; its log says why", is_input=False)
+        if isinstance(word, Done):
             self._note(id, state="done", result=word.result, title="")
         else:
             self._note(id, state="failed", error=word.message, is_input_error=word.is_input, title="")

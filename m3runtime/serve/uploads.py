@@ -3,8 +3,10 @@
 import os
 import re
 import shutil
+import time
 import unicodedata
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,6 +18,8 @@ from m3runtime.serve.errors import ApiError
 
 _LONGEST = 200
 """Bytes of a name in UTF-8: file systems take 255."""
+_KEPT = 86_400
+"""Seconds until a file that waits counts as left behind."""
 _REFUSED = re.compile(r'[/\\:*?"<>|]|[\x00-\x1f\x7f]')
 """Characters that make a path of a name, or that some file system does not take."""
 
@@ -57,8 +61,12 @@ class Uploads:
         return is_within(source, self._names.name(self.folder))
 
     def clear(self) -> None:
-        """Remove what waited when an earlier server ended."""
-        shutil.rmtree(self._waiting, ignore_errors=True)
+        """Remove what waited when an earlier server ended; another one of the same bank may run."""
+        oldest = time.time() - _KEPT
+        for path in self._waiting.glob("*"):
+            with suppress(OSError):
+                if path.stat().st_mtime < oldest:
+                    path.unlink()
 
 
 def checked_name(name: str) -> str:

@@ -60,6 +60,9 @@ class Client:
     def text(self, name: str, text: str) -> httpx.Response:
         return self.http.post("/v1/corpus/documents", json={"name": name, "text": text})
 
+    def forget(self, source: str, *, erase: bool = False) -> httpx.Response:
+        return self.http.delete("/v1/corpus/sources", params={"source": source, "erase": erase})
+
     def ended(self, response: httpx.Response) -> dict[str, Any]:
         """The job that a response tells of, once it has ended."""
         assert response.status_code == 202, response.text

@@ -82,6 +82,11 @@ class TestReading:
     def test_what_is_no_search(self, shared: Client, asked: dict[str, object]) -> None:
         error(shared.http.post("/v1/corpus/search", json=asked), 400)
 
+    def test_a_search_in_some_sources(self, shared: Client) -> None:
+        asked = {"query": "the ferry to Brannoch", "k": 5, "sources": ["facts/wall.html", "facts/none.md"]}
+        found = shared.http.post("/v1/corpus/search", json=asked).json()["data"]
+        assert [one["source"] for one in found] == ["facts/wall.html"]
+
     def test_a_blank_search_finds_nothing(self, shared: Client) -> None:
         assert shared.found("   ") == []
 
@@ -147,7 +152,7 @@ class TestRefusal:
         error(shared.http.post("/v1/corpus/documents", files={"other": ("a.md", b"x")}), 400)
 
     def test_an_unknown_source(self, shared: Client) -> None:
-        error(shared.http.delete("/v1/corpus/sources/facts/nothing.md"), 404)
+        error(shared.forget("facts/nothing.md"), 404)
 
     def test_an_unknown_job(self, shared: Client) -> None:
         error(shared.http.get("/v1/corpus/jobs/job-1"), 404)
@@ -178,6 +183,8 @@ class TestRefusal:
 
 def test_a_document_from_its_upload_to_its_end(changing: Changing) -> None:
     client, place = changing.writer, changing.place
+    (place.folder.parent / "outside.md").write_text("A cairn outside of the folder points to Pellworm.\n")
+    assert place.process("write", "../outside.md").code == 0
     assert all("weathercock" not in one["text"] for one in client.found("the weathercock of Pellworm"))
 
     job = client.ended(client.upload("cock.md", NOTE.encode()))
@@ -202,17 +209,21 @@ def test_a_document_from_its_upload_to_its_end(changing: Changing) -> None:
     assert place.process("sync", "uploads").code == 0
     assert client.sources(contains="cock.md")["total"] == 1
 
-    job = client.ended(client.http.delete("/v1/corpus/sources/uploads/cock.md", params={"erase": True}))
+    job = client.ended(client.forget("uploads/cock.md", erase=True))
     assert (job["status"], job["result"]["forgotten"]) == ("done", 1)
     assert all("weathercock" not in one["text"] for one in client.found("the weathercock of Pellworm"))
     assert client.sources(contains="cock.md")["total"] == 0
-    error(client.http.delete("/v1/corpus/sources/uploads/cock.md"), 404)
+    error(client.forget("uploads/cock.md"), 404)
     assert [path for path in place.folder.rglob("*") if path.is_file() and b"weathercock" in path.read_bytes()] == []
+
+    job = client.ended(client.forget("../outside.md"))
+    assert (job["status"], job["result"]["forgotten"]) == ("done", 1)
+    assert (place.folder.parent / "outside.md").exists()  # it was not uploaded
 
     job = client.ended(client.http.post("/v1/corpus/verify"))
     assert job["result"]["clean"], job
     kinds = [one["kind"] for one in client.http.get("/v1/corpus/jobs").json()["data"]]
-    assert kinds[:5] == ["verify", "forget", "add", "add", "add"]
+    assert kinds[:6] == ["verify", "forget", "forget", "add", "add", "add"]
 
 
 def test_hostile_documents(changing: Changing) -> None:
@@ -252,7 +263,7 @@ def test_keys(changing: Changing) -> None:
         before = reader.sources()["total"]
         assert reader.found("herons")
         error(reader.text("a.md", NOTE), 403)
-        error(reader.http.delete("/v1/corpus/sources/facts/wall.html"), 403)
+        error(reader.forget("facts/wall.html"), 403)
         error(reader.http.post("/v1/corpus/verify"), 403)
         assert reader.sources()["total"] == before
 
@@ -310,7 +321,7 @@ def test_a_process_that_dies_fails_its_job_alone(written: Place) -> None:  # noq
 def test_a_server_that_writes_by_itself_takes_no_documents(written: Place) -> None:  # noqa: F811
     with serving(written.file, read_only=False, recall__cold_start="true") as url, Client.of(url) as client:
         assert "recall.cold_start" in error(client.text("a.md", NOTE), 409)
-        error(client.http.delete("/v1/corpus/sources/facts/wall.html"), 409)
+        error(client.forget("facts/wall.html"), 409)
         assert client.found("the northern wall")[0]["source"] == "facts/wall.html"
 
 

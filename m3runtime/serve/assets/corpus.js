@@ -84,10 +84,9 @@ function rowOf(source, changed) {
       return;
     }
     forget.disabled = true;
-    const path = source.id.split("/").map(encodeURIComponent).join("/");
-    follow(source.id, "forget", () => call(`/v1/corpus/sources/${path}`, { method: "DELETE" }), changed).then(
-      (done) => (forget.disabled = done),
-    );
+    const query = new URLSearchParams({ source: source.id });
+    const begin = () => call(`/v1/corpus/sources?${query}`, { method: "DELETE" });
+    follow(source.id, "forget", begin, changed).then((done) => (forget.disabled = done));
   });
   return h(
     "tr",
