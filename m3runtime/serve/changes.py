@@ -149,6 +149,11 @@ def _patiently(work: Callable[[], T], progress: OnProgress) -> T:
             time.sleep(_PAUSE)
 
 
+def is_upload(source: str, uploads: Path, names: SourceNames) -> bool:
+    """Is a source a file in the folder of uploads itself?"""
+    return source.rpartition("/")[0] == names.name(uploads)
+
+
 class Changes:
     """Makes changes of one bank. For one thread; `close` drops the model."""
 
@@ -169,7 +174,7 @@ class Changes:
     def public(self, message: str) -> str:
         """A message without the folders of this machine."""
         base = str(self.config.bank.absolute().parent)
-        for folder in (os.path.realpath(base), base):
+        for folder in (os.path.realpath(base), os.path.normpath(base), base):
             message = message.replace(folder + os.sep, "")
         return message
 
@@ -224,9 +229,9 @@ class Changes:
             home, moves = bank.home, Moves(bank.home)
             if change.source not in {*home.sources(), *home.states()}:
                 raise InputError(f"the bank remembers nothing from {one_line(change.source)}")
-            file = SourceNames(self.config.bank).path(change.source)
-            if file.parent == change.uploads:
-                file.unlink(missing_ok=True)  # first: a file that stays would be remembered by the next sync
+            names = SourceNames(self.config.bank)
+            if is_upload(change.source, change.uploads, names):  # first: the next sync would remember a file that stays
+                names.path(change.source).unlink(missing_ok=True)
             if change.erase:
                 erasure.begin(home)
             moves.forget(change.source)

@@ -12,8 +12,8 @@ from typing import BinaryIO
 
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import READERS
-from m3runtime.documents.sources import SourceNames, is_within
-from m3runtime.serve.changes import Add
+from m3runtime.documents.sources import SourceNames
+from m3runtime.serve.changes import Add, is_upload
 from m3runtime.serve.errors import ApiError
 
 _LONGEST = 200
@@ -58,7 +58,7 @@ class Uploads:
 
     def has(self, source: str) -> bool:
         """Was a source uploaded?"""
-        return is_within(source, self._names.name(self.folder))
+        return is_upload(source, self.folder, self._names)
 
     def clear(self) -> None:
         """Remove what waited when an earlier server ended; another one of the same bank may run."""

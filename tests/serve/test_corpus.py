@@ -44,6 +44,9 @@ def changing(written_once: Place, tmp_path_factory: pytest.TempPathFactory) -> I
     """One server for many tests: the process that changes a bank takes seconds to start."""
     folder = tmp_path_factory.mktemp("changing") / "place"
     shutil.copytree(written_once.folder, folder)
+    Place(folder).configure(bank="../place/bank")
+    (folder.parent / "outside.md").write_text("A cairn outside of the folder points to Pellworm.\n")
+    assert Place(folder).m3("write", "../outside.md").code == 0
     with serving(folder / "m3.yaml", KEYS) as url, Client.of(url, "writer-key") as writer:
         yield Changing(Place(folder), url, writer)
 
@@ -183,8 +186,6 @@ class TestRefusal:
 
 def test_a_document_from_its_upload_to_its_end(changing: Changing) -> None:
     client, place = changing.writer, changing.place
-    (place.folder.parent / "outside.md").write_text("A cairn outside of the folder points to Pellworm.\n")
-    assert place.process("write", "../outside.md").code == 0
     assert all("weathercock" not in one["text"] for one in client.found("the weathercock of Pellworm"))
 
     job = client.ended(client.upload("cock.md", NOTE.encode()))
