@@ -12,7 +12,7 @@ from m3runtime import cli
 from tests.end_to_end.commands import M3, Place, environment
 
 PANELS = {
-    "Use a bank": ["init", "write", "sync", "ask", "chat", "search"],
+    "Use a bank": ["init", "write", "sync", "ask", "chat", "serve", "search"],
     "Keep a bank": [
         *("inspect", "forget", "compact", "export", "import"),
         *("verify", "config", "plan", "top", "codec"),
