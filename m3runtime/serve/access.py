@@ -17,7 +17,16 @@ OPEN = frozenset({"/", "/favicon.ico", "/health", "/health/live", "/health/ready
 """Paths that need no key: the page itself shows nothing of the bank."""
 OPEN_FOLDER = "/assets/"
 """Files of the page."""
-ANSWERS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/models")
+RESTRICTED = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/embeddings",
+    "/v1/models",
+    "/v1/corpus/search",
+    "/v1/corpus/references/",
+    "/v1/corpus/sources",
+)
 """Beginnings of the paths that a key for some sources may use: these routes keep to its sources."""
 _UPLOAD = "multipart/form-data"
 
@@ -56,8 +65,8 @@ class Guard:
         grant = keys.grant(key.strip()) if kind.lower() == "bearer" else None
         if grant is None:
             raise ApiError(401, "a valid key is needed: Authorization: Bearer KEY", code="invalid_api_key")
-        if grant.restriction.sources is not None and not path.startswith(ANSWERS):
-            raise ApiError(403, "this key may only ask for answers", code="key_is_restricted")
+        if grant.restriction.sources is not None and not path.startswith(RESTRICTED):
+            raise ApiError(403, "this key may only ask, and read its sources", code="key_is_restricted")
         return grant
 
     def _limit(self, headers: dict[bytes, bytes]) -> int:

@@ -5,7 +5,7 @@ waits for no job.
 """
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -16,7 +16,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import UploadFile
 
-from m3runtime.documents.reference import Reference
+from m3runtime.documents.reference import Place, Reference
 from m3runtime.retrieval.restriction import Restriction
 from m3runtime.serve.access import writer
 from m3runtime.serve.changes import Forget, Verify
@@ -119,13 +119,15 @@ def router(served: Served) -> APIRouter:
 
     @routes.get("/sources")
     def sources(
+        request: Request,
         after: Annotated[str, Query(max_length=4096)] = "",
         contains: Annotated[str, Query(max_length=200)] = "",
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     ) -> dict[str, Any]:
         """The sources in order of their names, from the one ``after`` a name on."""
         counts, wanted = runtime.bank.home.sources(), contains.casefold()
-        names = sorted(name for name in counts if wanted in name.casefold())
+        restriction = request.state.grant.restriction
+        names = sorted(name for name in counts if wanted in name.casefold() and restriction.allows(name))
         left = [name for name in names if name > after]
         return {
             "object": "list",
@@ -146,25 +148,27 @@ def router(served: Served) -> APIRouter:
         return submit(Job("forget", source), Forget(source, uploads.folder, erase))
 
     @routes.post("/search")
-    def search(asked: Search) -> dict[str, Any]:
+    def search(asked: Search, request: Request) -> dict[str, Any]:
         """The references nearest to a text, whatever their scores."""
-        restriction = Restriction(sources=None if asked.sources is None else frozenset(asked.sources))
+        wanted = Restriction(sources=None if asked.sources is None else frozenset(asked.sources))
+        restriction = wanted.within(request.state.grant.restriction)
         (matches,) = runtime.search([asked.query], asked.k, restriction)
         found = runtime.references([match.id for match in matches])
         data = [
-            {"score": round(match.score, 4), **cited(match.id, one)}
+            {"score": round(match.score, 4), **cited(match.id, one, places)}
             for match, one in zip(matches, found, strict=True)
-            if one is not None
+            if one is not None and (places := allowed(one, restriction))
         ]
         return {"object": "list", "data": data}
 
     @routes.get("/references/{id}")
-    def reference(id: Annotated[int, InPath(ge=0, lt=1 << 63)]) -> dict[str, Any]:
+    def reference(request: Request, id: Annotated[int, InPath(ge=0, lt=1 << 63)]) -> dict[str, Any]:
         """A reference with its text and all its places."""
         (found,) = runtime.references([id])
-        if found is None:
+        places = () if found is None else allowed(found, request.state.grant.restriction)
+        if found is None or not places:
             raise ApiError(404, f"nothing is remembered under the id {id}")
-        return cited(id, found)
+        return cited(id, found, places)
 
     @routes.post("/verify", status_code=202, dependencies=Change)
     def verify() -> dict[str, Any]:
@@ -190,16 +194,21 @@ def facts(job: Job) -> dict[str, Any]:
     }
 
 
-def cited(id: int, reference: Reference) -> dict[str, Any]:
-    """A reference as the API tells it; ``source`` is the name of its first place."""
+def allowed(reference: Reference, restriction: Restriction) -> Sequence[Place]:
+    """The places of a reference that may be cited."""
+    return [place for place in reference.places if restriction.allows(place.source)]
+
+
+def cited(id: int, reference: Reference, places: Sequence[Place]) -> dict[str, Any]:
+    """A reference as the API tells it, with some of its places; ``source`` is the name of the first."""
     return {
         "object": "corpus.reference",
         "id": id,
-        "source": reference.places[0].name,
+        "source": places[0].name,
         "heading": reference.heading,
         "text": reference.text,
         "tokens": reference.tokens,
-        "places": [asdict(place) for place in reference.places],
+        "places": [asdict(place) for place in places],
     }
 
 

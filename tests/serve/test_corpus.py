@@ -19,7 +19,7 @@ from tests.end_to_end.conftest import model_path, new_place, written, written_on
 from tests.serve.corpus_server import Client, error, serving
 
 pytest.importorskip("fastapi")
-KEYS = "read reader-key, write writer-key"
+KEYS = "read reader-key, write writer-key, read narrow-key facts/ferry.md facts/wall.html"
 NOTE = "The weathercock of Pellworm turns to the north before a storm.\n"
 
 
@@ -267,6 +267,30 @@ def test_keys(changing: Changing) -> None:
         error(reader.forget("facts/wall.html"), 403)
         error(reader.http.post("/v1/corpus/verify"), 403)
         assert reader.sources()["total"] == before
+
+
+def test_a_key_for_some_sources_sees_no_others(changing: Changing) -> None:
+    own = {"facts/ferry.md", "facts/wall.html"}
+    ids = ids_of_all(changing.writer)
+    with Client.of(changing.url, "narrow-key") as narrow:
+        assert {one["id"] for one in narrow.sources()["data"]} == own
+        assert narrow.sources()["total"] == 2
+        for query in ("herons", "the owl Perpetua", "lamp of Uskerfold", "uploads facts"):
+            assert {one["source"] for one in narrow.found(query, 100)} <= own
+        asked = {"query": "herons", "sources": ["facts/birds.jsonl", "facts", "."]}
+        assert {one["source"] for one in narrow.http.post("/v1/corpus/search", json=asked).json()["data"]} <= own
+        read = [narrow.http.get(f"/v1/corpus/references/{id}") for id in ids]
+        assert {one.json()["source"] for one in read if one.status_code == 200} == own
+        assert {one.status_code for one in read} == {200, 404}
+        for path in ("/v1/observe", "/v1/corpus/jobs", "/v1/corpus/jobs/job-1"):
+            error(narrow.http.get(path), 403)
+        error(narrow.forget("facts/ferry.md"), 403)
+        error(narrow.text("a.md", NOTE), 403)
+
+
+def ids_of_all(client: Client) -> list[int]:
+    """The ids of all references."""
+    return [one["id"] for one in client.found("all that there is", 100)]
 
 
 def test_jobs_of_many_clients_are_made_in_order_and_reads_go_on(changing: Changing) -> None:

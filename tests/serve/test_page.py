@@ -116,7 +116,10 @@ def test_the_same_question_three_times(browser: "Browser", written_once: Place) 
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab(browser: "Browser", written_once: Place) -> None:  # noqa: F811
-    with serving(written_once.file, "read reader-key") as url, opened(browser, url) as page:
+    with (
+        serving(written_once.file, "read reader-key, read narrow-key facts/wall.html") as url,
+        opened(browser, url) as page,
+    ):
         dialog = page.get_by_role("dialog")
         for key in ("another-key", "reader-key"):
             dialog.locator("#key").fill(key)
@@ -131,10 +134,11 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(browser: "Browser", written_once
         page.locator("#files").set_input_files({"name": "a.md", "mimeType": "text/markdown", "buffer": NOTE.encode()})
         page.locator("#jobs li.failed", has_text="may only read").wait_for()
         assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
-        other = browser.new_page()
-        other.goto(url)
-        other.get_by_role("dialog").wait_for()
-        other.close()
+        with opened(browser, url) as other:  # another tab, with a key for one source
+            other.get_by_role("dialog").locator("#key").fill("narrow-key")
+            other.keyboard.press("Enter")
+            other.locator("#serving", has_text="tiny-llama").wait_for()
+            assert set(ask(other, "Who built the northern wall, and where do herons nest?")) == {"facts/wall.html"}
 
 
 def test_narrow_screens_and_the_keyboard(browser: "Browser", written_once: Place) -> None:  # noqa: F811

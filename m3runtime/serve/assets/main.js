@@ -13,11 +13,15 @@ let isNew = true;
 
 async function look() {
   try {
-    const seen = await call("/v1/observe");
+    const seen = await call("/v1/observe").catch(async (error) => {
+      if (error.status !== 403) throw error; // a key for some sources only
+      return { model: (await call("/v1/models")).data[0].id };
+    });
     model = seen.model;
     if (isNew) $("follow").checked = seen.prompt === "chat";
     isNew = false;
-    $("serving").textContent = `${seen.model} · ${seen.memories.toLocaleString("en")} memories`;
+    const memories = seen.memories == null ? "" : ` · ${seen.memories.toLocaleString("en")} memories`;
+    $("serving").textContent = seen.model + memories;
   } catch (error) {
     $("serving").textContent = "not connected";
     notice(error.message);
