@@ -62,9 +62,14 @@ export async function show(changed, after = "") {
     const query = new URLSearchParams({ after, contains: $("filter").value.trim(), limit: MOST });
     const { data, has_more: hasMore, total } = await call(`/v1/corpus/sources?${query}`);
     const body = $("sources").tBodies[0];
-    if (!after) body.replaceChildren();
-    body.append(...data.map((source) => rowOf(source, changed)));
-    if (!body.rows.length) body.append(h("tr", {}, h("td", { colspan: 3, class: "quiet" }, "No source has such a name.")));
+    const shown = [...body.rows];
+    const known = new Map(shown.map((row) => [row.dataset.key, row]));
+    const rows = data.map((source) => known.get(keyOf(source)) ?? rowOf(source, changed));
+    if (after) body.append(...rows);
+    else if (!rows.length) body.replaceChildren(h("tr", {}, h("td", { colspan: 3, class: "quiet" }, "There is none.")));
+    else if (shown.length !== rows.length || rows.some((row, place) => row !== shown[place])) {
+      body.replaceChildren(...rows); // otherwise nothing is drawn anew, and focus stays where it is
+    }
     last = data.at(-1)?.id ?? "";
     $("more").hidden = !hasMore;
     $("source-count").textContent = `${total}`;
@@ -72,6 +77,8 @@ export async function show(changed, after = "") {
     notice(error.message);
   }
 }
+
+const keyOf = (source) => `${source.references} ${source.id}`;
 
 function rowOf(source, changed) {
   const forget = h("button", { type: "button", class: "plain", "aria-label": `Forget ${source.id}` }, "Forget");
@@ -90,7 +97,7 @@ function rowOf(source, changed) {
   });
   return h(
     "tr",
-    {},
+    { "data-key": keyOf(source) },
     h("td", {}, source.id, source.uploaded ? h("span", { class: "tag" }, "uploaded") : null),
     h("td", { class: "number" }, `${source.references}`),
     h("td", { class: "number" }, forget),
@@ -128,9 +135,9 @@ async function follow(name, kind, begin, changed) {
       end(job.error.message, true);
       return false;
     }
-    end(summary(kind, job.result));
     const { query } = $("found").dataset;
     await Promise.all([show(changed), changed(), query && find(query)]); // what was forgotten is shown no more
+    end(summary(kind, job.result));
     return true;
   } catch (error) {
     end(error.message, true);
