@@ -124,6 +124,7 @@ def test_a_step_waits_for_nothing_and_keeps_nothing(family: str) -> None:
 )
 def test_a_step_is_one_graph(family: str) -> None:
     """No data-dependent Python: `torch.compile` follows the whole step, and gets what it gets without."""
+    torch.compiler.reset()  # it compiles one function for a few models, not for a dozen
     ready, other = Ready(make_adapter(family)), Ready(make_adapter(family))
     compiled = torch.compile(other.runner._step, fullgraph=True, backend="eager")
     for _ in range(2):
