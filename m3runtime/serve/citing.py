@@ -20,7 +20,7 @@ class Reads:
     """One for each chunk and memory: ``id``, ``score``, ``source``, ``span``, the places ``start_index`` and
     ``end_index`` in the answer, and more."""
     now: list[dict[str, Any]] = field(default_factory=list)
-    """Those of them that are read now."""
+    """The entries of `memories` that are read now."""
     _tokens: dict[int, int] = field(default_factory=dict)
     _cited: list[tuple[dict[str, Any], str]] = field(default_factory=list)
 

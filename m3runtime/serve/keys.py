@@ -18,7 +18,7 @@ _ENTRY = re.compile(r"(?:(read|write)[\s:]+)?([\x21-\x7e]{8,512})((?:\s+\S+)*)")
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a request may do."""
+    """The access of a request, and the memories that it may read."""
 
     access: Literal["none", "read", "write"]
     restriction: Restriction = UNRESTRICTED
@@ -38,7 +38,7 @@ class Keys:
         return bool(self.grants)
 
     def grant(self, key: str) -> Grant | None:
-        """What a key allows, or None for an unknown one."""
+        """The grant of a key, or None for an unknown one."""
         digest = _digest(key)
         # All are compared, whichever fits: the time tells nothing.
         found = [grant for one, grant in self.grants if hmac.compare_digest(digest, one)]

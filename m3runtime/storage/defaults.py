@@ -1,4 +1,4 @@
-"""What fits the machine, where a configuration does not say it: tiers, decoded memories, an engine's rows."""
+"""Defaults that fit the machine: of tiers, of decoded memories, and of an engine's room."""
 
 import os
 from pathlib import Path

@@ -22,7 +22,7 @@ __all__ = ["EngineContract", "Seen"]
 
 @dataclass(slots=True)
 class Seen:
-    """What was heard of one request."""
+    """The events that were heard of one request."""
 
     events: list[Event] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)

@@ -21,8 +21,9 @@ from m3model.engine.baseline import TransformersBaseline
 from m3model.engine.buffers import RowBuffers
 from m3model.engine.cutting import cut
 from m3model.engine.encoding import encode_dense, encode_scored, reference_ids
-from m3model.engine.engine import MemoryEngine, Words
+from m3model.engine.engine import MemoryEngine
 from m3model.engine.importance import importance
+from m3model.engine.job import Words
 from m3model.engine.prompts import chat, render
 from m3model.engine.scoring import Row, Scoring, decode
 from m3model.engine.session import Session, Sink, make_sink

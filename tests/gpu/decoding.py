@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from m3model.engine.baseline import TransformersBaseline
 from m3model.transformers import TransformersAdapter
@@ -17,7 +17,7 @@ from m3runtime.config.schema import Config, GenerateConfig, MemoryConfig
 from m3runtime.documents.reference import Reference
 from m3runtime.recall.recalled import Recalled
 from m3runtime.stream import Stream
-from tests.gpu.models import TINY, Shape
+from tests.gpu.models import TINY, Shape, llama
 from tests.gpu.report import Figure
 
 SHAPES = {
@@ -37,12 +37,12 @@ class Case:
     sparse: bool
     kept: float
     """The least of the tokens/s without memories that it should keep."""
-    library: float | None = None
+    compiled: float | None = None
     """The least of the library's compiled tokens/s, at batch 1."""
 
 
 CASES = (
-    Case("2b", 1, sparse=True, kept=0.98, library=1.0),
+    Case("2b", 1, sparse=True, kept=0.98, compiled=1.0),
     Case("2b", 1, sparse=False, kept=0.95),
     Case("2b", 32, sparse=True, kept=0.98),
     Case("2b", 8, sparse=False, kept=0.9),
@@ -108,15 +108,15 @@ def decoding(tokenizer: Path, device: torch.device, *, tiny: bool) -> Iterator[F
             )
             adapter.stop_tokens = frozenset()
             title = f"{name}, batch {case.batch}, {'sparse' if case.sparse else 'dense'}"
-            speeds: dict[str, list[float]] = {"memories": [], "none": [], "library": []}
+            speeds: dict[str, list[float]] = {"memories": [], "none": [], "compiled": []}
             given, baseline, graphs = RandomMemories(adapter), adapter.baseline(), 0
             for number in range(2 if tiny else _ROUNDS + 1):
                 for way, some in speeds.items():
-                    if way == "library" and case.library is None:
+                    if way == "compiled" and case.compiled is None:
                         continue
                     prompts = [Prompt("the statement of a loop " + "again " * row) for row in range(case.batch)]
-                    if way == "library":
-                        speed = _library(baseline, prompts, new_tokens)
+                    if way == "compiled":
+                        speed = _compiled(baseline, prompts, new_tokens)
                     else:
                         speed = _engine(adapter, given if way == "memories" else None, prompts, new_tokens)
                     some += [speed] if number else []
@@ -125,9 +125,9 @@ def decoding(tokenizer: Path, device: torch.device, *, tiny: bool) -> Iterator[F
             yield Figure(f"{title}: tokens/s", medians["memories"], details=str(speeds))
             kept = medians["memories"] / medians["none"]
             yield Figure(f"{title}: kept of the same without memories", kept, least=None if tiny else case.kept)
-            if case.library is not None:
-                times = medians["memories"] / medians["library"]
-                yield Figure(f"{title}: of the library's compiled loop", times, least=None if tiny else case.library)
+            if case.compiled is not None:
+                times = medians["memories"] / medians["compiled"]
+                yield Figure(f"{title}: of the library's compiled loop", times, least=None if tiny else case.compiled)
             if device.type == "cuda":
                 yield Figure(f"{title}: graphs", graphs, least=1)
             adapter.engine.close()
@@ -136,18 +136,7 @@ def decoding(tokenizer: Path, device: torch.device, *, tiny: bool) -> Iterator[F
 
 def _model(shape: Shape, tokenizer: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """A Llama with random weights, made on the device."""
-    config = LlamaConfig(
-        vocab_size=max(shape.vocabulary, len(AutoTokenizer.from_pretrained(tokenizer))),
-        hidden_size=shape.hidden,
-        intermediate_size=shape.mlp,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
+    config = llama(shape, max(shape.vocabulary, len(AutoTokenizer.from_pretrained(tokenizer))))
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -157,7 +146,7 @@ def _model(shape: Shape, tokenizer: Path, device: torch.device, dtype: torch.dty
         torch.set_default_dtype(before)
 
 
-def _library(baseline: TransformersBaseline, prompts: Sequence[Prompt], new_tokens: int) -> float:
+def _compiled(baseline: TransformersBaseline, prompts: Sequence[Prompt], new_tokens: int) -> float:
     """Tokens per second of all sequences after the first token, by the library's loop with a static cache."""
     run = baseline.generate(prompts, new_tokens, "sdpa, static", 512)
     return len(prompts) * (new_tokens - 1) / (run.seconds - run.first_token_s)

@@ -49,8 +49,16 @@ def make_model(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
     )
     tokenizer.train_from_iterator(topics(), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    config = LlamaConfig(
-        vocab_size=len(fast),
+    config = llama(shape, len(fast))
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    fast.save_pretrained(folder)
+
+
+def llama(shape: Shape, vocabulary: int) -> LlamaConfig:
+    """The configuration of a Llama of this shape."""
+    return LlamaConfig(
+        vocab_size=vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.mlp,
         num_hidden_layers=shape.layers,
@@ -61,9 +69,6 @@ def make_model(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
         bos_token_id=0,
         eos_token_id=1,
     )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
-    fast.save_pretrained(folder)
 
 
 def make_embedder(folder: Path, shape: Shape) -> None:

@@ -14,7 +14,6 @@ Partial attentions over memories and context in buffers of their own, merged by 
 at batch 8, for the merging alone costs half a dozen small operations.
 """
 
-from collections import Counter
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -24,7 +23,7 @@ from transformers.cache_utils import Cache
 from m3model.attention.buffers import BufferLayer, LayerStack
 from m3model.attention.implementation import Masked
 from m3model.attention.layout import AttentionLayout
-from m3model.attention.slots import Slot, place
+from m3model.attention.slots import Slot, distinct, place
 
 _GRAIN = 128
 """The memory region grows by multiples of so many columns: few moves, whatever memories come."""
@@ -106,7 +105,7 @@ class MemoryCache(Masked, Cache):
             self._allocate(-(-used // _GRAIN) * _GRAIN, self.sink_tokens, self._capacity)
         bias = torch.full((self.batch, used), -torch.inf, dtype=self.layout.dtype)
         for row, parts in enumerate(memories):
-            named = _distinct(names[row])
+            named = distinct(names[row])
             held = self._slots[row]
             slots = place(held, list(zip(named, lengths[row], strict=True)), used)
             for name, (keys, values), weight in zip(named, parts, weights[row], strict=True):
@@ -243,13 +242,3 @@ def _aligned(mask: Tensor) -> Tensor:
     keys = mask.shape[3]
     padded = mask.new_empty(*mask.shape[:3], -(-keys // 8) * 8)[..., :keys]
     return padded.copy_(mask)
-
-
-def _distinct(names: Sequence[Hashable]) -> Sequence[Hashable]:
-    """Names that tell a memory from the same one a second time."""
-    seen: Counter[Hashable] = Counter()
-    distinct = []
-    for name in names:
-        distinct.append((name, seen[name]))
-        seen[name] += 1
-    return distinct

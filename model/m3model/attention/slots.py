@@ -4,6 +4,7 @@ Columns are counted from the region's right end, which never moves: it is where 
 tensors here.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,16 @@ class Slot:
     def end(self) -> int:
         """The distance of its left edge."""
         return self.start + self.length
+
+
+def distinct(names: Sequence[Hashable]) -> Sequence[Hashable]:
+    """Names that tell a memory from the same one a second time."""
+    seen: Counter[Hashable] = Counter()
+    told = []
+    for name in names:
+        told.append((name, seen[name]))
+        seen[name] += 1
+    return told
 
 
 def place(held: Mapping[Hashable, Slot], wanted: Sequence[tuple[Hashable, int]], columns: int) -> dict[Hashable, Slot]:

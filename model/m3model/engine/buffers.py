@@ -7,14 +7,13 @@ place alone. One more row and one more column of context take what belongs to no
 much whoever takes part in it.
 """
 
-from collections import Counter
 from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from m3model.attention.layout import AttentionLayout, Pair
-from m3model.attention.slots import Slot, place
+from m3model.attention.slots import Slot, distinct, place
 
 GRAIN = 64
 """Memory and context are allocated by multiples of so many columns."""
@@ -178,7 +177,7 @@ class RowBuffers:
         of each memory's keys. There must be room for them, see `reserve`.
         """
         lengths = [keys.shape[2] for keys, _ in memories]
-        used, named, held = sum(lengths), _distinct(names), self._slots[row]
+        used, named, held = sum(lengths), distinct(names), self._slots[row]
         slots = place(held, list(zip(named, lengths, strict=True)), used)
         bias = torch.full((self.region,), -torch.inf, dtype=self.layout.dtype)
         for name, memory, weight in zip(named, memories, log_weights, strict=True):
@@ -194,13 +193,3 @@ class RowBuffers:
         columns = slice(self.region - slot.end, self.region - slot.start)
         stack.keys[:, row, :, columns] = keys if self.temperature == 1.0 else keys / self.temperature
         stack.values[:, row, :, columns] = values
-
-
-def _distinct(names: Sequence[Hashable]) -> Sequence[Hashable]:
-    """Names that tell a memory from the same one a second time."""
-    seen: Counter[Hashable] = Counter()
-    distinct = []
-    for name in names:
-        distinct.append((name, seen[name]))
-        seen[name] += 1
-    return distinct

@@ -1,11 +1,9 @@
 """`MemoryEngine`: decodes many requests at once on one model, each with its own memories."""
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,13 +11,13 @@ import torch
 from m3model.attention.layout import Pair
 from m3model.attention.rope import check_positions
 from m3model.engine.buffers import RowBuffers, rounded
+from m3model.engine.job import Job, Words
 from m3model.engine.recalls import Asking, Found, hint, recall
 from m3model.engine.running import Outcome, Runner
-from m3model.engine.sampling import NO_TOKEN, uniforms
+from m3model.engine.sampling import NO_TOKEN
 from m3model.engine.scheduler import Plan, Scheduled, Scheduler
-from m3model.engine.writing import Reason, Writing
-from m3runtime.adapters.answers import Prompt
-from m3runtime.adapters.engine import End, Engine, Failure, OnEvent, Piece, Read, Request, Ticket
+from m3model.engine.writing import Reason
+from m3runtime.adapters.engine import End, Engine, Failure, OnEvent, Read, Request, Ticket
 from m3runtime.config.schema import GenerateConfig
 from m3runtime.device.side_stream import SideStream
 from m3runtime.device.threads import prepare
@@ -34,52 +32,6 @@ _RECALLS = 8
 """Recalls that are under way at once; each is of all rows that began a chunk together."""
 
 Arrange = Callable[[Sequence[Pair]], list[Pair]]
-
-
-@dataclass(frozen=True, slots=True)
-class Words:
-    """How an engine reads and writes text."""
-
-    ids: Callable[[Prompt, bool], list[int]]
-    """The tokens of a prompt, after the sink or without."""
-    decode: Callable[[Sequence[int]], str]
-    """The text of tokens, without special tokens."""
-    stop_tokens: Callable[[], frozenset[int]]
-    """The tokens that end an answer."""
-
-
-class _Job(Ticket):
-    """A request on its way."""
-
-    def __init__(self, engine: "MemoryEngine", request: Request, index: int, on_event: OnEvent, ids: list[int]) -> None:
-        settings, stream = request.settings, request.stream
-        chunk = stream.runtime.config.recall.chunk_tokens if stream else None
-        self.request = request
-        self.scheduled = Scheduled(ids, settings.max_new_tokens, chunk)
-        self.writing = Writing(settings, engine.words.stop_tokens(), engine.words.decode)
-        self.uniforms = uniforms(settings.seed, settings.max_new_tokens) if settings.temperature > 0 else None
-        self.told = -1
-        """The place of the last recall that was told: a sequence that lost its row recalls again what it had."""
-        self.ending: Reason | Exception | None = None
-        """How it ends as soon as the recall under way leaves its stream alone."""
-        self._engine = engine
-        self._index = index
-        self._on_event = on_event
-
-    def cancel(self) -> None:
-        """See `Ticket.cancel`."""
-        self._engine.cancel(self)
-
-    def tell(self, event: Read | Piece | End | Failure | None) -> None:
-        """Hand an event to whoever asked."""
-        if event is None:
-            return
-        try:
-            self._on_event(self._index, event)
-        except BaseException:  # noqa: BLE001 - reported below; whatever it is, the thread is not its own to end
-            self._on_event = lambda *_: None
-            self._engine.cancel(self)
-            threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 
 
 class MemoryEngine(Engine):
@@ -119,11 +71,11 @@ class MemoryEngine(Engine):
         self._closed = self._heard_close = False
         self._process = os.getpid()
         # What other threads bring; the engine's thread takes it between two steps.
-        self._new: list[_Job] = []
-        self._cancelled: list[_Job] = []
-        self._found: list[tuple[list[Found[_Job]], torch.Event | None]] = []
+        self._new: list[Job] = []
+        self._cancelled: list[Job] = []
+        self._found: list[tuple[list[Found[Job]], torch.Event | None]] = []
         # The engine's thread alone.
-        self._jobs: dict[Scheduled, _Job] = {}
+        self._jobs: dict[Scheduled, Job] = {}
         self._recalling = 0
         self._under_way: Outcome | None = None
 
@@ -142,7 +94,7 @@ class MemoryEngine(Engine):
         for index, request in enumerate(requests):
             ids = self.words.ids(request.prompt, request.stream is not None)
             self._check(request, ids)
-            jobs.append(_Job(self, request, index, on_event, ids))
+            jobs.append(Job(request, index, on_event, ids, self.words, self.cancel))
         with self._changed:
             if self._closed:
                 raise EngineClosedError("the engine is closed: it takes no more requests")
@@ -155,7 +107,7 @@ class MemoryEngine(Engine):
             self._changed.notify_all()
         return list(jobs)
 
-    def cancel(self, job: _Job) -> None:
+    def cancel(self, job: Job) -> None:
         """End a request; see `Ticket.cancel`."""
         if os.getpid() != self._process:
             return  # a forked process has a copy of the lock, which nobody may ever open
@@ -232,9 +184,9 @@ class MemoryEngine(Engine):
 
     def _hear(
         self,
-        new: Sequence[_Job],
-        cancelled: Sequence[_Job],
-        found: Sequence[tuple[list[Found[_Job]], torch.Event | None]],
+        new: Sequence[Job],
+        cancelled: Sequence[Job],
+        found: Sequence[tuple[list[Found[Job]], torch.Event | None]],
     ) -> None:
         for job in new:
             self._jobs[job.scheduled] = job
@@ -288,7 +240,7 @@ class MemoryEngine(Engine):
         """The position of a request's first token of context."""
         return self._offset if request.stream is not None else 0
 
-    def _begin(self, job: _Job) -> None:
+    def _begin(self, job: Job) -> None:
         """Prepare a row that a sequence was given, for the first time or again."""
         row, settings = job.scheduled.row, job.request.settings
         assert row is not None
@@ -303,7 +255,7 @@ class MemoryEngine(Engine):
         context = max(least, tokens) if self._fits(rows, tokens) else least
         self._runner.reserve(rows, memories, context, settings, room=self._room)
 
-    def _stop(self, job: _Job, how: Reason | Exception) -> None:
+    def _stop(self, job: Job, how: Reason | Exception) -> None:
         """End a request early: now, or once no recall uses its stream any more."""
         if job.scheduled.recalling:
             job.ending = job.ending or how
@@ -313,7 +265,7 @@ class MemoryEngine(Engine):
             job.tell(job.writing.end(how))
             self._end(job, End(job.writing.answer()))
 
-    def _end(self, job: _Job, event: End | Failure) -> None:
+    def _end(self, job: Job, event: End | Failure) -> None:
         """Take a request out. The device does nothing: it may have failed."""
         del self._jobs[job.scheduled]
         self._scheduler.end(job.scheduled)
@@ -335,7 +287,7 @@ class MemoryEngine(Engine):
         self._scheduler.launched(plan)
         return outcome
 
-    def _uniform(self, job: _Job) -> float:
+    def _uniform(self, job: Job) -> float:
         return 0.0 if job.uniforms is None else float(job.uniforms[job.scheduled.drawn])
 
     def _finish(self, outcome: Outcome) -> None:
@@ -363,7 +315,7 @@ class MemoryEngine(Engine):
 
     # -- memories -----------------------------------------------------------------------------------------------
 
-    def _next_text(self, job: _Job) -> str | None:
+    def _next_text(self, job: Job) -> str | None:
         """The text of the chunk so far, where it is time to look ahead for the recall at its end."""
         one, stream = job.scheduled, job.request.stream
         if stream is None:
@@ -374,7 +326,7 @@ class MemoryEngine(Engine):
             return None
         return self.words.decode(one.answer[-place:])
 
-    def _recall(self, jobs: Sequence[_Job]) -> None:
+    def _recall(self, jobs: Sequence[Job]) -> None:
         """Recall for these in another thread: others may come, or be cancelled, before it ends."""
         self._recalling += 1
         try:
@@ -385,7 +337,7 @@ class MemoryEngine(Engine):
             self._returned(found)
             self._deliver(found, None)
 
-    def _bring(self, asking: Sequence[Asking[_Job]], cores: int) -> None:
+    def _bring(self, asking: Sequence[Asking[Job]], cores: int) -> None:
         """Recall, and hand what was found to the engine's thread."""
         event = None
         try:
@@ -401,13 +353,13 @@ class MemoryEngine(Engine):
             self._found.append((found, event))
             self._changed.notify_all()
 
-    def _returned(self, found: Sequence[Found[_Job]]) -> None:
+    def _returned(self, found: Sequence[Found[Job]]) -> None:
         """Note that a recall has ended: of all its rows, before anything is done that may fail for one."""
         self._recalling -= 1
         for one in found:
             one.who.scheduled.recalling = False
 
-    def _asking(self, job: _Job) -> Asking[_Job]:
+    def _asking(self, job: Job) -> Asking[Job]:
         one, stream = job.scheduled, job.request.stream
         assert stream
         assert one.chunk
@@ -422,7 +374,7 @@ class MemoryEngine(Engine):
         text = self.words.decode(one.prompt[after : after + one.chunk])
         return Asking(job, stream, now, wait=True, next_text=None if text == now else text)
 
-    def _deliver(self, found: Sequence[Found[_Job]], event: torch.Event | None) -> None:
+    def _deliver(self, found: Sequence[Found[Job]], event: torch.Event | None) -> None:
         for one in found:
             job = one.who
             if job.ending is not None:
@@ -432,7 +384,7 @@ class MemoryEngine(Engine):
             else:
                 self._read(job, one.recalled, event)
 
-    def _read(self, job: _Job, recalled: Recalled, event: torch.Event | None) -> None:
+    def _read(self, job: Job, recalled: Recalled, event: torch.Event | None) -> None:
         """Let a row attend to what was recalled for it."""
         row = job.scheduled.row
         assert row is not None
