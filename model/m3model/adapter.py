@@ -15,7 +15,7 @@ import torch
 
 from m3model.attention.arrangement import Arrangement
 from m3model.attention.implementation import prepare
-from m3model.attention.layout import AttentionLayout
+from m3model.attention.layout import AttentionLayout, check_settings
 from m3model.attention.selection import attention_modules, select
 from m3model.engine.baseline import TransformersBaseline
 from m3model.engine.buffers import RowBuffers
@@ -77,6 +77,8 @@ class TransformersAdapter(Adapter):
             head_dim=self.layout.head_dim,
             dtype=str(self.layout.dtype).removeprefix("torch."),
         )
+        if not self.layout.alike:
+            check_settings(memory, dense=self.spec.dense)
         if not self.spec.dense:
             attention_modules(model, self.spec.layers)  # or the mistake would show only while a bank is written
         self.identity = ModelIdentity.of(model)

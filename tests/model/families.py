@@ -55,10 +55,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral-sliding": {"sliding_window": WINDOW, "head_dim": 16},
     "gemma2": {**_GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 30.0},
     "gemma3_text": {**_GEMMA, "sliding_window_pattern": 2},
+    # Heads of another size in layers without a window, and last layers that read the keys of earlier ones.
+    "gemma4_text": {
+        **_GEMMA,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 2,  # twice the numbers of the others: a memory of those is filled up
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 320,
+    },
+    "gpt_oss-sliding": {  # with sinks of its own
+        "head_dim": 16,
+        "sliding_window": WINDOW,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "rope_parameters": {"rope_theta": 10_000.0, "rope_type": "default"},
+    },
     "phi3": {},
     "phi3-sliding": {"sliding_window": WINDOW},
     "olmo2": {},
 }
+ALIKE = [family for family in FAMILIES if family != "gemma4_text"]
+"""Those whose layers are alike: of others, all tokens are kept, at the positions where they were computed."""
 _FACTORS = [1.0, 1.1, 1.3, 1.6, 2.0, 2.5, 3.1, 3.8]
 ROPES: dict[str, dict[str, Any]] = {
     "llama-linear": {"rope_type": "linear", "factor": 4.0},

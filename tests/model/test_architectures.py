@@ -55,7 +55,35 @@ SIZE: dict[str, Any] = {
 }
 TOWER: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 1}
 """Of a model that sees or hears as well; its texts are all that is read here."""
+_GEMMA4: dict[str, Any] = {  # heads of another size in layers without a window; the last two layers keep no keys
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 2,
+    "attention_k_eq_v": True,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 320,
+    "use_bidirectional_attention": "vision",
+}
 OPTIONS: dict[str, dict[str, Any]] = {
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 320,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gemma4": {
+        "text_config": _GEMMA4,
+        "vision_config": {**TOWER, "num_key_value_heads": 1, "head_dim": 16, "position_embedding_size": 64},
+    },
+    "gemma4_text": _GEMMA4,
+    "gemma4_unified": {"text_config": _GEMMA4},
+    "gemma4_unified_text": _GEMMA4,
+    "granite_swa": {"initializer_range": 0.1},  # whose multipliers make much of the last bit
+    "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}},
+    "mimo_v2_flash": {"v_head_dim": 8, "layer_types": ["full_attention", "sliding_attention"] * 2},
     "gemma3": {"vision_config": {**TOWER, "image_size": 28, "patch_size": 14}},
     "got_ocr2": {"vision_config": {**TOWER, "output_channels": 16, "mlp_dim": 16, "image_size": 32}},
     "lfm2_moe": {"layer_types": ["full_attention"] * 4},
@@ -102,13 +130,14 @@ def make(kind: str, window: int) -> Any:
     text = default.get_text_config()
     wanted = {**SIZE, "sliding_window": window, "use_sliding_window": True, "max_window_layers": 2}
     known = {*text.to_dict(), *text.attribute_map}
-    sizes = {name: value for name, value in wanted.items() if name in known}
+    sizes, options = {name: value for name, value in wanted.items() if name in known}, OPTIONS.get(kind, {})
     if text is not default:
         name = next(name for name in default.sub_configs if getattr(default, name, None) is text)
-        sizes = {name: {**sizes, "model_type": text.model_type}}
+        sizes = {name: {**sizes, **options.get(name, {}), "model_type": text.model_type}}
+        options = {key: value for key, value in options.items() if key != name}
     classes: Any = AutoModelForCausalLM
     try:
-        config = AutoConfig.for_model(kind, **{**sizes, **OPTIONS.get(kind, {})})
+        config = AutoConfig.for_model(kind, **{**sizes, **options})
         with torch.device("meta"):
             empty = classes.from_config(config, dtype=torch.float32)
     except Exception:  # the sizes do not go together, as those of a model with states of its own

@@ -16,7 +16,7 @@ from m3model.attention.implementation import prepare
 from m3model.memory3 import NO_LABEL, Memory3Config, Memory3ForCausalLM, register
 from m3model.transformers import TransformersAdapter
 from m3runtime.config.schema import MemoryConfig, ModelConfig
-from tests.model.families import FAMILIES, LAYERS, REFERENCE_TOKENS, make_model, make_tokenizer, windows, with_masks
+from tests.model.families import ALIKE, LAYERS, REFERENCE_TOKENS, make_model, make_tokenizer, windows, with_masks
 
 CPU = torch.device("cpu")
 CHUNK = 6
@@ -170,7 +170,7 @@ def carried_adapter(model: Any) -> TransformersAdapter:
 
 
 @pytest.mark.parametrize("tokens", [REFERENCE_TOKENS, 4], ids=["dense", "sparse"])
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", ALIKE)
 def test_the_adapter_reads_what_training_read(family: str, tokens: int) -> None:
     model = memory3(family, tokens=tokens)
     adapter = carried_adapter(model)

@@ -21,7 +21,7 @@ from m3runtime.errors import BankMismatchError, ConfigError, InputError
 from m3runtime.memory.tensors import MemoryTensors
 from tests.model.banks import make_runtime
 from tests.model.families import (
-    FAMILIES,
+    ALIKE,
     LAYERS,
     REFERENCE_TOKENS,
     make_adapter,
@@ -117,7 +117,7 @@ def gap(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALIKE)
 def test_scores_are_those_of_queries_and_keys_before_rotation(family: str) -> None:
     adapter = make_adapter(family)
     texts = texts_of(adapter)
@@ -158,7 +158,7 @@ def test_logits_are_scaled_as_the_model_scales_them() -> None:
     assert gap(wanted, expected_scores(make_model("gemma2"), adapter.sink_ids, ids_of(adapter, text))) > 0.1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALIKE)
 def test_a_batch_keeps_what_each_reference_keeps_alone(family: str) -> None:
     adapter = make_adapter(family, tokens_per_head=4)
     assert adapter.spec.tokens == 4
@@ -173,7 +173,7 @@ def test_a_batch_keeps_what_each_reference_keeps_alone(family: str) -> None:
         assert gap(together.values[row, :, :, :tokens], alone.values[0]) < 1e-5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALIKE)
 @pytest.mark.parametrize("layers", ["all", (1, 3)])
 def test_kept_tokens_are_the_best_of_the_whole_memory(family: str, layers: Any) -> None:
     """Found in the memory of all tokens, bit by bit: so no token of the sink, and keys at their own positions."""

@@ -43,7 +43,7 @@ def check(shape: ModelShape, model: Any) -> None:
     assert tuple(model.get_output_embeddings().weight.shape) == (shape.vocabulary, shape.hidden)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [one for one in FAMILIES if one not in ("gemma4_text", "gpt_oss-sliding")])
 def test_every_family_without_its_weights(family: str, tmp_path: Path) -> None:
     model = make_model(family)
     model.config.save_pretrained(tmp_path)
@@ -87,8 +87,8 @@ def test_what_weights_are_stored_in(tmp_path: Path) -> None:
     ("kind", "more", "message"),
     [
         ("mixtral", {"num_local_experts": 4}, "are not all attention and one MLP; say what the shape is with --shape"),
-        ("mamba", {}, "keeps no plain rotary keys and values in each layer"),
-        ("bert", {}, "cannot tell the shape of a causal language model from|keeps no plain rotary keys"),
+        ("mamba", {}, "cannot read memories: layers of the kind linear_attention keep no keys"),
+        ("bert", {}, "cannot tell the shape of a causal language model from|cannot read memories"),
         ("vit", {}, "cannot tell the shape of a causal language model from"),
     ],
 )

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from m3model.attention.cache import MemoryCache
-from m3model.attention.layout import AttentionLayout
+from m3model.attention.layout import AttentionLayout, LayerShape
 from m3model.attention.slots import Slot, place
 from m3runtime.recall.lease import Part
 from tests.model.families import make_adapter, random_text
 
-LAYOUT = AttentionLayout(layers=3, kv_heads=2, head_dim=4, dtype=torch.float32, device=torch.device("cpu"))
+LAYOUT = AttentionLayout(shapes=(LayerShape(2, 4, 4),) * 3, dtype=torch.float32, device=torch.device("cpu"))
 MEMORY_LAYERS = (0, 2)
 SINK = 2
 WINDOW = 5

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from m3model.attention.layout import Pair
+from m3model.attention.layout import LayerGroup, Pair
 from m3model.attention.stopping import StoringLayer
 
 
@@ -14,9 +14,10 @@ class LayerStack:
     and on a GPU two launches instead of dozens.
     """
 
-    def __init__(self, layers: list[int], *, region: bool) -> None:
-        self.layers = layers
-        self.region = region
+    def __init__(self, group: LayerGroup) -> None:
+        self.layers = group.layers
+        self.group = group
+        self.region = group.remembers
         """True for the layers with memories."""
         self.keys = self.values = torch.empty(0)
         self.first = self.next = 0

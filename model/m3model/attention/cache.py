@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 
 from m3model.attention.buffers import BufferLayer, LayerStack
 from m3model.attention.implementation import Masked
-from m3model.attention.layout import AttentionLayout
+from m3model.attention.layout import AttentionLayout, Pair
 from m3model.attention.slots import Slot, distinct, place
 
 _GRAIN = 128
@@ -61,11 +61,7 @@ class MemoryCache(Masked, Cache):
         self._bias = torch.zeros(batch, context, dtype=layout.dtype, device=layout.device)
         self._positions = torch.zeros(batch, context, dtype=torch.int64, device=layout.device)  # of context columns
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
-        has_memory = set(memory_layers)
-        self._stacks = [
-            LayerStack([i for i in range(layout.layers) if i in has_memory], region=True),
-            LayerStack([i for i in range(layout.layers) if i not in has_memory], region=False),
-        ]
+        self._stacks = [LayerStack(group) for group in layout.groups(memory_layers)]
         stack_of = {layer: stack for stack in self._stacks for layer in stack.layers}
         super().__init__(layers=[BufferLayer(stack_of[i]) for i in range(layout.layers)])
         self._allocate(0, 0, context)
@@ -79,8 +75,9 @@ class MemoryCache(Masked, Cache):
         self._allocate(self.region, keys.shape[2], self._capacity)
         for stack in self._stacks:
             start = self.region if stack.region else 0
-            stack.keys[:, :, :, start : start + self.sink_tokens] = keys[stack.layers][:, None]
-            stack.values[:, :, :, start : start + self.sink_tokens] = values[stack.layers][:, None]
+            own = self.layout.unpacked((keys[stack.layers], values[stack.layers]), stack.group.shape)
+            for buffer, x in zip((stack.keys, stack.values), own, strict=True):
+                buffer[:, :, :, start : start + self.sink_tokens] = x[:, None]
 
     def put_memories(
         self,
@@ -112,17 +109,19 @@ class MemoryCache(Masked, Cache):
                 slot = slots[name]
                 bias[row, used - slot.end : used - slot.start] = weight
                 if held.get(name) != slot:
-                    self._write(row, slot, keys, values)
+                    self._write(row, slot, (keys, values))
             self._slots[row] = slots
         self._biased = bool((bias != 0).any())
         self._bias[:, self.region - used : self.region].copy_(bias, non_blocking=True)
         self.used = used
 
-    def _write(self, row: int, slot: Slot, keys: Tensor, values: Tensor) -> None:
-        stack = self._stacks[0]
+    def _write(self, row: int, slot: Slot, memory: Pair) -> None:
         columns = slice(self.region - slot.end, self.region - slot.start)
-        stack.keys[:, row, :, columns] = keys if self.temperature == 1.0 else keys / self.temperature
-        stack.values[:, row, :, columns] = values
+        for stack in self._stacks:
+            if stack.region:
+                keys, values = self.layout.of_group(memory, stack.group)
+                stack.keys[:, row, :, columns] = keys if self.temperature == 1.0 else keys / self.temperature
+                stack.values[:, row, :, columns] = values
 
     # -- one forward pass ---------------------------------------------------------------------------------------
 
@@ -203,12 +202,13 @@ class MemoryCache(Masked, Cache):
         layout = self.layout
         for stack in self._stacks:
             used, old, new = (self.used, self.region, region) if stack.region else (0, 0, 0)
-            shape = (len(stack.layers), self.batch, layout.kv_heads, new + sink + context, layout.head_dim)
+            shape = (len(stack.layers), self.batch, stack.group.shape.kv_heads, new + sink + context)
             there, here = slice(old - used, old + filled), slice(new - used, new + filled)
-            for name in ("keys", "values"):  # one after the other: the first old buffer is gone before the second new
+            dims = {"keys": stack.group.shape.key_dim, "values": stack.group.shape.value_dim}
+            for name, dim in dims.items():  # one after the other: the first old buffer is gone before the second new
                 # Zeros, for a column that is masked must still be finite.
-                buffer = torch.zeros(shape, dtype=layout.dtype, device=layout.device)
-                if stack.layers and filled + used:
+                buffer = torch.zeros(*shape, dim, dtype=layout.dtype, device=layout.device)
+                if filled + used:
                     buffer[..., here, :] = getattr(stack, name)[..., there, :]
                 setattr(stack, name, buffer)
                 for index, layer in enumerate(stack.layers):
@@ -230,8 +230,8 @@ class MemoryCache(Masked, Cache):
                 self._layers[layer].keys = stack.keys[index].clone()
                 self._layers[layer].values = stack.values[index].clone()
 
-    def context(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Views of the context's keys and values of a layer, ``[B, kv_heads, columns, head_dim]``."""
+    def context(self, layer: int) -> Pair:
+        """Views of the context's keys and values of a layer, ``[B, kv_heads, columns, dim]`` of that layer."""
         at = self._layers[layer]
         start = (self.region if at.stack.region else 0) + self.sink_tokens
         return at.keys[:, :, start : start + self.columns], at.values[:, :, start : start + self.columns]

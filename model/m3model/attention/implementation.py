@@ -26,6 +26,9 @@ def prepare(model: Any) -> None:
     """Switch a transformers model to this attention: only a `Session` or a training pass can run it from now on."""
     AttentionInterface.register(IMPLEMENTATION, memory_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _window)
+    text = model.config.get_text_config()
+    if getattr(text, "use_bidirectional_attention", None) == "vision":  # of pictures (Gemma 4), and here are none
+        text.use_bidirectional_attention = None
     model.set_attn_implementation(IMPLEMENTATION)
 
 
@@ -37,6 +40,18 @@ class Window:
     """The number of last tokens of the context that each token sees, itself included; None for all."""
 
 
+@dataclass(frozen=True, slots=True)
+class Weighing:
+    """How a layer turns queries and keys into weights."""
+
+    scale: float
+    """What the products of queries and keys are multiplied by."""
+    softcap: float | None = None
+    """The magnitude that logits stay below (Gemma 2); None for any."""
+    sinks: Tensor | None = None
+    """A logit for each query head, ``[Hq]``, that takes its share of the weights and gives no value (gpt-oss)."""
+
+
 class Attending(Protocol):
     """The cache of a forward pass, which knows what each query sees.
 
@@ -44,10 +59,8 @@ class Attending(Protocol):
     `m3model.attention.passes.Pass`.
     """
 
-    def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, *, scale: float, softcap: float | None
-    ) -> Tensor:
-        """What each query, ``[B, Hq, Q, D]``, reads of the keys and values that the cache gave, in its shape."""
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, weighing: "Weighing") -> Tensor:
+        """What each query, ``[B, Hq, Q, D]``, reads of the keys and values that the cache gave: ``[B, Hq, Q, Dv]``."""
 
 
 class Masked:
@@ -57,15 +70,13 @@ class Masked:
         """The mask added to the logits of the last ``keys`` columns, ``[B, 1, Q, K]``; None if all is seen."""
         raise NotImplementedError
 
-    def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, *, scale: float, softcap: float | None
-    ) -> Tensor:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, weighing: Weighing) -> Tensor:
         """See `Attending`."""
         mask = self.mask(keys.shape[2], window)
         if mask is not None:
             mask = mask.to(query.dtype)  # in mixed precision queries have another one than the weights
         threads = torch.get_num_threads()
-        return attend(query, keys, values, mask, scale=scale, softcap=softcap, threads=threads)
+        return attend(query, keys, values, mask, weighing, threads=threads)
 
 
 Observer = Callable[[Tensor, Tensor, float, float | None], None]
@@ -73,37 +84,46 @@ Observer = Callable[[Tensor, Tensor, float, float | None], None]
 
 
 def attend(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    threads: int = 1,
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, weighing: Weighing, *, threads: int = 1
 ) -> Tensor:
     """Joint softmax over memories, sink and context (Memory³, section 3.1).
 
-    ``query`` is ``[B, Hq, Q, D]``, ``keys`` and ``values`` ``[B, Hkv, K, D]``, ``mask`` ``[B, 1, Q, K]``, added to the
-    logits, or None where all is seen. ``threads`` is how many compute it on a CPU. Returns ``[B, Hq, Q, D]``.
+    ``query`` is ``[B, Hq, Q, D]``, ``keys`` ``[B, Hkv, K, D]``, ``values`` ``[B, Hkv, K, Dv]``, ``mask``
+    ``[B, 1, Q, K]``, added to the logits, or None where all is seen. ``threads`` is how many compute it on a CPU.
+    Returns ``[B, Hq, Q, Dv]``.
     """
     batch, heads, length, dim = query.shape
     kv_heads = keys.shape[1]
-    if softcap is not None:
-        # Capped logits (Gemma 2) exist in no fused kernel: softcap * tanh(q.k / softcap) before the mask.
-        grouped = query.reshape(batch, kv_heads, -1, dim)  # [B, Hkv, G * Q, D]
-        logits = torch.tanh(grouped @ keys.transpose(2, 3) * (scale / softcap)) * softcap
-        logits = logits.view(batch, heads, length, -1)
-        if mask is not None:
-            logits = logits + mask
-        weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)
-        return (weights.view(batch, kv_heads, -1, keys.shape[2]) @ values).view(batch, heads, length, dim)
+    if weighing.softcap is not None or weighing.sinks is not None:
+        return _unfused(query, keys, values, mask, weighing)
     if heads == kv_heads or not _folds(query, kv_heads, mask, threads):
-        return scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=heads != kv_heads)
+        return scaled_dot_product_attention(
+            query, keys, values, mask, scale=weighing.scale, enable_gqa=heads != kv_heads
+        )
     if mask is not None and length > 1:
         mask = mask.repeat(1, 1, heads // kv_heads, 1)  # [B, 1, G * Q, K]
     folded = query.reshape(batch, kv_heads, -1, dim)  # [B, Hkv, G * Q, D]
-    return scaled_dot_product_attention(folded, keys, values, mask, scale=scale).reshape(batch, heads, length, dim)
+    read = scaled_dot_product_attention(folded, keys, values, mask, scale=weighing.scale)
+    return read.reshape(batch, heads, length, -1)
+
+
+def _unfused(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, weighing: Weighing) -> Tensor:
+    """`attend` for what exists in no fused kernel: capped logits (``softcap * tanh(q.k / softcap)``), and sinks."""
+    batch, heads, length, dim = query.shape
+    kv_heads = keys.shape[1]
+    grouped = query.reshape(batch, kv_heads, -1, dim)  # [B, Hkv, G * Q, D]
+    if weighing.softcap is None:
+        logits = grouped @ keys.transpose(2, 3) * weighing.scale
+    else:
+        logits = torch.tanh(grouped @ keys.transpose(2, 3) * (weighing.scale / weighing.softcap)) * weighing.softcap
+    logits = logits.view(batch, heads, length, -1)
+    if mask is not None:
+        logits = logits + mask
+    if weighing.sinks is not None:
+        sinks = weighing.sinks.to(logits.dtype)[None, :, None, None].expand(batch, -1, length, 1)
+        logits = torch.cat([logits, sinks], 3)
+    weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)[..., : keys.shape[2]]
+    return (weights.reshape(batch, kv_heads, -1, keys.shape[2]) @ values).view(batch, heads, length, -1)
 
 
 def _folds(query: Tensor, kv_heads: int, mask: Tensor | None, threads: int) -> bool:
@@ -137,11 +157,10 @@ def memory_attention(
 ) -> tuple[Tensor, None]:
     """The attention of each layer, as transformers calls it; ``key`` and ``value`` are views into the cache's buffers.
 
-    With ``m3_observer`` the layer runs only to be looked at, and its output has no meaning. Raises `ConfigError` for a
-    model that does not fit: with attention sinks or masks of its own, or that keeps its arguments from attention.
+    ``s_aux`` are the layer's own sinks, see `Weighing`. With ``m3_observer`` the layer runs only to be looked at, and
+    its output has no meaning. Raises `ConfigError` for a model that does not fit: with masks of its own, or that keeps
+    its arguments from attention.
     """
-    if s_aux is not None:
-        raise ConfigError(f"{type(module).__name__} has attention sinks of its own: it cannot read memories")
     if m3_cache is None or not isinstance(attention_mask, Window):
         kept = "builds a mask of its own" if m3_cache is not None else "hands no arguments to its attention"
         raise ConfigError(f"{type(module).__name__} {kept}: it cannot read memories")
@@ -149,7 +168,7 @@ def memory_attention(
     if m3_observer is not None:
         m3_observer(query, key, scale, softcap)
         return query.transpose(1, 2), None
-    read = m3_cache.attend(query, key, value, attention_mask.tokens, scale=scale, softcap=softcap)
+    read = m3_cache.attend(query, key, value, attention_mask.tokens, Weighing(scale, softcap, s_aux))
     return read.transpose(1, 2).contiguous(), None
 
 

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from m3model.attention.layout import AttentionLayout, Pair
+from m3model.attention.layout import AttentionLayout, LayerGroup, Pair
 from m3model.attention.slots import Slot, distinct, place
 
 GRAIN = 64
@@ -32,9 +32,10 @@ class Stack:
     A memory is written to all layers by two strided copies: on a GPU two launches instead of dozens.
     """
 
-    def __init__(self, layers: list[int], *, remembers: bool) -> None:
-        self.layers = layers
-        self.remembers = remembers
+    def __init__(self, group: LayerGroup) -> None:
+        self.layers = group.layers
+        self.group = group
+        self.remembers = group.remembers
         """Are they memory layers? Others have no memory region."""
         self.keys = self.values = torch.empty(0)
 
@@ -53,11 +54,7 @@ class RowBuffers:
         self.sink = 0 if sink is None else rounded(sink[0].shape[2], _ALIGNED)
         """Columns of the sink: the first ones are hidden if it has fewer tokens."""
         self._sink = sink
-        remembering = set(memory_layers)
-        self.stacks = (
-            Stack(sorted(remembering), remembers=True),
-            Stack([layer for layer in range(layout.layers) if layer not in remembering], remembers=False),
-        )
+        self.stacks = [Stack(group) for group in layout.groups(memory_layers)]
         self.bias = torch.empty(0)
         """What is added to the logits of memories and sink, ``[rows, region + sink]``: zero, a log weight, or -inf."""
         self._slots: list[dict[Hashable, Slot]] = []
@@ -67,9 +64,11 @@ class RowBuffers:
 
     def bytes_of(self, rows: int, region: int, context: int) -> int:
         """Bytes of keys and values of so many rows."""
-        pair = 2 * self.layout.kv_heads * self.layout.head_dim * self.layout.dtype.itemsize
-        columns = self.layout.layers * (self.sink + context + 1) + len(self.stacks[0].layers) * region
-        return (rows + 1) * columns * pair
+        numbers = 0
+        for stack in self.stacks:
+            columns = self.sink + context + 1 + (region if stack.remembers else 0)
+            numbers += len(stack.layers) * columns * stack.group.shape.numbers
+        return (rows + 1) * numbers * self.layout.dtype.itemsize
 
     @torch.inference_mode()
     def reserve(self, rows: int, region: int, context: int, *, room: int | None = None) -> bool:
@@ -101,9 +100,14 @@ class RowBuffers:
 
     def _resize(self, rows: int, region: int, context: int) -> None:
         for stack in self.stacks:
-            for name in ("keys", "values"):  # one after the other: the first old buffer is gone before the second new
-                sink = None if self._sink is None else self._sink[name == "values"][stack.layers]
-                setattr(stack, name, self._resized(stack, getattr(stack, name), rows, region, context, sink))
+            sink: Pair | tuple[None, None] = None, None
+            if self._sink is not None:
+                own = self._sink[0][stack.layers], self._sink[1][stack.layers]
+                sink = self.layout.unpacked(own, stack.group.shape)
+            sizes = rows, region, context
+            # One after the other: the first old buffer is gone before the second new one comes.
+            stack.keys = self._resized(stack, stack.keys, stack.group.shape.key_dim, sink[0], *sizes)
+            stack.values = self._resized(stack, stack.values, stack.group.shape.value_dim, sink[1], *sizes)
         bias = torch.full(
             (rows + 1, region + self.sink), -torch.inf, dtype=self.layout.dtype, device=self.layout.device
         )
@@ -115,9 +119,11 @@ class RowBuffers:
         self._used += [0] * (rows + 1 - len(self._used))
         self.rows, self.region, self.context = rows, region, context
 
-    def _resized(self, stack: Stack, old: Tensor, rows: int, region: int, context: int, sink: Tensor | None) -> Tensor:
+    def _resized(
+        self, stack: Stack, old: Tensor, dim: int, sink: Tensor | None, rows: int, region: int, context: int
+    ) -> Tensor:
         layout, before = self.layout, (region if stack.remembers else 0) + self.sink
-        shape = (len(stack.layers), rows + 1, layout.kv_heads, before + context + 1, layout.head_dim)
+        shape = (len(stack.layers), rows + 1, stack.group.shape.kv_heads, before + context + 1, dim)
         # Zeros, for a column that is masked must still be finite.
         new = torch.zeros(shape, dtype=layout.dtype, device=layout.device)
         if sink is not None:
@@ -189,7 +195,9 @@ class RowBuffers:
         self.bias[row, : self.region].copy_(bias, non_blocking=True)
 
     def _write(self, row: int, slot: Slot, memory: Pair) -> None:
-        stack, (keys, values) = self.stacks[0], memory
         columns = slice(self.region - slot.end, self.region - slot.start)
-        stack.keys[:, row, :, columns] = keys if self.temperature == 1.0 else keys / self.temperature
-        stack.values[:, row, :, columns] = values
+        for stack in self.stacks:
+            if stack.remembers:
+                keys, values = self.layout.of_group(memory, stack.group)
+                stack.keys[:, row, :, columns] = keys if self.temperature == 1.0 else keys / self.temperature
+                stack.values[:, row, :, columns] = values

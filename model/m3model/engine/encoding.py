@@ -35,7 +35,7 @@ def encode_dense(model: Any, ids: Sequence[list[int]], sink: Sink, spec: MemoryS
     session = Session(model, batch=len(ids), sink=sink, offset=sink[0].shape[2], context=0)
     with stopping_after(session.cache, spec.layers[-1]):
         session.feed(torch.tensor([row + [0] * (width - len(row)) for row in ids]), counts)
-    parts = [session.cache.context(layer) for layer in spec.layers]
+    parts = [session.layout.packed(session.cache.context(layer)) for layer in spec.layers]
     return MemoryTensors(
         keys=torch.stack([keys for keys, _ in parts], dim=1),
         values=torch.stack([values for _, values in parts], dim=1),

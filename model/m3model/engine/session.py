@@ -140,6 +140,8 @@ class Session:
             read = counted.to(device, non_blocking=True)
             # A padded query has the position of its row's last token: models may look for the highest one.
             places = torch.minimum(positions, (self._next + (read - 1).clamp_min(0))[:, None])
+        if self.layout.shares and isinstance(keep, int):  # Gemma 4 would leave queries out of its last layers
+            keep = torch.arange(length)[-keep:]
         self.cache.begin(positions, counted)
         output = self.model(
             input_ids=tokens.to(device, non_blocking=True),
@@ -160,5 +162,6 @@ def make_sink(model: Any, tokens: Sequence[int]) -> Sink:
     """Keys and values of the constant prefix at positions ``[0, len(tokens))``."""
     session = Session(model, batch=1, context=len(tokens))
     session.feed(torch.tensor([list(tokens)]))
-    parts = [session.cache.context(layer) for layer in range(session.layout.layers)]
+    layout = session.layout
+    parts = [layout.packed(session.cache.context(layer)) for layer in range(layout.layers)]
     return torch.stack([k[0] for k, _ in parts]), torch.stack([v[0] for _, v in parts])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from m3model.attention.implementation import attend
+from m3model.attention.implementation import Weighing, attend
 from m3model.attention.layout import Pair
 from m3model.attention.stopping import StoringLayer
 from m3model.attention.versions import cache_name
@@ -117,9 +117,7 @@ class StepCache(Cache):
         places = {layer: (stack, at) for stack in buffers.stacks for at, layer in enumerate(stack.layers)}
         super().__init__(layers=[_Layer(self, *places[layer]) for layer in range(buffers.layout.layers)])
 
-    def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, *, scale: float, softcap: float | None
-    ) -> Tensor:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, weighing: Weighing) -> Tensor:
         """Attention of each row's tokens over its own columns; see `m3model.attention.implementation.Attending`."""
         shape, sink = self.shape, self.buffers.sink
         memories = shape.memories if keys.shape[2] > sink + self.buffers.context + 1 else 0
@@ -127,7 +125,7 @@ class StepCache(Cache):
         count = memories + sink + shape.context
         keys, values = keys.narrow(2, first, count), values.narrow(2, first, count)
         masks = self._mask(memories, window)
-        attending = partial(attend, scale=scale, softcap=softcap, threads=shape.threads)
+        attending = partial(attend, weighing=weighing, threads=shape.threads)
         heads, dim = query.shape[1], query.shape[3]
         outputs = []
         if shape.decoding:
@@ -142,7 +140,7 @@ class StepCache(Cache):
             # A copy: a part of a prompt reads its row once, where a decoding row reads it for each token.
             theirs = keys.index_select(0, self.inputs.part_rows), values.index_select(0, self.inputs.part_rows)
             read = attending(asking, *theirs, masks[1].to(query.dtype))
-            outputs.append(read.transpose(0, 1).reshape(1, heads, -1, dim))
+            outputs.append(read.transpose(0, 1).reshape(1, heads, -1, values.shape[3]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
     def _mask(self, memories: int, window: int | None) -> tuple[Tensor, Tensor]:

@@ -103,6 +103,8 @@ def _weights_fingerprint(model: Any) -> str:
 def _settings(config: Any) -> dict[str, Any]:
     """All settings of a text configuration but those that do not matter, as JSON has them."""
     stated = json.loads(json.dumps(config.to_dict(), default=str))
+    if stated.get("use_bidirectional_attention") == "vision":  # of pictures, which no memory is made of
+        stated["use_bidirectional_attention"] = None
     return {name: _rounded(value) for name, value in stated.items() if not _NO_MATTER.fullmatch(name)}
 
 

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from m3model.attention.layout import AttentionLayout, check_settings
 from m3model.loading.fingerprint import tokenizer_fingerprint
 from m3model.loading.models import (
     configuration_of,
@@ -152,6 +153,9 @@ def memory3_config(model: Any, tokenizer: Any, config: Config) -> Memory3Config:
     memory = config.memory
     if (memory.place, memory.sinks, memory.positions) != ("start", "once", "parallel"):
         raise ConfigError("memory: a model is trained with place start, sinks once and positions parallel")
+    layout = AttentionLayout.of(model)
+    if not layout.alike:
+        check_settings(memory, dense=kept_tokens(memory) == memory.reference_tokens)
     bos = tokenizer.bos_token_id
     sink = tokenizer(memory.sink, add_special_tokens=False)["input_ids"]
     sink_ids = [*([] if bos is None else [bos]), *sink]
@@ -159,7 +163,7 @@ def memory3_config(model: Any, tokenizer: Any, config: Config) -> Memory3Config:
         raise ConfigError("memory.sink: the sink has no token; this model needs some text there")
     return Memory3Config(
         text_config=model.config,
-        memory_layers=list(memory_layers(memory, model.config.get_text_config().num_hidden_layers)),
+        memory_layers=list(memory_layers(memory, layout.layers)),
         tokens_per_head=kept_tokens(memory),
         reference_tokens=memory.reference_tokens,
         sink=memory.sink,
