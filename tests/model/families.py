@@ -59,6 +59,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma4_text": {
         **_GEMMA,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "initializer_range": 0.15,  # it does not scale its logits down
         "global_head_dim": 32,
         "num_global_key_value_heads": 2,  # twice the numbers of the others: a memory of those is filled up
         "attention_k_eq_v": True,
