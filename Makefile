@@ -59,7 +59,7 @@ demo: .venv/stamp-demo .venv/stamp-models  ## write a bank and answer from it, w
 	$(BIN)/python demo/run.py
 
 serve: .venv/stamp-demo .venv/stamp-serve .venv/stamp-models  ## serve the demo's bank and its page: http://127.0.0.1:8000
-	$(BIN)/python demo/serve.py
+	$(BIN)/m3 serve --demo
 
 quality: install  ## measure what memory does to answers, for docs/quality.md (hours); NAME=facts for one of them
 	$(BIN)/python demo/quality.py $(NAME)

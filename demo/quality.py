@@ -12,6 +12,7 @@ from pydoc_data.topics import topics
 
 import models
 from m3runtime import cli
+from m3runtime.cli.demo import SETTINGS
 from m3runtime.config.schema import Config
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +42,6 @@ def main(names: Sequence[str]) -> None:
     if unknown:
         sys.exit(f"quality.py: no evaluation is called {unknown[0]}; there are {', '.join(RUNS)}")
     os.chdir(ROOT)
-    models.smollm2(Path(".cache/models"))
     write_corpus()
     for name in names or RUNS:
         if name == "codec":
@@ -51,16 +51,21 @@ def main(names: Sequence[str]) -> None:
             keep(name)
             continue
         command, *rest = RUNS[name]
-        arguments = ["eval", command, "--config", "demo/m3.yaml", "--out", str(WORK / name), *rest]
-        print(f"m3 {' '.join(arguments)} --set embedder.path=...", flush=True)
-        sys.argv = ["m3", *arguments, "--set", f"embedder.path={models.minilm()}"]
+        arguments = ["eval", command, "--config", str(SETTINGS), "--out", str(WORK / name), *rest]
+        print(f"m3 {' '.join(arguments)} --set model.path=... --set embedder.path=...", flush=True)
+        sys.argv = ["m3", *arguments, *(f"--set={key}={value}" for key, value in paths().items())]
         run()
         keep(name)
 
 
 def configuration() -> Config:
     """The demo's configuration."""
-    return Config.load("demo/m3.yaml", environ={}, overrides={"embedder.path": str(models.minilm())})
+    return Config.load(SETTINGS, environ={}, overrides=paths())
+
+
+def paths() -> dict[str, str]:
+    """Where the demo's models are."""
+    return {"model.path": str(models.smollm2(Path(".cache/models"))), "embedder.path": str(models.minilm())}
 
 
 def run() -> None:

@@ -12,25 +12,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-import models
 from m3model.transformers import TransformersAdapter
 from m3runtime import assembly
 from m3runtime.adapters.answers import Answer, Prompt
+from m3runtime.cli.demo import CHAPTERS, HANDBOOK, SETTINGS, corpus, overrides
 from m3runtime.cli.write import write
 from m3runtime.config.schema import Config
 from m3runtime.runtime import Runtime
 
 ROOT = Path(__file__).parent.parent
-HANDBOOK = ROOT / "docs/demo/handbook.md"
 QUESTIONS = ROOT / "docs/demo/questions.jsonl"
-CHAPTERS = ("assert", "bltin-null-object", "booleans", "class", "comparisons", "continue", "del", "exceptions", "for")
-CHAPTERS += ("function", "global", "if", "lambda", "naming", "pass", "raise", "return", "try", "typesfunctions", "with")
 MODES = ("none", "text", "memory")
 
 console = Console(width=118, highlight=False)
@@ -47,12 +43,9 @@ class Reply:
 
 def main() -> None:
     console.rule("[bold]1. Models and corpus")
-    settings = {"embedder.path": str(models.minilm())}
-    console.print(
-        f"model: {models.smollm2(ROOT / '.cache/models').name}, embedder: all-MiniLM-L6-v2 (both from packages)"
-    )
-    config = Config.load(ROOT / "demo/m3.yaml", overrides=settings)
-    chapters = write_chapters(ROOT / ".demo/python")
+    settings = overrides(ROOT / ".demo")
+    config = Config.load(SETTINGS, overrides=settings)
+    console.print(f"model: {config.serve.name}, embedder: all-MiniLM-L6-v2 (both from packages)")
     console.print(
         f"corpus: the handbook of an invented town ({HANDBOOK.relative_to(ROOT)}), "
         f"and {len(CHAPTERS)} chapters of the Python language reference"
@@ -60,7 +53,7 @@ def main() -> None:
 
     console.rule("[bold]2. m3 write")
     shutil.rmtree(config.bank, ignore_errors=True)  # the demo shows the writing; `m3 write` itself would go on
-    write([HANDBOOK, chapters], config=ROOT / "demo/m3.yaml", set=[f"{key}={value}" for key, value in settings.items()])
+    write([corpus(ROOT / ".demo")], config=SETTINGS, set=[f"{key}={value}" for key, value in settings.items()])
 
     console.rule("[bold]3. The same questions with nothing, with text in the prompt, with memory")
     questions = [json.loads(line) for line in QUESTIONS.read_text().splitlines()]
@@ -78,14 +71,6 @@ def main() -> None:
             replies.append(by_mode)
             show(number, question, by_mode)
     summarise(replies)
-
-
-def write_chapters(folder: Path) -> Path:
-    """Write real text around the handbook: chapters of the language reference, from the standard library."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in CHAPTERS:
-        (folder / f"{name}.txt").write_text(topics[name])
-    return folder
 
 
 def is_right(text: str, accepted: Sequence[str]) -> bool:

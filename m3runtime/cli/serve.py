@@ -7,7 +7,8 @@ import typer
 
 from m3runtime.cli.options import ConfigFile, Set, configuration
 from m3runtime.cli.terminal import say
-from m3runtime.errors import PluginError
+from m3runtime.cli.write import write
+from m3runtime.errors import InputError, PluginError
 
 _TIMELINE = 512
 """Events that the timeline keeps, unless ``metrics.timeline`` is set."""
@@ -19,6 +20,9 @@ def serve(
     no_keys: Annotated[
         bool, typer.Option("--no-keys", help="Serve without keys on an address that other machines reach.")
     ] = False,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Serve a small bank with SmolLM2-135M, which is written into .demo first.")
+    ] = False,
     config: ConfigFile = None,
     set: Set = None,
 ) -> None:
@@ -27,7 +31,14 @@ def serve(
     Keys come from M3_KEYS and serve.keys_file. The log has one line of JSON for each request.
     """
     given = {"serve.address": address, "serve.port": port}
-    settings = configuration(config, [*(set or ()), *(f"{key}={one}" for key, one in given.items() if one is not None)])
+    set = [*(set or ()), *(f"{key}={one}" for key, one in given.items() if one is not None)]
+    if demo:
+        from m3runtime.cli.demo import FOLDER, SETTINGS, corpus, overrides
+
+        if config is not None:
+            raise InputError("--demo has a configuration of its own; leave out --config")
+        config, set = SETTINGS, [*(f"{key}={one}" for key, one in overrides(FOLDER).items()), *set]
+    settings = configuration(config, set)
     try:
         from m3runtime.serve import logs
         from m3runtime.serve.keys import Keys
@@ -43,6 +54,8 @@ def serve(
         settings = settings.model_copy(update={"metrics": metrics})
     keys = Keys.load(settings.serve.keys_file)
     check_address(settings.serve, has_keys=keys.needed, without_keys=no_keys)
+    if demo:
+        write([corpus(FOLDER)], config=config, set=set)
     logs.configure()
     with ExitStack() as opened:
         # Reading only, so that other commands can write: what they add is seen as `recall.refresh` says.

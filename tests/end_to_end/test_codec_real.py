@@ -28,7 +28,7 @@ SETTINGS = FactsSettings(seed=0, references=320, questions=120, unanswerable=0, 
 def opened(smollm2_path: Path, minilm_path: Path) -> Iterator[tuple[Adapter, Config]]:
     """The demo's model and settings. It computes the memory of each text once."""
     paths = {"model.path": smollm2_path, "embedder.path": minilm_path}
-    config = Config.load(demo.ROOT / "demo/m3.yaml", {}, {key: str(path) for key, path in paths.items()})
+    config = Config.load(demo.SETTINGS, {}, {key: str(path) for key, path in paths.items()})
     adapter = assembly.open_adapter(config)
     computed: dict[str, MemoryTensors] = {}
     encode = adapter.encode

@@ -75,7 +75,7 @@ def test_a_script_that_the_embedder_does_not_know(empty: Place, model_path: Path
 @pytest.mark.real_model
 def test_the_first_hour_of_the_readme(empty: Place, smollm2_path: Path, minilm_path: Path) -> None:
     """README's quickstart, from an empty folder without a hub."""
-    empty.text("notes/handbook.md", (REPOSITORY / "docs/demo/handbook.md").read_bytes())
+    empty.text("notes/handbook.md", (REPOSITORY / "m3runtime/cli/demo/handbook.md").read_bytes())
     commands = [line.partition("#")[0].strip() for line in (REPOSITORY / "README.md").read_text().splitlines()]
     for name in ("init", "write", "ask"):
         command = next(line for line in commands if line.startswith(f"m3 {name}"))

@@ -26,7 +26,7 @@ def opened(
 ) -> Iterator[tuple[Adapter, Runtime]]:
     """The handbook written with the demo's settings."""
     paths = {"model.path": smollm2_path, "embedder.path": minilm_path, "bank": tmp_path_factory.mktemp("real") / "bank"}
-    config = Config.load(demo.ROOT / "demo/m3.yaml", {}, {key: str(path) for key, path in paths.items()})
+    config = Config.load(demo.SETTINGS, {}, {key: str(path) for key, path in paths.items()})
     adapter = assembly.open_adapter(config)
     report = Writer(config, adapter, assembly.open_embedder(config)).write(read_documents([demo.HANDBOOK]))
     assert report.written == report.references > 30

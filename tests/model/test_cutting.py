@@ -81,7 +81,7 @@ def test_nothing_gives_nothing_and_no_tokens_no_piece() -> None:
 @pytest.mark.real_model
 def test_a_real_tokenizers_pieces_are_tokenized_alone_as_in_the_text(smollm2_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
-    handbook = (Path(__file__).parents[2] / "docs/demo/handbook.md").read_text()
+    handbook = (Path(__file__).parents[2] / "m3runtime/cli/demo/handbook.md").read_text()
     text = handbook.replace(", ", " ✓ ")
     pieces = cut(tokenizer, text, 64)
     alone = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in pieces]

@@ -11,10 +11,12 @@ import httpx
 import pytest
 from openai import OpenAI
 
-import run as demo
 from m3runtime import assembly
+from m3runtime.cli import demo
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import read_documents
+from m3runtime.errors import InputError
+from m3runtime.plugins import installed
 from m3runtime.writing.writer import Writer
 from tests.end_to_end.commands import M3, environment
 from tests.yaml_text import dumped
@@ -77,6 +79,7 @@ def test_a_real_model_answers_from_memory_over_http(smollm2_path: Path, minilm_p
         (("--address", "0.0.0.0"), "--no-keys"),
         (("--set", "serve.keys_file=none.txt"), "serve.keys_file: cannot read"),
         (("--set", "serve.nothing=1"), "serve.nothing"),
+        (("--demo", "--config", "m3.yaml"), "--config"),
     ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path: Path, arguments: tuple[str, ...], text: str) -> None:
@@ -87,3 +90,28 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, arguments: tuple[str, ...
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert text in line
+
+
+@pytest.mark.parametrize("missing", [("MODEL",), ("EMBEDDER",), ("MODEL", "EMBEDDER")])
+def test_the_demo_names_the_packages_that_it_misses(missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in missing:
+        monkeypatch.setattr(installed, name, (f"absent_{name.lower()}", "*"))
+    with pytest.raises(InputError) as caught:
+        demo.overrides(Path("unused"))
+    for name in missing:
+        assert f"absent-{name.lower()}" in str(caught.value)
+    assert "pip install --no-deps" in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+@pytest.mark.timeout(1200)
+def test_the_demo_is_written_once_and_answers(smollm2_path: Path, minilm_path: Path, tmp_path: Path) -> None:
+    question = [{"role": "user", "content": "What is the harbour lamp's fuel?"}]
+    for _ in range(2):
+        with served(tmp_path, "--demo") as (url, process):
+            client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+            answer = client.chat.completions.create(model="smollm2-135m-instruct", messages=question)
+            assert "walnut" in answer.choices[0].message.content
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
