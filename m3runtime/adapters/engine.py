@@ -25,6 +25,8 @@ class Request:
 
     The engine's own from `Engine.submit` to the last event; closing it stays the caller's.
     """
+    recall_every: int = 1
+    """Chunks of the answer from one recall to the next; 0: the answer keeps the memories of the prompt's last chunk."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,15 +48,19 @@ class Answering:
         prompts: Sequence[Prompt],
         settings: Sequence[GenerateConfig],
         restriction: Restriction | None,
+        recall_every: int = 1,
     ) -> "Answering":
         """Submit prompts, each with its settings; without ``restriction`` they read no memories.
+
+        ``recall_every`` is as in `Request`.
 
         Raises `ApiError` if there is no room for them, and `InputError` for one that can never be answered.
         """
         answering = cls(served, http, prompts)
         served.gate.take(len(prompts))
         answering._open = set(range(len(prompts)))
-        submission = asyncio.ensure_future(asyncio.to_thread(answering._submit, settings, restriction))
+        submitting = asyncio.to_thread(answering._submit, settings, restriction, recall_every)
+        submission = asyncio.ensure_future(submitting)
         submission.add_done_callback(answering._submitted)
         await asyncio.shield(submission)  # whoever waits for it may be cancelled; what it took is given back later
         return answering
@@ -88,7 +92,9 @@ class Answering:
 
     # -- submission ---------------------------------------------------------------------------------------------
 
-    def _submit(self, settings: Sequence[GenerateConfig], restriction: Restriction | None) -> Sequence[Ticket]:
+    def _submit(
+        self, settings: Sequence[GenerateConfig], restriction: Restriction | None, recall_every: int
+    ) -> Sequence[Ticket]:
         """In a thread: reading the prompts takes a while."""
         served = self._served
         for prompt in dict.fromkeys(self.prompts):
@@ -104,7 +110,7 @@ class Answering:
                 )
         for prompt, one in zip(self.prompts, settings, strict=True):
             stream = None if restriction is None else served.runtime.stream(served.adapter.dtype, restriction)
-            self._requests.append(Request(prompt, one, stream))
+            self._requests.append(Request(prompt, one, stream, recall_every))
         began = time.perf_counter()
         self._last = [began] * len(self.prompts)
         return served.adapter.engine.submit(self._requests, self._hear)

@@ -60,6 +60,7 @@ def router(served: Served) -> APIRouter:
             [prompt] * request.n,
             [settings.model_copy(update={"seed": settings.seed + number}) for number in range(request.n)],
             None if memory.off or memory.as_text else restriction,
+            memory.refresh,
         )
         written = [Written(Reads(restriction, memory.text)) for _ in range(request.n)]
         chat = _Chat(served, request, answering, written)

@@ -50,6 +50,7 @@ def router(served: Served) -> APIRouter:
             [Prompt(text) for text in texts for _ in range(request.n)],
             [settings.model_copy(update={"seed": seed}) for seed in seeds],
             None if memory.off else restriction,
+            memory.refresh,
         )
         written = [Written(Reads(restriction, memory.text)) for _ in seeds]
         text = _Text(served, request, answering, written)

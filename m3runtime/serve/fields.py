@@ -62,6 +62,8 @@ class MemoryFields(Fields):
     """Most memories of a chunk; at most ``recall.memories``."""
     min_score: Annotated[float, Field(ge=-1, le=1)] | None = None
     """Memories that score lower are not read."""
+    refresh: Annotated[int, Field(ge=0, le=1000)] = 1
+    """Choose memories anew after each so many chunks of the answer; 0: never."""
     sources: Annotated[list[Source], Field(max_length=1000)] | None = None
     """Read memories of these sources, or folders of sources, only."""
     text: bool = False

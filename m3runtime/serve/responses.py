@@ -82,7 +82,7 @@ def router(served: Served) -> APIRouter:
         asked = restriction if memory.as_text else None
         prompt = await asyncio.to_thread(prompt_of, served, request.messages, asked)
         reads = None if memory.off or memory.as_text else restriction
-        answering = await Answering.begin(served, http, [prompt], [settings], reads)
+        answering = await Answering.begin(served, http, [prompt], [settings], reads, memory.refresh)
         written = Written(Reads(restriction, memory.text))
         response = _Response(served, request, settings, answering, written)
         if request.stream:

@@ -102,8 +102,9 @@ class EngineContract:
     def make_requests(self) -> list[Request]:
         """Requests that differ, at least six, each time with streams of their own.
 
-        With memories and without, greedy and drawn, of less than a chunk and of several, with log-probabilities and
-        penalties among them; the first one writes at least four tokens. No answer depends on what is late.
+        With memories and without, greedy and drawn, of less than a chunk and of several, with log-probabilities,
+        penalties and a ``recall_every`` among them; the first one reads memories and writes more than two chunks. No
+        answer depends on what is late.
         """
         raise NotImplementedError
 
@@ -163,6 +164,23 @@ class EngineContract:
         expected = self.alone()[0]
         assert answers(engine, [first])[0].tokens == expected.tokens
         assert heard == []
+        engine.close()
+
+    @pytest.mark.parametrize("every", [0, 1, 2])
+    def test_an_answer_recalls_as_often_as_it_asks_for(self, every: int) -> None:
+        """And has the same tokens up to the first recall that it leaves out."""
+        engine = self.make_engine()
+        usual, request = [replace(self.make_requests()[0], recall_every=often) for often in (1, every)]
+        assert usual.stream
+        chunk = usual.stream.runtime.config.recall.chunk_tokens
+        heard = [Crowd(engine, [one], [0], [None]).seen[0] for one in (usual, request)]
+        for seen in heard:
+            seen.check()
+        expected, places = [[event.tokens for event in one.events if isinstance(event, Read)] for one in heard]
+        assert max(expected) >= 2 * chunk
+        assert places == [place for place in expected if not place or (every and place // chunk % every == 0)]
+        same = min({*expected} - {*places}, default=None)
+        assert heard[0].answer.tokens[:same] == heard[1].answer.tokens[:same]
         engine.close()
 
     def test_whoever_cancels_keeps_what_was_written(self) -> None:

@@ -37,6 +37,14 @@ def test_citations_stand_where_their_memories_were_read(serving: Serving) -> Non
     assert "text" not in read[0]
 
 
+@pytest.mark.parametrize(("refresh", "places"), [(0, 1), (1, 3), (2, 2)])
+def test_a_request_says_how_often_memories_are_chosen_anew(serving: Serving, refresh: int, places: int) -> None:
+    message = serving.chat(QUESTION, memory={"refresh": refresh}).json()["choices"][0]["message"]
+    cited = [one["url_citation"] for one in message["annotations"]]
+    assert len({one["start_index"] for one in cited}) == places
+    assert max(one["end_index"] for one in cited) == len(message["content"])
+
+
 def test_a_stream_says_what_the_answer_says_at_once(serving: Serving) -> None:
     whole = serving.chat(QUESTION, seed=1).json()
     body = {"stream": True, "stream_options": {"include_usage": True}, "seed": 1}

@@ -318,13 +318,13 @@ class MemoryEngine(Engine):
     def _next_text(self, job: Job) -> str | None:
         """The text of the chunk so far, where it is time to look ahead for the recall at its end."""
         one, stream = job.scheduled, job.request.stream
-        if stream is None:
+        if stream is None or one.period is None:
             return None
         recall_config = stream.runtime.config.recall
-        place = len(one.answer) % recall_config.chunk_tokens
-        if not recall_config.lookahead_tokens or place != recall_config.chunk_tokens - recall_config.lookahead_tokens:
+        ahead = recall_config.lookahead_tokens
+        if not ahead or len(one.answer) % one.period != one.period - ahead:
             return None
-        return self.words.decode(one.answer[-place:])
+        return self.words.decode(one.answer[ahead - recall_config.chunk_tokens :])
 
     def _recall(self, jobs: Sequence[Job]) -> None:
         """Recall for these in another thread: others may come, or be cancelled, before it ends."""

@@ -40,7 +40,7 @@ class Job(Ticket):
         settings, stream = request.settings, request.stream
         chunk = stream.runtime.config.recall.chunk_tokens if stream else None
         self.request = request
-        self.scheduled = Scheduled(ids, settings.max_new_tokens, chunk)
+        self.scheduled = Scheduled(ids, settings.max_new_tokens, chunk, request.recall_every)
         self.writing = Writing(settings, words.stop_tokens(), words.decode)
         self.uniforms = uniforms(settings.seed, settings.max_new_tokens) if settings.temperature > 0 else None
         self.told = -1

@@ -2,7 +2,7 @@
 
 A sequence reads the tokens of its prompt in chunks and then decodes; before each chunk it recalls (DESIGN: every 64
 tokens). Token ``i`` of prompt and answer together begins a chunk of the prompt if ``i`` is a multiple of the chunk's
-size; answers recall after each so many tokens, before the last of those is read.
+size; answers recall after each so many tokens, before the last of those is read, or after several times so many.
 """
 
 from collections import deque
@@ -24,6 +24,8 @@ class Scheduled:
     """Most tokens of the answer."""
     chunk: int | None
     """Tokens of a chunk; None for a sequence that recalls nothing."""
+    every: int = 1
+    """Chunks of the answer from one recall to the next; 0: the answer recalls nothing."""
     answer: list[int] = field(default_factory=list)
     """Its tokens, as far as they are known on the host."""
     row: int | None = None
@@ -47,6 +49,11 @@ class Scheduled:
         return self.drawn > 0 and self.read == self.total - 1
 
     @property
+    def period(self) -> int | None:
+        """Tokens of the answer from one recall to the next; None if the answer recalls nothing."""
+        return self.chunk * self.every if self.chunk and self.every else None
+
+    @property
     def due(self) -> bool:
         """Must it recall before it reads on?"""
         return not self.recalling and self.recalled != self.read and self._begins_chunk(self.read)
@@ -68,11 +75,13 @@ class Scheduled:
         """The place up to which it can read before it must recall again."""
         if self.chunk is None:
             return self.total
-        size, prompt = self.chunk, len(self.prompt)
-        ahead = (self.read // size + 1) * size
+        prompt = len(self.prompt)
+        ahead = (self.read // self.chunk + 1) * self.chunk
         if ahead >= prompt:
+            if self.period is None:
+                return self.total
             answered = max(0, self.read + 1 - prompt)
-            ahead = prompt - 1 + (answered // size + 1) * size
+            ahead = prompt - 1 + (answered // self.period + 1) * self.period
         return min(ahead, self.total)
 
     def _begins_chunk(self, place: int) -> bool:
@@ -80,7 +89,7 @@ class Scheduled:
             return False
         if place < len(self.prompt):
             return place % self.chunk == 0
-        return (place - len(self.prompt) + 1) % self.chunk == 0
+        return self.period is not None and (place - len(self.prompt) + 1) % self.period == 0
 
 
 @dataclass(frozen=True, slots=True)
