@@ -53,17 +53,18 @@ def router(served: Served) -> APIRouter:
         settings = request.penalised(served, most, param, log_probs)
         memory = request.memory
         restriction = memory.restriction(served, http)
-        prompt = await asyncio.to_thread(prompt_of, served, request.messages, restriction if memory.as_text else None)
+        asked = await asyncio.to_thread(prompt_of, served, request.messages, restriction if memory.as_text else None)
         answering = await Answering.begin(
             served,
             http,
-            [prompt] * request.n,
+            [asked.prompt] * request.n,
             [settings.model_copy(update={"seed": settings.seed + number}) for number in range(request.n)],
             None if memory.off or memory.as_text else restriction,
             memory.refresh,
         )
         written = [Written(Reads(restriction, memory.text)) for _ in range(request.n)]
-        chat = _Chat(served, request, answering, written)
+        in_prompt = written[0].reads.in_prompt(asked.references) if memory.as_text else None
+        chat = _Chat(served, request, answering, written, in_prompt)
         if request.stream:
             return stream(chat.chunks())
         await collect(answering, written)
@@ -75,11 +76,20 @@ def router(served: Served) -> APIRouter:
 class _Chat:
     """The objects of one request."""
 
-    def __init__(self, served: Served, request: ChatRequest, answering: Answering, written: Sequence[Written]) -> None:
+    def __init__(
+        self,
+        served: Served,
+        request: ChatRequest,
+        answering: Answering,
+        written: Sequence[Written],
+        in_prompt: Sequence[Data] | None,
+    ) -> None:
+        """``in_prompt`` are the references that stand in the prompt as text, if that was asked for."""
         self._served = served
         self._request = request
         self._answering = answering
         self._written = written
+        self._references = {} if in_prompt is None else {"references": in_prompt}
         self._head = {"id": new_id("chatcmpl"), "created": now(), "model": served.name}
 
     def completion(self) -> Data:
@@ -93,6 +103,7 @@ class _Chat:
                     "refusal": None,
                     "annotations": one.reads.url_citations(),
                     "memories": one.reads.memories,
+                    **self._references,
                 },
                 "logprobs": chat_log_probs(self._served.adapter, one.log_probs) if self._request.logprobs else None,
                 "finish_reason": one.finish_reason,
@@ -105,14 +116,14 @@ class _Chat:
     async def chunks(self) -> AsyncIterator[Data]:
         """The answer bit by bit. Memories come when they begin to be read, citations with the end of an answer."""
         for index in range(len(self._written)):
-            yield self._chunk(index, {"role": "assistant", "content": ""})
+            yield self._chunk(index, {"role": "assistant", "content": "", **self._references})
         async for index, event in self._answering:
             one = self._written[index]
-            one.take(event)
+            text = one.take(event)
             if isinstance(event, Read) and event.recalled.ids:
                 yield self._chunk(index, {"memories": one.reads.now})
-            elif isinstance(event, Piece) and (event.text or event.log_probs):
-                yield self._chunk(index, {"content": event.text}, event.log_probs)
+            elif isinstance(event, Piece) and (text or event.log_probs):
+                yield self._chunk(index, {"content": text}, event.log_probs)
             elif isinstance(event, End):
                 cited = one.reads.url_citations()
                 yield self._chunk(index, {"annotations": cited} if cited else {}, finished=one.finish_reason)

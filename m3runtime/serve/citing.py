@@ -1,5 +1,6 @@
 """`Reads`: the memories that an answer read, chunk by chunk, as citations and as JSON."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
@@ -29,28 +30,20 @@ class Reads:
         self.end(at)
         self.now = []
         for id, score, reference in zip(recalled.ids, recalled.scores, recalled.references, strict=True):
-            place = self._place(reference)
-            one: dict[str, Any] = {
-                "id": id,
-                "score": round(score, 4),
-                "source": place.name,
-                "span": [place.start, place.end],
-                "heading": reference.heading,
-                "url": place.metadata.get("url"),
-                "start_index": at,
-                "end_index": None,
-            }
-            if self.with_text:
-                one["text"] = reference.text
+            one = {**self._facts(id, score, reference), "start_index": at, "end_index": None}
             self.now.append(one)
             self._tokens[id] = reference.tokens
-            self._cited.append((one, _address(id, place)))
+            self._cited.append((one, _address(id, self._place(reference))))
         self.memories += self.now
 
     def end(self, at: int) -> None:
         """The answer ends at its ``at``-th character."""
         for one in self.now:
             one["end_index"] = at
+
+    def in_prompt(self, references: Iterable[tuple[int, float, Reference]]) -> list[dict[str, Any]]:
+        """References that stand in the prompt as text, by id and score: like `memories`, without places."""
+        return [self._facts(*one) for one in references]
 
     @property
     def tokens(self) -> int:
@@ -89,6 +82,18 @@ class Reads:
     def _used(self) -> list[tuple[dict[str, Any], str]]:
         """Without the memories that only a part of the prompt was read with."""
         return [both for both in self._cited if (both[0]["end_index"] or 0) > both[0]["start_index"]]
+
+    def _facts(self, id: int, score: float, reference: Reference) -> dict[str, Any]:
+        place = self._place(reference)
+        facts = {
+            "id": id,
+            "score": round(score, 4),
+            "source": place.name,
+            "span": [place.start, place.end],
+            "heading": reference.heading,
+            "url": place.metadata.get("url"),
+        }
+        return {**facts, "text": reference.text} if self.with_text else facts
 
     def _place(self, reference: Reference) -> Place:
         return next(place for place in reference.places if self.restriction.allows(place.source))

@@ -52,7 +52,7 @@ def router(served: Served) -> APIRouter:
             None if memory.off else restriction,
             memory.refresh,
         )
-        written = [Written(Reads(restriction, memory.text)) for _ in seeds]
+        written = [Written(Reads(restriction, memory.text), is_message=False) for _ in seeds]
         text = _Text(served, request, answering, written)
         if request.stream:
             return stream(text.chunks())

@@ -1,11 +1,13 @@
 """The messages of a conversation, and the prompt that they are for the model."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from m3runtime.adapters.answers import Prompt
+from m3runtime.documents.reference import Reference
 from m3runtime.errors import ConfigError
 from m3runtime.retrieval.restriction import Restriction
 from m3runtime.serve.errors import ApiError
@@ -35,7 +37,16 @@ class Message(Fields):
 Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
 
 
-def prompt_of(served: Served, messages: Sequence[Message], restriction: Restriction | None) -> Prompt:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The prompt of a conversation."""
+
+    prompt: Prompt
+    references: tuple[tuple[int, float, Reference], ...] = ()
+    """The references that stand in it as text: id, score and reference of each."""
+
+
+def prompt_of(served: Served, messages: Sequence[Message], restriction: Restriction | None) -> Asked:
     """The prompt of a conversation. With ``restriction`` the references that it allows stand in it as text.
 
     A single message of the user is asked in the form of ``generate.prompt``, as `m3 ask` does; any other conversation
@@ -43,15 +54,20 @@ def prompt_of(served: Served, messages: Sequence[Message], restriction: Restrict
     """
     try:
         if len(messages) == 1 and messages[0].role == "user":
-            question, texts = messages[0].text, None
-            if restriction is not None:
-                (matches,) = served.runtime.search([question], restriction=restriction)
-                found = served.runtime.references([match.id for match in matches])
-                texts = [one.text for one in found if one is not None]
-            return served.adapter.render(question, served.config.generate.prompt, texts)
+            question = messages[0].text
+            references = () if restriction is None else _search(served, question, restriction)
+            texts = None if restriction is None else [one.text for _, _, one in references]
+            return Asked(served.adapter.render(question, served.config.generate.prompt, texts), references)
         if restriction is not None:
             raise ApiError(400, "memory.as_text: only for a single message of the user", param="memory.as_text")
         roles = {"developer": "system"}
-        return served.adapter.chat([{"role": roles.get(one.role, one.role), "content": one.text} for one in messages])
+        turns = [{"role": roles.get(one.role, one.role), "content": one.text} for one in messages]
+        return Asked(served.adapter.chat(turns))
     except ConfigError as error:  # the model has no chat template, or one that refuses these messages
         raise ApiError(400, str(error)[:300], param="messages") from None
+
+
+def _search(served: Served, question: str, restriction: Restriction) -> tuple[tuple[int, float, Reference], ...]:
+    (matches,) = served.runtime.search([question], restriction=restriction)
+    found = served.runtime.references([match.id for match in matches])
+    return tuple((match.id, match.score, one) for match, one in zip(matches, found, strict=True) if one is not None)

@@ -2,14 +2,13 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
-from m3runtime.adapters.engine import Piece
 from m3runtime.config.schema import GenerateConfig
 from m3runtime.serve.answering import Answering
 from m3runtime.serve.citing import Reads
@@ -79,12 +78,12 @@ def router(served: Served) -> APIRouter:
         )
         memory = request.memory
         restriction = memory.restriction(served, http)
-        asked = restriction if memory.as_text else None
-        prompt = await asyncio.to_thread(prompt_of, served, request.messages, asked)
+        asked = await asyncio.to_thread(prompt_of, served, request.messages, restriction if memory.as_text else None)
         reads = None if memory.off or memory.as_text else restriction
-        answering = await Answering.begin(served, http, [prompt], [settings], reads, memory.refresh)
+        answering = await Answering.begin(served, http, [asked.prompt], [settings], reads, memory.refresh)
         written = Written(Reads(restriction, memory.text))
-        response = _Response(served, request, settings, answering, written)
+        in_prompt = written.reads.in_prompt(asked.references) if memory.as_text else None
+        response = _Response(served, request, settings, answering, written, in_prompt)
         if request.stream:
             return stream(response.events(), done=False)
         await collect(answering, [written])
@@ -103,11 +102,14 @@ class _Response:
         settings: GenerateConfig,
         answering: Answering,
         written: Written,
+        in_prompt: Sequence[Data] | None,
     ) -> None:
+        """``in_prompt`` are the references that stand in the prompt as text, if that was asked for."""
         self._request = request
         self._settings = settings
         self._answering = answering
         self._written = written
+        self._references = {} if in_prompt is None else {"references": in_prompt}
         self._item = new_id("msg")
         self._head = {"id": new_id("resp"), "object": "response", "created_at": now(), "model": served.name}
 
@@ -147,6 +149,7 @@ class _Response:
             "usage": None if answer is None else self._usage(),
             "user": self._request.user,
             "memories": self._written.reads.memories,
+            **self._references,
         }
 
     async def events(self) -> AsyncIterator[tuple[str, Data]]:
@@ -164,9 +167,8 @@ class _Response:
         yield event("response.output_item.added", output_index=0, item=self._message("in_progress"))
         yield event("response.content_part.added", **at, part=self._part())
         async for _, one in self._answering:
-            self._written.take(one)
-            if isinstance(one, Piece) and one.text:
-                yield event("response.output_text.delta", **at, delta=one.text, logprobs=[])
+            if text := self._written.take(one):
+                yield event("response.output_text.delta", **at, delta=text, logprobs=[])
         for index, annotation in enumerate(self._written.reads.response_annotations()):
             name = "response.output_text.annotation.added"
             yield event(name, **at, annotation_index=index, annotation=annotation)

@@ -18,22 +18,27 @@ class Written:
     """One answer, event by event."""
 
     reads: Reads
+    is_message: bool = True
+    """Is it a message of its own, not the end of a text? Then it does not begin with white space."""
     text: str = ""
     log_probs: list[TokenLogProb] = field(default_factory=list)
     answer: Answer | None = None
 
-    def take(self, event: Event) -> None:
-        """Take the next event. Raises the error of a `Failure`."""
+    def take(self, event: Event) -> str:
+        """Take the next event, and return the text that it adds. Raises the error of a `Failure`."""
+        text = ""
         if isinstance(event, Read):
             self.reads.begin(event.recalled, len(self.text))
         elif isinstance(event, Piece):
-            self.text += event.text
+            text = event.text if self.text or not self.is_message else event.text.lstrip()
+            self.text += text
             self.log_probs += event.log_probs
         elif isinstance(event, End):
             self.answer = event.answer
             self.reads.end(len(self.text))
         elif isinstance(event, Failure):
             raise event.error
+        return text
 
     @property
     def finish_reason(self) -> str:

@@ -89,7 +89,12 @@ def test_memory_off_reads_none(serving: Serving) -> None:
 def test_references_as_text_make_a_longer_prompt(serving: Serving) -> None:
     alone, text = (serving.chat(QUESTION, memory={one: True}).json() for one in ("off", "as_text"))
     assert text["usage"]["prompt_tokens"] > alone["usage"]["prompt_tokens"] + 10
-    assert text["choices"][0]["message"]["memories"] == []
+    message = text["choices"][0]["message"]
+    assert message["memories"] == []
+    assert message["references"][0]["source"] == "lamp.txt"
+    assert "references" not in alone["choices"][0]["message"]
+    *chunks, _ = data_of(iter(serving.chat(QUESTION, memory={"as_text": True}, stream=True).text.splitlines()))
+    assert chunks[0]["choices"][0]["delta"]["references"] == message["references"]
 
 
 def test_a_request_restricts_the_memories_of_each_chunk(serving: Serving) -> None:
@@ -169,3 +174,15 @@ def test_a_prompt_beyond_the_model_is_refused(serving: Serving) -> None:
         response = serving.chat("lamp " * 2000, **fields)
         assert response.status_code == 400
         assert "tokens" in response.json()["error"]["message"]
+
+
+def test_an_answer_begins_without_the_white_space_that_a_model_writes(serving: Serving) -> None:
+    adapter = serving.server.served.adapter
+    token = next(one for one in range(600) if adapter.text_of([one]) == " the")
+    bias = {"logit_bias": {str(token): 100}, "max_tokens": 3}
+    assert serving.chat(QUESTION, **bias).json()["choices"][0]["message"]["content"] == "the the the"
+    streamed = data_of(iter(serving.chat(QUESTION, **bias, stream=True).text.splitlines()))[:-1]
+    assert "".join(one["choices"][0]["delta"].get("content", "") for one in streamed) == "the the the"
+    with serving.http() as client:
+        text = client.post("/v1/completions", json={"model": "tiny", "prompt": QUESTION, **bias}).json()
+    assert text["choices"][0]["text"] == " the the the"

@@ -108,6 +108,8 @@ def test_the_same_question_three_times(browser: "Browser", written_once: Place) 
         page.locator("#columns .facts:not(:empty)").nth(2).wait_for()
         memory, text, nothing = page.locator("#columns .answer").all()
         assert "facts/birds.jsonl:herons" in memory.locator(".source").all_inner_texts()
+        first = memory.locator(".chunk").first  # recalled by the question
+        assert text.locator(".source").all_inner_texts() == first.locator(".source").all_inner_texts() != []
         assert nothing.locator(".source").count() == 0
         tokens = [re.search(r"(\d+) tokens of the prompt", one.inner_text()) for one in (text, nothing)]
         assert tokens[0]

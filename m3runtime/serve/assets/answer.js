@@ -20,10 +20,13 @@ export async function answer(into, body, signal) {
         read.push(choice.delta.memories);
         showMemories(memories, read, said);
       }
+      if (choice?.delta?.references) {
+        memories.replaceChildren(referencesOf(choice.delta.references));
+      }
       if (choice?.delta?.content) {
         first ??= performance.now() - began;
         said += choice.delta.content;
-        text.textContent = said.trimStart();
+        text.textContent = said;
       }
       reason = choice?.finish_reason ?? reason;
     }
@@ -67,6 +70,13 @@ function showMemories(into, read, said) {
   });
   const title = `${count} ${count === 1 ? "memory" : "memories"} read`;
   into.replaceChildren(h("details", { class: "read", open: !wasShut }, h("summary", {}, title), chunks));
+}
+
+/** The references that stand in the prompt as text. */
+function referencesOf(references) {
+  const title = `${references.length} ${references.length === 1 ? "reference" : "references"} in the prompt`;
+  const items = references.map((one) => h("li", {}, memoryOf(one)));
+  return h("details", { class: "read", open: true }, h("summary", {}, title), h("ol", {}, items));
 }
 
 function chunkOf(number, memories, part, open) {
