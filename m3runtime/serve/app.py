@@ -37,7 +37,7 @@ def make_app(served: Served) -> FastAPI:
             cancel("stopped")
         await asyncio.to_thread(served.adapter.engine.close)
 
-    app = FastAPI(title="m3runtime", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="m3runtime", docs_url=None, redoc_url=None, lifespan=lifespan, responses=errors.RESPONSES)
     errors.install(app)
     for part in (models, chat, completions, responses, embeddings, health, corpus, observing, page):
         app.include_router(part.router(served))

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from m3runtime.errors import EngineClosedError, InputError, M3Error, StoreFullError
@@ -24,6 +25,29 @@ _KINDS = {
     429: "rate_limit_error",
 }
 _LONGEST = 300
+
+
+class ErrorFacts(BaseModel):
+    """An error, as OpenAI's clients read it."""
+
+    message: str
+    type: str
+    param: str | None
+    """The field that is at fault."""
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every response that is an error."""
+
+    error: ErrorFacts
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request is refused."},
+    "5XX": {"model": ErrorBody, "description": "The server cannot answer now, or failed to."},
+}
+"""The errors of all routes, for their description."""
 
 
 class ApiError(HTTPException):

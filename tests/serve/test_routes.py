@@ -157,3 +157,17 @@ def test_the_description_of_the_api_names_every_route(serving: Serving) -> None:
     with serving.http() as http:
         paths = http.get("/openapi.json").json()["paths"]
     assert {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/models"} <= set(paths)
+
+
+def test_the_description_of_the_api_has_the_errors_as_they_are(serving: Serving) -> None:
+    with serving.http() as http:
+        described = http.get("/openapi.json").json()
+        told = http.post("/v1/chat/completions", json={"model": "tiny"}).json()["error"]
+    responses = [one["responses"] for path in described["paths"].values() for one in path.values()]
+    assert all({"4XX", "5XX"} <= one.keys() and "422" not in one for one in responses)
+    (reference,) = {
+        one[status]["content"]["application/json"]["schema"]["$ref"] for one in responses for status in ("4XX", "5XX")
+    }
+    facts = described["components"]["schemas"]["ErrorFacts"]
+    assert reference.endswith("/ErrorBody")
+    assert told.keys() == facts["properties"].keys() == set(facts["required"])
