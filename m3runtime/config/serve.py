@@ -19,7 +19,7 @@ class ServeConfig(Section):
     """The name of the model in the API; null: the last part of ``model.path``."""
     keys_file: File | None = None
     """A file of keys, one a line: ``read KEY``, ``write KEY``, or ``KEY`` for both; sources after a key to read
-    restrict it. `M3_KEYS` has further ones."""
+    restrict it, those with spaces between double quotes. `M3_KEYS` has further ones."""
     queue: Annotated[Whole, Field(ge=0)] = 64
     """Most answers that wait for a row, in addition to those in ``model.rows``; further requests get 429."""
     body: Size = 1 << 20

@@ -13,7 +13,8 @@ from m3runtime.errors import ConfigError
 from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
 
 VARIABLE = "M3_KEYS"
-_ENTRY = re.compile(r"(?:(read|write)[\s:]+)?([\x21-\x7e]{8,512})((?:\s+\S+)*)")
+_ENTRY = re.compile(r"""(?:(read|write)[\s:]+)?([\x21-\x7e]{8,512})((?:\s+(?:"[^"]+"|[^\s"]\S*))*)""")
+_NAME = re.compile(r'"([^"]+)"|(\S+)')
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,8 @@ class Keys:
         """The keys of ``serve.keys_file`` and of the variable ``M3_KEYS``, separated there by commas.
 
         An entry is ``read KEY`` (``read:KEY``), ``write KEY``, or ``KEY`` for both. A key has 8 to 512 visible ASCII
-        characters. Names of sources and folders after a key to read restrict it to these: ``read KEY docs/ faq.md``.
+        characters. Names of sources and folders after a key to read restrict it to these: ``read KEY docs/ faq.md``;
+        names with spaces stand between double quotes.
         Raises `ConfigError`, which names the place of a bad entry and never the entry.
         """
         entries = list[tuple[str, str]]()
@@ -78,8 +80,9 @@ class Keys:
                 raise ConfigError(
                     f"{where} is no key: write `read KEY` or `write KEY`, of 8 or more visible characters"
                 )
-            sources = frozenset(found[3].split()) if found[3] else None
-            grants[_digest(found[2])] = Grant("read" if found[1] == "read" else "write", Restriction(sources=sources))
+            names = frozenset(quoted or plain for quoted, plain in _NAME.findall(found[3] or ""))
+            restriction = Restriction(sources=names or None)
+            grants[_digest(found[2])] = Grant("read" if found[1] == "read" else "write", restriction)
         return cls(tuple(grants.items()))
 
 

@@ -65,8 +65,25 @@ def test_keys_come_from_a_file_and_from_the_environment(tmp_path: Path) -> None:
     assert not Keys.load(None, {}).needed
 
 
+def test_names_with_spaces_stand_between_quotes() -> None:
+    keys = Keys.load(None, {"M3_KEYS": f'read:{READ} "my notes/" faq.md "a\tb", write {WRITE}'})
+    grant = keys.grant(READ)
+    assert grant
+    assert grant.restriction.sources == {"my notes/", "faq.md", "a\tb"}
+    assert grant.restriction.allows("my notes/plans.md")
+    assert not grant.restriction.allows("my")
+
+
 @pytest.mark.parametrize(
-    "text", ["read short", "admin secret-key-1", "read dup-key-12345", "write some-key-1 docs/", "read sécret-key-1"]
+    "text",
+    [
+        "read short",
+        "admin secret-key-1",
+        "read dup-key-12345",
+        "write some-key-1 docs/",
+        "read sécret-key-1",
+        'read open-key-12 "my notes/',
+    ],
 )
 def test_a_bad_entry_is_named_by_its_line_and_not_shown(tmp_path: Path, text: str) -> None:
     file = tmp_path / "keys"
