@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from m3runtime.adapters.answers import Prompt
 from m3runtime.documents.reference import Reference
@@ -14,12 +15,17 @@ from m3runtime.serve.errors import ApiError
 from m3runtime.serve.fields import Fields
 from m3runtime.serve.served import Served
 
+Told = Annotated[Sequence[Any], Field(max_length=4096)]
+"""What this server told with an earlier answer, which clients give back as it came. It changes nothing."""
+
 
 class TextPart(Fields):
     """A part of a message. Only text is supported."""
 
     type: Literal["text", "input_text", "output_text"]
     text: str
+    annotations: Told = ()
+    logprobs: Told = ()
 
 
 class Message(Fields):
@@ -27,6 +33,15 @@ class Message(Fields):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1024)]
+    annotations: Told = ()
+    memories: Told = ()
+    references: Told = ()
+
+    @model_validator(mode="after")
+    def _tells_of_answers_only(self) -> Self:
+        if self.role != "assistant" and (self.annotations or self.memories or self.references):
+            raise PydanticCustomError("no_answer", "only an answer has annotations, memories or references")
+        return self
 
     @property
     def text(self) -> str:

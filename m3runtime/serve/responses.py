@@ -26,6 +26,8 @@ class Item(Message):
     id: Annotated[str, Field(max_length=128)] | None = None
     """An earlier answer may be given as it came."""
     status: Literal["completed", "incomplete", "in_progress"] | None = None
+    phase: Literal["commentary", "final_answer"] | None = None
+    """A label of answers, which chat templates have no place for."""
 
 
 class TextFormat(Fields):

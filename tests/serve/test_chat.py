@@ -80,6 +80,22 @@ def test_openais_client_reads_answers_and_streams(serving: Serving) -> None:
     assert text == answer.choices[0].message.content
 
 
+def test_an_earlier_answer_may_be_given_back_as_it_came(serving: Serving) -> None:
+    client = serving.openai()
+    asked = [{"role": "user", "content": "lamp"}]
+    for memory in ({}, {"as_text": True}):
+        earlier = client.chat.completions.create(model="tiny", messages=asked, extra_body={"memory": memory})
+        message = earlier.choices[0].message
+        plain = {"role": "assistant", "content": message.content}
+        texts = [
+            client.chat.completions.create(model="tiny", messages=[*asked, one, *asked]).choices[0].message.content
+            for one in (message, plain)
+        ]
+        assert texts[0] == texts[1]
+    told = serving.chat("lamp", messages=[{"role": "user", "content": "lamp", "memories": [1]}])
+    assert told.status_code == 400
+
+
 def test_memory_off_reads_none(serving: Serving) -> None:
     answer = serving.chat(QUESTION, memory={"off": True}).json()
     assert answer["choices"][0]["message"]["memories"] == []

@@ -1,12 +1,13 @@
 """Clients that people use, and a fuzzer, against a running server; `make test-serve` installs them aside."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.serve.serving import Serving
+from tests.serve.serving import Serving, tiny
 
 pytestmark = pytest.mark.clients
 
@@ -57,6 +58,29 @@ def run(*command: object) -> str:
 @pytest.mark.parametrize("script", [LANGCHAIN, LLAMA_INDEX, LITELLM], ids=["langchain", "llama-index", "litellm"])
 def test_a_client_asks_and_streams(serving: Serving, script: str) -> None:
     run(PYTHON, "-c", f"base = {serving.url!r} + '/v1'\n{script}")
+
+
+UNSUPPORTED = {
+    "openai-chat": {"chat-tool-calling", "chat-image-input"},
+    "open-responses": {"tool-calling", "image-input"},
+}
+"""Tests of llm-comply that ask for what is refused by name."""
+
+
+@pytest.mark.parametrize("form", UNSUPPORTED)
+def test_answers_comply_with_the_form(tmp_path: Path, form: str) -> None:
+    """Where no memory is near enough: Open Responses knows no `file_citation`, which OpenAI's types have."""
+    with tiny(tmp_path, min_score=1.0, generate={"max_new_tokens": 200, "stop": list("aeiou")}) as serving:
+        found = comply(serving.url, form)
+    assert found.keys() == UNSUPPORTED[form], found
+
+
+def comply(url: str, form: str) -> dict[str, list[str]]:
+    """The tests of llm-comply that fail, and why."""
+    command = [PYTHON.with_name("llm-comply"), "-u", f"{url}/v1", "-k", "none", "-m", "tiny"]
+    done = subprocess.run([*command, "--format", form, "--json"], capture_output=True, text=True, check=False)
+    results = json.loads(done.stdout)["results"]
+    return {one["id"]: one["errors"] for one in results if one["status"] == "failed"}
 
 
 def test_no_request_is_answered_with_5xx(serving: Serving, tmp_path: Path) -> None:

@@ -78,6 +78,18 @@ def test_responses_cite_files_and_addresses(serving: Serving) -> None:
     assert {one.filename for one in annotations if one.type == "file_citation"} <= {f"{name}.txt" for name in TOPICS}
 
 
+def test_an_earlier_response_may_be_given_back_as_it_came(serving: Serving) -> None:
+    client = serving.openai()
+    earlier = client.responses.create(model="tiny", input="lamp", max_output_tokens=12)
+    asked = {"role": "user", "content": "owl"}
+    labelled = {"role": "assistant", "content": earlier.output_text, "phase": "final_answer"}
+    texts = [
+        client.responses.create(model="tiny", input=[asked, one, asked], max_output_tokens=12).output_text
+        for one in (earlier.output[0], labelled)
+    ]
+    assert texts[0] == texts[1]
+
+
 def test_responses_stream_the_events_that_clients_expect(serving: Serving) -> None:
     client = serving.openai()
     turns = [{"role": "user", "content": [{"type": "input_text", "text": "lamp"}]}]
