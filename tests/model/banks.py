@@ -74,7 +74,10 @@ def make_runtime(
     sources: Sequence[str] | None = None,
     **recall: Any,
 ) -> Runtime:
-    """A bank that remembers ``texts`` exactly, under a page-locked tier with room for ``blocks`` blocks."""
+    """A bank that remembers ``texts`` exactly, under a page-locked tier with room for ``blocks`` blocks.
+
+    ``sources`` has the source of each text, or several with commas between them.
+    """
     defaults = {"chunk_tokens": CHUNK, "memories": 2, "min_score": -1, "lookahead_tokens": 3, "when_late": "wait"}
     config = Config.model_validate(
         {
@@ -106,7 +109,7 @@ def make_runtime(
     memories = adapter.encode(texts)
     ids = as_ids(range(bank.home.next_id(), bank.home.next_id() + len(texts)))
     references = [
-        Reference(text, int(tokens), places=(Place(source, 0, len(text)),))
+        Reference(text, int(tokens), places=tuple(Place(one, 0, len(text)) for one in source.split(",")))
         for text, tokens, source in zip(texts, memories.tokens, sources or ["book.txt"] * len(texts), strict=True)
     ]
     vectors = embedder.embed_references(texts)

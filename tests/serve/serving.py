@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,16 +82,17 @@ def running(runtime: Runtime, adapter: TransformersAdapter, environ: dict[str, s
 
 @contextmanager
 def tiny(
-    path: Path, environ: dict[str, str] | None = None, folders: dict[str, str] | None = None, **options: Any
+    path: Path, environ: dict[str, str] | None = None, texts: Sequence[tuple[str, str]] | None = None, **options: Any
 ) -> Iterator[Serving]:
-    """A server over the tiny random model and a bank of `TOPICS`."""
+    """A server over the tiny random model and a bank of texts, each with its source; default: `TOPICS`."""
+    texts = [(f"{name}.txt", text) for name, text in TOPICS.items()] if texts is None else texts
     tokenizer = make_tokenizer(eos=False, text=" ".join(TOPICS.values()))
     adapter = make_adapter(tokenizer=tokenizer)
     defaults = {"generate": {"max_new_tokens": 20}, "serve": {}}
     options = defaults | options
     options["serve"] = {"name": "tiny", "port": 0, "grace": 5, **options["serve"]}
-    sources = [f"{(folders or {}).get(name, '')}{name}.txt" for name in TOPICS]
-    with make_runtime(adapter, path / "bank", list(TOPICS.values()), sources=sources, **options) as runtime:
+    sources, contents = zip(*texts, strict=True)
+    with make_runtime(adapter, path / "bank", contents, sources=sources, **options) as runtime:
         adapter.rows = runtime.config.model.rows
         try:
             with running(runtime, adapter, environ) as serving:

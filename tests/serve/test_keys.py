@@ -124,7 +124,9 @@ ASKED = [None, ["owl.txt", "lamp.txt", "deep/wall.txt"], [".", "deep"], ["deep/.
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """A server whose keys may each read some sources."""
     entries = ", ".join(f"read {key} {source}" for key, source in OWN.items())
-    with tiny(tmp_path_factory.mktemp("own"), {"M3_KEYS": entries}, folders={"wall": "deep/", "heron": "deep/"}) as one:
+    folders = {"wall": "deep/", "heron": "deep/"}
+    texts = [(f"{folders.get(name, '')}{name}.txt", text) for name, text in TOPICS.items()]
+    with tiny(tmp_path_factory.mktemp("own"), {"M3_KEYS": entries}, texts) as one:
         yield one
 
 
