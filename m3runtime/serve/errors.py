@@ -4,6 +4,7 @@ No message has the text of a reference, or a path of the server.
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ _KINDS = {
     429: "rate_limit_error",
 }
 _LONGEST = 300
+_BRANCH = re.compile(r"(function|union|constrained)-|union$|list\[|str$")
+"""Parts of a place that are no field of the request: pydantic's names of a union's branches."""
 
 
 class ErrorFacts(BaseModel):
@@ -99,7 +102,7 @@ def as_api_error(error: Exception) -> ApiError:
 def refused(details: Sequence[dict[str, Any]]) -> ApiError:
     """The first error of validation: an unknown field before a wrong value."""
     first = min(details, key=lambda one: one["type"] != "extra_forbidden")
-    param = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith(("function-", "union")))
+    param = ".".join(str(part) for part in first["loc"][1:] if not _BRANCH.match(str(part)))
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{param} is not supported", param=param, code="unsupported_parameter")
     if first["type"] == "json_invalid":

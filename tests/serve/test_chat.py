@@ -159,7 +159,10 @@ def test_stop_texts_and_lengths_end_an_answer(serving: Serving) -> None:
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, None),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            "messages.0.content.0.image_url",
+        ),
         ({"memory": {"memories": 99}}, "memory.memories"),
         ({"logit_bias": {"none": 1}}, None),
         ({"logit_bias": {"5": 101}}, None),
