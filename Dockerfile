@@ -14,7 +14,7 @@ FROM python:3.11-slim
 RUN useradd --create-home --uid 1000 m3
 COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH
-USER m3
+USER 1000
 WORKDIR /bank
 EXPOSE 8000
 HEALTHCHECK --start-period=120s CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health/ready')"]
