@@ -83,6 +83,7 @@ def comply(url: str, form: str) -> dict[str, list[str]]:
     return {one["id"]: one["errors"] for one in results if one["status"] == "failed"}
 
 
+@pytest.mark.timeout(3600)
 def test_no_request_is_answered_with_5xx(serving: Serving, tmp_path: Path) -> None:
     settings = tmp_path / "schemathesis.toml"
     settings.write_text('[parameters]\n"body.model" = "tiny"\n')

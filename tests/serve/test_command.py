@@ -1,10 +1,7 @@
 """``m3 serve`` as a process."""
 
-import re
 import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -19,24 +16,8 @@ from m3runtime.errors import InputError
 from m3runtime.plugins import installed
 from m3runtime.writing.writer import Writer
 from tests.end_to_end.commands import M3, environment
+from tests.serve.process import served
 from tests.yaml_text import dumped
-
-
-@contextmanager
-def served(folder: Path, *arguments: str, **variables: str) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
-    """The address of a server that runs in a process."""
-    command = [M3, "serve", "--port", "0", *arguments]
-    process = subprocess.Popen(command, cwd=folder, env=environment() | variables, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr
-        found = None
-        while not found and (line := process.stderr.readline()):
-            found = re.search(r"serving \S+ at (http://\S+)", line)
-        assert found
-        yield found[1], process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.real_model
