@@ -51,6 +51,16 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Likewise what is left when a file's tests have ended: tests that search for garbage look at their own alone."""
+    result = yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+    return result
+
+
 def pytest_unconfigure() -> None:
     """Let the interpreter find at its end what it froze, or extension modules complain of what they never get back."""
     gc.unfreeze()
