@@ -1,6 +1,6 @@
 """Another process that opens a home as a contract's subclass does.
 
-It is told what to do by one line of JSON each, and answers with one:
+It is told what to do by one dictionary each, and answers with one:
 
 =====================================  =============================================================
 ``{"open": folder, "read_only": ...}``  ``{}``, or ``{"error": class, "message": ...}``
@@ -12,10 +12,10 @@ It is told what to do by one line of JSON each, and answers with one:
 
 import importlib.util
 import inspect
-import json
-import os
-import subprocess
+import multiprocessing
 import sys
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -27,55 +27,64 @@ from m3runtime.testing.home_contents import digest
 if TYPE_CHECKING:
     from m3runtime.testing.home_laws import HomeLaws
 
+_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+
 
 class OtherProcess:
-    """A process of its own for ``contract``, whose `HomeLaws.open` it calls on a bare instance of the class."""
+    """A process of its own for ``contract``, whose `HomeLaws.open` it calls on a bare instance of the class.
+
+    Where the system can fork, it is forked from a server that has imported this module and opened nothing.
+    """
 
     def __init__(self, contract: "type[HomeLaws]") -> None:
-        path = os.pathsep.join(filter(None, sys.path))
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, inspect.getfile(contract), contract.__qualname__],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        context: Any = multiprocessing.get_context(_METHOD)
+        if _METHOD == "forkserver":
+            context.set_forkserver_preload([__name__, "m3runtime.testing.home"])  # before its first process
+        self._connection, there = context.Pipe()
+        arguments = (inspect.getfile(contract), contract.__qualname__, there)
+        self._process = context.Process(target=obey, args=arguments, daemon=True)
+        self._process.start()
+        there.close()
 
     def tell(self, what: str, how: Any = None, **more: Any) -> None:
-        """Send a line. Each answer to it is to be taken by `hear`."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({what: how, **more}) + "\n")
-        self._process.stdin.flush()
+        """Send an order. Each answer to it is to be taken by `hear`."""
+        self._connection.send({what: how, **more})
 
     def hear(self) -> dict[str, Any]:
         """Wait for an answer."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, f"the other process ended with {self._process.wait()}"
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        for answer in self._answers():
+            return answer
+        self._process.join()
+        raise AssertionError(f"the other process ended with {self._process.exitcode}")
 
     def ask(self, what: str, how: Any = None, **more: Any) -> dict[str, Any]:
-        """Send a line and wait for its answer."""
+        """Send an order and wait for its answer."""
         self.tell(what, how, **more)
         return self.hear()
 
     def kill(self) -> list[dict[str, Any]]:
         """End it at once, in whatever it is doing. Returns what it had answered until then."""
         self._process.kill()
-        assert self._process.stdout is not None
-        lines = self._process.stdout.readlines()
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        answers = list(self._answers())
+        self._process.join()
+        return answers
+
+    def _answers(self) -> Iterator[dict[str, Any]]:
+        """What it answers, until it ends."""
+        try:
+            while True:
+                yield self._connection.recv()
+        except (EOFError, OSError):
+            return
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
-        self._process.wait()
+        self._connection.close()
+        self._process.join()
+        self._process.close()
 
 
 def load_contract(file: str, name: str) -> "type[HomeLaws]":
@@ -93,11 +102,15 @@ def load_contract(file: str, name: str) -> "type[HomeLaws]":
     return contract
 
 
-def obey(contract: "HomeLaws") -> None:
-    """Do what is told on standard input until it ends."""
+def obey(file: str, name: str, connection: "Connection[dict[str, Any], dict[str, Any]]") -> None:
+    """Do what is told on a connection until it ends, for the contract of this name in a file."""
+    contract = load_contract(file, name)()
     home: Home | None = None
-    for line in sys.stdin:
-        told = json.loads(line)
+    while True:
+        try:
+            told = connection.recv()
+        except EOFError:
+            return
         answer: dict[str, Any] = {}
         try:
             if "open" in told:
@@ -110,19 +123,10 @@ def obey(contract: "HomeLaws") -> None:
                 first, count, size = told["commit"]
                 for start in range(first, first + count * size, size):
                     home.commit(make_batch(range(start, start + size)))
-                    _say({"committed": start + size})
+                    connection.send({"committed": start + size})
                 continue
             else:
                 home.close()
         except M3Error as error:
             answer = {"error": type(error).__name__, "message": str(error)}
-        _say(answer)
-
-
-def _say(answer: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(answer) + "\n")
-    sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    obey(load_contract(sys.argv[1], sys.argv[2])())
+        connection.send(answer)
