@@ -30,16 +30,22 @@ if TYPE_CHECKING:
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
-class OtherProcess:
-    """A process of its own for ``contract``, whose `HomeLaws.open` it calls on a bare instance of the class.
+def forking() -> Any:
+    """The context of `multiprocessing` for processes that are forked from one which imported this and opened nothing.
 
-    Where the system can fork, it is forked from a server that has imported this module and opened nothing.
+    They start in a twentieth of the time. Where the system cannot fork, they start as any other.
     """
+    context: Any = multiprocessing.get_context(_METHOD)
+    if _METHOD == "forkserver":
+        context.set_forkserver_preload([__name__, "m3runtime.testing.home"])  # before its first process
+    return context
+
+
+class OtherProcess:
+    """A process of its own for ``contract``, whose `HomeLaws.open` it calls on a bare instance of the class."""
 
     def __init__(self, contract: "type[HomeLaws]") -> None:
-        context: Any = multiprocessing.get_context(_METHOD)
-        if _METHOD == "forkserver":
-            context.set_forkserver_preload([__name__, "m3runtime.testing.home"])  # before its first process
+        context = forking()
         self._connection, there = context.Pipe()
         arguments = (inspect.getfile(contract), contract.__qualname__, there)
         self._process = context.Process(target=obey, args=arguments, daemon=True)

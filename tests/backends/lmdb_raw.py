@@ -1,7 +1,5 @@
 """A closed LMDB home by its back door: LMDB's own transactions, and records as whoever knows the format writes them."""
 
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -63,8 +61,3 @@ def unit_batch(ids: list[int] | range) -> Batch:
     batch = make_batch(ids)
     vectors = make_embeddings(batch.ids)
     return replace(batch, embeddings=(vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32))
-
-
-def child_environment() -> dict[str, str]:
-    """Where a child process finds what pytest's ``pythonpath`` gives this one."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -1,8 +1,6 @@
 import os
 import shutil
 import struct
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +27,7 @@ from m3runtime.storage.home import Home
 from m3runtime.testing.blocks import SLOT_BYTES, STAMP, make_batch, make_blocks, make_ids
 from m3runtime.testing.home import check_whole, contents
 from tests.backends.lmdb_contract import LmdbContract
+from tests.forked import run
 
 BIG = 1 << 20
 
@@ -360,10 +359,8 @@ print(end)
 
 
 def test_a_full_drive(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DRIVE, tmp_path], capture_output=True, text=True, env=child_environment()
-    )
-    assert done.returncode == 0, done.stderr
+    done = run(FULL_DRIVE, tmp_path)
+    assert done.returncode == 0, done.stdout
     with LmdbHome(path=tmp_path) as home:
         check_whole(home, make_ids(*range(2, int(done.stdout))))
         home.commit(make_batch(range(1000, 1008), BIG))
@@ -383,7 +380,7 @@ def test_another_process_grows_it(tmp_path: Path) -> None:
     LmdbHome(path=tmp_path, slot_bytes=BIG).close()
     with LmdbHome(path=tmp_path, read_only=True) as home:
         assert len(home) == 0
-        subprocess.run([sys.executable, "-c", OTHER_PROCESS, tmp_path], check=True, env=child_environment())
+        assert run(OTHER_PROCESS, tmp_path).returncode == 0
         assert home.stored_bytes() > 64 << 20
         check_whole(home, make_ids(0, 75, 149))
 
@@ -419,11 +416,6 @@ def test_write_takes_blocks_that_have_no_reference(tmp_path: Path) -> None:
             home.commit(make_batch([3]))
         home.discard(make_ids(3))
         assert len(home) == 0
-
-
-def child_environment() -> dict[str, str]:
-    """Where a child process finds what pytest's ``pythonpath`` gives this one."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def test_wider_slots_are_there_when_it_is_opened_again(tmp_path: Path) -> None:

@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -21,7 +19,8 @@ from m3runtime.storage.home import Batch, Home
 from m3runtime.testing.blocks import SLOT_BYTES, STAMP, make_batch, make_ids
 from m3runtime.testing.threads import together
 from tests.backends.lmdb_contract import LmdbContract
-from tests.backends.lmdb_raw import change, child_environment, flipped, sealed
+from tests.backends.lmdb_raw import change, flipped, sealed
+from tests.forked import Program
 
 
 class TestCompressedLmdbHome(LmdbContract):
@@ -214,22 +213,12 @@ with LmdbHome(path=sys.argv[1], read_only=True) as home:
 def test_a_reader_that_was_open_before_reads_what_needs_the_dictionary(tmp_path: Path) -> None:
     with (
         LmdbHome(path=tmp_path, slot_bytes=BIG, compression="zstd") as home,
-        subprocess.Popen(
-            [sys.executable, "-c", READER, tmp_path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=child_environment(),
-        ) as process,
+        Program(READER, tmp_path) as process,
     ):
-        assert process.stdout is not None
-        assert process.stdin is not None
         assert process.stdout.readline() == "0\n"
         home.commit(batch_of(alike, range(ENOUGH)))
         home.commit(batch_of(alike, [100]))
-        process.stdin.write("\n")
-        process.stdin.flush()
-        assert process.stdout.readline() == f"{BIG}\n"
+        assert process.ask() == f"{BIG}\n"
 
 
 @pytest.fixture

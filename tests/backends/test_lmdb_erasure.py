@@ -2,8 +2,6 @@
 
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +27,7 @@ from m3runtime.testing.home_erasure import left, make_secrets, pieces
 from m3runtime.testing.process import OtherProcess
 from m3runtime.testing.tier import check_read
 from tests.backends.lmdb_contract import LmdbContract
-from tests.backends.lmdb_raw import child_environment
+from tests.forked import run
 
 
 def damage(home: LmdbHome) -> list[str]:
@@ -219,16 +217,6 @@ print(calls)
 """
 
 
-def run_compact(path: Path, step: int) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-c", KILLED, str(path), str(step)],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def check_killed(tmp_path: Path, moments: Callable[[int], list[int]]) -> None:
     with LmdbHome(path=tmp_path / "home", slot_bytes=SLOT_BYTES) as home:
         home.commit(make_secrets(range(30)))
@@ -236,14 +224,14 @@ def check_killed(tmp_path: Path, moments: Callable[[int], list[int]]) -> None:
         before = contents(home)
     gone = pieces(make_secrets(range(0, 30, 3)))
     shutil.copytree(tmp_path / "home", tmp_path / "whole")
-    done = run_compact(tmp_path / "whole", 0)
-    assert done.returncode == 0, done.stderr
+    done = run(KILLED, tmp_path / "whole", 0)
+    assert done.returncode == 0, done.stdout
     outcomes = set[bool]()
     for moment in moments(int(done.stdout)):
         place = tmp_path / str(moment)
         shutil.copytree(tmp_path / "home", place)
-        killed = run_compact(place, moment)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        killed = run(KILLED, place, moment)
+        assert killed.returncode == -signal.SIGKILL, killed.stdout
         with LmdbHome(path=place, read_only=True) as reader:
             assert contents(reader) == before
         outcomes.add(bool(left(place, gone)))

@@ -1,12 +1,7 @@
 """A process that commits and forgets is killed at random moments; whatever it was told is done, is done."""
 
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from random import Random
 
@@ -17,83 +12,41 @@ from m3backends.lmdb.home import LmdbHome
 from m3runtime.memory.block import check
 from m3runtime.testing.blocks import STAMP, make_ids
 from m3runtime.testing.home import check_whole
+from tests.forked import Program
 
 SLOT_BYTES = 64 << 10
 KILLS = 12
 
-# Imports once, then forks a writer for every line it reads, says its process id, and says when it is dead.
-# A writer opens the home itself: LMDB must not cross a fork.
-NURSERY = f"""
+WRITER = f"""
 import os, sys
 from m3backends.lmdb.home import LmdbHome
-from m3runtime.testing.blocks import make_batch, make_ids
+from m3runtime.testing.blocks import make_batch
 
 def say(*words):
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 
-def write_for_ever():
-    with LmdbHome(path=sys.argv[1], slot_bytes={SLOT_BYTES}) as home:
-        while True:
-            first = home.next_id()
-            batch = make_batch(range(first, first + 1 + first % 4), {SLOT_BYTES})
-            home.commit(batch)
-            say("committed", *batch.ids)
-            if first % 3 == 0:
-                gone = home.ids()[first % 5 : first % 5 + 2]
-                say("forgetting", *gone)
-                home.discard(gone)
-                say("forgot", *gone)
-
-for _ in sys.stdin:
-    child = os.fork()
-    if not child:
-        write_for_ever()
-    say("born", child)
-    os.waitpid(child, 0)
-    say("dead")
+with LmdbHome(path=sys.argv[1], slot_bytes={SLOT_BYTES}) as home:
+    while True:
+        first = home.next_id()
+        batch = make_batch(range(first, first + 1 + first % 4), {SLOT_BYTES})
+        home.commit(batch)
+        say("committed", *batch.ids)
+        if first % 3 == 0:
+            gone = home.ids()[first % 5 : first % 5 + 2]
+            say("forgetting", *gone)
+            home.discard(gone)
+            say("forgot", *gone)
 """
 
 
-class Writers:
-    """Starts writers, one at a time, and kills them."""
-
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self.process = process
-
-    def live_and_die(self, random: Random) -> list[list[str]]:
-        """What one writer said until it was killed."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        said: list[list[str]] = []
-        patience, child = random.randrange(1, 12), 0
-        for line in self.process.stdout:
-            said.append(line.split())
-            if said[-1][0] == "born":
-                child = int(said.pop()[1])
-            if said and said[-1][0] == "dead":
-                return said[:-1]
-            if child and len(said) >= patience:
-                time.sleep(random.random() * 0.01)
-                os.kill(child, signal.SIGKILL)
-                child = 0
-        raise AssertionError("the nursery itself died")
-
-
-@contextmanager
-def writers(path: Path) -> Iterator[Writers]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(
-        [sys.executable, "-c", NURSERY, str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as process:
-        yield Writers(process)
-        assert process.stdin is not None
-        process.stdin.close()
+def live_and_die(path: Path, random: Random) -> list[list[str]]:
+    """What a writer said until it was killed."""
+    patience = random.randrange(1, 12)
+    with Program(WRITER, path) as writer:
+        said = [line.split() for line in islice(writer.stdout, patience)]
+        time.sleep(random.random() * 0.01)
+        writer.kill()
+        return said + [line.split() for line in writer.stdout]
 
 
 def numbers_of_records(path: Path) -> set[int]:
@@ -107,33 +60,32 @@ def numbers_of_records(path: Path) -> set[int]:
 
 def test_what_was_committed_survives_kill_9_and_nothing_is_half_there(tmp_path: Path) -> None:
     random, held, next_id = Random(20), set[int](), 0
-    with writers(tmp_path / "home") as nursery:
-        for _ in range(KILLS):
-            forgetting: set[int] = set()
-            for verb, *words in nursery.live_and_die(random):
-                ids = {int(word) for word in words}
-                if verb == "committed":
-                    held |= ids
-                    next_id = max(ids) + 1
-                else:
-                    forgetting = ids if verb == "forgetting" else set()
-                    held -= ids
-            with LmdbHome(path=tmp_path / "home") as home:
-                there = set(home.ids().tolist())
-                # The call that was cut short is wholly done or not at all.
-                unfinished = set(range(next_id, next_id + 1 + next_id % 4))
-                assert home.next_id() in (next_id, max(unfinished) + 1)
-                if home.next_id() > next_id:
-                    held, next_id = held | unfinished, max(unfinished) + 1
-                assert there in (held, held | forgetting)
-                held = there
-                check_whole(home, home.ids())
-                out = torch.zeros((len(there), SLOT_BYTES), dtype=torch.uint8)
-                home.read(home.ids(), out)
-                for row, id in enumerate(home.ids().tolist()):
-                    check(out[row].numpy(), id=id, stamp=STAMP)
-                gone = make_ids(*(set(range(next_id)) - there))
-                assert home.references(gone) == [None] * len(gone)
-                assert not home.contains(gone).any()
-            assert numbers_of_records(tmp_path / "home") == {len(there)}
+    for _ in range(KILLS):
+        forgetting: set[int] = set()
+        for verb, *words in live_and_die(tmp_path / "home", random):
+            ids = {int(word) for word in words}
+            if verb == "committed":
+                held |= ids
+                next_id = max(ids) + 1
+            else:
+                forgetting = ids if verb == "forgetting" else set()
+                held -= ids
+        with LmdbHome(path=tmp_path / "home") as home:
+            there = set(home.ids().tolist())
+            # The call that was cut short is wholly done or not at all.
+            unfinished = set(range(next_id, next_id + 1 + next_id % 4))
+            assert home.next_id() in (next_id, max(unfinished) + 1)
+            if home.next_id() > next_id:
+                held, next_id = held | unfinished, max(unfinished) + 1
+            assert there in (held, held | forgetting)
+            held = there
+            check_whole(home, home.ids())
+            out = torch.zeros((len(there), SLOT_BYTES), dtype=torch.uint8)
+            home.read(home.ids(), out)
+            for row, id in enumerate(home.ids().tolist()):
+                check(out[row].numpy(), id=id, stamp=STAMP)
+            gone = make_ids(*(set(range(next_id)) - there))
+            assert home.references(gone) == [None] * len(gone)
+            assert not home.contains(gone).any()
+        assert numbers_of_records(tmp_path / "home") == {len(there)}
     assert len(held) > KILLS

@@ -1,12 +1,7 @@
 """Processes around one LMDB home: one writes, any number read, and none crosses a fork."""
 
 import os
-import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,11 +13,11 @@ from m3runtime.plugins.construction import construct
 from m3runtime.testing.blocks import SLOT_BYTES, make_batch, make_ids
 from m3runtime.testing.cachestat import can_tell, unsynced_files
 from m3runtime.testing.home import check_whole, contents
-from tests.backends.lmdb_raw import child_environment
+from tests.forked import Program
 
 MODES: tuple[Durability, ...] = ("full", "commit", "relaxed")
 WRITER = """
-import os, signal, sys
+import sys
 from m3backends.lmdb.home import LmdbHome
 from m3runtime.testing.blocks import make_batch
 
@@ -33,27 +28,14 @@ for line in sys.stdin:
 """
 
 
-@contextmanager
-def writer(path: Path, durability: Durability = "full") -> "Iterator[subprocess.Popen[str]]":
-    """A process that commits five references for each line, and is killed in the end."""
-    with subprocess.Popen(
-        [sys.executable, "-c", WRITER, path, durability],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=child_environment(),
-    ) as process:
-        yield process
-        process.kill()
+def writer(path: Path, durability: Durability = "full") -> Program:
+    """A process that commits five references for each line."""
+    return Program(WRITER, path, durability)
 
 
-def commit(process: "subprocess.Popen[str]") -> int:
+def commit(process: Program) -> int:
     """Let it commit. Returns the id that follows."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-    return int(process.stdout.readline())
+    return int(process.ask())
 
 
 @pytest.mark.parametrize("durability", MODES)
@@ -66,7 +48,7 @@ def test_killing_the_writer_frees_the_home_and_loses_nothing(tmp_path: Path, dur
             check_whole(reader, make_ids(*range(5)))
             assert commit(process) == 10
             check_whole(reader, make_ids(*range(10)))
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait()
             check_whole(reader, make_ids(*range(10)))
     with LmdbHome(path=tmp_path) as home:
@@ -159,18 +141,9 @@ except BankError as error:
 """
 
 
-@contextmanager
-def nobody(path: Path) -> "Iterator[subprocess.Popen[str]]":
+def nobody(path: Path) -> Program:
     """A process that may read the folder and not write to it."""
-    with subprocess.Popen(
-        [sys.executable, "-c", AS_NOBODY, path],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=child_environment(),
-    ) as process:
-        yield process
-        process.kill()
+    return Program(AS_NOBODY, path)
 
 
 @pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root can become somebody else")
@@ -185,20 +158,17 @@ def read_alone(tmp_path: Path) -> None:
     home = LmdbHome(path=tmp_path / "home", slot_bytes=SLOT_BYTES)
     home.commit(make_batch(range(5)))
     with nobody(tmp_path / "home") as process:
-        assert process.stdout is not None
         assert process.stdout.readline().startswith("BankBusyError")
     home.close()
     files = sorted(file.name for file in (tmp_path / "home").iterdir())
     with nobody(tmp_path / "home") as process, nobody(tmp_path / "home") as another:
         for one in (process, another):
-            assert one.stdout is not None
             assert one.stdout.readline() == "read\n"
         with pytest.raises(BankBusyError):
             LmdbHome(path=tmp_path / "home")
     assert sorted(file.name for file in (tmp_path / "home").iterdir()) == files
     (tmp_path / "home" / "verified").unlink()
     with nobody(tmp_path / "home") as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == "read\n"
         assert not (tmp_path / "home" / "verified").exists()
     with LmdbHome(path=tmp_path / "home") as home:

@@ -3,8 +3,6 @@
 import os
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -19,7 +17,7 @@ from m3backends.lmdb.structure import check_structure, structure_problems
 from m3runtime.errors import BankError
 from m3runtime.testing.blocks import SLOT_BYTES, make_batch, make_ids
 from m3runtime.testing.home import check_whole
-from tests.backends.lmdb_raw import child_environment
+from tests.forked import run
 
 PAGE = 4096
 NEVER_CLOSED = """
@@ -75,7 +73,7 @@ def test_a_file_is_verified_once_and_again_only_when_it_is_not_as_it_was_left(
         return len(verified)
 
     assert reopen() == 0
-    subprocess.run([sys.executable, "-c", NEVER_CLOSED, path], check=True, env=child_environment())
+    assert run(NEVER_CLOSED, path).returncode == 0
     assert [reopen(), reopen()] == [1, 0]
     for spoil in (
         lambda: os.utime(data),
@@ -117,10 +115,8 @@ def test_a_reader_beside_a_writer_trusts_what_the_writer_verified(path: Path, ve
         reading = (
             "import sys; from m3backends.lmdb import home; print(len(home.LmdbHome(path=sys.argv[1], read_only=True)))"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", reading, path], capture_output=True, text=True, env=child_environment()
-        )
-        assert (done.stdout, done.returncode) == ("61\n", 0), done.stderr
+        done = run(reading, path)
+        assert (done.stdout, done.returncode) == ("61\n", 0)
         assert not (path / "verified").exists()
     assert verified == []
 
@@ -250,10 +246,8 @@ print(outcomes)
 
 
 def test_no_byte_of_a_file_makes_lmdb_crash(path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", HOSTILE, path], capture_output=True, text=True, env=child_environment()
-    )
-    assert done.returncode == 0, done.stderr + done.stdout
+    done = run(HOSTILE, path)
+    assert done.returncode == 0, done.stdout
     assert "BankError" in done.stdout
     assert "read" in done.stdout
 
