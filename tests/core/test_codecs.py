@@ -1,8 +1,6 @@
 """The three codecs against the contract, and what each promises beyond it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from m3runtime.errors import CodecError
 from m3runtime.memory.spec import DTYPES, MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.testing.codec import SPEC, CodecContract, identical, make_memories
+from tests.forked import run
 
 
 class TestRaw(CodecContract):
@@ -253,9 +252,7 @@ try:
 except PluginError as error:
     print(error)
 """
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)
-    assert done.stdout.strip() == "training the product codec needs faiss: pip install 'm3runtime[train]'"
+    assert run(program).stdout.strip() == "training the product codec needs faiss: pip install 'm3runtime[train]'"
 
 
 def test_fingerprints_tell_codecs_apart() -> None:

@@ -1,8 +1,5 @@
 """Codes exchanged with faiss, byte for byte, and quantisers with it."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from m3runtime.errors import CodecError, InputError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.testing.codec import SPEC, make_memories
+from tests.forked import run
 
 faiss = pytest.importorskip("faiss")
 
@@ -265,9 +263,7 @@ memories = MemoryTensors(*torch.load(folder / "memories"))
 payloads = codec.encode(memories)
 print(torch.equal(payloads, torch.load(folder / "payloads")), codec.distortion(memories).keys < 0.05)
 """
-    path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", use], capture_output=True, text=True, check=False, env=path)
-    assert done.stdout == "True True\n", done.stderr[-500:]
+    assert run(use).stdout == "True True\n"
 
 
 def test_codes_that_are_exchanged_do_not_mind_what_was_imported_first() -> None:
@@ -283,6 +279,4 @@ codec.fit(make_memories([12] * 40))
 codec.encode(make_memories([3]))
 print(type(to_faiss(codec, "keys")).__name__, type(to_faiss(codec, "values")).__name__)
 """
-    path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", use], capture_output=True, text=True, check=False, env=path)
-    assert done.stdout == "Index2Layer IndexPQ\n", done.stderr[-300:]
+    assert run(use).stdout == "Index2Layer IndexPQ\n"

@@ -2,9 +2,6 @@
 
 import os
 import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,6 +20,7 @@ from m3runtime.testing.blocks import LAST_ID, SLOT_BYTES, make_blocks, make_ids
 from m3runtime.testing.recording import RecordingTier, replay
 from m3runtime.testing.slab import SlabTierContract
 from m3runtime.testing.tier import together
+from tests.forked import Program
 
 
 def pinned(slots: int, eviction: str = "lru") -> PinnedTier:
@@ -211,12 +209,8 @@ for number in itertools.count():
     if number == 100:
         print("go", flush=True)
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", program, tmp_path / "trace"], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
+    with Program(program, tmp_path / "trace") as process:
         assert process.stdout.readline() == "go\n"
-        process.send_signal(signal.SIGKILL)
     (run,) = read_trace(tmp_path / "trace").runs
     assert [op.ids for op in run] == [(number,) for number in range(len(run))]
     assert len(run) > 100
