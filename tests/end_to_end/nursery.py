@@ -13,7 +13,7 @@ from tests.end_to_end.commands import Place, Result
 # Moments are numbers of calls of Python and C functions in the main thread: a command makes the same ones each time.
 # It would not if it compiled, whose results numba keeps in files; nor would most moments be the command's own then.
 NURSERY = """
-import contextlib, json, os, signal, sys, time
+import contextlib, gc, json, os, signal, sys, time
 from m3runtime import cli
 from m3runtime.writing import writer
 import faiss, lmdb, m3backends.lmdb.home, m3backends.slabs, m3backends.usearch.index, m3model.transformers
@@ -80,6 +80,7 @@ def live(say, folder, arguments, moment, signal_number, delay):
     sys.stderr.flush()
     os._exit(code)
 
+gc.freeze()  # or each child would look for garbage in all that was imported, and copy its pages
 for line in sys.stdin:
     folder, arguments, moment, signal_number, delay = json.loads(line)
     hear, say = os.pipe()

@@ -16,7 +16,7 @@ from tests.end_to_end.commands import Contents, Place, records
 from tests.end_to_end.conftest import NewPlace
 from tests.end_to_end.nursery import Nursery, errors
 
-COUNT = 5 * GROUP + 7
+COUNT = 3 * GROUP + 7
 CORPUS = records(f"Keeper {number} lit it on day {number * 37 % 1000}." for number in range(COUNT))
 PHASES = ("reading", "creation", "commits", "codec", "reencoding", "compacting", "index")
 
@@ -41,7 +41,7 @@ def places(tmp_path: Path, new_place: NewPlace) -> Iterator[Place]:
 def prepared(place: Place) -> Place:
     place.configure(
         memory={"layers": [0, 2]},
-        codec={"kind": "product", "key_bytes": 2, "value_bytes": 2, "scope": "layer", "sample_tokens": 2500},
+        codec={"kind": "product", "key_bytes": 2, "value_bytes": 2, "scope": "layer", "sample_tokens": 1250},
         embedder={"dim": 32},
     )
     place.text("corpus.jsonl", CORPUS)
