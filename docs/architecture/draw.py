@@ -58,6 +58,7 @@ ROOMS = {
     "m3model": {
         "adapter": "the Adapter",
         "attention": "memories in attention",
+        "bias": "weights in plain slots",
         "engine": "decoding in chunks",
         "loading": "files to models",
         "memory3": "trained models",

@@ -5,6 +5,7 @@
     bank/
       home/               blocks, references, embeddings, manifest: the only truth
       codec.safetensors   the codec; the manifest has its fingerprint. For others see `m3runtime.bank.codecs`
+      bias.safetensors    directions for attention with plain slots, if they were calibrated: `m3runtime.bank.bias`
       index               nearest-neighbour index, a cache of the home's embeddings: see `m3runtime.bank.index`
 """
 

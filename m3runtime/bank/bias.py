@@ -7,15 +7,15 @@ cache's, can so have both. `m3 calibrate-bias` fits and measures them.
 
 ::
 
-    bias.safetensors    beside the codec's files: directions and their measure, float32; all else as canonical JSON in
-                        __metadata__ {"m3runtime": {"bias": {...}, "digest": "...", "format": 1}}
+    bias.safetensors    next to the codec's files: directions, their measure and the sink, float32; all else as
+                        canonical JSON in __metadata__ {"m3runtime": {"bias": {...}, "digest": "...", "format": 1}}
 
-Reading it takes neither a model nor an adapter.
+Reading it takes neither a model nor an adapter, and so the sink is in it, which has to stand in slots as well.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,8 +41,21 @@ _AGAIN = "remove it, and run `m3 calibrate-bias` again"
 
 
 @dataclass(frozen=True, slots=True)
+class BiasStretch:
+    """The measure over held-out queries of one stretch of positions; it begins where the one before ends."""
+
+    end: int
+    """The first position beyond it."""
+    error: float
+    """As `BiasFacts.weight_error`."""
+    least: float
+    """The least logit of any query for any head's direction; they should be one."""
+    greatest: float
+
+
+@dataclass(frozen=True, slots=True)
 class BiasFacts:
-    """Everything about bias directions but their numbers."""
+    """All about bias directions but their numbers."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -50,42 +63,54 @@ class BiasFacts:
     """Fingerprint of the model, as the bank's manifest has it."""
     model_name: str
     layers: tuple[int, ...]
-    """The memory layers."""
+    """The memory layers; the file has directions of all layers, as slots are empty in the others."""
+    sink_ids: tuple[int, ...]
+    """The tokens of the sink."""
     dtype: str
     """Dtype in which the model computed the queries."""
     offset: int
     """Position of the first query; keys of memories stand before it, where the adapter puts them."""
     length: int
     """Positions of queries, from ``offset`` on, over which the directions were fitted and measured."""
-    null_level: float
+    null_level: float = 0.0
     """A key of ``-null_level`` times the direction is a null slot."""
-    null_weight: float
-    """The greatest share of attention that one null slot took from any held-out query looked at."""
-    weights: bool
+    null_weight: float = 0.0
+    """The share of attention that 1,024 null slots take in the worst head, on average over held-out queries."""
+    weights: bool = False
     """Are the directions constant enough for weights? If not, they are good for null slots alone."""
-    weight_error: float
-    """The root mean square of ``logit - 1`` over held-out queries, in the median head."""
+    weight_error: float = 0.0
+    """The root mean square of a query's logit less one, in the median head: the relative error of a log weight."""
+    greatest_error: float = 0.0
+    """The same in the worst head."""
+    stretches: tuple[BiasStretch, ...] = ()
+    """The measure by position."""
 
 
 @dataclass(frozen=True, slots=True)
 class BiasDirections:
-    """Directions and their measure: the logit that held-out queries give a key of one direction, one at best."""
+    """Directions and their measure: the logit that held-out queries give a key of one direction, one at best.
+
+    All tensors are float32 and on the CPU, of all layers of the model, and keys are as after RoPE.
+    """
 
     facts: BiasFacts
     directions: Tensor
-    """``float32[memory layers, kv_heads, head_dim]`` on the CPU, after RoPE: rotate them as the memories' keys.
+    """``[layers, kv_heads, head_dim]``. Whoever moves keys to other positions rotates these with them.
 
     The model's scale of logits is in them: ``scale * q @ d`` is about one.
     """
     mean: Tensor
-    """``float32[memory layers, kv_heads]``, as are the other three."""
+    """``[layers, kv_heads]``, as are the other three."""
     std: Tensor
     least: Tensor
     greatest: Tensor
+    sink_keys: Tensor
+    """``[layers, kv_heads, tokens, head_dim]``, at positions from 0 on."""
+    sink_values: Tensor
 
     @property
     def null_keys(self) -> Tensor:
-        """The keys of null slots, ``float32[memory layers, kv_heads, head_dim]``; their values are zeros."""
+        """The keys of null slots, ``[layers, kv_heads, head_dim]``; their values are zeros."""
         return -self.facts.null_level * self.directions
 
     def raised(self, keys: Tensor, log_weight: float) -> Tensor:
@@ -93,13 +118,13 @@ class BiasDirections:
 
         In float32, as one rounding is better than two. An attention temperature divides the keys before.
         """
-        return keys.float() + log_weight * self.directions.to(keys.device)[:, :, None]
+        return keys.float() + log_weight * self.directions[list(self.facts.layers), :, None].to(keys.device)
 
     def save(self, folder: Path) -> Path:
         """Write the file in a bank's folder, whole or not at all; returns its path. Raises `BankError`."""
         path = folder / BIAS
         tensors = self._tensors()
-        record = asdict(self.facts)
+        record = json.loads(canonical_json(asdict(self.facts)))
         head = {"bias": record, "digest": _digest(record, tensors), "format": FORMAT}
         try:
             write_atomically(path, safetensors.torch.save(tensors, {_KEY: canonical_json(head)}))
@@ -123,14 +148,13 @@ class BiasDirections:
                 f"{manifest.model_name} ({manifest.model[:8]}); {_AGAIN}"
             )
         spec = manifest.spec
-        wanted = (spec.layers, (len(spec.layers), spec.kv_heads, spec.head_dim))
-        if (found.facts.layers, tuple(found.directions.shape)) != wanted:
-            raise BankMismatchError(f"{path}: of other memory layers than the bank's; {_AGAIN}")
+        if (found.facts.layers, *found.directions.shape[1:]) != (spec.layers, spec.kv_heads, spec.head_dim):
+            raise BankMismatchError(f"{path}: of other memory layers or heads than the bank's; {_AGAIN}")
         return found
 
     def _tensors(self) -> dict[str, Tensor]:
-        names = ("directions", "mean", "std", "least", "greatest")
-        return {name: getattr(self, name).float().cpu().contiguous() for name in names}
+        of_tensors = (one.name for one in fields(self) if one.name != "facts")
+        return {name: getattr(self, name).float().cpu().contiguous() for name in of_tensors}
 
     @classmethod
     def _read(cls, path: Path) -> "BiasDirections":
@@ -143,7 +167,7 @@ class BiasDirections:
                 raise ValueError(f"format {head['format']}, this release reads {FORMAT}")
             if head["digest"] != _digest(head["bias"], tensors):
                 raise ValueError("its digest does not match")
-            facts = _FACTS.validate_json(json.dumps(head["bias"]))
+            facts = _FACTS.validate_python(head["bias"])
             found = cls(facts, **{name: tensor.clone() for name, tensor in tensors.items()})
             found._check()
             return found
@@ -156,12 +180,14 @@ class BiasDirections:
             ) from error
 
     def _check(self) -> None:
-        if self.directions.ndim != 3:
-            raise ValueError("its directions are not one vector for each layer and head")
+        layers, heads, dim = self.directions.shape  # a ValueError, if it has another number of dimensions
+        sink = (layers, heads, len(self.facts.sink_ids), dim)
+        of_keys = {"directions": (layers, heads, dim), "sink_keys": sink, "sink_values": sink}
         for name, tensor in self._tensors().items():
-            shape = self.directions.shape if name == "directions" else self.directions.shape[:2]
-            if tensor.shape != shape or not torch.isfinite(tensor).all():
+            if tuple(tensor.shape) != of_keys.get(name, (layers, heads)) or not torch.isfinite(tensor).all():
                 raise ValueError(f"its tensor {name} does not fit, or is not finite")
+        if not all(0 <= one < layers for one in self.facts.layers):
+            raise ValueError("its memory layers are not among its layers")
 
 
 _FACTS = TypeAdapter(BiasFacts)

@@ -12,6 +12,7 @@ from m3runtime.cli import (
     ask,
     bank,
     bench,
+    bias,
     codec,
     config,
     exchange,
@@ -42,6 +43,7 @@ _PANELS = {
     "Keep a bank": (
         *(bank.inspect, bank.forget, bank.compact, exchange.export, exchange.import_),
         *(verify.verify, config.config, plan.plan, top.top, codec.app),
+        bias.calibrate_bias,
     ),
     "Lab: evaluate, measure, train": (evaluation.app, bench.app, train.train),
 }
@@ -51,7 +53,7 @@ for _panel, _commands in _PANELS.items():
         if isinstance(_command, typer.Typer):
             app.add_typer(_command, rich_help_panel=_panel)
         else:
-            app.command(_command.__name__.rstrip("_"), rich_help_panel=_panel)(_command)
+            app.command(_command.__name__.rstrip("_").replace("_", "-"), rich_help_panel=_panel)(_command)
 
 USER_ERRORS = (ConfigError, InputError, PluginError, BankError, CodecError)
 """Errors that the user can correct: exit code 2. Other failures have exit code 1."""

@@ -190,11 +190,28 @@ def _bank_facts(bank: "Bank") -> dict[str, Any]:
         },
         **several,
         "codec_bytes": sum(path.stat().st_size for path, _ in bank.codecs.files()),
+        **_bias_facts(bank),
         "fingerprint": bank.stamp.bank,
         "erasures": [asdict(one) for one in erasures.done],
         "erasing": erasures.begun,
         "sources": dict(sorted(home.sources().items())),
     }
+
+
+def _bias_facts(bank: "Bank") -> dict[str, Any]:
+    """The file of bias directions, if there is one: its facts, or why it cannot be used."""
+    from m3runtime.bank.bias import BIAS, BiasDirections
+    from m3runtime.errors import BankError
+
+    try:
+        found = BiasDirections.load(bank.path, bank.manifest)
+    except BankError as error:
+        return {"bias": {"error": str(error)}}
+    if found is None:
+        return {}
+    names = ("dtype", "offset", "length", "null_level", "null_weight", "weights", "weight_error", "greatest_error")
+    facts = {name: getattr(found.facts, name) for name in names}
+    return {"bias": {"bytes": (bank.path / BIAS).stat().st_size, **facts}}
 
 
 def _memory_facts(bank: "Bank", id: int) -> dict[str, Any]:

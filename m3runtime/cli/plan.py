@@ -179,7 +179,7 @@ def _bank(found: "Plan", text_bytes: int, embeddings: str) -> list[str]:
             if found.beginning
             else []
         ),
-        "not counted: the index, and the internal structures of the home",
+        "not counted: the index, the internal structures of the home, and bias directions",
         *tiers,
     ]
 

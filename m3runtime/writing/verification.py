@@ -12,6 +12,7 @@ from torch import Tensor
 from m3runtime import assembly
 from m3runtime.bank import records
 from m3runtime.bank.bank import Bank, home_folder
+from m3runtime.bank.bias import BiasDirections
 from m3runtime.bank.manifest import Manifest
 from m3runtime.config.schema import Config
 from m3runtime.documents import expiry
@@ -79,6 +80,7 @@ def examine(config: Config, home: Home, progress: OnProgress | None = None) -> V
     """Verify a bank whose home is open already."""
     examination = _Examination(config, home, progress or (lambda *_: None))
     examination.open_bank()
+    examination.read_bias()
     examination.read_records()
     examination.read_memories()
     examination.compare_index()
@@ -118,6 +120,14 @@ class _Examination:
             self.bank = Bank.over(self.config.bank, self.home, self.manifest, load_codec)
         except BankError as error:
             self.found("codec", None, str(error))
+
+    def read_bias(self) -> None:
+        """Read the bias directions, if the bank has any."""
+        if self.manifest is not None:
+            try:
+                BiasDirections.load(self.config.bank, self.manifest)
+            except BankError as error:
+                self.found("bias", None, str(error))
 
     def read_records(self) -> None:
         """Let the home audit its own records."""

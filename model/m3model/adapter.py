@@ -5,9 +5,9 @@ its keyword arguments down to attention. `tests/model/test_architectures.py` tri
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +17,9 @@ from m3model.attention.arrangement import Arrangement
 from m3model.attention.implementation import prepare
 from m3model.attention.layout import AttentionLayout, check_settings
 from m3model.attention.selection import attention_modules, select
+from m3model.bias.calibration import Calibration
+from m3model.bias.texts import served_ids
+from m3model.bias.verdict import judged
 from m3model.engine.baseline import TransformersBaseline
 from m3model.engine.buffers import RowBuffers
 from m3model.engine.cutting import cut
@@ -35,9 +38,10 @@ from m3model.loading.spec import carried
 from m3runtime.adapters.answers import Form, Prompt, Score
 from m3runtime.adapters.base import Adapter, check_streams
 from m3runtime.adapters.engine import Engine
+from m3runtime.bank.bias import BiasDirections, BiasFacts
 from m3runtime.bank.manifest import Manifest
 from m3runtime.config.schema import MemoryConfig, ModelConfig
-from m3runtime.errors import BankMismatchError, InputError
+from m3runtime.errors import BankMismatchError, ConfigError, InputError
 from m3runtime.memory.shape import ModelShape, memory_spec
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.storage.defaults import default_room
@@ -172,6 +176,33 @@ class TransformersAdapter(Adapter):
     def importance(self, references: Sequence[str]) -> torch.Tensor:
         """The cost of errors in keys and values; see `Adapter.importance` and `m3model.engine.importance`."""
         return importance(references, self.encode, self.ids, self.session)
+
+    @property
+    def most_positions(self) -> int | None:
+        """The tokens that a context after the memories may have; see `m3runtime.adapters.bias.BiasCalibrating`."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        known = [one for one in (positions, self.layout.positions) if one is not None]
+        return min(known) - self.offset if known else None
+
+    def calibrate_bias(
+        self, references: Sequence[str], length: int, progress: Callable[[int, int], None]
+    ) -> BiasDirections:
+        """Directions that all queries meet alike; see `m3runtime.adapters.bias.BiasCalibrating`."""
+        if not self.layout.alike or self.layout.shares:
+            raise ConfigError("model.path: bias directions need heads of one size that are alike in all layers")
+        if self.most_positions is not None and length > self.most_positions:
+            raise InputError(f"--length {length}: after the memories this model has {self.most_positions} positions")
+        calibration = Calibration(self.layout.layers, self.session, self.encode, partial(served_ids, self.tokens))
+        facts = BiasFacts(
+            model=self.model_fingerprint,
+            model_name=self.name,
+            layers=self.spec.layers,
+            sink_ids=tuple(self.sink_ids),
+            dtype=self.spec.dtype,
+            offset=self.offset,
+            length=length,
+        )
+        return judged(calibration.run(references, length, progress), facts, self._sink)
 
     def baseline(self) -> TransformersBaseline:
         """The model as its own library runs it; see `m3runtime.lab.bench.comparison.Comparable`."""

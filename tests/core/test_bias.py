@@ -32,6 +32,7 @@ FACTS = BiasFacts(
     model=MANIFEST.model,
     model_name="tiny",
     layers=SPEC.layers,
+    sink_ids=(5, 7, 9),
     dtype="float32",
     offset=11,
     length=64,
@@ -44,8 +45,8 @@ FACTS = BiasFacts(
 
 def made(**changes: Any) -> BiasDirections:
     torch.manual_seed(0)
-    figures = {name: torch.rand(2, 2) for name in ("mean", "std", "least", "greatest")}
-    return BiasDirections(replace(FACTS, **changes), torch.randn(2, 2, 4), **figures)
+    figures = [torch.rand(4, 2) for _ in range(4)]
+    return BiasDirections(replace(FACTS, **changes), torch.randn(4, 2, 4), *figures, *torch.randn(2, 4, 2, 3, 4))
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     read = BiasDirections.load(tmp_path, MANIFEST)
     assert read is not None
     assert read.facts == FACTS
-    for name in ("directions", "mean", "std", "least", "greatest"):
+    for name in ("directions", "mean", "std", "least", "greatest", "sink_keys", "sink_values"):
         torch.testing.assert_close(getattr(read, name), getattr(written, name), rtol=0, atol=0)
 
 
@@ -65,16 +66,17 @@ def test_a_bank_without_the_file_has_no_directions(tmp_path: Path) -> None:
 def test_keys_are_raised_along_the_direction_and_null_keys_are_far_against_it() -> None:
     bias, keys = made(), torch.randn(2, 2, 5, 4)
     query = bias.directions / bias.directions.square().sum(-1, keepdim=True)  # meets the direction with exactly one
-    before, after = (torch.einsum("lhd,lhtd->lht", query, k) for k in (keys, bias.raised(keys, -3.0)))
+    of_memory = query[list(SPEC.layers)]
+    before, after = (torch.einsum("lhd,lhtd->lht", of_memory, k) for k in (keys, bias.raised(keys, -3.0)))
     torch.testing.assert_close(after, before - 3.0)
-    torch.testing.assert_close((query * bias.null_keys).sum(-1), torch.full((2, 2), -40.0))
+    torch.testing.assert_close((query * bias.null_keys).sum(-1), torch.full((4, 2), -40.0))
 
 
 @pytest.mark.parametrize(
     ("facts", "manifest", "said"),
     [
         ({"model": "b2" * 16, "model_name": "other"}, MANIFEST, "of another model .other, b2b2b2b2., not tiny"),
-        ({"layers": (1, 2)}, MANIFEST, "of other memory layers"),
+        ({"layers": (1, 2)}, MANIFEST, "of other memory layers or heads"),
         ({}, replace(MANIFEST, spec=replace(SPEC, head_dim=8)), "of other memory layers"),
     ],
 )

@@ -15,7 +15,7 @@ PANELS = {
     "Use a bank": ["init", "write", "sync", "ask", "chat", "serve", "search"],
     "Keep a bank": [
         *("inspect", "forget", "compact", "export", "import"),
-        *("verify", "config", "plan", "top", "codec"),
+        *("verify", "config", "plan", "top", "calibrate-bias", "codec"),
     ],
     "Lab: evaluate, measure, train": ["train", "eval", "bench"],
 }
@@ -36,7 +36,7 @@ def test_every_command_stands_in_its_panel() -> None:
     for line in done.stdout.splitlines():
         if title := re.match(r"╭─ (.+?) ─+╮", line):
             listed = found.setdefault(title[1], [])
-        elif command := re.match(r"│ ([a-z]+) ", line):
+        elif command := re.match(r"│ ([a-z-]+) ", line):
             listed.append(command[1])
     del found["Options"]
     assert found == PANELS
