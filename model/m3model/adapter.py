@@ -7,7 +7,7 @@ its keyword arguments down to attention. `tests/model/test_architectures.py` tri
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -69,6 +69,8 @@ class TransformersAdapter(Adapter):
         self.tokenizer = tokenizer
         self.name = name
         self.rows, self.room = rows, room
+        self._engine: MemoryEngine | None = None
+        self._opening = threading.Lock()  # held while the engine is made
         self._busy = threading.Lock()  # held while the model computes for the engine, or encodes
         self.memory = memory = carried(model.config, memory)
         self.layout = AttentionLayout.of(model)
@@ -225,9 +227,15 @@ class TransformersAdapter(Adapter):
             arrange=self._arrange,
         )
 
-    @cached_property
+    @property
     def engine(self) -> Engine:
         """The engine that decodes with this model; see `Adapter.engine`."""
+        with self._opening:
+            if self._engine is None:
+                self._engine = self._open_engine()
+            return self._engine
+
+    def _open_engine(self) -> MemoryEngine:
         buffers = RowBuffers(self.layout, self.spec.layers, self._sink, self.memory.attention_temperature)
         words = Words(
             lambda prompt, sink: self._prompt_ids([prompt], sink=sink)[0],
@@ -290,9 +298,10 @@ class TransformersAdapter(Adapter):
 
     def close(self) -> None:
         """Close the engine and drop the model; see `Adapter.close`."""
-        if "engine" in self.__dict__:
-            self.engine.close()
-            del self.engine
+        with self._opening:
+            engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
         del self.model
 
     def _reference_ids(self, references: Sequence[str]) -> Sequence[list[int]]:

@@ -3,7 +3,9 @@
 import copy
 import os
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from m3model.engine.buffers import rounded
+from m3model.engine.buffers import RowBuffers, rounded
 from m3model.engine.engine import MemoryEngine
 from m3model.transformers import TransformersAdapter
 from m3runtime.adapters.answers import Prompt
@@ -210,7 +212,7 @@ class TestLlama(Engines):
         def hear(_: int, event: Event) -> None:
             if isinstance(event, Piece) and not begun.is_set():
                 begun.set()
-                monkeypatch.setattr(f"m3model.engine.engine.{broken}", fail)
+                monkeypatch.setattr(f"m3model.engine.recaller.{broken}", fail)
 
         engine.submit([replace(requests[3], settings=GenerateConfig(max_new_tokens=400))], hear)
         assert begun.wait(60)
@@ -227,7 +229,7 @@ class TestLlama(Engines):
         zeros, count = torch.zeros, iter(range(99))
 
         def fail(*args: Any, **kwargs: Any) -> torch.Tensor:
-            if len(args[0]) == 5 and next(count) == 1:  # the second buffer of four
+            if len(args[0]) == 5 and next(count) == 1:  # the values', after the keys'
                 raise RuntimeError("out of memory")
             return zeros(*args, **kwargs)
 
@@ -313,3 +315,19 @@ def test_a_request_that_can_never_fit_is_refused_by_the_key() -> None:
     adapter.room = 100_000
     with pytest.raises(InputError, match=r"model\.room: 100000 bytes do not hold"):
         adapter.generate([Prompt("walnut oil")], None, GenerateConfig(max_new_tokens=100_000))
+
+
+def test_threads_that_ask_at_once_get_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, slow = [], RowBuffers.__init__
+
+    def init(self: RowBuffers, *args: Any, **kwargs: Any) -> None:
+        made.append(self)
+        time.sleep(0.01)  # so that others come meanwhile
+        slow(self, *args, **kwargs)
+
+    monkeypatch.setattr(RowBuffers, "__init__", init)
+    adapter = make_adapter()
+    with ThreadPoolExecutor(8) as threads:
+        engines = set(threads.map(lambda _: adapter.engine, range(8)))
+    assert len(engines) == len(made) == 1
+    adapter.close()

@@ -3,7 +3,6 @@
 import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -12,14 +11,13 @@ from m3model.attention.layout import Pair
 from m3model.attention.rope import check_positions
 from m3model.engine.buffers import RowBuffers, rounded
 from m3model.engine.job import Job, Words
-from m3model.engine.recalls import Asking, Found, hint, recall
+from m3model.engine.recaller import Arrived, Recaller
 from m3model.engine.running import Outcome, Runner
 from m3model.engine.sampling import NO_TOKEN
 from m3model.engine.scheduler import Plan, Scheduled, Scheduler
 from m3model.engine.writing import Reason
 from m3runtime.adapters.engine import End, Engine, Failure, OnEvent, Read, Request, Ticket
 from m3runtime.config.schema import GenerateConfig
-from m3runtime.device.side_stream import SideStream
 from m3runtime.device.threads import prepare
 from m3runtime.errors import ConfigError, EngineClosedError, ForkedError, InputError
 from m3runtime.recall.recalled import Recalled
@@ -27,9 +25,6 @@ from m3runtime.recall.recalled import Recalled
 _OVERFLOWED = "model.dtype: the model's numbers overflow in {dtype} here; use bfloat16 or float32"
 _READING = 8
 """Prompts that are read at once where nobody decodes."""
-
-_RECALLS = 8
-"""Recalls that are under way at once; each is of all rows that began a chunk together."""
 
 Arrange = Callable[[Sequence[Pair]], list[Pair]]
 
@@ -62,10 +57,7 @@ class MemoryEngine(Engine):
         self._room = room
         self._busy = busy
         self._scheduler = Scheduler(rows, self._fits)
-        self._side = SideStream(buffers.layout.device)
-        # Threads that stay: on a GPU each has a stream, and with it cached memory and a workspace of its own.
-        self._recalls = ThreadPoolExecutor(min(rows, _RECALLS), "m3-engine-recall")
-        self._prepared = threading.local()
+        self._recaller = Recaller(buffers.layout.device, words, rows, self._bring)
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = self._heard_close = False
@@ -73,7 +65,7 @@ class MemoryEngine(Engine):
         # What other threads bring; the engine's thread takes it between two steps.
         self._new: list[Job] = []
         self._cancelled: list[Job] = []
-        self._found: list[tuple[list[Found[Job]], torch.Event | None]] = []
+        self._arrived: list[Arrived] = []
         # The engine's thread alone.
         self._jobs: dict[Scheduled, Job] = {}
         self._recalling = 0
@@ -128,7 +120,7 @@ class MemoryEngine(Engine):
             return
         if thread is not None:
             thread.join()
-        self._recalls.shutdown()
+        self._recaller.close()
         self._runner.drop()
 
     def _check(self, request: Request, ids: Sequence[int]) -> None:
@@ -161,15 +153,15 @@ class MemoryEngine(Engine):
                 return False  # whoever started it was interrupted
             new, self._new = self._new, []
             cancelled, self._cancelled = self._cancelled, []
-            found, self._found = self._found, []
+            arrived, self._arrived = self._arrived, []
             self._heard_close = self._closed
             if self._closed:
                 cancelled = [*self._jobs.values(), *new]
-            elif not (new or found or self._jobs):
+            elif not (new or arrived or self._jobs):
                 self._thread = None
                 return False
         try:
-            self._hear(new, cancelled, found)
+            self._hear(new, cancelled, arrived)
             self._work()
         except Exception as error:  # noqa: BLE001 - told to whoever is under way: nothing is left to go on with
             self._under_way = None
@@ -182,22 +174,17 @@ class MemoryEngine(Engine):
             return False
         return True
 
-    def _hear(
-        self,
-        new: Sequence[Job],
-        cancelled: Sequence[Job],
-        found: Sequence[tuple[list[Found[Job]], torch.Event | None]],
-    ) -> None:
+    def _hear(self, new: Sequence[Job], cancelled: Sequence[Job], arrived: Sequence[Arrived]) -> None:
         for job in new:
             self._jobs[job.scheduled] = job
             self._scheduler.add(job.scheduled)
         for job in cancelled:
             if job.scheduled in self._jobs:
                 self._stop(job, "cancel")
-        for some, _ in found:
-            self._returned(some)
-        for some, event in found:
-            self._deliver(some, event)
+        for one in arrived:
+            self._returned(one)
+        for one in arrived:
+            self._deliver(one)
 
     def _work(self) -> None:
         for row, to in self._scheduler.compact():
@@ -213,7 +200,8 @@ class MemoryEngine(Engine):
         plan = self._scheduler.plan(most_reading=_READING)
         is_idle = not (plan.decoding or plan.reading)
         if due:
-            self._recall(due)
+            self._recalling += 1
+            self._recaller.start(due)
         launched = None if is_idle else self._launch(plan)
         before, self._under_way = self._under_way, launched
         # A step on a GPU is launched before the results of the last one are read, so that it never waits for Python.
@@ -228,7 +216,7 @@ class MemoryEngine(Engine):
     def _wait(self) -> None:
         """Wait until another thread brings something."""
         with self._changed:
-            if not (self._new or self._found or self._cancelled or self._closed != self._heard_close):
+            if not (self._new or self._arrived or self._cancelled or self._closed != self._heard_close):
                 self._changed.wait()
 
     # -- rows ---------------------------------------------------------------------------------------------------
@@ -293,7 +281,7 @@ class MemoryEngine(Engine):
     def _finish(self, outcome: Outcome) -> None:
         """Take the tokens that a step drew."""
         results = outcome.results()
-        ahead = []
+        going_on = []
         for sequence, index in outcome.places.items():
             job = self._jobs.get(sequence)
             if job is None:
@@ -308,87 +296,39 @@ class MemoryEngine(Engine):
             job.tell(job.writing.take(token, log_prob))
             if job.writing.stopped_by:
                 self._end(job, End(job.writing.answer()))
-            elif text := self._next_text(job):
-                assert job.request.stream
-                ahead.append((job, job.request.stream, text))
-        hint(ahead, self._stop)
+            else:
+                going_on.append(job)
+        self._recaller.look_ahead(going_on, self._stop)
 
     # -- memories -----------------------------------------------------------------------------------------------
 
-    def _next_text(self, job: Job) -> str | None:
-        """The text of the chunk so far, where it is time to look ahead for the recall at its end."""
-        one, stream = job.scheduled, job.request.stream
-        if stream is None or one.period is None:
-            return None
-        recall_config = stream.runtime.config.recall
-        ahead = recall_config.lookahead_tokens
-        if not ahead or len(one.answer) % one.period != one.period - ahead:
-            return None
-        return self.words.decode(one.answer[ahead - recall_config.chunk_tokens :])
-
-    def _recall(self, jobs: Sequence[Job]) -> None:
-        """Recall for these in another thread: others may come, or be cancelled, before it ends."""
-        self._recalling += 1
-        try:
-            asking = [self._asking(job) for job in jobs]
-            self._recalls.submit(self._bring, asking, torch.get_num_threads())
-        except Exception as error:  # noqa: BLE001 - told to whoever asked
-            found = [Found(job, error) for job in jobs]
-            self._returned(found)
-            self._deliver(found, None)
-
-    def _bring(self, asking: Sequence[Asking[Job]], cores: int) -> None:
-        """Recall, and hand what was found to the engine's thread."""
-        event = None
-        try:
-            if getattr(self._prepared, "cores", None) != cores:  # once a thread: it takes longer than many a recall
-                prepare(self._buffers.layout.device, cores)
-                self._prepared.cores = cores
-            with torch.inference_mode(), self._side.use():
-                found = recall(asking)
-                event = self._side.mark()
-        except Exception as error:  # noqa: BLE001 - told to whoever asked
-            found = [Found(one.who, error) for one in asking]
+    def _bring(self, arrived: Arrived) -> None:
+        """Hand what a recall found to the engine's thread."""
         with self._changed:
-            self._found.append((found, event))
+            self._arrived.append(arrived)
             self._changed.notify_all()
 
-    def _returned(self, found: Sequence[Found[Job]]) -> None:
+    def _returned(self, arrived: Arrived) -> None:
         """Note that a recall has ended: of all its rows, before anything is done that may fail for one."""
         self._recalling -= 1
-        for one in found:
+        for one in arrived.found:
             one.who.scheduled.recalling = False
 
-    def _asking(self, job: Job) -> Asking[Job]:
-        one, stream = job.scheduled, job.request.stream
-        assert stream
-        assert one.chunk
-        in_prompt = one.read < len(one.prompt)
-
-        if not in_prompt:
-            return Asking(job, stream, self.words.decode(one.chunk_tokens()), None)
-        query, after = job.request.prompt.query, one.read + one.chunk
-        now = query or self.words.decode(one.chunk_tokens())
-        if query or after >= len(one.prompt) or not stream.runtime.config.recall.lookahead_tokens:
-            return Asking(job, stream, now, wait=True)
-        text = self.words.decode(one.prompt[after : after + one.chunk])
-        return Asking(job, stream, now, wait=True, next_text=None if text == now else text)
-
-    def _deliver(self, found: Sequence[Found[Job]], event: torch.Event | None) -> None:
-        for one in found:
+    def _deliver(self, arrived: Arrived) -> None:
+        for one in arrived.found:
             job = one.who
             if job.ending is not None:
                 self._stop(job, job.ending)
             elif isinstance(one.recalled, Exception):
                 self._stop(job, one.recalled)
             else:
-                self._read(job, one.recalled, event)
+                self._read(job, one.recalled, arrived.event)
 
     def _read(self, job: Job, recalled: Recalled, event: torch.Event | None) -> None:
         """Let a row attend to what was recalled for it."""
         row = job.scheduled.row
         assert row is not None
-        self._side.arrive(event, [tensor for part in recalled.parts for tensor in part])
+        self._recaller.take(recalled.parts, event)
         parts, names = list(recalled.parts), list[Hashable](recalled.ids)
         if self._arrange is not None:  # how one is arranged depends on its place
             parts, names = self._arrange(parts), list(enumerate(recalled.ids))
