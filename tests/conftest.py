@@ -1,6 +1,7 @@
 """Hypothesis profiles and the real models that tests share."""
 
 import gc
+import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from hypothesis import settings
 # that starts them.)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+root = Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join(str(root / name) for name in (".", "backends", "model"))  # as pyproject.toml
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 share = max(1, (os.cpu_count() or 1) // workers)
 os.environ["OMP_NUM_THREADS"] = str(min(share, int(os.environ.get("OMP_NUM_THREADS", share))))
@@ -22,7 +25,7 @@ import faiss  # noqa: E402, F401 - before usearch: afterwards `faiss.index_facto
 import models  # noqa: E402
 
 # No deadlines: the first example of a property often pays for an import or a warm-up.
-settings.register_profile("dev", deadline=None, max_examples=50)
+settings.register_profile("dev", deadline=None, max_examples=30)
 settings.register_profile("ci", deadline=None, max_examples=100, derandomize=True, print_blob=True)
 settings.register_profile("thorough", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
@@ -49,6 +52,7 @@ def pytest_collection() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+        multiprocessing.set_forkserver_preload(["tests.preloaded"])  # what the modules of the tests set before is less
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,9 +1,10 @@
-"""Programs in processes of their own that do not import torch anew: they are forked from one that has."""
+"""Programs in processes of their own, which are forked from one that has imported `tests.preloaded`."""
 
 import os
 import subprocess
 import sys
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Self, TextIO
 
 from m3runtime.testing.process import forking
@@ -12,12 +13,12 @@ from m3runtime.testing.process import forking
 class Program:
     """A process that runs ``code`` with arguments in ``sys.argv``. What it writes to either output comes in one."""
 
-    def __init__(self, code: str, *arguments: object) -> None:
+    def __init__(self, code: str, *arguments: object, folder: Path | None = None) -> None:
         context = forking()
         its_input, our_output = context.Pipe(duplex=False)
         our_input, its_output = context.Pipe(duplex=False)
         self._process = context.Process(
-            target=_live, args=(code, [*map(str, arguments)], its_input, its_output), daemon=True
+            target=_live, args=(code, [*map(str, arguments)], folder, its_input, its_output), daemon=True
         )
         self._process.start()
         self.stdin: TextIO = os.fdopen(os.dup(our_output.fileno()), "w")
@@ -51,14 +52,20 @@ class Program:
         self.stdin.close()
 
 
-def run(code: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
-    """Let a program run to its end."""
-    with Program(code, *arguments) as program:
+def run(code: str, *arguments: object, folder: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    """Let a program run to its end, in this folder."""
+    with Program(code, *arguments, folder=folder) as program:
         said = program.stdout.read()
         return subprocess.CompletedProcess(code, program.wait(), said)
 
 
-def _live(code: str, arguments: list[str], stdin: "Connection[Any, Any]", stdout: "Connection[Any, Any]") -> None:
+def _live(
+    code: str,
+    arguments: list[str],
+    folder: Path | None,
+    stdin: "Connection[Any, Any]",
+    stdout: "Connection[Any, Any]",
+) -> None:
     os.dup2(stdin.fileno(), 0)
     os.dup2(stdout.fileno(), 1)
     os.dup2(stdout.fileno(), 2)
@@ -66,4 +73,5 @@ def _live(code: str, arguments: list[str], stdin: "Connection[Any, Any]", stdout
         connection.close()
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode) for number, mode in ((0, "r"), (1, "w"), (2, "w")))
     sys.argv = ["-c", *arguments]
+    os.chdir(folder or Path.cwd())
     exec(code, {"__name__": "__main__"})

@@ -22,6 +22,8 @@ log = logging.getLogger("m3runtime.serve")
 
 State = Literal["queued", "running", "done", "failed"]
 
+_START = "spawn"
+"""The way in which the process starts: a fork would have locks that nobody opens."""
 _KEPT = 256
 """Ended jobs that can still be asked about."""
 _IDLE = 300.0
@@ -166,7 +168,7 @@ class Jobs:
     def _started(self) -> "Connection[Change, Word]":
         if self._connection is None or self._process is None or not self._process.is_alive():
             self._stop(at_once=True)
-            context = multiprocessing.get_context("spawn")  # a fork would have locks that nobody opens
+            context: Any = multiprocessing.get_context(_START)
             ours, theirs = context.Pipe()
             self._process = context.Process(target=work, args=(self._config, theirs), name="m3-changes", daemon=True)
             self._process.start()

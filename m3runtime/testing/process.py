@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from m3runtime.testing.home_laws import HomeLaws
 
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+if _METHOD == "forkserver":
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, "m3runtime.testing.home"])
 
 
 def forking() -> Any:
@@ -35,10 +37,7 @@ def forking() -> Any:
 
     They start in a twentieth of the time. Where the system cannot fork, they start as any other.
     """
-    context: Any = multiprocessing.get_context(_METHOD)
-    if _METHOD == "forkserver":
-        context.set_forkserver_preload([__name__, "m3runtime.testing.home"])  # before its first process
-    return context
+    return multiprocessing.get_context(_METHOD)
 
 
 class OtherProcess:

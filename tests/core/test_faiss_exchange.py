@@ -1,5 +1,7 @@
 """Codes exchanged with faiss, byte for byte, and quantisers with it."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -279,4 +281,5 @@ codec.fit(make_memories([12] * 40))
 codec.encode(make_memories([3]))
 print(type(to_faiss(codec, "keys")).__name__, type(to_faiss(codec, "values")).__name__)
 """
-    assert run(use).stdout == "Index2Layer IndexPQ\n"
+    done = subprocess.run([sys.executable, "-c", use], capture_output=True, text=True, check=False)
+    assert done.stdout == "Index2Layer IndexPQ\n", done.stderr[-300:]

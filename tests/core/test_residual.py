@@ -1,5 +1,7 @@
 """Residual quantisers: their options, their bytes, and that numba and torch read the same out of them."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -15,7 +17,6 @@ from m3runtime.codecs.product.residual import Level, pack, parse, text_of, unpac
 from m3runtime.errors import CodecError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.testing.codec import SPEC, CodecContract, identical, make_memories
-from tests.forked import run
 
 
 class TestTwoLevelsRotated(CodecContract):
@@ -192,7 +193,8 @@ def test_decoding_is_the_same_with_and_without_numba(monkeypatch: pytest.MonkeyP
 
 def test_importing_the_codec_imports_neither_numba_nor_faiss() -> None:
     program = "import sys, m3runtime.codecs.product.codec; print('numba' in sys.modules, 'faiss' in sys.modules)"
-    assert run(program).stdout == "False False\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"
 
 
 # -- rotations --------------------------------------------------------------------------------------------------------

@@ -1,8 +1,6 @@
 """A model, an embedder and a folder to run ``m3`` in."""
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,8 +11,9 @@ import run as demo
 from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
 from m3runtime.config.schema import CodecConfig, Config
-from tests.end_to_end.commands import Place, environment
+from tests.end_to_end.commands import Place
 from tests.end_to_end.nursery import NURSERY, Nursery
+from tests.forked import Program
 from tests.model.families import make_model, make_tokenizer
 
 NewPlace = Callable[[Path], Place]
@@ -71,11 +70,8 @@ def real_model(smollm2_path: Path, minilm_path: Path) -> Iterator[tuple[Adapter,
 
 @pytest.fixture(scope="session")
 def nursery() -> Iterator[Nursery]:
-    with subprocess.Popen(
-        [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
-    ) as process:
+    with Program(NURSERY) as process:
         yield Nursery(process)
-        process.kill()  # what it imported takes seconds to end in order
 
 
 @pytest.fixture

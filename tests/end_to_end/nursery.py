@@ -1,35 +1,34 @@
-"""A process that has imported everything, and forks an ``m3`` whenever it is asked to: one that can be killed."""
+"""A process that has compiled everything, and forks an ``m3`` whenever it is asked to: one that can be killed."""
 
 import json
 import signal
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tests.end_to_end.commands import Place, Result
+from tests.forked import Program
 
-# Imports and compiles everything once, then forks an `m3` for every line it reads, and says how it ended.
+# Compiles everything once, then forks an `m3` for every line it reads, and says how it ended.
 # Moments are numbers of calls of Python and C functions in the main thread: a command makes the same ones each time.
 # It would not if it compiled, whose results numba keeps in files; nor would most moments be the command's own then.
 NURSERY = """
 import contextlib, gc, json, os, signal, sys, time
+import tests.preloaded
 from m3runtime import cli
-from m3runtime.writing import writer
-import faiss, lmdb, m3backends.lmdb.home, m3backends.slabs, m3backends.usearch.index, m3model.transformers
-import usearch.index
-import m3runtime.writing.mirror, m3runtime.writing.forgetting
-import m3model.memory3, m3model.attention.passes, m3runtime.codecs.product.kernels.sharing
-import m3runtime.codecs.product.codec, m3runtime.codecs.product.kmeans, m3runtime.config.loading
-import encodings.utf_8_sig, html, lmdb._envid, rich.progress, tests.end_to_end.embedders
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-import transformers.modeling_gguf_pytorch_utils
+import m3runtime.codecs.product.kernels.sharing
 
 with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):
     cli.app(["write", "--help"])
 if m3runtime.codecs.product.kernels.sharing.compiled():
     from m3runtime.codecs.product.kernels import by_numba
     by_numba.nearest_of(8), by_numba.look_up_of(by_numba.unit_of(8)), by_numba.scatter()
+    from m3runtime.codecs.product.codec import ProductCodec
+    from m3runtime.testing.codec import SPEC, make_memories
+    memories = make_memories([12] * 24)
+    codec = ProductCodec(SPEC, key_bytes=2, value_bytes=2)
+    codec.fit(memories)
+    codec.distortion(memories)  # in the first call of a kernel numba takes an interrupt for a TypeError
 
 BEGINS = {"train_planned": "codec", "reencode": "reencoding",
           "Bank.create": "creation", "Pipeline.run": "commits", "BankIndex.save": "index",
@@ -80,7 +79,7 @@ def live(say, folder, arguments, moment, signal_number, delay):
     sys.stderr.flush()
     os._exit(code)
 
-gc.freeze()  # or each child would look for garbage in all that was imported, and copy its pages
+gc.freeze()
 for line in sys.stdin:
     folder, arguments, moment, signal_number, delay = json.loads(line)
     hear, say = os.pipe()
@@ -103,7 +102,7 @@ for line in sys.stdin:
 class Nursery:
     """Runs ``m3`` as processes of their own, one at a time, in the environment that the tests began with."""
 
-    process: "subprocess.Popen[str]"
+    process: Program
 
     def run(
         self,
@@ -120,12 +119,8 @@ class Nursery:
         SIGKILL comes ``delay`` seconds later, wherever the command is by then; with None, at that very moment. SIGINT
         comes at that very moment; with None, in a finaliser.
         """
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         order = [str(place.folder), list(arguments), moment, signal_number, delay]
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        code, said = json.loads(self.process.stdout.readline())
+        code, said = json.loads(self.process.ask(json.dumps(order)))
         return code, said
 
     def m3(self, place: Place, *arguments: object) -> Result:

@@ -1,7 +1,5 @@
 """A bank whose references are only in its catalogue: written, asked, inspected, verified, forgotten and completed."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +8,16 @@ import pytest
 from m3runtime import assembly
 from m3runtime.config.schema import Config
 from m3runtime.runtime import Runtime
-from tests.end_to_end.commands import FACTS, Place, environment
+from tests.end_to_end.commands import FACTS, Place
 from tests.end_to_end.conftest import NewPlace
 from tests.end_to_end.nursery import Nursery
+from tests.forked import run
 
 QUESTION = "What does the harbour lamp of Uskerfold burn?"
 COUNT = len(FACTS) + 1
 # Imports once, and is killed twice.
 KILL = """
 import os, signal
-import m3model.transformers, transformers.models.llama.modeling_llama, usearch.index
 from m3backends.lmdb.home import LmdbHome
 from m3runtime.cli import main
 
@@ -184,16 +182,8 @@ def test_a_runtime_that_only_reads_encodes_nothing(cold: Place) -> None:
 
 
 def test_killed_between_encoding_and_storing_it_is_still_cold(cold: Place, warm: Place) -> None:
-    killed = subprocess.run(
-        [sys.executable, "-c", KILL, "ask", QUESTION],
-        cwd=cold.folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
-    assert killed.returncode == 0, killed.stderr
+    killed = run(KILL, "ask", QUESTION, folder=cold.folder)
+    assert killed.returncode == 0, killed.stdout
     assert killed.stdout == "encoded\n" * 2
     assert counts(cold) == (0, COUNT)
     assert cold.m3("verify", "--json").json["clean"]

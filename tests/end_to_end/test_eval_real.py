@@ -16,7 +16,7 @@ from m3runtime.lab.evaluation.world import make_world
 pytestmark = pytest.mark.real_model
 
 SETTINGS = FactsSettings(
-    seed=5, references=18, questions=12, unanswerable=0, ask="statements", max_new_tokens=6, timed=0
+    seed=6, references=12, questions=8, unanswerable=0, ask="statements", max_new_tokens=6, timed=0
 )
 
 
@@ -38,7 +38,7 @@ def test_a_bank_with_the_answers_beats_one_without(
     assert all(item.right in [match.id for match in item.recalled] for item in results.items), "always recalled"
     # The same questions, over a bank of another world: of the same kinds of things, and none of the answers.
     without = FactsRun(config, SETTINGS, tmp_path)
-    other = make_world(6, references=18, questions=12, unanswerable=0)
+    other = make_world(9, references=8, questions=8, unanswerable=0)
     strangers = [replace(question, reference=0) for question in without.world.questions]
     without.world = replace(other, questions=tuple(strangers))
     ignorant = without.run(adapter, modes=("memory",))

@@ -4,14 +4,13 @@ import os
 import pty
 import shlex
 import shutil
-import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.commands import REPOSITORY, Place, environment
+from tests.end_to_end.commands import REPOSITORY, Place
+from tests.forked import Program
 
 CHINESE = "布林多瓦镇的市政厅建于一七四九年。港口的灯漆成紫色。每十一秒闪一次。\n"
 
@@ -85,23 +84,34 @@ def test_the_first_hour_of_the_readme(empty: Place, smollm2_path: Path, minilm_p
     assert answer.out.count("\n") == 1  # it does not run on
 
 
+ON_A_TERMINAL = """
+import os, sys
+from m3runtime import cli
+from m3runtime.plugins import installed
+
+installed.find = lambda _: None
+os.setsid()
+terminal = os.open(sys.argv[1], os.O_RDWR)
+for number in range(3):
+    os.dup2(terminal, number)
+os.close(terminal)
+for stream in (sys.stdout, sys.stderr):
+    stream.reconfigure(line_buffering=True)
+sys.argv = ["m3", "init"]
+cli.main()
+"""
+
+
 def test_what_is_not_installed_is_asked_for_on_a_terminal(empty: Place, model_path: Path, minilm_path: Path) -> None:
     """Through a pseudo-terminal, as a person answers: a wrong model first, which leaves nothing."""
-    hidden = "from m3runtime.plugins import installed; installed.find = lambda _: None"
-    hidden += "; from m3runtime import cli; cli.main()"
 
     def init(*answers: object) -> tuple[int, str]:
         ours, theirs = pty.openpty()
-        with os.fdopen(ours, "rb+", buffering=0) as keyboard:
-            process = subprocess.Popen(
-                [sys.executable, "-c", hidden, "init"],
-                cwd=empty.folder,
-                env=environment(),
-                stdin=theirs,
-                stdout=theirs,
-                stderr=theirs,
-                start_new_session=True,
-            )
+        with (
+            os.fdopen(ours, "rb+", buffering=0) as keyboard,
+            Program(ON_A_TERMINAL, os.ttyname(theirs), folder=empty.folder) as process,
+        ):
+            assert process.stdout.read() == ""  # it is at the terminal
             os.close(theirs)
             keyboard.write("".join(f"{answer}\n" for answer in answers).encode())
             shown = b""
@@ -111,7 +121,7 @@ def test_what_is_not_installed_is_asked_for_on_a_terminal(empty: Place, model_pa
             return process.wait(), shown.decode().replace("\r\n", "\n")
 
     code, shown = init("./absent", minilm_path)
-    assert code == 2
+    assert code == 2, shown
     assert "No model is installed. Folder, file or hub name: " in shown
     assert shown.endswith("m3: model.path: no such folder: ./absent\n")
     assert list(empty.folder.iterdir()) == []

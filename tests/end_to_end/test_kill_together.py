@@ -7,8 +7,6 @@ Nothing that was committed is lost, nothing that was forgotten comes back, nobod
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +15,14 @@ from random import Random
 
 import pytest
 
-from tests.end_to_end.commands import Contents, Place, environment
+from tests.end_to_end.commands import Contents, Place
+from tests.forked import Program
 
 SHORT, LONG = 12, 300
 MOST = 40
 """Memories that the bank holds at about most: what is too many is forgotten."""
 
-# Imports once, then starts a writer and two readers for every line it reads, and says when all of them are dead.
+# Starts a writer and two readers for every line it reads, and says when all of them are dead.
 # Each opens the bank itself: a home must not cross a fork.
 NURSERY = (
     f"MOST = {MOST}"
@@ -33,7 +32,7 @@ from random import Random
 
 import numpy as np
 import torch
-import m3backends.lmdb.home, m3backends.slabs, m3backends.usearch.index, m3runtime.codecs.raw
+import m3runtime.codecs.raw
 import tests.end_to_end.embedders
 from m3runtime import assembly
 from m3runtime.memory import block
@@ -169,12 +168,10 @@ class Life:
 
 @dataclass
 class Nursery:
-    process: "subprocess.Popen[str]"
+    process: Program
 
     def round(self, random: Random) -> Life:
         """Start a writer and two readers, and kill them one after the other in any order."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         durability = random.choice(["full", "commit", "relaxed"])
         self.process.stdin.write(json.dumps([random.randrange(1 << 30), durability]) + "\n")
         self.process.stdin.flush()
@@ -198,16 +195,8 @@ class Nursery:
 
 @contextmanager
 def nursery(place: Place) -> Iterator[Nursery]:
-    with subprocess.Popen(
-        [sys.executable, "-c", NURSERY, place.folder],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    ) as process:
+    with Program(NURSERY, place.folder) as process:
         yield Nursery(process)
-        assert process.stdin is not None
-        process.stdin.close()
 
 
 def kill_again_and_again(place: Place, kills: int, seed: int) -> None:

@@ -3,9 +3,6 @@
 `test_kill` kills such a write at any moment.
 """
 
-import json
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -24,8 +21,9 @@ from m3runtime.memory import block
 from m3runtime.runtime import Runtime
 from m3runtime.writing.mirror import Mirror
 from m3runtime.writing.writer import Writer
-from tests.end_to_end.commands import M3, environment, records
+from tests.end_to_end.commands import records
 from tests.end_to_end.conftest import NewPlace
+from tests.end_to_end.nursery import Nursery
 from tests.end_to_end.test_codec_life import TEXTS, TOKENS, Life, life, opened
 
 __all__ = ["life", "opened"]
@@ -104,7 +102,7 @@ def test_sources_stay_in_step(opened: tuple[Config, Adapter], tmp_path: Path) ->
     assert all(text in texts for text in TEXTS[:9])
 
 
-def test_a_process_that_was_open_recalls_the_same_texts(new_place: NewPlace, tmp_path: Path) -> None:
+def test_a_process_that_was_open_recalls_the_same_texts(new_place: NewPlace, nursery: Nursery, tmp_path: Path) -> None:
     place = new_place(tmp_path)
     place.configure(memory={"reference_tokens": 96}, recall={"refresh": 0, "memories": 3})
     place.configure(codec={"kind": "product", "bytes": 6, "sample_tokens": TOKENS})
@@ -114,9 +112,7 @@ def test_a_process_that_was_open_recalls_the_same_texts(new_place: NewPlace, tmp
         stream = runtime.stream(torch.float32)
         before = {text: stream.recall(text) for text in TEXTS[:30:7]}
         place.text("corpus.jsonl", records(TEXTS))
-        command = [sys.executable, M3, "write", "corpus.jsonl", "--json"]
-        done = subprocess.run(command, cwd=place.folder, env=environment(), capture_output=True, check=True)
-        report = json.loads(done.stdout)
+        report = nursery.m3(place, "write", "corpus.jsonl", "--json").json
         assert report["codec"] == "product"
         assert report["reencoded"] > 30
         codecs = set()

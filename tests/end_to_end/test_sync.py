@@ -261,11 +261,11 @@ def test_a_running_process_sees_what_another_changed(docs: Place, nursery: Nurse
         assert runtime.store.references() == {}
 
 
-def test_a_running_process_looks_when_it_is_told_to(docs: Place) -> None:
+def test_a_running_process_looks_when_it_is_told_to(docs: Place, nursery: Nursery) -> None:
     config = Config.load(docs.file, environ={}, overrides={"recall.refresh": "null"})
     with Runtime.open(config, read_only=True) as runtime:
         assert runtime.search([SHARED])[0]
-        assert docs.process("forget", "docs").code == 0
+        assert nursery.m3(docs, "forget", "docs").code == 0
         assert runtime.search([SHARED])[0]
         runtime.refresh()
         assert not runtime.search([SHARED])[0]

@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 import subprocess
-import sys
 import tempfile
 import tracemalloc
 from pathlib import Path
@@ -23,17 +22,17 @@ from m3runtime.documents.overlap import overlap
 from m3runtime.errors import InputError
 from m3runtime.lab.bench.timing import threads
 from tests.end_to_end.commands import M3, Place, environment
+from tests.forked import run
 from tests.model.families import TEXT, make_tokenizer
 
 STEPS = 12
 STAGES = {"warmup": {"steps": STEPS, "rise": 2}, "memory": {"steps": STEPS, "learning_rate": 1e-3}}
 
 
-# Imports once, then forks an `m3 train` for each stage, and kills it once there is a checkpoint.
+# Forks an `m3 train` for each stage, and kills it once there is a checkpoint.
 KILLED_TWICE = """
 import os, signal, sys, time
 from pathlib import Path
-import m3model.training.run, transformers.models.llama.modeling_llama
 from m3runtime.cli import main
 
 sys.argv = ["m3", "train"]
@@ -174,10 +173,8 @@ def test_killed_it_goes_on_to_the_same_losses(school: Place) -> None:
     with threads(1):  # as many as the processes have
         whole = school.m3("train", "--set", "train.out=./whole")
     assert whole.code == 0, whole.err
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_TWICE], cwd=school.folder, env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    done = run(KILLED_TWICE, folder=school.folder)
+    assert done.returncode == 0, done.stdout
     with threads(1):
         assert school.m3("train").code == 0
     for stage in ("warmup", "memory"):

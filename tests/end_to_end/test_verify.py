@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +20,10 @@ from m3runtime.memory import block
 from m3runtime.memory.block import as_ids
 from m3runtime.runtime import Runtime
 from m3runtime.writing.encoding import GROUP
-from tests.end_to_end.commands import Place, environment, records
+from tests.end_to_end.commands import Place, records
 from tests.end_to_end.conftest import NewPlace
 from tests.end_to_end.nursery import Nursery, errors
+from tests.forked import Program
 from tests.hostile import raw
 from tests.model.families import make_model, make_tokenizer
 
@@ -448,16 +447,7 @@ with Runtime.open(config) as runtime:
 
 @contextmanager
 def writing(place: Place) -> Iterator[None]:
-    with subprocess.Popen(
-        [sys.executable, "-c", WRITER],
-        cwd=place.folder,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
+    with Program(WRITER, folder=place.folder) as process:
         assert process.stdout.readline() == "ready\n"
         yield
         process.stdin.close()

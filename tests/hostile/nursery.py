@@ -5,6 +5,7 @@ is a function ``module:name`` that takes a `Place` with a copy of the bank, and 
 text. How it ended, what it took and whether it had to be stopped is seen from outside.
 """
 
+import gc
 import json
 import os
 import resource
@@ -82,6 +83,7 @@ def _main(folder: Path) -> None:
     kernels = import_module("m3runtime.codecs.product.kernels.by_numba")
     kernels.scatter()  # compiled once, not in every child
     import_module("tests.hostile.banks")
+    gc.freeze()  # or each child would look for garbage in all that was imported, and copy its pages
     pristine = folder / "pristine"
     made = _forked("tests.hostile.cases:make", None, pristine, 120.0)
     assert made.how == "returned", made

@@ -7,26 +7,39 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 
 from m3runtime import assembly
 from m3runtime.config.schema import Config
 from m3runtime.runtime import Runtime
+from m3runtime.serve import jobs
 from m3runtime.serve.keys import Keys
 from m3runtime.serve.served import Served
 from m3runtime.serve.server import Server
 
 
+def changers() -> set[BaseProcess]:
+    """The processes that change banks for servers of this process."""
+    return {one for one in multiprocessing.active_children() if one.name == "m3-changes"}
+
+
 @contextmanager
-def serving(file: Path, keys: str = "", *, read_only: bool = True, **overrides: str) -> Iterator[str]:
-    """Serve the bank of a configuration. Gives the address. ``overrides`` are keys with two underscores for a dot."""
+def serving(
+    file: Path, keys: str = "", *, read_only: bool = True, start: str = "forkserver", **overrides: str
+) -> Iterator[str]:
+    """Serve the bank of a configuration. Gives the address. ``overrides`` are keys with two underscores for a dot.
+
+    ``start`` is how the process starts that changes the bank. "spawn", as a user's server does it, takes seconds.
+    """
     changes = {"serve.port": "0", **{name.replace("__", "."): one for name, one in overrides.items()}}
     config = Config.load(file, environ={}, overrides=changes)
-    before = set(multiprocessing.active_children())
-    with Runtime.open(config, read_only=read_only) as runtime:
+    before = changers()
+    with patch.object(jobs, "_START", start), Runtime.open(config, read_only=read_only) as runtime:
         adapter = assembly.open_adapter(config, runtime.device)
         runtime.encoder = adapter
         server = Server(Served.of(runtime, adapter, Keys.load(None, {"M3_KEYS": keys})))
@@ -38,7 +51,7 @@ def serving(file: Path, keys: str = "", *, read_only: bool = True, **overrides: 
             server.should_exit = True
             thread.join()
             adapter.close()
-    assert not set(multiprocessing.active_children()) - before, "a process that changes the bank outlived its server"
+    assert not changers() - before, "a process that changes the bank outlived its server"
 
 
 @dataclass(frozen=True)

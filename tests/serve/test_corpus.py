@@ -2,7 +2,6 @@
 
 import io
 import json
-import multiprocessing
 import shutil
 import threading
 import zipfile
@@ -15,8 +14,9 @@ from filelock import FileLock
 
 from tests.core import office
 from tests.end_to_end.commands import FACTS, Place
-from tests.end_to_end.conftest import model_path, new_place, written, written_once  # noqa: F401 - fixtures
-from tests.serve.corpus_server import Client, error, serving
+from tests.end_to_end.conftest import model_path, new_place, nursery, written, written_once  # noqa: F401 - fixtures
+from tests.end_to_end.nursery import Nursery
+from tests.serve.corpus_server import Client, changers, error, serving
 
 pytest.importorskip("fastapi")
 KEYS = "read reader-key, write writer-key, read narrow-key facts/ferry.md facts/wall.html"
@@ -47,7 +47,7 @@ def changing(written_once: Place, tmp_path_factory: pytest.TempPathFactory) -> I
     Place(folder).configure(bank="../place/bank")
     (folder.parent / "outside.md").write_text("A cairn outside of the folder points to Pellworm.\n")
     assert Place(folder).m3("write", "../outside.md").code == 0
-    with serving(folder / "m3.yaml", KEYS) as url, Client.of(url, "writer-key") as writer:
+    with serving(folder / "m3.yaml", KEYS, start="spawn") as url, Client.of(url, "writer-key") as writer:
         yield Changing(Place(folder), url, writer)
 
 
@@ -184,7 +184,7 @@ class TestRefusal:
         assert not [path for path in (written_once.folder / "uploads").rglob("*") if path.is_file()]
 
 
-def test_a_document_from_its_upload_to_its_end(changing: Changing) -> None:
+def test_a_document_from_its_upload_to_its_end(changing: Changing, nursery: Nursery) -> None:  # noqa: F811
     client, place = changing.writer, changing.place
     assert all("weathercock" not in one["text"] for one in client.found("the weathercock of Pellworm"))
 
@@ -207,7 +207,7 @@ def test_a_document_from_its_upload_to_its_end(changing: Changing) -> None:
     assert client.found("the weathercock of Pellworm", 1)[0]["text"].endswith("tin.")
 
     # `m3 sync` of the folder keeps it, while the server runs.
-    assert place.process("sync", "uploads").code == 0
+    assert nursery.m3(place, "sync", "uploads").code == 0
     assert client.sources(contains="cock.md")["total"] == 1
 
     job = client.ended(client.forget("uploads/cock.md", erase=True))
@@ -326,12 +326,12 @@ def test_a_job_waits_for_another_writer(changing: Changing) -> None:
 
 
 def test_a_process_that_dies_fails_its_job_alone(written: Place) -> None:  # noqa: F811
-    before = set(multiprocessing.active_children())
+    before = changers()
     with serving(written.file) as url, Client.of(url) as client:
         with claimed(written):  # so that the job is still under way
             response = client.text("lost.md", NOTE)
             client.waits_for_a_writer(response)
-            (child,) = set(multiprocessing.active_children()) - before
+            (child,) = changers() - before
             child.kill()
             job = client.ended(response)
             assert (job["status"], job["error"]["type"]) == ("failed", "server_error")
