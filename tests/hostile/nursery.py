@@ -1,6 +1,6 @@
 """Runs cases one by one, each in a process of its own that is forked from one which has imported everything.
 
-As a program it is that process: it reads the names of cases from standard input and answers each with one line. A case
+`_main` is that process: it reads the names of cases from standard input and answers each with one line. A case
 is a function ``module:name`` that takes a `Place` with a copy of the bank, and whatever argument follows; it returns
 text. How it ended, what it took and whether it had to be stopped is seen from outside.
 """
@@ -11,7 +11,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -20,6 +19,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.forked import Program
+
+PROGRAM = """
+import os, pathlib, sys
+from tests.hostile.nursery import _main
+
+os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a library says of a hostile bank is no answer
+_main(pathlib.Path(sys.argv[1]))
+"""
 LIMIT_S = 30.0
 LIMIT_DATA = 4 << 30
 """Keeps the machine alive where a case wants all of its memory. What a case may take is held against its peak."""
@@ -43,43 +51,20 @@ class Nursery:
     """The process, as its parent sees it."""
 
     def __init__(self, folder: Path) -> None:
-        root = Path(__file__).parents[2]
-        path = os.pathsep.join(str(root / part) for part in (".", "backends", "model"))
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.hostile.nursery", str(folder)],
-            cwd=root,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._process = Program(PROGRAM, folder)
 
     def run(self, case: str, argument: Any = None, limit_s: float = LIMIT_S) -> Ended:
         """Run ``module:name`` in a place of its own."""
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write(json.dumps([case, argument, limit_s]) + "\n")
-        self._process.stdin.flush()
-        return Ended(**json.loads(self._process.stdout.readline()))
+        return Ended(**json.loads(self._process.ask(json.dumps([case, argument, limit_s]))))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.kill()  # what it imported takes seconds to end in order
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
+        self._process.__exit__(kind, error, at)
 
 
 def _main(folder: Path) -> None:
-    import torch
-
-    torch.set_num_threads(1)  # threads do not survive a fork
-    for module in ("usearch.index", "lmdb.home", "slabs"):
-        import_module(f"m3backends.{module}")
     kernels = import_module("m3runtime.codecs.product.kernels.by_numba")
     kernels.scatter()  # compiled once, not in every child
     banks = import_module("tests.hostile.banks")
@@ -149,7 +134,3 @@ def _run(work: Any, argument: Any, folder: Path, result: Path) -> None:
     temporary.write_text(json.dumps({**answer, "start": start}))
     temporary.replace(result)
     os._exit(0)
-
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]))

@@ -1,5 +1,6 @@
 """An implementation is held against the law that catches it; one whose law is not known, until a first law fails."""
 
+import multiprocessing
 from collections.abc import Iterator
 
 import pytest
@@ -21,6 +22,11 @@ def law_of(item: pytest.Item) -> str | None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[FAILED] = set()
+
+
+def pytest_runtestloop() -> None:
+    """Let the other processes of homes be forked from one that has imported nothing else."""
+    multiprocessing.set_forkserver_preload(["m3runtime.testing.home", "m3backends.lmdb.home"])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
