@@ -79,9 +79,22 @@ def main() -> None:
         if error.code == _INTERRUPTED:  # typer exits without a message
             _complain("interrupted; nothing is half-written")
         raise
-    except KeyboardInterrupt:
+    except BaseException as error:
+        if not _is_interrupt(error):
+            raise
         _complain("interrupted; nothing is half-written")
         sys.exit(_INTERRUPTED)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Was it raised for an interrupt, or while one was being handled?
+
+    A library that is interrupted in its first call (numba, which compiles then) may fail in the next one, which closes
+    what was open.
+    """
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _end() -> None:

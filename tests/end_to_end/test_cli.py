@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from m3runtime import cli
 from m3runtime.cli.terminal import printable
 from m3runtime.testing.embedder import EmbedderContract, MakeEmbedder
 from tests.end_to_end.commands import FACTS, Place, Result, of_line, records
@@ -436,3 +437,25 @@ def test_a_process_of_its_own(place: Place) -> None:
     assert result.json["written"] == 6
     assert result.err == ""
     assert ask(place, QUESTIONS["facts/lamp.txt"])["memories"]
+
+
+def test_what_fails_while_an_interrupt_is_handled_is_an_interrupt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(**_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise TypeError("a kernel whose compilation was interrupted takes nothing")
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "m3: interrupted; nothing is half-written\n"
+
+
+def test_an_error_of_no_interrupt_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "app", lambda **_: {}["missing"])
+    with pytest.raises(KeyError):
+        cli.main()
