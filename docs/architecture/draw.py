@@ -63,6 +63,7 @@ ROOMS = {
         "loading": "files to models",
         "memory3": "trained models",
         "training": "m3 train",
+        "vllm": "memories inside vLLM",
         "transformers": "MemoryModel",
     },
     "m3backends": {

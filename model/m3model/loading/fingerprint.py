@@ -2,13 +2,18 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 import xxhash
+from safetensors import safe_open
+from torch import Tensor
 
+from m3runtime.errors import ConfigError
 from m3runtime.memory.spec import canonical_json, fingerprint
 
 SAMPLE = 65_536
@@ -54,7 +59,25 @@ class ModelIdentity:
     @classmethod
     def of(cls, model: Any) -> "ModelIdentity":
         """Read it off a loaded causal language model of the transformers library."""
-        return cls(_weights_fingerprint(model), _settings(model.config.get_text_config()))
+        config = model.config.get_text_config()
+        return cls(_weights_fingerprint(config, dict(model.named_parameters())), _settings(config))
+
+    @classmethod
+    def of_checkpoint(cls, folder: Path, config: Any) -> Self:
+        """Read it off the safetensors files of a model that the transformers library would load as it is.
+
+        ``config`` is its text configuration. Raises `ConfigError` if there are no such files.
+        """
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ConfigError(f"{folder} has no safetensors files, so it cannot be told what model it is")
+        with ExitStack() as stack:
+            opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
+            where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            if getattr(config, "tie_word_embeddings", False):
+                where.pop("lm_head.weight", None)
+            parameters = _Lazily(where)
+            return cls(_weights_fingerprint(config, parameters), _settings(config))
 
     @property
     def fingerprint(self) -> str:
@@ -88,11 +111,28 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return fingerprint({"vocabulary": pieces, "probe": ids, "special": sorted(tokenizer.all_special_ids)})
 
 
-def _weights_fingerprint(model: Any) -> str:
+class _Lazily(Mapping[str, Tensor]):
+    """The tensors of open safetensors files, each read when it is asked for."""
+
+    def __init__(self, where: Mapping[str, Any]) -> None:
+        self._where = where
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._where[name].get_tensor(name)  # type: ignore[no-any-return]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+def _weights_fingerprint(config: Any, parameters: Mapping[str, Tensor]) -> str:
     """Parameters are read as bfloat16: a checkpoint loaded as float32 and as bfloat16 is the same model."""
-    config = model.config.get_text_config().to_dict()
-    state = xxhash.xxh3_128(canonical_json({key: config.get(key) for key in _SHAPE}).encode())
-    for name, parameter in sorted(model.named_parameters()):
+    stated = config.to_dict()
+    state = xxhash.xxh3_128(canonical_json({key: stated.get(key) for key in _SHAPE}).encode())
+    for name in sorted(parameters):
+        parameter = parameters[name]
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // SAMPLE)].to(torch.bfloat16).cpu().contiguous()
         state.update(f"{name}{tuple(parameter.shape)}".encode())

@@ -1,0 +1,166 @@
+"""`MemoryConnector`: the KV connector that vLLM loads.
+
+    --kv-transfer-config '{"kv_connector": "MemoryConnector", "kv_connector_module_path": "m3model.vllm.connector",
+                           "kv_role": "kv_both", "kv_connector_extra_config": {"config": "m3.yaml"}}'
+
+vLLM makes one in the scheduler and one in each worker. Both only hand on what they are called with.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from m3model.vllm import compat
+from m3model.vllm.constants import Constants
+from m3model.vllm.reading import Load
+from m3model.vllm.recalls import Recalls
+from m3model.vllm.scheduling import SchedulerHalf
+from m3model.vllm.settings import Settings, check, check_manifest, check_weights, head_of
+from m3model.vllm.slots import Slots
+from m3model.vllm.wish import Head
+from m3model.vllm.worker import WorkerHalf
+from m3runtime.errors import ConfigError
+from m3runtime.runtime import Runtime
+
+if TYPE_CHECKING:
+    from m3runtime.config.schema import Config
+
+
+@dataclass
+class Metadata(compat.MetadataBase):
+    """What the scheduler tells the workers in a step."""
+
+    loads: list[Load] = field(default_factory=list)
+    refused: list[int] = field(default_factory=list)
+    """A block of each request that is refused."""
+
+
+class MemoryConnector(compat.ConnectorBase):
+    """See the module. Raises the errors of `settings` and of `Runtime.open` when the server starts."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        compat.check_release()
+        self._vllm = vllm_config
+        self._settings = Settings.of(compat.options(vllm_config))
+        self.config = self._settings.load()
+        self._shape = compat.shape_of(vllm_config)
+        self._constants = Constants.read(self.config.bank)
+        check(self.config, self._constants, self._shape)
+        self.head: Head = head_of(
+            self._settings, self.config, self._constants, self._shape, compat.tokenizer_of(vllm_config)
+        )
+        self._runtime: Runtime | None = None
+        self.scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        self._pool: Any = None
+        if not compat.is_scheduler(role):
+            self._worker = WorkerHalf(self._shape, self._make_slots, lambda: open_runtime(self.config))
+        elif not self._settings.hosted:
+            cpu = self._shape.workers > 1  # then the workers decode memories, each its own
+            self._runtime = open_runtime(self.config, on_cpu=cpu)
+            self.read(self._runtime)
+
+    def read(self, runtime: Runtime) -> None:
+        """Read the bank of this runtime, which stays the caller's to close. Raises `BankMismatchError`."""
+        bank = runtime.bank
+        check_manifest(bank.manifest, self._constants, bank.path)
+        if self._settings.check_weights:
+            check_weights(bank.manifest, compat.model_path(self._vllm), compat.text_config(self._vllm), bank.path)
+        tokenizer = compat.tokenizer_of(self._vllm)
+
+        def decode(tokens: Sequence[int]) -> str:
+            return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+        self.scheduler = SchedulerHalf(self.head, Recalls(runtime, self._shape.dtype), self._shape, decode)
+
+    def _make_slots(self, heads: slice, dtype: torch.dtype, device: torch.device) -> Slots:
+        return Slots(
+            self._constants,
+            self.head.slots,
+            compat.turn(self._vllm, self.head.slots - self._constants.spec.reference_tokens),
+            heads=heads,
+            temperature=self.config.memory.attention_temperature,
+            dtype=dtype,
+            device=device,
+            cache_bytes=self._settings.cache,
+        )
+
+    # -- the scheduler's hooks ----------------------------------------------------------------------------------
+
+    def _half(self) -> SchedulerHalf:
+        if self.scheduler is None:
+            raise ConfigError("no bank is open yet")
+        return self.scheduler
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """See vLLM."""
+        self._pool = gpu_block_pool
+
+    def on_new_request(self, request: Any) -> None:
+        """See vLLM."""
+        if self.scheduler is not None:
+            self.scheduler.add(request)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """See vLLM."""
+        return (0 if self.scheduler is None else self.scheduler.matched(request, num_computed_tokens)), False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:  # noqa: ARG002
+        """See vLLM."""
+        if self.scheduler is not None:
+            self.scheduler.allocated(request, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> Metadata:
+        """See vLLM."""
+        return Metadata() if self.scheduler is None else Metadata(*self.scheduler.plan(scheduler_output))
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """See vLLM."""
+        if self.scheduler is None:
+            return False, None
+        if self.scheduler.is_private(request):  # nobody else has their salt: make room at once
+            self._pool.evict_blocks(set(block_ids))
+        return False, self.scheduler.finished(request)
+
+    # -- a worker's hooks ---------------------------------------------------------------------------------------
+
+    def start_load_kv(self, forward_context: Any, **_: Any) -> None:
+        """See vLLM."""
+        metadata = self._get_connector_metadata()
+        if self._worker is not None and isinstance(metadata, Metadata):
+            self._worker.load(metadata.loads, metadata.refused, forward_context)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """See vLLM."""
+        return set() if self._worker is None else self._worker.failed()
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: `start_load_kv` has written all layers."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing is saved."""
+
+    def wait_for_save(self) -> None:
+        """Nothing is saved."""
+
+    def shutdown(self) -> None:
+        """See vLLM."""
+        closing: list[Callable[[], None]] = []
+        if self.scheduler is not None:
+            closing.append(self.scheduler.close)
+        if self._worker is not None:
+            closing.append(self._worker.close)
+        if self._runtime is not None:
+            closing.append(self._runtime.close)
+        for close in closing:
+            close()
+
+
+def open_runtime(config: "Config", *, on_cpu: bool = False) -> Runtime:
+    """The bank, for reading."""
+    if on_cpu:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})
+    return Runtime.open(config, read_only=True)
