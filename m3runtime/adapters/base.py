@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from m3runtime.config.schema import GenerateConfig, MemoryConfig, ModelConfig
     from m3runtime.memory.shape import ModelShape
-    from m3runtime.stream import Stream
+    from m3runtime.stream import Recaller, Stream
 
 
 class Adapter(ABC):
@@ -52,6 +52,16 @@ class Adapter(ABC):
         resolved: an accelerator has an index. Raises `ConfigError` with one line if there is no such model, or it
         cannot have such memories.
         """
+
+    @classmethod
+    def over(cls, runtime: "Recaller", device: "torch.device", options: Mapping[str, Any]) -> "Adapter":
+        """The adapter that answers over an open runtime. ``options`` are those of the plug-in.
+
+        Raises `ConfigError` as `open` does, and for options that it does not know.
+        """
+        if options:
+            raise ConfigError(f"this engine has no option {next(iter(options))}; it is configured by model")
+        return cls.open(runtime.config.model, runtime.config.memory, device)
 
     @classmethod
     def shape(cls, model: "ModelConfig") -> "ModelShape":

@@ -39,13 +39,13 @@ def load(file: Path | None, settings: list[str] | None) -> "LoadedConfig[Config]
     return load_config(Config, file, overrides=overrides(settings))
 
 
-def overrides(settings: list[str] | None) -> dict[str, str]:
-    """The values of ``--set`` by key. Raises `InputError`."""
+def overrides(settings: list[str] | None, option: str = "--set") -> dict[str, str]:
+    """The values of ``--set``, or another option, by key. Raises `InputError`."""
     found = {}
     for setting in settings or ():
         key, equals, value = setting.partition("=")
         if not equals:
-            raise InputError(f"--set {setting}: write it as KEY=VALUE")
+            raise InputError(f"{option} {setting}: write it as KEY=VALUE")
         found[key] = value
     return found
 

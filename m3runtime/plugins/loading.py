@@ -34,6 +34,7 @@ _EXTRAS = {
     "openpyxl": ("documents",),
     "pyarrow": ("parquet",),
     "watchfiles": ("sync",),
+    "vllm": ("vllm",),
 }
 """The extras that install each optional module."""
 

@@ -23,7 +23,7 @@ OnRead = Callable[[Recalled, int], None]
 class Hosted:
     """A request of an engine in this process: its own stream, and who is told what."""
 
-    stream: "Stream"
+    stream: "Stream | None"
     on_read: OnRead
     refused: Exception | None = None
     """Why the request fails, once it does."""

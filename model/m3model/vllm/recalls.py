@@ -59,11 +59,6 @@ class Recalls:
         if asked:
             self._threads.submit(self._recall, asked)
 
-    def hint(self, streams: Sequence["Stream"], texts: Sequence[str]) -> None:
-        """Look ahead for recalls to come."""
-        if streams:
-            self._threads.submit(self.runtime.hint, streams, texts)
-
     def close(self) -> None:
         """Wait for what is under way."""
         self._threads.shutdown()

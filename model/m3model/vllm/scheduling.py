@@ -10,6 +10,7 @@ from concurrent.futures import wait as wait_for
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from m3model.engine.recalls import hint
 from m3model.vllm import compat
 from m3model.vllm.reading import Hosted, Load, Reading
 from m3model.vllm.recalls import Memories, Recalls, fitting
@@ -155,7 +156,7 @@ class SchedulerHalf:
         """Recall for all that have written a chunk, together, and wait until the deadline."""
         size, ahead = self._config.chunk_tokens, self._config.lookahead_tokens
         due: list[Memories] = []
-        hints: list[tuple[Stream, str]] = []
+        hints: list[tuple[Reading, Stream, str]] = []
         for reading in readings:
             if not reading.wish.refresh or reading.wish.off or reading.refused is not None:
                 continue
@@ -169,9 +170,9 @@ class SchedulerHalf:
             elif ahead and place == size - ahead and reading.wish.ids is None and reading.hinted < chunk:
                 reading.hinted = chunk
                 assert reading.stream is not None
-                hints.append((reading.stream, self._decode(list(answer[-place:]))))
+                hints.append((reading, reading.stream, self._decode(list(answer[-place:]))))
         self._recalls.send()
-        self._recalls.hint([stream for stream, _ in hints], [text for _, text in hints])
+        hint(hints, Reading.refuse)
         if due:
             patience = None if self._config.when_late == "wait" else self._config.deadline
             wait_for(due, patience)

@@ -1,0 +1,84 @@
+"""`VllmEngine`: vLLM behind the contract of engines."""
+
+import threading
+from collections.abc import Sequence
+
+from m3model.engine.job import Job, Words
+from m3model.vllm.core import Core
+from m3runtime.adapters.engine import End, Engine, Failure, OnEvent, Request, Ticket
+from m3runtime.errors import EngineClosedError, InputError
+
+
+class VllmEngine(Engine):
+    """See `m3runtime.adapters.engine.Engine`. The memories of a prompt are recalled once, before it is read."""
+
+    def __init__(self, core: Core, words: Words, *, length: int, vocabulary: int, owns: bool = True) -> None:
+        """``length`` is the most tokens of prompt and answer. Closing it closes the core, if it ``owns`` that."""
+        self._core = core
+        self._words = words
+        self._length = length
+        self._vocabulary = vocabulary
+        self._owns = owns
+        self._changed = threading.Condition()
+        self._open: set[Job] = set()
+        self._closed = False
+
+    def submit(self, requests: Sequence[Request], on_event: OnEvent) -> list[Ticket]:
+        """See `Engine.submit`."""
+        jobs: list[Job] = []
+        for index, request in enumerate(requests):
+            ids = self._words.ids(request.prompt, request.stream is not None)
+            self._check(request, ids)
+            jobs.append(Job(request, index, self._heard(jobs, index, on_event), ids, self._words, self._core.cancel))
+        with self._changed:
+            if self._closed:
+                raise EngineClosedError("the engine is closed: it takes no more requests")
+            self._core.add(jobs)
+            self._open.update(jobs)
+        return list(jobs)
+
+    def close(self) -> None:
+        """See `Engine.close`. A listener that calls it does not wait."""
+        with self._changed:
+            self._closed = True
+            jobs = list(self._open)
+        for job in jobs:
+            job.cancel()
+        if not self._core.is_own_thread():
+            with self._changed:
+                self._changed.wait_for(lambda: not self._open)
+        if self._owns:
+            self._core.close()
+
+    def _heard(self, jobs: list[Job], index: int, on_event: OnEvent) -> OnEvent:
+        """The listener, and what this engine hears itself."""
+
+        def hear(number: int, event: object) -> None:
+            try:
+                on_event(number, event)  # type: ignore[arg-type]
+            finally:
+                if isinstance(event, End | Failure):
+                    self._ended(jobs[index])
+
+        return hear
+
+    def _ended(self, job: Job) -> None:
+        with self._changed:
+            self._open.discard(job)
+            self._changed.notify_all()
+
+    def _check(self, request: Request, ids: Sequence[int]) -> None:
+        """Raise `InputError` for a request that can never be answered."""
+        if not ids:
+            raise InputError("a prompt needs at least one token")
+        if strange := [token for token in request.settings.logit_bias if not 0 <= token < self._vocabulary]:
+            raise InputError(
+                f"generate.logit_bias: {strange[0]} is no token; the model's are 0 to {self._vocabulary - 1}"
+            )
+        head = 0 if request.stream is None else len(self._core.head)
+        if head + len(ids) + request.settings.max_new_tokens > self._length:
+            raise InputError(
+                f"{len(ids)} tokens of prompt and {request.settings.max_new_tokens} of answer do not fit: of "
+                f"{self._length} tokens, vLLM's max_model_len, {head} are for memories; shorten the prompt, or lower "
+                "max_new_tokens"
+            )
