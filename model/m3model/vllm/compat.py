@@ -4,6 +4,7 @@ Most of it is the interface of KV connectors and what their hooks are handed, wh
 """
 
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,8 @@ class Shape:
     length: int
     """Most tokens of prompt and answer."""
     workers: int
+    together: bool
+    """Does the one worker live in the scheduler's process?"""
     family: str
 
 
@@ -95,6 +98,7 @@ def shape_of(vllm_config: Any) -> Shape:
         block=vllm_config.cache_config.block_size,
         length=model.max_model_len,
         workers=parallel.world_size,
+        together=parallel.distributed_executor_backend == "uni",
         family=family,
     )
 
@@ -226,7 +230,14 @@ def open_engine(model: str, options: Mapping[str, Any], extra: Mapping[str, Any]
     except TypeError as error:
         raise ConfigError(f"vLLM: {error}") from error
     config = arguments.create_engine_config()
-    return LLMEngine(config, Executor.get_class(config), log_stats=False)
+    # On a CPU vLLM looks at what every module names, and this one, of numba's, has an object that it cannot look at.
+    module = "llvmlite.binding.ffi"
+    hidden = sys.modules.pop(module, None)
+    try:
+        return LLMEngine(config, Executor.get_class(config), log_stats=False)
+    finally:
+        if hidden is not None:
+            sys.modules[module] = hidden
 
 
 def config_of(engine: Any) -> Any:

@@ -6,14 +6,16 @@
 vLLM makes one in the scheduler and one in each worker. Both only hand on what they are called with.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from m3model.vllm import compat
 from m3model.vllm.constants import Constants
+from m3model.vllm.opening import on_cpu, open_reader
 from m3model.vllm.reading import Load
 from m3model.vllm.recalls import Recalls
 from m3model.vllm.scheduling import SchedulerHalf
@@ -23,9 +25,6 @@ from m3model.vllm.wish import Head
 from m3model.vllm.worker import WorkerHalf
 from m3runtime.errors import ConfigError
 from m3runtime.runtime import Runtime
-
-if TYPE_CHECKING:
-    from m3runtime.config.schema import Config
 
 
 @dataclass
@@ -57,10 +56,12 @@ class MemoryConnector(compat.ConnectorBase):
         self._worker: WorkerHalf | None = None
         self._pool: Any = None
         if not compat.is_scheduler(role):
-            self._worker = WorkerHalf(self._shape, self._make_slots, lambda: open_runtime(self.config))
+            if not self._shape.together:
+                self._runtime = open_reader(self.config)
+            self._worker = WorkerHalf(self._shape, self._make_slots, self._runtime)
         elif not self._settings.hosted:
-            cpu = self._shape.workers > 1  # then the workers decode memories, each its own
-            self._runtime = open_runtime(self.config, on_cpu=cpu)
+            # On a GPU several workers decode memories, each its own; here they are only looked at.
+            self._runtime = Runtime.open(self.config if self._shape.together else on_cpu(self.config), read_only=True)
             self.read(self._runtime)
 
     def read(self, runtime: Runtime) -> None:
@@ -148,19 +149,8 @@ class MemoryConnector(compat.ConnectorBase):
 
     def shutdown(self) -> None:
         """See vLLM."""
-        closing: list[Callable[[], None]] = []
-        if self.scheduler is not None:
-            closing.append(self.scheduler.close)
-        if self._worker is not None:
-            closing.append(self._worker.close)
-        if self._runtime is not None:
-            closing.append(self._runtime.close)
-        for close in closing:
-            close()
-
-
-def open_runtime(config: "Config", *, on_cpu: bool = False) -> Runtime:
-    """The bank, for reading."""
-    if on_cpu:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})
-    return Runtime.open(config, read_only=True)
+        with ExitStack() as closing:
+            if self._runtime is not None:
+                closing.callback(self._runtime.close)
+            if self.scheduler is not None:
+                closing.callback(self.scheduler.close)

@@ -56,8 +56,7 @@ def head_of(settings: Settings, config: Config, constants: Constants, shape: com
     sink = constants.sink_ids
     slots = settings.slots
     if slots is None:
-        wanted = len(sink) + config.recall.memories * constants.spec.tokens
-        slots = -(-wanted // shape.block) * shape.block - len(sink)
+        slots = slots_of(config, constants, shape.block)
     if len(sink) + slots >= shape.length:
         raise ConfigError(
             f"the sink and {slots} slots leave no room in a context of {shape.length} tokens; set a larger "
@@ -65,6 +64,13 @@ def head_of(settings: Settings, config: Config, constants: Constants, shape: com
         )
     placeholder = settings.placeholder
     return Head(sink, slots, placeholder_of(tokenizer) if placeholder is None else placeholder)
+
+
+def slots_of(config: Config, constants: Constants, block: int) -> int:
+    """Slots for as many memories as a chunk may have; sink and slots together fill blocks of vLLM's cache."""
+    sink = len(constants.sink_ids)
+    wanted = sink + config.recall.memories * constants.spec.tokens
+    return -(-wanted // block) * block - sink
 
 
 def placeholder_of(tokenizer: Any) -> int:

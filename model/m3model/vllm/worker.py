@@ -25,13 +25,12 @@ class WorkerHalf:
         self,
         shape: compat.Shape,
         make_slots: Callable[[slice, torch.dtype, torch.device], Slots],
-        open_runtime: Callable[[], "Runtime"],
+        runtime: "Runtime | None",
     ) -> None:
-        """``open_runtime`` opens the bank, for a worker that is not in the scheduler's process."""
+        """``runtime`` has the bank open, for a worker that is not in the scheduler's process."""
         self._shape = shape
         self._make_slots = make_slots
-        self._open_runtime = open_runtime
-        self._runtime: Runtime | None = None
+        self._runtime = runtime
         self._slots: Slots | None = None
         self._layers: list[tuple[int, Any]] = []
         self._failed: set[int] = set()
@@ -50,12 +49,6 @@ class WorkerHalf:
         """The blocks of requests that end, since the last call."""
         failed, self._failed = self._failed, set()
         return failed
-
-    def close(self) -> None:
-        """Close the bank, if it was opened here."""
-        if self._runtime is not None:
-            self._runtime.close()
-            self._runtime = None
 
     @torch.inference_mode()
     def _write(self, load: Load, forward_context: Any) -> None:
@@ -81,7 +74,7 @@ class WorkerHalf:
         if recalled.parts or not recalled.ids:
             return recalled.parts
         # Of another process: parts do not travel, and each worker reads the bank itself.
-        self._runtime = self._runtime or self._open_runtime()
+        assert self._runtime is not None
         missing = [id for id in recalled.ids if not slots.has(id)]
         parts = self._runtime.fetch(missing, self._shape.dtype) if missing else {}
         nothing = torch.empty(0)

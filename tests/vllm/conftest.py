@@ -1,0 +1,91 @@
+"""A bank of the demo's handbook, SmolLM2 behind vLLM and behind our adapter, in one process. See `make test-vllm`.
+
+vLLM allows one engine in a process, so each file here is run by a pytest of its own.
+"""
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import xxhash
+
+from m3model.adapter import TransformersAdapter
+from m3model.vllm.constants import NAME
+from m3runtime import assembly
+from m3runtime.config.schema import Config
+from m3runtime.documents.reading import read_documents
+from m3runtime.runtime import Runtime
+from m3runtime.writing.writer import Writer
+
+if TYPE_CHECKING:
+    from tests.vllm.both import Both
+
+if find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+# Before vLLM is imported.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+CACHE = Path(__file__).parents[2] / ".cache"
+HANDBOOK = Path(__file__).parents[2] / "docs/demo/handbook.md"
+
+
+@pytest.fixture(scope="session")
+def config(smollm2_path: Path, minilm_path: Path) -> Config:
+    """The demo's configuration, with a codec that is trained on the handbook."""
+    return Config.model_validate(
+        {
+            "bank": CACHE / "vllm" / xxhash.xxh3_64_hexdigest(HANDBOOK.read_bytes()),
+            "model": {"path": str(smollm2_path), "dtype": "float32", "device": "cpu"},
+            "memory": {"attention_temperature": 0.9},
+            "codec": {"kind": "product", "sample_tokens": 1500},
+            "embedder": {"path": str(minilm_path), "device": "cpu"},
+            "tiers": [{"kind": "lmdb"}],
+            "recall": {"when_late": "wait"},
+            "generate": {"prompt": "reference", "max_new_tokens": 24, "stop": ["\n"]},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def adapter(config: Config) -> Iterator[TransformersAdapter]:
+    """Our own adapter, with the bank written by it: once for all runs, since that takes a minute."""
+    from tests.vllm.calibration import write_constants  # not without vLLM
+
+    adapter = assembly.open_adapter(config)
+    assert isinstance(adapter, TransformersAdapter)
+    if not (config.bank / NAME).exists():
+        report = Writer(config, adapter, assembly.open_embedder(config)).write(read_documents([HANDBOOK]))
+        assert report.references > 30
+        write_constants(adapter, config.bank)
+    yield adapter
+    adapter.close()
+
+
+@pytest.fixture(scope="session")
+def runtime(config: Config, adapter: TransformersAdapter) -> Iterator[Runtime]:
+    with Runtime.open(config, read_only=True) as runtime:
+        yield runtime
+
+
+@pytest.fixture(scope="module")
+def options() -> dict[str, Any]:
+    """Arguments of vLLM's engine; a module may have its own."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def both(runtime: Runtime, adapter: TransformersAdapter, options: dict[str, Any]) -> "Iterator[Both]":
+    """The same questions to both."""
+    from tests.vllm.both import Both  # not without vLLM
+
+    both = Both(runtime, adapter, options)
+    yield both
+    both.close()
