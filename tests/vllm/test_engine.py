@@ -1,0 +1,114 @@
+"""vLLM behind our contract of engines; and the server over it."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import pytest
+
+from m3model.adapter import TransformersAdapter
+from m3model.vllm.adapter import VllmAdapter
+from m3model.vllm.engine import VllmEngine
+from m3runtime.adapters.answers import Prompt
+from m3runtime.adapters.engine import Engine, Request, answers
+from m3runtime.config.schema import GenerateConfig
+from m3runtime.errors import ConfigError, InputError
+from m3runtime.runtime import Runtime
+from m3runtime.stream import Stream
+from m3runtime.testing.engine import EngineContract
+from tests.model.test_engine import FailingRuntime, LateRuntime
+from tests.serve.serving import running
+from tests.vllm.both import OPTIONS
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def served(runtime: Runtime) -> Iterator[VllmAdapter]:
+    served = VllmAdapter(runtime, {**OPTIONS, "slots": 253})
+    served.check(runtime.bank.manifest, runtime.bank.path)
+    yield served
+    served.close()
+
+
+class TestVllm(EngineContract):
+    """One vLLM in a process, so all engines of a test are on one core, which stays."""
+
+    examples: ClassVar[int] = 3
+
+    @pytest.fixture(autouse=True)
+    def open(self, served: VllmAdapter, runtime: Runtime) -> None:
+        self.served, self.runtime = served, runtime
+
+    def make_engine(self, *, rows: int = 4, crowded: bool = False) -> Engine:
+        whole = self.served.engine
+        assert isinstance(whole, VllmEngine)
+        return VllmEngine(whole._core, whole._words, length=whole._length, vocabulary=whole._vocabulary, owns=False)
+
+    def stream(self) -> Stream:
+        return self.runtime.stream(self.served.dtype)
+
+    def make_requests(self) -> list[Request]:
+        def asks(**options: Any) -> GenerateConfig:
+            return GenerateConfig(**{"max_new_tokens": 20, **options})
+
+        drawn = {"temperature": 0.9, "seed": 5}
+        long = Prompt("The town has a harbour, a gate, a market hall, and a wall that quarrymen built. " * 6)
+        return [
+            Request(self.served.render("What does the harbour lamp burn?", "question"), asks(), self.stream()),
+            Request(long, asks(log_probs=3, max_new_tokens=70), self.stream()),
+            Request(Prompt("Once upon a time", query="the bell of the town"), asks(**drawn), self.stream()),
+            Request(Prompt("The capital of France"), asks(max_new_tokens=30), None),
+            Request(Prompt("A list of birds:"), asks(**drawn, top_p=0.8, repetition_penalty=1.3, log_probs=0), None),
+            Request(Prompt("Bees"), asks(frequency_penalty=1.5, presence_penalty=0.5, max_new_tokens=1), self.stream()),
+        ]
+
+    def make_failing_request(self) -> Request:
+        stream = Stream(FailingRuntime(self.runtime), self.served.dtype)
+        return Request(Prompt("The harbour lamp"), GenerateConfig(), stream)
+
+    def make_late_request(self, gate: threading.Event) -> Request:
+        return replace(self.make_failing_request(), stream=Stream(LateRuntime(self.runtime, gate), self.served.dtype))
+
+    def test_an_answer_is_that_of_our_own_engine(self, adapter: TransformersAdapter) -> None:
+        questions = [
+            "What does the harbour lamp burn?",
+            "Which colour has the town's gate?",
+            "When is the market held?",
+        ]
+        settings = GenerateConfig(max_new_tokens=80, stop=("\n\n",), log_probs=2)
+
+        def requests() -> list[Request]:
+            return [Request(self.served.render(text, "question"), settings, self.stream()) for text in questions]
+
+        for ours, theirs in zip(
+            answers(adapter.engine, requests()), answers(self.served.engine, requests()), strict=True
+        ):
+            assert (theirs.text, theirs.tokens, theirs.stopped_by) == (ours.text, ours.tokens, ours.stopped_by)
+            assert [chunk.ids for chunk in theirs.chunks] == [chunk.ids for chunk in ours.chunks]
+
+    def test_what_does_not_fit_is_refused_before_it_begins(self) -> None:
+        with pytest.raises(InputError, match="max_model_len, 256 are for memories"):
+            self.served.engine.submit(
+                [Request(Prompt("a"), GenerateConfig(max_new_tokens=1900), self.stream())], lambda *_: None
+            )
+        with pytest.raises(ConfigError, match="writes no memories"):
+            self.served.encode(["a"])
+
+
+def test_the_server_answers_and_cites_over_vllm(served: VllmAdapter, runtime: Runtime) -> None:
+    limits = runtime.config.serve.model_copy(update={"port": 0, "name": "lamp"})
+    runtime.config = runtime.config.model_copy(update={"serve": limits})
+    engine = served.engine
+    with running(runtime, served) as serving:  # type: ignore[arg-type] # any adapter
+        client = serving.openai()
+        asked: Any = [{"role": "user", "content": "What does the harbour lamp burn?"}]
+        whole = client.chat.completions.create(model="lamp", messages=asked, max_tokens=20)
+        assert "walnut oil" in (whole.choices[0].message.content or "")
+        [first, *_] = whole.choices[0].message.memories  # type: ignore[attr-defined]
+        assert first["source"].endswith("handbook.md")
+        parts = client.chat.completions.create(model="lamp", messages=asked, max_tokens=70, stream=True)
+        cited = [one for part in parts for one in getattr(part.choices[0].delta, "memories", None) or ()]
+        assert first["id"] in [one["id"] for one in cited]
+    assert engine._closed  # type: ignore[attr-defined]
