@@ -138,10 +138,9 @@ class BiasDirections:
 
         Raises `BankError` if the file is damaged, and `BankMismatchError` if it is of another model or other layers.
         """
-        path = folder / BIAS
-        if not path.exists():
+        path, found = folder / BIAS, cls.read(folder)
+        if found is None:
             return None
-        found = cls._read(path)
         if found.facts.model != manifest.model:
             raise BankMismatchError(
                 f"{path}: of another model ({one_line(found.facts.model_name)}, {found.facts.model[:8]}), not "
@@ -151,6 +150,15 @@ class BiasDirections:
         if (found.facts.layers, *found.directions.shape[1:]) != (spec.layers, spec.kv_heads, spec.head_dim):
             raise BankMismatchError(f"{path}: of other memory layers or heads than the bank's; {_AGAIN}")
         return found
+
+    @classmethod
+    def read(cls, folder: Path) -> "BiasDirections | None":
+        """The directions in a bank's folder, of whatever model, or None if it has no file.
+
+        For whoever has not opened the bank. Raises `BankError` if the file is damaged.
+        """
+        path = folder / BIAS
+        return cls._read(path) if path.exists() else None
 
     def _tensors(self) -> dict[str, Tensor]:
         of_tensors = (one.name for one in fields(self) if one.name != "facts")

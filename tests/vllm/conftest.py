@@ -7,17 +7,19 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import xxhash
 
 from m3model.adapter import TransformersAdapter
-from m3model.vllm.constants import NAME
 from m3runtime import assembly
+from m3runtime.bank.bias import BIAS
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import read_documents
 from m3runtime.runtime import Runtime
+from m3runtime.writing.calibrating import calibrate_bias
 from m3runtime.writing.writer import Writer
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 CACHE = Path(__file__).parents[2] / ".cache"
+TOPICS = ("assert", "class", "comparisons", "exceptions", "function", "raise")
 HANDBOOK = Path(__file__).parents[2] / "docs/demo/handbook.md"
 
 
@@ -57,14 +60,14 @@ def config(smollm2_path: Path, minilm_path: Path) -> Config:
 @pytest.fixture(scope="session")
 def adapter(config: Config) -> Iterator[TransformersAdapter]:
     """Our own adapter, with the bank written by it: once for all runs, since that takes a minute."""
-    from tests.vllm.calibration import write_constants  # not without vLLM
-
     adapter = assembly.open_adapter(config)
     assert isinstance(adapter, TransformersAdapter)
-    if not (config.bank / NAME).exists():
+    if not (config.bank / BIAS).exists():
         report = Writer(config, adapter, assembly.open_embedder(config)).write(read_documents([HANDBOOK]))
         assert report.references > 30
-        write_constants(adapter, config.bank)
+        text = config.bank.with_suffix(".txt")
+        text.write_text("\n\n".join(topics[name] for name in TOPICS))
+        calibrate_bias(config, length=1024, texts=[text])
     yield adapter
     adapter.close()
 

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 
 from m3model.vllm import compat
-from m3model.vllm.constants import Constants
 from m3model.vllm.opening import on_cpu, open_reader
 from m3model.vllm.reading import Load
 from m3model.vllm.recalls import Recalls
 from m3model.vllm.scheduling import SchedulerHalf
-from m3model.vllm.settings import Settings, check, check_manifest, check_weights, head_of
+from m3model.vllm.settings import Settings, bias_of, check, check_weights, head_of, width_of
 from m3model.vllm.slots import Slots
 from m3model.vllm.wish import Head
 from m3model.vllm.worker import WorkerHalf
+from m3runtime.bank.bias import BiasDirections
 from m3runtime.errors import ConfigError
 from m3runtime.runtime import Runtime
 
@@ -46,10 +46,10 @@ class MemoryConnector(compat.ConnectorBase):
         self._settings = Settings.of(compat.options(vllm_config))
         self.config = self._settings.load()
         self._shape = compat.shape_of(vllm_config)
-        self._constants = Constants.read(self.config.bank)
-        check(self.config, self._constants, self._shape)
+        self._bias = bias_of(self.config.bank)
+        check(self.config, self._bias, self._shape)
         self.head: Head = head_of(
-            self._settings, self.config, self._constants, self._shape, compat.tokenizer_of(vllm_config)
+            self._settings, self.config, self._bias, self._shape, compat.tokenizer_of(vllm_config)
         )
         self._runtime: Runtime | None = None
         self.scheduler: SchedulerHalf | None = None
@@ -67,7 +67,7 @@ class MemoryConnector(compat.ConnectorBase):
     def read(self, runtime: Runtime) -> None:
         """Read the bank of this runtime, which stays the caller's to close. Raises `BankMismatchError`."""
         bank = runtime.bank
-        check_manifest(bank.manifest, self._constants, bank.path)
+        BiasDirections.load(bank.path, bank.manifest)  # of this model and these layers?
         if self._settings.check_weights:
             check_weights(bank.manifest, compat.model_path(self._vllm), compat.text_config(self._vllm), bank.path)
         tokenizer = compat.tokenizer_of(self._vllm)
@@ -79,9 +79,9 @@ class MemoryConnector(compat.ConnectorBase):
 
     def _make_slots(self, heads: slice, dtype: torch.dtype, device: torch.device) -> Slots:
         return Slots(
-            self._constants,
+            self._bias,
             self.head.slots,
-            compat.turn(self._vllm, self.head.slots - self._constants.spec.reference_tokens),
+            compat.turn(self._vllm, self.head.slots - width_of(self._bias)),
             heads=heads,
             temperature=self.config.memory.attention_temperature,
             dtype=dtype,

@@ -13,20 +13,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from m3model.vllm.constants import Constants
-from m3model.vllm.settings import placeholder_of, slots_of
+from m3model.vllm.settings import bias_of, placeholder_of, slots_of
 from m3model.vllm.wish import Head
+from m3runtime.bank.bias import BiasDirections
 from m3runtime.config.schema import Config
-from m3runtime.errors import ConfigError
+from m3runtime.errors import ConfigError, M3Error
 
 
 def load_head(config: str | Path, *, block: int, slots: int | None = None, placeholder: int | None = None) -> Head:
     """The head that a server over this bank wants. All but the file must be what the server was started with.
 
-    Raises `ConfigError`, and `BankMissingError` for a bank without its constants for vLLM.
+    Raises `ConfigError`, and `BankMissingError` for a bank without bias directions.
     """
     settings = Config.load(config)
-    return _head(settings, Constants.read(settings.bank), tokenizer_of(settings), block, slots, placeholder)
+    return _head(settings, bias_of(settings.bank), tokenizer_of(settings), block, slots, placeholder)
 
 
 def tokenizer_of(config: Config) -> Any:
@@ -45,11 +45,11 @@ def text_of(head: Head, tokenizer: Any) -> str:
 
 
 def _head(
-    config: Config, constants: Constants, tokenizer: Any, block: int, slots: int | None, placeholder: int | None
+    config: Config, bias: BiasDirections, tokenizer: Any, block: int, slots: int | None, placeholder: int | None
 ) -> Head:
     return Head(
-        constants.sink_ids,
-        slots_of(config, constants, block) if slots is None else slots,
+        bias.facts.sink_ids,
+        slots_of(config, bias, block) if slots is None else slots,
         placeholder_of(tokenizer) if placeholder is None else placeholder,
     )
 
@@ -66,14 +66,13 @@ def main() -> None:
     try:
         config = Config.load(given.config)
         tokenizer = tokenizer_of(config)
-        constants = Constants.read(config.bank)
-        head = _head(config, constants, tokenizer, given.block_size, given.slots, given.placeholder)
+        head = _head(config, bias_of(config.bank), tokenizer, given.block_size, given.slots, given.placeholder)
         text = text_of(head, tokenizer)
         if given.chat_template is not None:
             if not tokenizer.chat_template:
                 raise ConfigError("this model has no chat template")
             given.chat_template.write_text(f"{{{{- {json.dumps(text)} -}}}}{tokenizer.chat_template}", "utf-8")
-    except ConfigError as error:
+    except M3Error as error:
         parser.exit(1, f"{error}\n")
     print(json.dumps({"slots": head.slots, "placeholder": head.placeholder, "tokens": head.ids, "text": text}))  # noqa: T201
 

@@ -2,20 +2,20 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from m3model.loading.fingerprint import ModelIdentity
-from m3model.vllm import compat
-from m3model.vllm.constants import Constants
 from m3model.vllm.slots import CACHE_BYTES
 from m3model.vllm.wish import Head
+from m3runtime.bank.bias import BIAS, BiasDirections
 from m3runtime.bank.manifest import Manifest
 from m3runtime.config.schema import Config
 from m3runtime.config.section import Count, Section, Whole
 from m3runtime.config.units import Size
-from m3runtime.errors import BankMismatchError, ConfigError
+from m3runtime.errors import BankMismatchError, BankMissingError, ConfigError
+
+if TYPE_CHECKING:  # a client that builds prompts needs no vLLM
+    from m3model.vllm import compat
 
 
 class Settings(Section):
@@ -51,12 +51,10 @@ class Settings(Section):
         return Config.model_validate(self.config)
 
 
-def head_of(settings: Settings, config: Config, constants: Constants, shape: compat.Shape, tokenizer: Any) -> Head:
+def head_of(settings: Settings, config: Config, bias: BiasDirections, shape: "compat.Shape", tokenizer: Any) -> Head:
     """The head of prompts. Raises `ConfigError` if there is no room for it."""
-    sink = constants.sink_ids
-    slots = settings.slots
-    if slots is None:
-        slots = slots_of(config, constants, shape.block)
+    sink = bias.facts.sink_ids
+    slots = slots_of(config, bias, shape.block) if settings.slots is None else settings.slots
     if len(sink) + slots >= shape.length:
         raise ConfigError(
             f"the sink and {slots} slots leave no room in a context of {shape.length} tokens; set a larger "
@@ -66,10 +64,25 @@ def head_of(settings: Settings, config: Config, constants: Constants, shape: com
     return Head(sink, slots, placeholder_of(tokenizer) if placeholder is None else placeholder)
 
 
-def slots_of(config: Config, constants: Constants, block: int) -> int:
+def bias_of(bank: Path) -> BiasDirections:
+    """The bias directions of a bank, and its sink. Raises `BankMissingError` if there are none, and `BankError`."""
+    found = BiasDirections.read(bank)
+    if found is None:
+        raise BankMissingError(
+            f"{bank / BIAS} is missing: without it vLLM cannot read the bank; run `m3 calibrate-bias`"
+        )
+    return found
+
+
+def width_of(bias: BiasDirections) -> int:
+    """The width of the interval of positions that memories share."""
+    return bias.facts.offset - len(bias.facts.sink_ids)
+
+
+def slots_of(config: Config, bias: BiasDirections, block: int) -> int:
     """Slots for as many memories as a chunk may have; sink and slots together fill blocks of vLLM's cache."""
-    sink = len(constants.sink_ids)
-    wanted = sink + config.recall.memories * constants.spec.tokens
+    sink, tokens = len(bias.facts.sink_ids), config.memory.tokens_per_head
+    wanted = sink + config.recall.memories * (width_of(bias) if tokens == "all" else tokens)
     return -(-wanted // block) * block - sink
 
 
@@ -80,27 +93,21 @@ def placeholder_of(tokenizer: Any) -> int:
     return max(special, default=len(tokenizer) - 1)
 
 
-def check(config: Config, constants: Constants, shape: compat.Shape) -> None:
-    """Raise `ConfigError` or `BankMismatchError` unless these constants fit the model and the configuration."""
-    memory, spec = config.memory, constants.spec
+def check(config: Config, bias: BiasDirections, shape: "compat.Shape") -> None:
+    """Raise `ConfigError` or `BankMismatchError` unless these directions fit the model and the configuration."""
+    memory = config.memory
     if (memory.sinks, memory.positions) != ("once", "parallel"):
         raise ConfigError("vLLM reads memories with memory.sinks once and memory.positions parallel alone")
-    ours = (len(constants.direction), constants.direction.shape[1], constants.direction.shape[2])
-    theirs = (shape.layers, shape.kv_heads, shape.head_dim)
-    if ours != theirs or max(spec.layers) >= shape.layers:
+    ours, theirs = tuple(bias.directions.shape), (shape.layers, shape.kv_heads, shape.head_dim)
+    if ours != theirs:
         raise BankMismatchError(
             f"{config.bank}: the bank is of a model with {ours[0]} layers, {ours[1]} KV heads and head_dim {ours[2]}; "
             f"vLLM serves one with {theirs[0]}, {theirs[1]} and {theirs[2]}"
         )
-    if not torch.isfinite(constants.direction).all():
-        raise ConfigError(f"{config.bank}: the directions of biases are not finite; run `m3 calibrate-bias` again")
-
-
-def check_manifest(manifest: Manifest, constants: Constants, where: Path) -> None:
-    """Raise `BankMismatchError` unless the constants are of the model and the spec of a bank."""
-    if (manifest.model, manifest.spec) != (constants.model, constants.spec):
-        raise BankMismatchError(
-            f"{where}: its constants for vLLM are of another model or spec than the bank; run `m3 calibrate-bias` again"
+    if not bias.facts.weights and config.recall.score_temperature is not None:
+        raise ConfigError(
+            f"{config.bank}: this model's queries are too different for weights (see `m3 calibrate-bias`); set "
+            "recall.score_temperature to null, and recall.margin to leave out memories that match less"
         )
 
 

@@ -10,11 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from m3model.vllm.constants import Constants
+from m3runtime.bank.bias import BiasDirections
 from m3runtime.recall.lease import Part
-
-UNSEEN = -40.0
-"""The bias of an empty slot. No query sees it, and its value is zero."""
 
 CACHE_BYTES = 256 << 20
 
@@ -27,7 +24,7 @@ class Slots:
 
     def __init__(
         self,
-        constants: Constants,
+        bias: BiasDirections,
         slots: int,
         turn: Turn,
         *,
@@ -39,19 +36,19 @@ class Slots:
     ) -> None:
         """``turn`` rotates keys on to where they are read; ``heads`` are the worker's own KV heads."""
         self._heads, self._dtype, self._device = heads, dtype, device
-        self._layers = list(constants.spec.layers)
+        self._layers = list(bias.facts.layers)
         self._temperature = temperature
         self._turn = (turn[0].to(device), turn[1].to(device))
-        keys, values = (self._own(one) for one in constants.sink)
+        keys, values = (self._own(one) for one in (bias.sink_keys, bias.sink_values))
         self.sink = keys.shape[1]
         """Tokens of the sink."""
-        direction = self._rotated(constants.direction[:, heads].to(device).float())
+        direction = self._rotated(bias.directions[:, heads].to(device).float())
         layers, own_heads, dim = direction.shape
         self._direction = direction[self._layers, None]  # [memory layers, 1, heads, dim]
         shape = (layers, self.sink + slots, own_heads, dim)
         self._keys, self._values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self._keys[:, : self.sink], self._values[:, : self.sink] = self._rotated(keys), values
-        self._empty = (UNSEEN * direction).to(dtype)[:, None]
+        self._empty = (-bias.facts.null_level * direction).to(dtype)[:, None]
         self._rows = torch.tensor(self._layers, device=device)
         self._cache = OrderedDict[int, Part]()
         self._room = cache_bytes
