@@ -12,6 +12,7 @@ from m3runtime.adapters.answers import Answer, Prompt
 from m3runtime.adapters.engine import Request, answers
 from m3runtime.config.schema import GenerateConfig
 from m3runtime.recall.recalled import Recalled
+from m3runtime.retrieval.restriction import Restriction
 from m3runtime.runtime import Runtime
 from m3runtime.stream import Stream
 
@@ -105,7 +106,7 @@ class Both:
         """Our adapter's answers, without any end but their length."""
         requests = []
         for ask in asks:
-            stream = self.runtime.stream(self.adapter.dtype)
+            stream = self.runtime.stream(self.adapter.dtype, Restriction(memories=dict(ask.more).get("memories")))
             if ask.ids is not None:
                 stream = Stream(Told(self, ask), self.adapter.dtype)
             settings = GenerateConfig(max_new_tokens=ask.tokens, log_probs=20)

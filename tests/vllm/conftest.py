@@ -42,13 +42,12 @@ HANDBOOK = Path(__file__).parents[2] / "docs/demo/handbook.md"
 
 @pytest.fixture(scope="session")
 def config(smollm2_path: Path, minilm_path: Path) -> Config:
-    """The demo's configuration, with a codec that is trained on the handbook."""
+    """The demo's configuration. The codec of so small a bank is int8."""
     return Config.model_validate(
         {
             "bank": CACHE / "vllm" / xxhash.xxh3_64_hexdigest(HANDBOOK.read_bytes()),
             "model": {"path": str(smollm2_path), "dtype": "float32", "device": "cpu"},
             "memory": {"attention_temperature": 0.9},
-            "codec": {"kind": "product", "sample_tokens": 1500},
             "embedder": {"path": str(minilm_path), "device": "cpu"},
             "tiers": [{"kind": "lmdb"}],
             "recall": {"when_late": "wait"},

