@@ -93,11 +93,13 @@ def test_a_prompt_of_tokens(plain: Plain, config: Config, adapter: TransformersA
     assert reads[0]["memories"][0]["source"].endswith("handbook.md")
 
 
-def test_a_chat_by_the_template_recalls_by_itself(plain: Plain) -> None:
+def test_a_chat_by_the_template_recalls_by_itself(plain: Plain, config: Config) -> None:
     asked: Any = [{"role": "user", "content": "What does the harbour lamp burn?"}]
+    with Runtime.open(config, read_only=True) as runtime:
+        [[best, *_]] = runtime.search([asked[0]["content"]])
     found = plain.client.chat.completions.create(model="lamp", messages=asked, max_tokens=24, temperature=0)
-    assert "walnut" in (found.choices[0].message.content or "")
-    assert found.kv_transfer_params["m3"]["reads"][0]["memories"]  # type: ignore[attr-defined]
+    [first, *_] = found.kv_transfer_params["m3"]["reads"][0]["memories"]  # type: ignore[attr-defined]
+    assert first["id"] == best.id
     parts = plain.client.chat.completions.create(
         model="lamp", messages=asked, max_tokens=24, temperature=0, stream=True
     )

@@ -6,7 +6,6 @@
 vLLM makes one in the scheduler and one in each worker. Both only hand on what they are called with.
 """
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ from m3model.vllm.scheduling import SchedulerHalf
 from m3model.vllm.settings import Settings, bias_of, check, check_weights, head_of, width_of
 from m3model.vllm.slots import Slots
 from m3model.vllm.wish import Head
+from m3model.vllm.words import Words
 from m3model.vllm.worker import WorkerHalf
 from m3runtime.bank.bias import BiasDirections
 from m3runtime.errors import ConfigError
@@ -70,12 +70,8 @@ class MemoryConnector(compat.ConnectorBase):
         BiasDirections.load(bank.path, bank.manifest)  # of this model and these layers?
         if self._settings.check_weights:
             check_weights(bank.manifest, compat.model_path(self._vllm), compat.text_config(self._vllm), bank.path)
-        tokenizer = compat.tokenizer_of(self._vllm)
-
-        def decode(tokens: Sequence[int]) -> str:
-            return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-        self.scheduler = SchedulerHalf(self.head, Recalls(runtime, self._shape.dtype), self._shape, decode)
+        words = Words.of(compat.tokenizer_of(self._vllm))
+        self.scheduler = SchedulerHalf(self.head, Recalls(runtime, self._shape.dtype), self._shape, words)
 
     def _make_slots(self, heads: slice, dtype: torch.dtype, device: torch.device) -> Slots:
         return Slots(

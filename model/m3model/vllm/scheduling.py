@@ -15,6 +15,7 @@ from m3model.vllm import compat
 from m3model.vllm.reading import Hosted, Load, Reading
 from m3model.vllm.recalls import Memories, Recalls, fitting
 from m3model.vllm.wish import Head, Wish
+from m3model.vllm.words import Words
 from m3runtime.errors import InputError, M3Error
 from m3runtime.memory.spec import fingerprint
 from m3runtime.recall.recalled import Recalled
@@ -29,11 +30,11 @@ _IDLE_S = 0.005
 class SchedulerHalf:
     """The hooks of the scheduler. One thread."""
 
-    def __init__(self, head: Head, recalls: Recalls, shape: compat.Shape, decode: Callable[[Sequence[int]], str]):
+    def __init__(self, head: Head, recalls: Recalls, shape: compat.Shape, words: Words) -> None:
         self._head = head
         self._recalls = recalls
         self._shape = shape
-        self._decode = decode
+        self._decode, self._words = words.decode, words
         self._config = recalls.runtime.config.recall
         self._readings: dict[str, Reading] = {}
         self._loads: list[Load] = []
@@ -77,7 +78,7 @@ class SchedulerHalf:
         if reading.stream is None:
             reading.stream = self._recalls.runtime.stream(self._shape.dtype, wish.restriction)
         end = ids[len(self._head) :][-self._config.chunk_tokens :]
-        self._ask(reading, 0, lambda: wish.query or self._decode(end))
+        self._ask(reading, 0, lambda: wish.query or self._decode(self._words.last(end)))
 
     def _ask(self, reading: Reading, chunk: int, text: Callable[[], str]) -> None:
         """Ask for the memories of a chunk of the answer, or of the prompt (0)."""
