@@ -73,7 +73,7 @@ class Wish(Section):
         if "m3" not in params:
             return None
         try:
-            return cls.model_validate(params["m3"] or {})
+            return cls.model_validate({} if params["m3"] is None else params["m3"])
         except ValidationError as error:
             raise InputError(f"kv_transfer_params.m3: {first_fault(error)}") from None
 
