@@ -25,7 +25,7 @@ class Core:
     def __init__(self, make: Callable[[], Any], runtime: Runtime) -> None:
         """``make`` gives vLLM's engine, whose connector then reads the bank of ``runtime``. Raises what it raises."""
         self._changed = threading.Condition()
-        self._new: list[Job] = []
+        self._new: list[tuple[Job, Callable[[Job], None]]] = []
         self._cancelled: list[Job] = []
         self._closed = False
         # The thread's alone.
@@ -33,6 +33,7 @@ class Core:
         self._hosted: dict[Job, Hosted] = {}
         self._names: dict[Job, str] = {}
         self._parting: set[Job] = set()
+        self._ended: dict[Job, Callable[[Job], None]] = {}
         self._numbers = count(1)
         opened: Future[Any] = Future()
         self._thread = threading.Thread(target=self._run, args=(make, runtime, opened), name="m3-vllm", daemon=True)
@@ -41,12 +42,12 @@ class Core:
 
     # -- from any thread ----------------------------------------------------------------------------------------
 
-    def add(self, jobs: list[Job]) -> None:
-        """Queue jobs. Raises `EngineClosedError` after `close`."""
+    def add(self, jobs: list[Job], ended: Callable[[Job], None]) -> None:
+        """Queue jobs. ``ended`` is called after the last event of each. Raises `EngineClosedError` after `close`."""
         with self._changed:
             if self._closed:
                 raise EngineClosedError("the engine is closed: it takes no more requests")
-            self._new += jobs
+            self._new += [(job, ended) for job in jobs]
             self._changed.notify_all()
 
     def cancel(self, job: Job) -> None:
@@ -92,7 +93,8 @@ class Core:
             new, self._new = self._new, []
             cancelled, self._cancelled = self._cancelled, []
             closed = self._closed
-        for job in new:
+        for job, ended in new:
+            self._ended[job] = ended
             self._begin(job)
         for job in [*self._hosted] if closed else cancelled:
             self._stop(job, "cancel")
@@ -187,10 +189,11 @@ class Core:
         del self._hosted[job]
         if isinstance(job.ending, Exception):
             job.tell(Failure(job.ending))
-            return
-        if job.ending is not None:
-            job.tell(job.writing.end(job.ending))
-        job.tell(End(job.writing.answer()))
+        else:
+            if job.ending is not None:
+                job.tell(job.writing.end(job.ending))
+            job.tell(End(job.writing.answer()))
+        self._ended.pop(job)(job)
 
 
 def sampling(settings: GenerateConfig, wish: Mapping[str, Any] | None) -> dict[str, Any]:

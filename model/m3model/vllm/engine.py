@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from m3model.engine.job import Job, Words
 from m3model.vllm.core import Core
-from m3runtime.adapters.engine import End, Engine, Failure, OnEvent, Request, Ticket
+from m3runtime.adapters.engine import Engine, OnEvent, Request, Ticket
 from m3runtime.errors import EngineClosedError, InputError
 
 
@@ -29,11 +29,11 @@ class VllmEngine(Engine):
         for index, request in enumerate(requests):
             ids = self._words.ids(request.prompt, request.stream is not None)
             self._check(request, ids)
-            jobs.append(Job(request, index, self._heard(jobs, index, on_event), ids, self._words, self._core.cancel))
+            jobs.append(Job(request, index, on_event, ids, self._words, self._core.cancel))
         with self._changed:
             if self._closed:
                 raise EngineClosedError("the engine is closed: it takes no more requests")
-            self._core.add(jobs)
+            self._core.add(jobs, self._ended)
             self._open.update(jobs)
         return list(jobs)
 
@@ -49,18 +49,6 @@ class VllmEngine(Engine):
                 self._changed.wait_for(lambda: not self._open)
         if self._owns:
             self._core.close()
-
-    def _heard(self, jobs: list[Job], index: int, on_event: OnEvent) -> OnEvent:
-        """The listener, and what this engine hears itself."""
-
-        def hear(number: int, event: object) -> None:
-            try:
-                on_event(number, event)  # type: ignore[arg-type]
-            finally:
-                if isinstance(event, End | Failure):
-                    self._ended(jobs[index])
-
-        return hear
 
     def _ended(self, job: Job) -> None:
         with self._changed:

@@ -53,6 +53,13 @@ class Recalls:
         """Memories by their ids. `InputError` names one that is not in the bank, or cannot be read."""
         return self._threads.submit(self._named, tuple(ids), tuple(log_weights))
 
+    def forget(self, memories: Memories) -> None:
+        """Do not begin what was asked and nobody waits for any more."""
+        kept = [one for one in self._asked if one.memories is not memories]
+        if len(kept) < len(self._asked):
+            self._asked = kept
+            memories.cancel()
+
     def send(self) -> None:
         """Begin all that was asked, in one batch."""
         asked, self._asked = self._asked, []

@@ -220,6 +220,8 @@ class SchedulerHalf:
         reading = self._readings.pop(request.request_id, None)
         if reading is None:
             return None
+        if reading.memories is not None:
+            self._recalls.forget(reading.memories)
         if reading.hosted is None and reading.stream is not None:
             stream = reading.stream
             if reading.memories is None:
