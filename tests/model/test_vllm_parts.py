@@ -148,6 +148,8 @@ def test_wishes() -> None:
     assert (named.ids, named.log_weights, named.shares) == (((1, 2),), ((0.0, -1.5),), True)
     assert not Wish(ids=((1,), (2,))).shares
     assert not Wish().shares
+    assert [Wish(refresh=each).every for each in (True, False, 3)] == [1, 0, 3]
+    assert Wish(off=True).every == 0
     limits = Wish(sources=("docs",), memories=2, min_score=0.5).restriction
     assert limits == Restriction(2, 0.5, frozenset({"docs"}))
 

@@ -16,6 +16,7 @@ import xxhash
 from m3model.adapter import TransformersAdapter
 from m3runtime import assembly
 from m3runtime.bank.bias import BIAS
+from m3runtime.cli.demo import HANDBOOK
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import read_documents
 from m3runtime.runtime import Runtime
@@ -37,7 +38,6 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 CACHE = Path(__file__).parents[2] / ".cache"
 TOPICS = ("assert", "class", "comparisons", "exceptions", "function", "raise")
-HANDBOOK = Path(__file__).parents[2] / "docs/demo/handbook.md"
 
 
 @pytest.fixture(scope="session")

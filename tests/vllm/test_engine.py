@@ -12,7 +12,7 @@ from m3model.vllm.adapter import VllmAdapter
 from m3model.vllm.engine import VllmEngine
 from m3runtime.adapters.answers import Prompt
 from m3runtime.adapters.engine import Engine, Request, answers
-from m3runtime.config.schema import GenerateConfig
+from m3runtime.config.schema import Config, GenerateConfig
 from m3runtime.errors import ConfigError, InputError
 from m3runtime.runtime import Runtime
 from m3runtime.stream import Stream
@@ -22,6 +22,13 @@ from tests.serve.serving import running
 from tests.vllm.both import OPTIONS
 
 pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="session")
+def config(config: Config) -> Config:
+    """Short chunks, so that short answers have several."""
+    recall = config.recall.model_copy(update={"chunk_tokens": 8, "lookahead_tokens": 3})
+    return config.model_copy(update={"recall": recall})
 
 
 @pytest.fixture(scope="module")

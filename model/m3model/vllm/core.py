@@ -130,7 +130,7 @@ class Core:
         try:
             if request.stream is not None:
                 self._half.hosted[number] = hosted
-                wish = {"stream": number, "query": request.prompt.query}
+                wish = {"stream": number, "query": request.prompt.query, "refresh": request.recall_every}
                 ids = self.head.ids + ids
             self._names[job] = name = compat.submit(self._llm, ids, sampling(request.settings, wish))
             self._jobs[name] = job

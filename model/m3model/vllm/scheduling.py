@@ -159,16 +159,24 @@ class SchedulerHalf:
         due: list[Memories] = []
         hints: list[tuple[Reading, Stream, str]] = []
         for reading in readings:
-            if not reading.wish.refresh or reading.wish.off or reading.refused is not None:
+            every = reading.wish.every
+            if not every or reading.refused is not None:
                 continue
             answer = compat.answer_ids(reading.request)
             chunk, place = divmod(len(answer), size)
-            if chunk > max(0, reading.chunk) and (reading.memories is None or reading.memories.done()):
-                text = list(answer[(chunk - 1) * size : chunk * size])
-                self._ask(reading, chunk, partial(self._decode, text))
+            latest = chunk - chunk % every
+            if latest > max(0, reading.chunk) and (reading.memories is None or reading.memories.done()):
+                text = list(answer[(latest - 1) * size : latest * size])
+                self._ask(reading, latest, partial(self._decode, text))
                 assert reading.memories is not None
                 due.append(reading.memories)
-            elif ahead and place == size - ahead and reading.wish.ids is None and reading.hinted < chunk:
+            elif (
+                ahead
+                and place == size - ahead
+                and (chunk + 1) % every == 0
+                and reading.wish.ids is None
+                and reading.hinted < chunk
+            ):
                 reading.hinted = chunk
                 assert reading.stream is not None
                 hints.append((reading, reading.stream, self._decode(list(answer[-place:]))))

@@ -39,8 +39,8 @@ class Wish(Section):
     """Memories that score lower are not read."""
     sources: tuple[str, ...] | None = None
     """Memories of these sources, or folders of sources, only."""
-    refresh: bool = True
-    """Recall anew after each chunk of the answer."""
+    refresh: bool | Annotated[Whole, Field(ge=0)] = True
+    """Recall anew after each chunk of the answer, after each so many, or never."""
     query: Annotated[str, Field(max_length=1 << 16)] | None = None
     """What the prompt's memories are searched for by; without it, the end of the prompt."""
     stream: int | None = None
@@ -63,9 +63,14 @@ class Wish(Section):
         return Restriction(self.memories, self.min_score, sources)
 
     @property
+    def every(self) -> int:
+        """Chunks of the answer from one recall to the next; 0: it recalls nothing."""
+        return 0 if self.off else int(self.refresh)
+
+    @property
     def shares(self) -> bool:
         """Does it read the same as any other request with this wish?"""
-        return self.off or (self.ids is not None and (len(self.ids) == 1 or not self.refresh))
+        return self.off or (self.ids is not None and (len(self.ids) == 1 or not self.every))
 
     @classmethod
     def of(cls, params: Mapping[str, Any]) -> "Wish | None":
