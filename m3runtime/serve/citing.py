@@ -22,7 +22,8 @@ class Reads:
     ``end_index`` in the answer, and more."""
     now: list[dict[str, Any]] = field(default_factory=list)
     """The entries of `memories` that are read now."""
-    _tokens: dict[int, int] = field(default_factory=dict)
+    tokens: dict[int, int] = field(default_factory=dict)
+    """The tokens of each memory, by its id."""
     _cited: list[tuple[dict[str, Any], str]] = field(default_factory=list)
 
     def begin(self, recalled: Recalled, at: int) -> None:
@@ -32,7 +33,7 @@ class Reads:
         for id, score, reference in zip(recalled.ids, recalled.scores, recalled.references, strict=True):
             one = {**self._facts(id, score, reference), "start_index": at, "end_index": None}
             self.now.append(one)
-            self._tokens[id] = reference.tokens
+            self.tokens[id] = reference.tokens
             self._cited.append((one, _address(id, self._place(reference))))
         self.memories += self.now
 
@@ -44,11 +45,6 @@ class Reads:
     def in_prompt(self, references: Iterable[tuple[int, float, Reference]]) -> list[dict[str, Any]]:
         """References that stand in the prompt as text, by id and score: like `memories`, without places."""
         return [self._facts(*one) for one in references]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all memories, each once."""
-        return sum(self._tokens.values())
 
     def url_citations(self) -> list[dict[str, Any]]:
         """The annotations of chat completions, of those memories that a part of the answer was written with."""

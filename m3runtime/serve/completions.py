@@ -15,7 +15,7 @@ from m3runtime.serve.errors import ApiError
 from m3runtime.serve.events import Data, new_id, now, stream
 from m3runtime.serve.fields import Count, PenaltyFields
 from m3runtime.serve.served import Served
-from m3runtime.serve.writing import Written, collect, text_log_probs, usage
+from m3runtime.serve.writing import TextLogProbs, Written, collect, usage
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -39,7 +39,7 @@ def router(served: Served) -> APIRouter:
         memory = request.memory
         restriction = memory.restriction(served, http)
         if memory.as_text:
-            raise ApiError(400, "memory.as_text: only in chat completions", param="memory.as_text")
+            raise ApiError(400, "memory.as_text: only in chat completions and responses", param="memory.as_text")
         texts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
         if len(texts) * request.n > served.limits.choices:
             raise ApiError(400, f"prompt: at most {served.limits.choices} answers here", param="prompt")
@@ -68,10 +68,10 @@ class _Text:
     def __init__(
         self, served: Served, request: CompletionRequest, answering: Answering, written: Sequence[Written]
     ) -> None:
-        self._served = served
         self._request = request
         self._answering = answering
         self._written = written
+        self._log_probs = [TextLogProbs(served.adapter) for _ in written]
         self._head = {"id": new_id("cmpl"), "object": "text_completion", "created": now(), "model": served.name}
 
     def completion(self) -> Data:
@@ -84,7 +84,6 @@ class _Text:
 
     async def chunks(self) -> AsyncIterator[Data]:
         """The answer bit by bit."""
-        offsets = [0] * len(self._written)
         async for index, event in self._answering:
             one = self._written[index]
             one.take(event)
@@ -92,8 +91,7 @@ class _Text:
             if isinstance(event, Read) and event.recalled.ids:
                 choice = self._choice(index, "", memories=one.reads.now)
             elif isinstance(event, Piece) and (event.text or event.log_probs):
-                choice = self._choice(index, event.text, event.log_probs, start=offsets[index])
-                offsets[index] += len(event.text)
+                choice = self._choice(index, event.text, event.log_probs)
             elif isinstance(event, End):
                 choice = self._choice(index, "", finished=one.finish_reason)
             if choice is not None:
@@ -109,9 +107,8 @@ class _Text:
         finished: str | None = None,
         *,
         memories: Sequence[Data] | None = None,
-        start: int = 0,
     ) -> Data:
         asked = self._request.logprobs is not None and log_probs
-        told = text_log_probs(self._served.adapter, log_probs, start) if asked else None
+        told = self._log_probs[index].told(log_probs) if asked else None
         choice = {"index": index, "text": text, "logprobs": told, "finish_reason": finished}
         return choice if memories is None else {**choice, "memories": memories}

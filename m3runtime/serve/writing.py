@@ -53,9 +53,9 @@ async def collect(answering: Answering, written: Sequence[Written]) -> None:
 
 
 def usage(answering: Answering, written: Iterable[Written]) -> dict[str, Any]:
-    """The tokens of a request. Those of memories count as prompt tokens that were cached."""
+    """The tokens of a request. Those of memories, each once, count as prompt tokens that were cached."""
     answers = list(written)
-    memories = sum(one.reads.tokens for one in answers)
+    memories = sum({id: tokens for one in answers for id, tokens in one.reads.tokens.items()}.values())
     answered = sum(len(one.answer.tokens) for one in answers if one.answer)
     prompt = answering.prompt_tokens + memories
     return {
@@ -84,18 +84,36 @@ def chat_log_probs(adapter: Adapter, log_probs: Iterable[TokenLogProb]) -> dict[
     }
 
 
-def text_log_probs(adapter: Adapter, log_probs: Sequence[TokenLogProb], start: int = 0) -> dict[str, Any]:
-    """The log probabilities of tokens, in the form of text completions. ``start`` is the offset of the first."""
-    texts = [adapter.text_of([one.token]) for one in log_probs]
-    offsets, place = [], start
-    for text in texts:
-        offsets.append(place)
-        place += len(text)
-    return {
-        "tokens": texts,
-        "token_logprobs": [max(one.log_prob, -9999.0) for one in log_probs],
-        "top_logprobs": [
-            {adapter.text_of([token]): max(value, -9999.0) for token, value in one.likeliest} for one in log_probs
-        ],
-        "text_offset": offsets,
-    }
+class TextLogProbs:
+    """Writes the log probabilities of one answer's tokens in the form of text completions, bit by bit or at once."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+        self._place = 0
+        """Characters of the answer before `_part`."""
+        self._part: list[int] = []
+        """Tokens of a character that is not whole yet."""
+
+    def told(self, log_probs: Sequence[TokenLogProb]) -> dict[str, Any]:
+        """The next tokens, and the place of each in the answer's text: of the parts of a character, the character's."""
+        text_of = self._adapter.text_of
+        return {
+            "tokens": [text_of([one.token]) for one in log_probs],
+            "token_logprobs": [max(one.log_prob, -9999.0) for one in log_probs],
+            "top_logprobs": [
+                {text_of([token]): max(value, -9999.0) for token, value in one.likeliest} for one in log_probs
+            ],
+            "text_offset": [self._offset(one.token) for one in log_probs],
+        }
+
+    def _offset(self, token: int) -> int:
+        before, text = self._adapter.text_of(self._part), self._adapter.text_of([*self._part, token])
+        if len(text) > len(before) and text.startswith(before):  # no part of that character, which stays broken
+            self._place += len(before)
+            self._part, text = [], text[len(before) :]
+        place = self._place
+        self._part.append(token)
+        if not text.endswith("\ufffd"):
+            self._place += len(text)
+            self._part = []
+        return place

@@ -96,6 +96,13 @@ def test_an_earlier_answer_may_be_given_back_as_it_came(serving: Serving) -> Non
     assert told.status_code == 400
 
 
+def test_memories_count_once_whatever_the_number_of_answers(serving: Serving) -> None:
+    alone, three = (serving.chat(QUESTION, n=n, memory={"refresh": 0}).json() for n in (1, 3))
+    assert len({one["message"]["content"] for one in three["choices"]}) == 1  # so they read the same memories
+    assert three["usage"]["prompt_tokens"] == alone["usage"]["prompt_tokens"]
+    assert three["usage"]["prompt_tokens_details"] == alone["usage"]["prompt_tokens_details"]
+
+
 def test_memory_off_reads_none(serving: Serving) -> None:
     answer = serving.chat(QUESTION, memory={"off": True}).json()
     assert answer["choices"][0]["message"]["memories"] == []

@@ -58,6 +58,21 @@ def test_completions_continue_texts_as_they_are(serving: Serving) -> None:
         assert "".join(chunk.choices[0].text for chunk in stream) == alone.text
 
 
+def test_tokens_have_their_places_in_the_text(serving: Serving) -> None:
+    """A random model writes characters of several tokens, and parts of characters."""
+    body = {"model": "tiny", "prompt": "the lamp", "max_tokens": 60, "logprobs": 0, "seed": 3, "temperature": 2}
+    with serving.http() as http:
+        (whole,) = http.post("/v1/completions", json=body).json()["choices"]
+        *chunks, _ = data_of(iter(http.post("/v1/completions", json={**body, "stream": True}).text.split("\n")))
+    told = whole["logprobs"]
+    pairs = list(zip(told["tokens"], told["text_offset"], strict=True))
+    words = [(token, place) for token, place in pairs if "\ufffd" not in token]
+    assert 10 < len(words) < len(pairs)
+    assert [whole["text"][place : place + len(token)] for token, place in words] == [token for token, _ in words]
+    streamed = [one["logprobs"] for chunk in chunks for one in chunk["choices"] if one["logprobs"]]
+    assert [place for one in streamed for place in one["text_offset"]] == told["text_offset"]
+
+
 @pytest.mark.parametrize("field", ["echo", "suffix", "best_of"])
 def test_completions_refuse_by_name(serving: Serving, field: str) -> None:
     with serving.http() as http:
