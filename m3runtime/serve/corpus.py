@@ -39,6 +39,23 @@ class Search(BaseModel):
     """Look only at references that have a place in one of these."""
 
 
+class Page(BaseModel):
+    """The query of a page of sources. Unknown fields are refused: a misspelled one would tell of all sources."""
+
+    model_config = ConfigDict(extra="forbid")
+    after: str = Field("", max_length=4096)
+    contains: str = Field("", max_length=200)
+    limit: int = Field(100, ge=1, le=1000)
+
+
+class Forgetting(BaseModel):
+    """The query of a source to forget. Unknown fields are refused: a misspelled ``erase`` would leave its bytes."""
+
+    model_config = ConfigDict(extra="forbid")
+    source: str = Field(max_length=4096)
+    erase: bool = False
+
+
 _DOCUMENT = {
     "requestBody": {
         "required": True,
@@ -90,6 +107,8 @@ def router(served: Served) -> APIRouter:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "multipart/form-data":
             async with request.form(max_files=1, max_fields=1) as form:
+                if more := form.keys() - {"file"}:
+                    raise _unsupported(min(more))
                 file = form.get("file")
                 if not isinstance(file, UploadFile):
                     raise ApiError(400, "the form has no file in its field file", param="file")
@@ -118,34 +137,29 @@ def router(served: Served) -> APIRouter:
         return facts(found)
 
     @routes.get("/sources")
-    def sources(
-        request: Request,
-        after: Annotated[str, Query(max_length=4096)] = "",
-        contains: Annotated[str, Query(max_length=200)] = "",
-        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    ) -> dict[str, Any]:
+    def sources(request: Request, page: Annotated[Page, Query()]) -> dict[str, Any]:
         """The sources in order of their names, from the one ``after`` a name on."""
-        counts, wanted = runtime.bank.home.sources(), contains.casefold()
+        counts, wanted = runtime.bank.home.sources(), page.contains.casefold()
         restriction = request.state.grant.restriction
         names = sorted(name for name in counts if wanted in name.casefold() and restriction.allows(name))
-        left = [name for name in names if name > after]
+        left = [name for name in names if name > page.after]
         return {
             "object": "list",
             "data": [
                 {"object": "corpus.source", "id": name, "references": counts[name], "uploaded": uploads.has(name)}
-                for name in left[:limit]
+                for name in left[: page.limit]
             ],
-            "has_more": len(left) > limit,
+            "has_more": len(left) > page.limit,
             "total": len(names),
         }
 
     @routes.delete("/sources", status_code=202, dependencies=Change)
-    def forget(source: Annotated[str, Query(max_length=4096)], erase: bool = False) -> dict[str, Any]:
+    def forget(asked: Annotated[Forgetting, Query()]) -> dict[str, Any]:
         """Forget a source. With ``erase`` no byte of it stays in the bank's files."""
-        home = runtime.bank.home
+        home, source = runtime.bank.home, asked.source
         if source not in home.sources() and source not in home.states():
             raise ApiError(404, "the bank remembers nothing from this source")
-        return submit(Job("forget", source), Forget(source, uploads.folder, erase))
+        return submit(Job("forget", source), Forget(source, uploads.folder, asked.erase))
 
     @routes.post("/search")
     def search(asked: Search, request: Request) -> dict[str, Any]:
@@ -221,8 +235,7 @@ def _named_text(body: bytes) -> tuple[str, str]:
     if not isinstance(given, dict):
         raise ApiError(400, "the body must be an object with name and text")
     if more := given.keys() - {"name", "text"}:
-        field = min(more)
-        raise ApiError(400, f"{field[:80]} is not supported", param=field[:80], code="unsupported_parameter")
+        raise _unsupported(min(more))
     for field in ("name", "text"):
         value = given.get(field)
         if not isinstance(value, str) or not value.strip():
@@ -235,3 +248,7 @@ def _named_text(body: bytes) -> tuple[str, str]:
         raise ApiError(400, "text has a NUL character", param="text")
     name = given["name"].strip()
     return name if "." in name else f"{name}.txt", given["text"]
+
+
+def _unsupported(field: str) -> ApiError:
+    return ApiError(400, f"{field[:80]} is not supported", param=field[:80], code="unsupported_parameter")

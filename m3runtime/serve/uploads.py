@@ -20,8 +20,8 @@ _LONGEST = 200
 """Bytes of a name in UTF-8: file systems take 255."""
 _KEPT = 86_400
 """Seconds until a file that waits counts as left behind."""
-_REFUSED = re.compile(r'[/\\:*?"<>|]|[\x00-\x1f\x7f]')
-"""Characters that make a path of a name, or that some file system does not take."""
+_REFUSED = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]')
+"""Characters that make a path of a name, that some file system does not take, or that turn how a name reads."""
 
 
 class Uploads:

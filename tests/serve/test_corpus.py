@@ -112,6 +112,8 @@ class TestRefusal:
             "x" * 300 + ".txt",
             "c:x.txt",
             "a\x01.md",
+            "a\x85b.md",
+            "\u202edm.exe.md",
         ],
     )
     def test_names_that_are_paths(self, shared: Client, name: str) -> None:
@@ -147,6 +149,14 @@ class TestRefusal:
         json_type = {"Content-Type": "application/json"}
         error(shared.http.post("/v1/corpus/documents", content=content, headers=json_type), 400)
         error(shared.text("a.md", "NUL \0 in it"), 400)
+
+    def test_unknown_fields_of_forms_and_queries(self, shared: Client) -> None:
+        documents, sources = "/v1/corpus/documents", "/v1/corpus/sources"
+        named = shared.http.post(documents, files={"file": ("a.md", NOTE.encode())}, data={"name": "b.md"})
+        assert error(named, 400) == "name is not supported"
+        misspelled = shared.http.delete(sources, params={"source": "facts/wall.html", "erased": True})
+        assert error(misspelled, 400) == "erased is not supported"
+        assert error(shared.http.get(sources, params={"contain": "birds"}), 400) == "contain is not supported"
 
     def test_another_content_type(self, shared: Client) -> None:
         error(shared.http.post("/v1/corpus/documents", content=b"x", headers={"Content-Type": "text/plain"}), 415)
