@@ -24,17 +24,19 @@ def stream(events: AsyncIterator[Data | tuple[str, Data]], *, done: bool = True)
 
 
 async def _written(events: AsyncIterator[Data | tuple[str, Data]], *, done: bool) -> AsyncIterator[str]:
+    sent = 0
     try:
         async for event in events:
+            sent += 1
             name, data = event if isinstance(event, tuple) else ("", event)
             yield (f"event: {name}\n" if name else "") + f"data: {compact(data)}\n\n"
     except Exception as error:  # noqa: BLE001 - told to the client, and logged if it is not the client's fault
         told = as_api_error(error).body
-        yield (
-            f"data: {compact(told)}\n\n"
-            if done
-            else f"event: error\ndata: {compact({'type': 'error', **told['error']})}\n\n"
-        )
+        if done:
+            yield f"data: {compact(told)}\n\n"
+        else:  # OpenAI's clients know the event by its type, and raise what stands in ``error``
+            facts = {**told["error"], "type": "error", "sequence_number": sent, **told}
+            yield f"event: error\ndata: {compact(facts)}\n\n"
         return
     if done:
         yield "data: [DONE]\n\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from openai import APIError
 
 from tests.serve.serving import TOPICS, Serving, data_of, tiny
 
@@ -80,6 +81,12 @@ def test_a_request_that_takes_too_long_is_cancelled(tmp_path: Path) -> None:
         assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
         *_, last = data_of(iter(serving.chat("lamp", max_tokens=SLOW, stream=True).text.splitlines()))
         assert last["error"]["code"] == "timeout"
+        body = {"model": "tiny", "input": "lamp", "max_output_tokens": SLOW, "stream": True}
+        with pytest.raises(APIError, match="too long"):
+            list(serving.openai().responses.create(**body))  # type: ignore[call-overload]
+        with serving.http() as client:
+            *before, last = data_of(iter(client.post("/v1/responses", json=body).text.splitlines()))
+        assert (last["type"], last["code"], last["sequence_number"]) == ("error", "timeout", len(before))
         until(lambda: serving.server.served.gate.taken == 0)
 
 
