@@ -28,7 +28,9 @@ RESTRICTED = (
     "/v1/corpus/sources",
 )
 """Beginnings of the paths that a key for some sources may use: these routes keep to its sources."""
-_UPLOAD = "multipart/form-data"
+DOCUMENTS = "/v1/corpus/documents"
+"""The path that takes forms with a file, which may be larger than other bodies."""
+_UPLOAD = b"multipart/form-data"
 
 
 class Guard:
@@ -46,9 +48,8 @@ class Guard:
         headers = {name.lower(): value for name, value in scope["headers"]}
         try:
             scope.setdefault("state", {})["grant"] = self._grant(scope["path"], headers)
-            limited = _Limited(
-                receive, self._limit(headers), headers.get(b"content-length"), self._served.limits.timeout
-            )
+            limit, declared = self._limit(scope["path"], headers), headers.get(b"content-length")
+            limited = _Limited(receive, limit, declared, self._served.limits.timeout)
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
@@ -69,9 +70,9 @@ class Guard:
             raise ApiError(403, "this key may only ask, and read its sources", code="key_is_restricted")
         return grant
 
-    def _limit(self, headers: dict[bytes, bytes]) -> int:
+    def _limit(self, path: str, headers: dict[bytes, bytes]) -> int:
         limits = self._served.limits
-        is_upload = headers.get(b"content-type", b"").lower().startswith(_UPLOAD.encode())
+        is_upload = path == DOCUMENTS and headers.get(b"content-type", b"").lower().startswith(_UPLOAD)
         return max(limits.body, limits.upload) if is_upload else limits.body
 
 

@@ -107,6 +107,9 @@ def refused(details: Sequence[dict[str, Any]]) -> ApiError:
         return ApiError(400, f"{param} is not supported", param=param, code="unsupported_parameter")
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not JSON", code="invalid_json")
+    if first["type"] == "model_attributes_type" and not param:  # curl sends a form unless it is told otherwise
+        message = "the body is not an object of JSON with Content-Type: application/json"
+        return ApiError(400, message, code="invalid_value")
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{param or 'the body'}: {message}"[:_LONGEST], param=param or None, code="invalid_value")
 

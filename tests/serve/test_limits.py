@@ -122,6 +122,20 @@ def test_a_body_of_no_declared_length_is_counted(small: Serving) -> None:
         assert client.post("/v1/chat/completions", content=blocks()).status_code == 413
 
 
+def test_only_uploads_may_be_as_long_as_uploads(small: Serving) -> None:
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    with small.http() as client:
+        response = client.post("/v1/chat/completions", content=b"x" * 5000, headers=headers)
+    assert response.status_code == 413
+
+
+def test_a_body_without_its_type_is_told_so(small: Serving) -> None:
+    with small.http() as client:
+        response = client.post("/v1/chat/completions", content=b'{"model": "tiny"}')
+    assert response.status_code == 400
+    assert "Content-Type: application/json" in response.json()["error"]["message"]
+
+
 def test_a_body_that_trickles_is_not_waited_for(tmp_path: Path) -> None:
     headers = b"Host: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 100"
     with (
