@@ -1,5 +1,6 @@
 """The page in a real browser: a person asks, sees the memory, adds a document, asks about it, and has it forgotten."""
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -115,6 +116,20 @@ def test_the_same_question_three_times(browser: "Browser", written_once: Place) 
         assert tokens[0]
         assert tokens[1]
         assert int(tokens[0][1]) > int(tokens[1][1])  # the references are in the prompt
+
+
+def test_a_memory_stands_with_its_part_of_an_answer_with_emoji(browser: "Browser", written_once: Place) -> None:  # noqa: F811
+    def memory(start: int) -> dict[str, object]:
+        one = {"id": start, "score": 0.5, "source": "a.md", "heading": "", "text": "a", "start_index": start}
+        return {"choices": [{"delta": {"memories": [one]}}]}
+
+    said = [{"choices": [{"delta": {"content": text}}]} for text in ("🦉🦉 owls", "🦭 seals")]
+    events = [memory(0), said[0], memory(7), said[1]]
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    with serving(written_once.file) as url, opened(browser, url) as page:
+        page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+        ask(page, "owls?")
+        assert page.locator(".chunk h3").all_inner_texts() == ["for “🦉🦉 owls”", "for “🦭 seals”"]
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab(browser: "Browser", written_once: Place) -> None:  # noqa: F811

@@ -63,8 +63,9 @@ function showMemories(into, read, said) {
   const open = new Set([...into.querySelectorAll("details[open][data-id]")].map((one) => one.dataset.id));
   const wasShut = into.querySelector(":scope > details:not([open])");
   const count = new Set(read.flat().map((memory) => memory.id)).size;
+  const letters = [...said]; // places count characters, and a text's own places count halves of some
   const chunks = read.map((memories, number) => {
-    const part = said.slice(memories[0].start_index, read[number + 1]?.[0].start_index).trim();
+    const part = letters.slice(memories[0].start_index, read[number + 1]?.[0].start_index).join("").trim();
     const isPrompt = number + 1 < read.length && read[number + 1][0].start_index === 0;
     return chunkOf(number, memories, isPrompt ? "" : part, open);
   });
