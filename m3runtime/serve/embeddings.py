@@ -4,7 +4,8 @@ import asyncio
 import base64
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Response
+import numpy as np
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
@@ -14,6 +15,8 @@ from m3runtime.serve.fields import Fields
 from m3runtime.serve.served import Served
 
 Text = Annotated[str, Field(min_length=1)]
+_AT_ONCE = 16
+"""Texts that are embedded before the questions of answers have their turn."""
 
 
 class EmbeddingRequest(Fields):
@@ -32,9 +35,11 @@ def router(served: Served) -> APIRouter:
     """The route."""
     routes = APIRouter()
     embedder = served.runtime.retriever.embedder
+    turn = asyncio.Lock()
+    """One request at a time: answers need the embedder and threads, too."""
 
     @routes.post("/v1/embeddings")
-    async def embeddings(request: EmbeddingRequest) -> Response:
+    async def embeddings(request: EmbeddingRequest, http: Request) -> Response:
         """Embed texts by the embedder that recalls search with."""
         if request.model not in (served.name, served.embedder_name):
             message = f"{request.model!r} is not served here; {served.embedder_name!r} is"
@@ -46,7 +51,10 @@ def router(served: Served) -> APIRouter:
             raise ApiError(400, "input: a text is blank", param="input")
         served.gate.take(1)
         try:
-            vectors, tokens = await asyncio.to_thread(embed, texts, request.input_type)
+            async with asyncio.timeout(served.limits.timeout), turn:
+                vectors, tokens = await embed_all(texts, request.input_type, http)
+        except TimeoutError:
+            raise ApiError(504, "the request took too long", code="timeout") from None
         finally:
             served.gate.give_back()
         data = [
@@ -55,6 +63,15 @@ def router(served: Served) -> APIRouter:
         ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return JSONResponse({"object": "list", "data": data, "model": served.embedder_name, "usage": usage})
+
+    async def embed_all(texts: list[str], kind: str, http: Request) -> tuple[Embeddings, int]:
+        """The vectors of all texts, and their tokens. Ends early if the client goes."""
+        done: list[tuple[Embeddings, int]] = []
+        for start in range(0, len(texts), _AT_ONCE):
+            if await http.is_disconnected():
+                raise ApiError(400, "the client has gone", code="gone")
+            done.append(await asyncio.to_thread(embed, texts[start : start + _AT_ONCE], kind))
+        return np.concatenate([vectors for vectors, _ in done]), sum(tokens for _, tokens in done)
 
     def embed(texts: list[str], kind: str) -> tuple[Embeddings, int]:
         turn = embedder.embed_queries if kind == "query" else embedder.embed_references

@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import httpx
 import pytest
 from openai import APIError
 
+from m3runtime.retrieval.embedder import Embeddings
 from tests.serve.serving import TOPICS, Serving, data_of, tiny
 
 SLOW = 400
@@ -120,6 +121,29 @@ def test_a_body_of_no_declared_length_is_counted(small: Serving) -> None:
 
     with small.http() as client:
         assert client.post("/v1/chat/completions", content=blocks()).status_code == 413
+
+
+def test_embeddings_have_limits_too(small: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = small.server.served
+    embedder, began, go_on = served.runtime.retriever.embedder, threading.Event(), threading.Event()
+    embed = embedder.embed_queries
+    seen: list[int] = []
+
+    def slow(texts: Sequence[str]) -> Embeddings:
+        seen.append(len(texts))
+        began.set()
+        go_on.wait()
+        return embed(texts)
+
+    monkeypatch.setattr(embedder, "embed_queries", slow)
+    body = json.dumps({"model": "tiny", "input": ["lamp"] * 100}).encode()
+    head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", small.server.port)) as connection:
+        connection.sendall(b"POST /v1/embeddings HTTP/1.1\r\n" + head.encode() + body)
+        began.wait()
+    go_on.set()
+    until(lambda: served.gate.taken == 0)
+    assert sum(seen) < 100  # the others of its texts were left
 
 
 def test_only_uploads_may_be_as_long_as_uploads(small: Serving) -> None:
