@@ -193,6 +193,8 @@ class Changes:
             waiting.replace(target)
             try:
                 report = _patiently(lambda: self._mirror.write([target], progress), progress)
+            except BrokenPipeError:  # the server was killed: the file stays, so that the next sync adds the rest
+                raise
             except BaseException:
                 target.unlink()
                 with suppress(FileNotFoundError):

@@ -6,12 +6,15 @@ import shutil
 import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import pytest
 from filelock import FileLock
 
+from m3runtime.config.schema import Config
+from m3runtime.serve.changes import Changes
+from m3runtime.serve.uploads import Uploads
 from tests.core import office
 from tests.end_to_end.commands import FACTS, Place
 from tests.end_to_end.conftest import model_path, new_place, nursery, written, written_once  # noqa: F401 - fixtures
@@ -351,6 +354,22 @@ def test_a_process_that_dies_fails_its_job_alone(written: Place) -> None:  # noq
         with claimed(written):
             client.waits_for_a_writer(client.text("b.md", "A job that is dropped when the server is stopped."))
     assert written.m3("verify", "--json").json["clean"]
+
+
+def test_a_document_stays_if_its_server_is_killed_while_it_is_added(written: Place) -> None:  # noqa: F811
+    """The bank may have a part of it then, and `m3 sync` would forget that if the file were gone."""
+
+    def progress(title: str, _done: int, _total: int) -> None:
+        if title == "Writing memories":
+            raise BrokenPipeError
+
+    config = Config.load(written.file, environ={})
+    change = Uploads(config).take("cock.md", NOTE.encode())
+    with closing(Changes(config)) as changes, pytest.raises(BrokenPipeError):
+        changes.make(change, progress)
+    assert change.target.read_text() == NOTE
+    assert written.m3("sync", "uploads").code == 0
+    assert written.m3("inspect", "--json").json["memories"] == len(FACTS) + 2
 
 
 def test_a_server_that_writes_by_itself_takes_no_documents(written: Place) -> None:  # noqa: F811
