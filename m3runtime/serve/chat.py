@@ -114,13 +114,17 @@ class _Chat:
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usages}
 
     async def chunks(self) -> AsyncIterator[Data]:
-        """The answer bit by bit. Memories come when they begin to be read, citations with the end of an answer."""
+        """The answer bit by bit. Memories come when they begin to be read, citations with the end of an answer.
+
+        An empty list of memories says that none are read any more.
+        """
         for index in range(len(self._written)):
             yield self._chunk(index, {"role": "assistant", "content": "", **self._references})
         async for index, event in self._answering:
             one = self._written[index]
+            before = one.reads.now
             text = one.take(event)
-            if isinstance(event, Read) and event.recalled.ids:
+            if isinstance(event, Read) and (before or one.reads.now):
                 yield self._chunk(index, {"memories": one.reads.now})
             elif isinstance(event, Piece) and (text or event.log_probs):
                 yield self._chunk(index, {"content": text}, event.log_probs)

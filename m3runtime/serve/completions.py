@@ -86,9 +86,10 @@ class _Text:
         """The answer bit by bit."""
         async for index, event in self._answering:
             one = self._written[index]
+            before = one.reads.now
             one.take(event)
             choice = None
-            if isinstance(event, Read) and event.recalled.ids:
+            if isinstance(event, Read) and (before or one.reads.now):
                 choice = self._choice(index, "", memories=one.reads.now)
             elif isinstance(event, Piece) and (event.text or event.log_probs):
                 choice = self._choice(index, event.text, event.log_probs)

@@ -63,6 +63,19 @@ def test_a_stream_says_what_the_answer_says_at_once(serving: Serving) -> None:
     assert chunks[-2]["choices"][0]["finish_reason"] == "length"
 
 
+def test_a_stream_says_when_no_memories_are_read_any_more(serving: Serving) -> None:
+    best = serving.chat(QUESTION).json()["choices"][0]["message"]["memories"][0]["score"]
+    memory = {"min_score": best - 0.01}  # the answer's own words are further from all memories
+    message = serving.chat(QUESTION, memory=memory).json()["choices"][0]["message"]
+    (cited,) = (one["url_citation"] for one in message["annotations"])
+    assert 0 < cited["end_index"] < len(message["content"])
+    *chunks, _ = data_of(iter(serving.chat(QUESTION, memory=memory, stream=True).text.split("\n")))
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert [len(delta["memories"]) for delta in deltas if "memories" in delta][-2:] == [1, 0]
+    last = next(place for place, delta in enumerate(deltas) if delta.get("memories") == [])
+    assert "".join(delta.get("content", "") for delta in deltas[:last]) == message["content"][: cited["end_index"]]
+
+
 def test_openais_client_reads_answers_and_streams(serving: Serving) -> None:
     client = serving.openai()
     messages = [

@@ -118,13 +118,14 @@ def test_the_same_question_three_times(browser: "Browser", written_once: Place) 
         assert int(tokens[0][1]) > int(tokens[1][1])  # the references are in the prompt
 
 
-def test_a_memory_stands_with_its_part_of_an_answer_with_emoji(browser: "Browser", written_once: Place) -> None:  # noqa: F811
+def test_a_memory_stands_with_its_part_of_an_answer(browser: "Browser", written_once: Place) -> None:  # noqa: F811
     def memory(start: int) -> dict[str, object]:
         one = {"id": start, "score": 0.5, "source": "a.md", "heading": "", "text": "a", "start_index": start}
         return {"choices": [{"delta": {"memories": [one]}}]}
 
     said = [{"choices": [{"delta": {"content": text}}]} for text in ("🦉🦉 owls", "🦭 seals")]
-    events = [memory(0), said[0], memory(7), said[1]]
+    none = {"choices": [{"delta": {"memories": []}}]}
+    events = [memory(0), said[0], memory(7), said[1], none, said[1]]
     body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
     with serving(written_once.file) as url, opened(browser, url) as page:
         page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))

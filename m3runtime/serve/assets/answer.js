@@ -16,8 +16,9 @@ export async function answer(into, body, signal) {
     for await (const event of events("/v1/chat/completions", body, signal)) {
       const choice = event.choices?.[0];
       usage = event.usage ?? usage;
-      if (choice?.delta?.memories?.length) {
-        read.push(choice.delta.memories);
+      const now = choice?.delta?.memories;
+      if (now) {
+        read.push({ memories: now, start: now[0]?.start_index ?? [...said].length });
         showMemories(memories, read, said);
       }
       if (choice?.delta?.references) {
@@ -62,11 +63,13 @@ function factsOf(total, first, usage, reason) {
 function showMemories(into, read, said) {
   const open = new Set([...into.querySelectorAll("details[open][data-id]")].map((one) => one.dataset.id));
   const wasShut = into.querySelector(":scope > details:not([open])");
-  const count = new Set(read.flat().map((memory) => memory.id)).size;
+  const count = new Set(read.flatMap(({ memories }) => memories.map((memory) => memory.id))).size;
   const letters = [...said]; // places count characters, and a text's own places count halves of some
-  const chunks = read.map((memories, number) => {
-    const part = letters.slice(memories[0].start_index, read[number + 1]?.[0].start_index).join("").trim();
-    const isPrompt = number + 1 < read.length && read[number + 1][0].start_index === 0;
+  const chunks = read.map(({ memories, start }, number) => {
+    if (!memories.length) return null;
+    const end = read[number + 1]?.start;
+    const part = letters.slice(start, end).join("").trim();
+    const isPrompt = end === 0;
     return chunkOf(number, memories, isPrompt ? "" : part, open);
   });
   const title = `${count} ${count === 1 ? "memory" : "memories"} read`;
