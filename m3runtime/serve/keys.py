@@ -13,7 +13,10 @@ from m3runtime.errors import ConfigError
 from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
 
 VARIABLE = "M3_KEYS"
-_ENTRY = re.compile(r"""(?:(read|write)[\s:]+)?([\x21-\x7e]{8,512})((?:\s+(?:"[^"]+"|[^\s"]\S*))*)""")
+_ENTRY = re.compile(
+    r"""(?:(read|write)[\s:]++|(?!(?:read|write)[\s:]))"""  # `read:` and a key that is too short are no key together
+    r"""([\x21-\x7e]{8,512})((?:\s+(?:"[^"]+"|[^\s"]\S*))*)"""
+)
 _NAME = re.compile(r'"([^"]+)"|(\S+)')
 
 

@@ -78,6 +78,8 @@ def test_names_with_spaces_stand_between_quotes() -> None:
     "text",
     [
         "read short",
+        "read:short",
+        "write::shorter",
         "admin secret-key-1",
         "read dup-key-12345",
         "write some-key-1 docs/",
