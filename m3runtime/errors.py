@@ -6,6 +6,7 @@ what to do about it. A cache miss is never an error; it is a value (see `m3runti
     M3Error
     ├── ConfigError             the configuration is wrong
     ├── InputError              a text, file or argument cannot be used
+    │   └── PromptTooLongError  more positions or room than the model has
     ├── PluginError             a plug-in is unknown, broken or not installed
     ├── BankError               the bank as a whole cannot be used
     │   ├── BankMissingError    no bank at that path
@@ -36,6 +37,10 @@ class ConfigError(M3Error):
 
 class InputError(M3Error):
     """A text, file or argument cannot be used."""
+
+
+class PromptTooLongError(InputError):
+    """A prompt and its answer need more positions, or more room, than the model has."""
 
 
 class PluginError(M3Error):

@@ -83,7 +83,10 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The end of a change that could not be made; nothing of it was."""
+    """The end of a change that could not be made.
+
+    Of a document, what was committed before a fault stays until it is added again or forgotten.
+    """
 
     message: str
     """One line, without the server's paths."""

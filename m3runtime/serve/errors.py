@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from m3runtime.errors import EngineClosedError, InputError, M3Error, StoreFullError
+from m3runtime.errors import EngineClosedError, InputError, M3Error, PromptTooLongError, StoreFullError
 
 log = logging.getLogger("m3runtime.serve")
 
@@ -90,7 +90,8 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InputError):
-        return ApiError(400, str(error)[:_LONGEST])
+        code = "context_length_exceeded" if isinstance(error, PromptTooLongError) else None
+        return ApiError(400, str(error)[:_LONGEST], code=code)
     if isinstance(error, EngineClosedError):
         return ApiError(503, "the server is being stopped", code="shutting_down", retry_after=5)
     if isinstance(error, StoreFullError):

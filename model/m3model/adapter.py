@@ -41,7 +41,7 @@ from m3runtime.adapters.engine import Engine
 from m3runtime.bank.bias import BiasDirections, BiasFacts
 from m3runtime.bank.manifest import Manifest
 from m3runtime.config.schema import MemoryConfig, ModelConfig
-from m3runtime.errors import BankMismatchError, ConfigError, InputError
+from m3runtime.errors import BankMismatchError, ConfigError, InputError, PromptTooLongError
 from m3runtime.memory.shape import ModelShape, memory_spec
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.storage.defaults import default_room
@@ -308,12 +308,12 @@ class TransformersAdapter(Adapter):
         return reference_ids(references, [self.ids(text) for text in references], self.spec.reference_tokens)
 
     def _prompt_ids(self, prompts: Sequence[Prompt], *, sink: bool) -> list[list[int]]:
-        """The tokens of prompts, after the sink or without. Raises `InputError` if the model has not room for them."""
+        """The tokens of prompts, after the sink or without. Raises `PromptTooLongError` for too many."""
         ids = [self.tokens.of_prompt(prompt, sink=sink) for prompt in prompts]
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         room = None if positions is None else positions - (self.offset if sink else 0)
         if room is not None and (longest := max(map(len, ids), default=0)) > room:
-            raise InputError(
+            raise PromptTooLongError(
                 f"the prompt has {longest} tokens, and of the model's {positions} positions {room} are left for a "
                 "prompt; shorten it"
             )

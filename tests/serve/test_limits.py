@@ -176,6 +176,13 @@ def test_prompts_and_answers_have_limits_of_their_own(small: Serving) -> None:
     assert small.chat("lamp", max_tokens=SLOW + 1).json()["error"]["param"] == "max_tokens"
 
 
+def test_a_prompt_beyond_the_models_positions_has_the_code_that_clients_look_for(tmp_path: Path) -> None:
+    with tiny(tmp_path, serve={"prompt_tokens": None}) as serving:
+        long = serving.chat("lamp " * 2000)
+    assert (long.status_code, long.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert "positions" in long.json()["error"]["message"]
+
+
 def test_errors_are_objects_and_say_nothing_of_the_bank(small: Serving) -> None:
     with small.http() as client:
         for method, path in (("GET", "/nothing"), ("GET", "/v1/chat/completions"), ("POST", "/v1/embeddings")):

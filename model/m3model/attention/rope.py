@@ -8,7 +8,7 @@ follow the length. Below the limit they are as fixed as any other, and beyond it
 
 from typing import Any
 
-from m3runtime.errors import ConfigError, InputError
+from m3runtime.errors import ConfigError, PromptTooLongError
 
 _FIXED = {"default", "linear", "llama3", "yarn", "proportional"}
 """Types whose frequencies, and YaRN's factor, depend on the configuration alone."""
@@ -39,9 +39,9 @@ def fixed_positions(config: Any) -> int | None:
 
 
 def check_positions(count: int, fixed: int | None) -> None:
-    """Raise `InputError` unless ``count`` positions are within `fixed_positions`."""
+    """Raise `PromptTooLongError` unless ``count`` positions are within `fixed_positions`."""
     if fixed is not None and count > fixed:
-        raise InputError(
+        raise PromptTooLongError(
             f"the text needs {count} positions, the sink's and the memories' included, but this model's RoPE rotates "
             f"all keys otherwise beyond {fixed}; shorten the prompt, or lower generate.max_new_tokens"
         )

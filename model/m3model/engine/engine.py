@@ -19,7 +19,7 @@ from m3model.engine.writing import Reason
 from m3runtime.adapters.engine import End, Engine, Failure, OnEvent, Read, Request, Ticket
 from m3runtime.config.schema import GenerateConfig
 from m3runtime.device.threads import prepare
-from m3runtime.errors import ConfigError, EngineClosedError, ForkedError, InputError
+from m3runtime.errors import ConfigError, EngineClosedError, ForkedError, InputError, PromptTooLongError
 from m3runtime.recall.recalled import Recalled
 
 _OVERFLOWED = "model.dtype: the model's numbers overflow in {dtype} here; use bfloat16 or float32"
@@ -133,7 +133,7 @@ class MemoryEngine(Engine):
         most = len(ids) + request.settings.max_new_tokens
         check_positions(most + self._start(request), self._buffers.layout.positions)
         if not self._fits(1, most):
-            raise InputError(
+            raise PromptTooLongError(
                 f"model.room: {self._room} bytes do not hold the keys and values of {len(ids)} tokens of prompt and "
                 f"{request.settings.max_new_tokens} of answer; raise it, shorten the prompt, or lower max_new_tokens"
             )

@@ -21,7 +21,7 @@ from m3runtime.adapters.base import Adapter
 from m3runtime.adapters.engine import Engine
 from m3runtime.bank.manifest import Manifest
 from m3runtime.config.schema import MemoryConfig, ModelConfig
-from m3runtime.errors import BankMismatchError, ConfigError, InputError
+from m3runtime.errors import BankMismatchError, ConfigError, PromptTooLongError
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.runtime import Runtime
 
@@ -107,7 +107,7 @@ class VllmAdapter(Adapter):
         count = len(self._tokens.of_prompt(prompt, sink=memories))
         room = self._shape.length - (len(self._core.head) if memories else 0)
         if count >= room:
-            raise InputError(f"the prompt has {count} tokens, and there is room for {room - 1}; shorten it")
+            raise PromptTooLongError(f"the prompt has {count} tokens, and there is room for {room - 1}; shorten it")
         return count
 
     def text_of(self, tokens: Sequence[int]) -> str:
