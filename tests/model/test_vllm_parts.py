@@ -117,6 +117,26 @@ def test_rotated_memories_are_kept_within_a_bound() -> None:
     )
 
 
+def test_a_kept_memory_stays_while_others_that_are_read_with_it_come() -> None:
+    """A worker that found it in the cache has not read it from the bank."""
+    nothing = torch.empty(0)
+    for room in (0, 1, 2):
+        slots = make_slots(9, cache_bytes=room * 2 * 2 * HEADS * 3 * DIM * 4)
+        slots.arrange([1], [part(3, 1)], [0.0])
+        first = (nothing, nothing) if slots.has(1) else part(3, 1)
+        got = slots.arrange([2, 3, 1], [part(3, 2), part(3, 3), first], [0.0] * 3)
+        torch.testing.assert_close(got, make_slots(9).arrange([2, 3, 1], [part(3, n) for n in (2, 3, 1)], [0.0] * 3))
+        assert sum(slots.has(id) for id in (1, 2, 3)) == room
+
+
+def test_the_bound_is_of_bytes_whatever_sizes_memories_have() -> None:
+    size = 2 * 2 * HEADS * DIM * 4
+    slots = make_slots(6, cache_bytes=6 * size)
+    for id, tokens in ((1, 1), (2, 1), (3, 5)):
+        slots.arrange([id], [part(tokens, id)], [0.0])
+    assert [slots.has(id) for id in (1, 2, 3)] == [False, True, True]
+
+
 @pytest.mark.parametrize(
     ("said", "reason"),
     [

@@ -51,7 +51,7 @@ class Slots:
         self._empty = (-bias.facts.null_level * direction).to(dtype)[:, None]
         self._rows = torch.tensor(self._layers, device=device)
         self._cache = OrderedDict[int, Part]()
-        self._room = cache_bytes
+        self._room, self._bytes = cache_bytes, 0
 
     def arrange(self, ids: Sequence[int], parts: Sequence[Part], log_weights: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Keys and values of sink and slots, ``[layers, sink + slots, heads, head_dim]``, memories first.
@@ -68,10 +68,12 @@ class Slots:
             self._keys[self._rows, at:end] = biased
             self._values[self._rows, at:end] = values
             at = end
+        while self._bytes > self._room:  # only now: whatever `has` was true of is needed until here
+            self._bytes -= _size(self._cache.popitem(last=False)[1])
         return self._keys, self._values
 
     def has(self, id: int) -> bool:
-        """Is this memory in the cache of rotated ones? Then its part is not needed."""
+        """Is this memory in the cache of rotated ones? Then the next `arrange` does not need its part."""
         return id in self._cache
 
     def _moved(self, id: int, part: Part) -> Part:
@@ -81,11 +83,8 @@ class Slots:
             return self._cache[id]
         keys, values = (self._own(one) for one in part)
         moved = ((self._rotated(keys) / self._temperature).to(self._dtype), values.to(self._dtype))
-        size = 2 * moved[0].nbytes
-        if size <= self._room:
-            while self._cache and (len(self._cache) + 1) * size > self._room:
-                self._cache.popitem(last=False)
-            self._cache[id] = moved
+        self._cache[id] = moved
+        self._bytes += _size(moved)
         return moved
 
     def _own(self, tensor: Tensor) -> Tensor:
@@ -98,3 +97,8 @@ class Slots:
         half = len(cos)
         first, second, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
         return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+
+def _size(part: Part) -> int:
+    keys, values = part
+    return keys.nbytes + values.nbytes
