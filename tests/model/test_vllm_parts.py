@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3model.loading.fingerprint import ModelIdentity
+from m3model.vllm.recalls import Memories, Recalls
 from m3model.vllm.settings import slots_of
 from m3model.vllm.slots import Slots, Turn
 from m3model.vllm.wish import Head, Wish
@@ -19,7 +20,8 @@ from m3runtime.bank.bias import BiasDirections, BiasFacts
 from m3runtime.config.schema import Config
 from m3runtime.errors import InputError
 from m3runtime.retrieval.restriction import Restriction
-from tests.model.families import make_model
+from tests.model.banks import make_runtime
+from tests.model.families import make_adapter, make_model
 
 LAYERS, HEADS, DIM, SINK, WIDTH = 3, 4, 8, 2, 16
 HEAD = Head((7, 8), 5, 9)
@@ -219,3 +221,27 @@ def test_a_checkpoint_is_known_by_its_files(tmp_path: Path) -> None:
     assert other.differences(expected.fingerprint, expected.settings) is None
     assert found.differences(expected.fingerprint, expected.settings) == []
     assert replace(found, weights="0" * 32) != found
+
+
+class Device(Recalls):
+    """Notes whether anybody heard of memories before they had arrived on the device."""
+
+    def __init__(self, runtime: Any) -> None:
+        super().__init__(runtime, torch.float32)
+        self.heard: list[bool] = []
+        self.asks: list[Memories] = []
+
+    def _arrive(self) -> None:
+        self.heard += [one.done() for one in self.asks]
+
+
+def test_nobody_hears_of_memories_before_they_are_on_the_device(tmp_path: Path) -> None:
+    with make_runtime(make_adapter(), tmp_path / "bank", ["the harbour lamp", "a bell and a heron"]) as runtime:
+        recalls = Device(runtime)
+        stream = runtime.stream(torch.float32)
+        recalls.asks.append(recalls.ask(stream, "the harbour lamp", wait=True))
+        recalls.send()
+        assert recalls.asks[0].result(60).ids
+        recalls.close()
+        stream.close()
+    assert recalls.heard == [False]

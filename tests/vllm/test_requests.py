@@ -194,3 +194,17 @@ def test_damaged_and_forgotten_memories_are_not_read(both: Both, monkeypatch: py
 
     monkeypatch.setattr(both.runtime, "fetch", without_four)  # what a runtime does with a block that failed its check
     assert "memory 4 is damaged" in refused(both, both.ids(ask), {"m3": {"ids": [3, 4]}})
+
+
+@pytest.mark.parametrize("params", [{"m3": {}}, {"m3": {"memory": 3}}])
+def test_a_refused_request_ends_none_whose_blocks_it_would_share(both: Both, params: Any) -> None:
+    ids = both.adapter._prompt_ids([both.prompt("The town has a harbour, a gate and a wall. " * 10)], sink=False)[0]
+    assert len(ids) > 64
+    [alone] = both.wait([both.submit(ids, 20, None)])
+    running = both.submit(ids, 20, None)
+    for _ in range(3):
+        both.step()
+    bad, fine = both.wait([both.submit(ids, 20, params), running])
+    assert bad.error
+    assert not fine.error
+    assert fine.tokens == alone.tokens

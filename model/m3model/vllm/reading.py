@@ -67,6 +67,11 @@ class Reading:
     hinted: int = -1
     reads: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def is_last(self) -> bool:
+        """Has it asked for the last of the memories that it names? Those stay."""
+        return self.wish.ids is not None and self.chunk >= len(self.wish.ids) - 1
+
     def refuse(self, error: Exception) -> None:
         """It ends with its next step."""
         if self.refused is None:

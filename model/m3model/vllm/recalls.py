@@ -74,12 +74,13 @@ class Recalls:
     def _recall(self, asked: Sequence[_Question]) -> None:
         try:
             asking = [Asking(one.memories, one.stream, one.text, one.wait) for one in asked]
-            for found in recall(asking):
+            recalled = recall(asking)
+            self._arrive()  # before anybody hears of them
+            for found in recalled:
                 if isinstance(found.recalled, Exception):
                     found.who.set_exception(found.recalled)
                 else:
                     found.who.set_result(found.recalled)
-            self._arrive()
         except BaseException as error:
             for one in asked:
                 if not one.memories.done():

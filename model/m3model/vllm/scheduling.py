@@ -4,6 +4,7 @@ vLLM calls the hooks from one thread, between two steps. An exception in one wou
 whatever goes wrong refuses the one request that it went wrong for.
 """
 
+import logging
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait as wait_for
@@ -23,6 +24,8 @@ from m3runtime.recall.recalled import Recalled
 if TYPE_CHECKING:
     from m3runtime.stream import Stream
 
+log = logging.getLogger("m3model.vllm")
+
 _IDLE_S = 0.005
 """Time that a step with nothing to do waits for a recall, so that the engine does not spin beside it."""
 
@@ -37,7 +40,6 @@ class SchedulerHalf:
         self._decode, self._words = words.decode, words
         self._config = recalls.runtime.config.recall
         self._readings: dict[str, Reading] = {}
-        self._loads: list[Load] = []
         self._is_idle = True
         self.hosted: dict[int, Hosted] = {}
         """Requests of an engine in this process, by the number that their wish names."""
@@ -109,6 +111,10 @@ class SchedulerHalf:
                 self._check(reading)
         except Exception as error:  # noqa: BLE001 - it is told to whoever asked
             reading.refuse(error)
+        if reading.refused is not None and computed:
+            # Those are blocks of others, who would end with it: vLLM is to look again, for blocks of its own.
+            compat.salt(request, secrets.token_hex(16))
+            return None
         if reading.refused is not None:  # a part of its tokens, whose load then fails: so vLLM ends it, and it alone
             size: int = request.num_tokens
             return max(0, min(self._shape.block, size - 1) - computed)
@@ -160,7 +166,7 @@ class SchedulerHalf:
         hints: list[tuple[Reading, Stream, str]] = []
         for reading in readings:
             every = reading.wish.every
-            if not every or reading.refused is not None:
+            if not every or reading.refused is not None or reading.is_last:
                 continue
             answer = compat.answer_ids(reading.request)
             chunk, place = divmod(len(answer), size)
@@ -231,11 +237,10 @@ class SchedulerHalf:
         if reading.memories is not None:
             self._recalls.forget(reading.memories)
         if reading.hosted is None and reading.stream is not None:
-            stream = reading.stream
             if reading.memories is None:
-                stream.close()
+                _close(reading.stream)
             else:
-                reading.memories.add_done_callback(lambda _: stream.close())
+                reading.memories.add_done_callback(partial(_close, reading.stream))
         if reading.refused is not None:
             reason = str(reading.refused) if isinstance(reading.refused, M3Error) else "an internal error; see the log"
             return {"m3": {"error": reason}}
@@ -249,6 +254,13 @@ class SchedulerHalf:
     def close(self) -> None:
         """End the threads."""
         self._recalls.close()
+
+
+def _close(stream: "Stream", *_: object) -> None:
+    try:
+        stream.close()
+    except Exception:
+        log.exception("a stream cannot be closed")  # nobody waits for it any more, and the engine is to live
 
 
 def _same(one: Recalled, other: Recalled) -> bool:
