@@ -5,6 +5,7 @@ vLLM allows one engine in a process, so each file here is run by a pytest of its
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -19,8 +20,11 @@ from m3runtime.bank.bias import BIAS
 from m3runtime.cli.demo import HANDBOOK
 from m3runtime.config.schema import Config
 from m3runtime.documents.reading import read_documents
+from m3runtime.documents.splitting import Splitter
+from m3runtime.documents.spool import ReferenceSpool
 from m3runtime.runtime import Runtime
 from m3runtime.writing.calibrating import calibrate_bias
+from m3runtime.writing.fitting import fit_codec
 from m3runtime.writing.writer import Writer
 
 if TYPE_CHECKING:
@@ -42,10 +46,12 @@ TOPICS = ("assert", "class", "comparisons", "exceptions", "function", "raise")
 
 @pytest.fixture(scope="session")
 def config(smollm2_path: Path, minilm_path: Path) -> Config:
-    """The demo's configuration. The codec of so small a bank is int8."""
+    """The demo's configuration, but with a product codec from the first reference on: so small a bank stays int8."""
+    bank = CACHE / "vllm" / f"{xxhash.xxh3_64_hexdigest(HANDBOOK.read_bytes())}-product"
     return Config.model_validate(
         {
-            "bank": CACHE / "vllm" / xxhash.xxh3_64_hexdigest(HANDBOOK.read_bytes()),
+            "bank": bank,
+            "codec": {"file": bank.with_suffix(".codec")},
             "model": {"path": str(smollm2_path), "dtype": "float32", "device": "cpu"},
             "memory": {"attention_temperature": 0.9},
             "embedder": {"path": str(minilm_path), "device": "cpu"},
@@ -58,10 +64,17 @@ def config(smollm2_path: Path, minilm_path: Path) -> Config:
 
 @pytest.fixture(scope="session")
 def adapter(config: Config) -> Iterator[TransformersAdapter]:
-    """Our own adapter, with the bank written by it: once for all runs, since that takes a minute."""
+    """Our own adapter, with the bank written by it: once for all runs, since that takes two minutes."""
     adapter = assembly.open_adapter(config)
     assert isinstance(adapter, TransformersAdapter)
     if not (config.bank / BIAS).exists():
+        assert config.codec.file is not None
+        config.bank.parent.mkdir(parents=True, exist_ok=True)
+        codec = assembly.make_codec(config, adapter.spec)
+        splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
+        with closing(ReferenceSpool(read_documents([HANDBOOK]), splitter)) as references:
+            fit_codec(codec, adapter, [one.text for one in references], config.memory.batch_size)
+        codec.save(config.codec.file)
         report = Writer(config, adapter, assembly.open_embedder(config)).write(read_documents([HANDBOOK]))
         assert report.references > 30
         text = config.bank.with_suffix(".txt")

@@ -40,6 +40,11 @@ def check(both: Both, asks: Sequence[Ask], answers: Sequence[Got], within: float
     return ours
 
 
+def test_the_bank_is_in_the_product_codec(both: Both) -> None:
+    manifest = both.runtime.bank.manifest
+    assert (manifest.codec_kind, manifest.planned) == ("product", None)
+
+
 def test_one_memory_one_by_one(both: Both) -> None:
     asks = named(both, 8, 1)
     check(both, asks, [both.theirs([ask])[0] for ask in asks])
