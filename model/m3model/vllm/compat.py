@@ -31,7 +31,7 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 # Families whose keys are rotated in halves, by one set of frequencies in all layers, and read in full by each of them.
 # `tests/vllm/test_families.py` tries each.
-_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "granite"}
+_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "olmo2", "granite"}
 
 
 class ConnectorBase(KVConnectorBase_V1):  # type: ignore[misc]
