@@ -1,5 +1,6 @@
 """Laws of `Worker`: jobs in order, few ahead, and errors that come out where they are waited for."""
 
+import gc
 import sys
 import threading
 import time
@@ -19,7 +20,11 @@ class MistakeError(Exception):
 
 def working() -> int:
     """Threads of workers that have not ended."""
-    frames = sys._current_frames().values()
+    gc.disable()  # a collection in `_current_frames` may wait for ever for a lock that the call holds (gh-106883)
+    try:
+        frames = list(sys._current_frames().values())
+    finally:
+        gc.enable()
     return sum(any(frame.f_code is Worker._run.__code__ for frame, _ in walk_stack(one)) for one in frames)
 
 
