@@ -1,6 +1,7 @@
 # Everything happens in .venv; `make help` lists what there is to do.
 PYTHON ?= python3
-PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
+# One more than cores: tests wait for processes of their own.
+PYTEST_ARGS ?= -n $(shell $(PYTHON) -c "import os; print(min(4, (os.cpu_count() or 1) + 1))") --dist worksteal
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := .venv/constraints.txt

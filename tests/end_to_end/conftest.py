@@ -1,5 +1,6 @@
 """A model, an embedder and a folder to run ``m3`` in."""
 
+import copy
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with its tokenizer, in a folder as the transformers library writes it."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model = make_model("llama")
+    model = copy.deepcopy(make_model("llama"))
     model.config.max_position_embeddings = POSITIONS  # the evaluations have long prompts
     model.save_pretrained(folder)
     logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,5 +1,6 @@
 """What memories inside vLLM are made of, where no vLLM is needed. `tests/vllm` has the rest."""
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -209,7 +210,7 @@ def test_sink_and_slots_fill_whole_blocks() -> None:
 
 
 def test_a_checkpoint_is_known_by_its_files(tmp_path: Path) -> None:
-    model = make_model("llama")
+    model = copy.deepcopy(make_model("llama"))
     model.save_pretrained(tmp_path)
     expected, found = ModelIdentity.of(model), ModelIdentity.of_checkpoint(tmp_path, model.config.get_text_config())
     assert found.weights == expected.weights
