@@ -1,4 +1,4 @@
-"""What memories cost inside vLLM, against the same references as text: the figures of docs/vllm.md.
+"""The cost of memories inside vLLM, against the same references as text: the figures of docs/vllm.md.
 
 Run it in the environment of `make test-vllm`, with nothing else on the machine:
 

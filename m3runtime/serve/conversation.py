@@ -16,7 +16,7 @@ from m3runtime.serve.fields import Fields
 from m3runtime.serve.served import Served
 
 Told = Annotated[Sequence[Any], Field(max_length=4096)]
-"""What this server told with an earlier answer, which clients give back as it came. It changes nothing."""
+"""Fields that this server told with an earlier answer: clients give them back as they came, and nothing changes."""
 
 
 class TextPart(Fields):

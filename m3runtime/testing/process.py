@@ -75,7 +75,7 @@ class OtherProcess:
         return answers
 
     def _answers(self) -> Iterator[dict[str, Any]]:
-        """What it answers, until it ends."""
+        """Its answers, until it ends."""
         try:
             while True:
                 yield self._connection.recv()

@@ -45,7 +45,7 @@ class Weighing:
     """How a layer turns queries and keys into weights."""
 
     scale: float
-    """What the products of queries and keys are multiplied by."""
+    """The factor of the products of queries and keys."""
     softcap: float | None = None
     """The magnitude that logits stay below (Gemma 2); None for any."""
     sinks: Tensor | None = None
@@ -60,7 +60,7 @@ class Attending(Protocol):
     """
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, weighing: "Weighing") -> Tensor:
-        """What each query, ``[B, Hq, Q, D]``, reads of the keys and values that the cache gave: ``[B, Hq, Q, Dv]``."""
+        """Attention of queries, ``[B, Hq, Q, D]``, over the keys and values that the cache gave: ``[B, Hq, Q, Dv]``."""
 
 
 class Masked:
