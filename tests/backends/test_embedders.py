@@ -84,7 +84,10 @@ def own_prompts(folder: Path) -> None:
 )
 def test_vectors_are_those_of_the_library(copy: Path, change: Callable[[Path], None] | None, light: bool) -> None:
     from sentence_transformers import SentenceTransformer  # takes seconds, which other tests need not
+    from sentence_transformers.models import Pooling
 
+    if change is newer_pooling and "embedding_dimension" not in inspect.signature(Pooling).parameters:
+        pytest.skip("this version of the library does not write it so")
     if change:
         change(copy)
     assert (MeanOfTokens.of(copy, "cpu") is not None) == light
