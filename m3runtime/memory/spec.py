@@ -2,9 +2,10 @@
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import xxhash
+from pydantic import ConfigDict
 
 from m3runtime.errors import ConfigError
 from m3runtime.plugins.messages import difference
@@ -20,6 +21,8 @@ class MemorySpec:
     (Memory³, section 3.3; the paper's own is 22 x 8 x 8 x 80). ``tokens == reference_tokens`` is a *dense*
     memory: it has as many tokens as its reference, so ``tokens`` is then the most a memory may have.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")  # in a manifest, say
 
     layers: tuple[int, ...]
     """Indices of the memory layers, ascending."""
