@@ -32,7 +32,11 @@ class Index(ABC):
     def search_among(
         self, ids: Ids, vectors: Embeddings, k: int
     ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float32]]:
-        """`search` over these ids alone, exactly: no other id is looked at. Ids that are not held are passed over."""
+        """`search` over these ids alone: what brute force over them finds, however many or few of all ids they are.
+
+        ``ids`` are ascending, each once; those that are not held are passed over. All filters are applied by it, so
+        it may be called for each chunk with nearly all ids: it takes no memory in proportion to their vectors.
+        """
 
     @abstractmethod
     def ids(self) -> Ids:

@@ -58,7 +58,8 @@ class IndexContract(IndexFileLaws):
         index, ids, vectors = self.filled()
         queries = unit_vectors(4, self.dim, seed=5)
         some = np.arange(0, len(ids), 3)
-        found, scores = index.search_among(np.append(ids[some], np.uint64(2)), queries, k)  # no index has id 2
+        asked = np.sort(np.append(ids[some], np.uint64(2)))  # no index has id 2
+        found, scores = index.search_among(asked, queries, k)
         assert found.shape == scores.shape == (4, min(k, len(some)))
         assert (np.diff(scores, axis=1) <= 0).all()
         for row, query in enumerate(queries):
@@ -68,6 +69,29 @@ class IndexContract(IndexFileLaws):
             assert len(set(found[row].tolist())) == found.shape[1]
             assert [own[id] for id in found[row].tolist()] == pytest.approx(scores[row], abs=self.score_tolerance)
             assert scores[row] == pytest.approx(best[:k], abs=self.score_tolerance)
+
+    @pytest.mark.parametrize("share", [1, 0.5, 0.01, 0.001])
+    def test_a_search_among_any_share_of_ids_is_exact(self, share: float) -> None:
+        index, ids, vectors = self.filled(count=3000)
+        queries = unit_vectors(3, self.dim, seed=5)
+        # The farthest pass, so that the nearest of all are none of them.
+        for passing in (
+            np.arange(round(share * len(ids))),
+            np.argsort(vectors @ queries[0])[: round(share * len(ids))],
+        ):
+            found, scores = index.search_among(np.sort(ids[passing]), queries, 5)
+            assert found.shape == (3, min(5, len(passing)))
+            for row, query in enumerate(queries):
+                best, best_scores = brute_force(ids[passing], vectors[passing], query)
+                own = dict(zip(best.tolist(), best_scores.tolist(), strict=True))
+                assert [own[id] for id in found[row].tolist()] == pytest.approx(scores[row], abs=self.score_tolerance)
+                assert scores[row] == pytest.approx(best_scores[:5], abs=self.score_tolerance)
+
+    def test_equal_scores_among_ids_come_in_order_of_ids(self) -> None:
+        index = self.make_index()
+        ids = np.arange(1000, dtype=np.uint64)
+        index.add(ids, np.repeat(unit_vectors(1, self.dim), len(ids), axis=0))
+        assert index.search_among(ids[3:], unit_vectors(1, self.dim), 3)[0].tolist() == [[3, 4, 5]]
 
     def test_a_search_among_ids_that_are_not_held_finds_nothing(self) -> None:
         index, ids, vectors = self.filled()

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from m3backends.usearch.index import UsearchIndex
 from m3runtime.errors import ConfigError, IndexFileError, InputError
+from m3runtime.retrieval.embedder import Embeddings
 from m3runtime.retrieval.index import Index
 from m3runtime.testing.index import IndexContract, brute_force, unit_vectors
 
@@ -50,6 +51,31 @@ def test_graph_finds_nearly_everything_that_brute_force_finds() -> None:
     )
     assert hits > 0.9 * 500
     assert (np.diff(scores, axis=1) <= 0).all()
+
+
+@pytest.fixture(scope="module")
+def large() -> tuple[UsearchIndex, Embeddings]:
+    vectors = unit_vectors(100_000, 8)
+    index = UsearchIndex(dim=8, dtype="f32", connectivity=4, expansion_add=8)
+    index.add(np.arange(len(vectors), dtype=np.uint64), vectors)
+    return index, vectors
+
+
+@pytest.mark.parametrize("share", [1e-4, 1e-3, 1e-2, 0.1, 0.5, 1])
+def test_a_search_among_any_share_of_many_ids_is_brute_force(
+    large: tuple[UsearchIndex, Embeddings], share: float
+) -> None:
+    index, vectors = large
+    rng = np.random.default_rng(0)
+    count = round(share * len(vectors))
+    queries = unit_vectors(4, 8, seed=1)
+    for passing in (rng.permutation(len(vectors))[:count], np.argsort(vectors @ queries[0])[:count]):
+        ids = np.sort(passing).astype(np.uint64)
+        found, scores = index.search_among(ids, queries, 5)
+        for row, query in enumerate(queries):
+            best, best_scores = brute_force(ids, vectors[ids], query)
+            assert scores[row] == pytest.approx(best_scores[:5], abs=1e-5)
+            assert len({*found[row].tolist()} - {*best[: 5 + 2].tolist()}) == 0
 
 
 def test_graph_gives_as_many_as_asked_for_even_after_removals() -> None:

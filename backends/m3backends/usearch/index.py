@@ -21,6 +21,11 @@ _LARGEST_DIM = 1 << 20
 _FLIP = np.uint64(0x9E3779B97F4A7C15)
 _RESERVED = np.uint64(2**64 - 1) ^ _FLIP
 
+_COMPARED_BYTES = 1 << 24
+"""Bytes of vectors that a search among ids reads at a time."""
+_FEW = 256
+"""So many nearest vectors of all are looked through for those that pass, or a 64th of all."""
+
 Scores = npt.NDArray[np.float32]
 
 
@@ -112,24 +117,60 @@ class UsearchIndex(Index):
         return ids[:, :wanted], scores[:, :wanted]
 
     def search_among(self, ids: Ids, vectors: Embeddings, k: int) -> tuple[npt.NDArray[np.uint64], Scores]:
-        """`search` over these ids alone, by comparing all of them in float32."""
+        """`search` over these ids alone, exactly.
+
+        Where many of all ids pass, all vectors are compared and the first of them that pass are kept, if there are
+        enough. Otherwise those of the ids are compared in float32, some at a time.
+        """
         if k < 0:
             raise InputError(f"index: k must not be negative, not {k}")
         vectors = self._checked(vectors)
-        keys = np.unique(ids.astype(np.uint64)) ^ _FLIP
+        if not (len(ids) and k and len(vectors)):
+            with self._lock:
+                held = int(np.asarray(self._native.contains(ids ^ _FLIP)).sum()) if len(ids) else 0
+            shape = (len(vectors), min(k, held))
+            return np.zeros(shape, np.uint64), np.zeros(shape, np.float32)
         with self._lock:
-            keys = keys[np.asarray(self._native.contains(keys), np.bool_)] if len(keys) else keys
-            held = np.asarray(self._native.get(keys, dtype="f32"), np.float32) if len(keys) else None
-        if held is None:
-            return np.zeros((len(vectors), 0), np.uint64), np.zeros((len(vectors), 0), np.float32)
-        lengths = np.linalg.norm(vectors, axis=1)[:, None] * np.linalg.norm(held, axis=1)
-        scores = np.clip(vectors @ held.T / np.maximum(lengths, np.finfo(np.float32).tiny), -1, 1)
-        among = np.broadcast_to(keys ^ _FLIP, scores.shape)
-        order = np.lexsort((among, -scores))[:, :k]
-        return np.take_along_axis(among, order, 1), np.take_along_axis(scores, order, 1).astype(np.float32)
+            found = self._first_passing(ids, vectors, k)
+            return self._compared(ids, vectors, k) if found is None else found
 
-    def _nearest(self, vectors: Embeddings, count: int, size: int) -> tuple[npt.NDArray[np.uint64], Scores]:
-        exact = size <= self.exact_below
+    def _first_passing(self, ids: Ids, vectors: Embeddings, k: int) -> "tuple[npt.NDArray[np.uint64], Scores] | None":
+        """The nearest of these ids among the nearest of all, or None if too few of them are there."""
+        size = len(self._native)
+        count = size and min(size, 64 + 2 * k * -(-size // len(ids)))
+        if not count or count > max(_FEW, size // 64):
+            return None
+        found, scores = self._nearest(vectors, count, size, exact=True)
+        passes = ids[np.minimum(np.searchsorted(ids, found), len(ids) - 1)] == found
+        # The k-th must be nearer than the last of all, which others may be as near as that were left out.
+        if (passes & (scores > scores[:, -1:])).sum(axis=1).min() < k:
+            return None
+        order = np.argsort(~passes, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(found, order, 1), np.take_along_axis(scores, order, 1)
+
+    def _compared(self, ids: Ids, vectors: Embeddings, k: int) -> tuple[npt.NDArray[np.uint64], Scores]:
+        """The nearest of these ids by comparing all of them."""
+        unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        best: npt.NDArray[np.uint64] = np.zeros((len(vectors), 0), np.uint64)
+        best_scores: Scores = np.zeros((len(vectors), 0), np.float32)
+        step = max(1, _COMPARED_BYTES // (4 * self.dim))
+        for start in range(0, len(ids), step):
+            some = ids[start : start + step]
+            some = some[np.asarray(self._native.contains(some ^ _FLIP), np.bool_)]
+            if len(some):
+                held = np.asarray(self._native.get(some ^ _FLIP, dtype="f32"), np.float32)
+                held /= np.maximum(np.linalg.norm(held, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+                more = np.broadcast_to(some, (len(vectors), len(some)))
+                scores = np.concatenate([best_scores, np.clip(unit @ held.T, -1, 1)], axis=1)
+                among = np.concatenate([best, more], axis=1)
+                order = np.lexsort((among, -scores))[:, :k]
+                best, best_scores = np.take_along_axis(among, order, 1), np.take_along_axis(scores, order, 1)
+        return best, best_scores
+
+    def _nearest(
+        self, vectors: Embeddings, count: int, size: int, *, exact: bool = False
+    ) -> tuple[npt.NDArray[np.uint64], Scores]:
+        exact = exact or size <= self.exact_below
         found = self._native.search(vectors, count, exact=exact, threads=self.threads)
         complete = found.counts.min() if isinstance(found, BatchMatches) else len(found)
         if complete < count and not exact:
