@@ -19,6 +19,7 @@ from m3runtime.bank import records
 from m3runtime.bank.bank import Bank
 from m3runtime.bank.members import Members
 from m3runtime.config.schema import Config
+from m3runtime.config.where import conditions
 from m3runtime.device.threads import prepare
 from m3runtime.documents import expiry
 from m3runtime.documents.reference import Reference
@@ -66,6 +67,8 @@ class Runtime:
         self.hierarchy = hierarchy
         self.retriever = retriever
         retriever.members = Members(bank.home)
+        self.where = conditions(config.recall.where)
+        """The conditions of ``recall.where``, which every stream and search has."""
         self.device = device
         self.stats = RecallStats()
         self.meter = Meter(config.metrics.timeline)
@@ -169,7 +172,7 @@ class Runtime:
     def stream(self, dtype: torch.dtype | None = None, restriction: Restriction = UNRESTRICTED) -> Stream:
         """A new stream whose memories are decoded to ``dtype`` (default: the dtype that the model computed them in).
 
-        ``restriction`` limits which memories it may read, for example to those of some sources.
+        ``restriction`` limits which memories it may read, such as those of some sources, within ``recall.where``.
 
         Raises `ConfigError` if ``recall.decoded`` is too small for the memories of one chunk.
         """
@@ -179,7 +182,7 @@ class Runtime:
                 f"recall.decoded: {self.store.capacity} bytes do not hold the {self.config.recall.memories} memories "
                 f"of one chunk; set at least {least}"
             )
-        stream = Stream(self, dtype, next(self._numbers), restriction)
+        stream = Stream(self, dtype, next(self._numbers), restriction.within(self.where))
         weakref.finalize(stream, self._dropped.append, stream.number).atexit = False
         return stream
 
@@ -264,7 +267,7 @@ class Runtime:
         """
         self._check_process()
         self._refresh()
-        limits = [restriction] * len(texts)
+        limits = [restriction.within(self.where)] * len(texts)
         if k is None:
             return self.retriever.search(texts, restrictions=limits)
         everything = Retriever(self.retriever.embedder, self.retriever.index, memories=k)

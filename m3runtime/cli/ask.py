@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from m3runtime.cli.citing import citation, cited
-from m3runtime.cli.options import ConfigFile, Json, Set, as_text, configuration
+from m3runtime.cli.options import ConfigFile, Json, Set, Where, as_text, configuration, restriction
 from m3runtime.cli.terminal import print_json, say
 from m3runtime.errors import BankBusyError, BankError
 
@@ -28,11 +28,12 @@ def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     config: ConfigFile = None,
     no_memory: NoMemory = False,
+    where: Where = None,
     set: Set = None,
     json: Json = False,
 ) -> None:
     """Answer one question, and list the memories that were read."""
-    with _Talk(config, set, no_memory=no_memory, lasting=False) as talk:
+    with _Talk(config, set, where, no_memory=no_memory, lasting=False) as talk:
         prompt = talk.adapter.render(as_text("the question", question), talk.settings.generate.prompt)
         answer = talk.answer(prompt, shown=not json)
         if json:
@@ -41,12 +42,18 @@ def ask(
             talk.print_memories(answer)
 
 
-def chat(config: ConfigFile = None, no_memory: NoMemory = False, set: Set = None, json: Json = False) -> None:
+def chat(
+    config: ConfigFile = None,
+    no_memory: NoMemory = False,
+    where: Where = None,
+    set: Set = None,
+    json: Json = False,
+) -> None:
     """Chat with the model, line by line, until the end of input.
 
     Each message recalls memories. With --json, each answer is one line of JSON.
     """
-    with _Talk(config, set, no_memory=no_memory, lasting=True) as talk:
+    with _Talk(config, set, where, no_memory=no_memory, lasting=True) as talk:
         if isinstance(sys.stdin, TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")  # so that a line that is no text can be told of
         messages: list[dict[str, str]] = []
@@ -70,9 +77,18 @@ def chat(config: ConfigFile = None, no_memory: NoMemory = False, set: Set = None
 class _Talk(ExitStack):
     """A model with its runtime for one command."""
 
-    def __init__(self, file: Path | None, settings: list[str] | None, *, no_memory: bool, lasting: bool) -> None:
+    def __init__(
+        self,
+        file: Path | None,
+        settings: list[str] | None,
+        where: list[str] | None,
+        *,
+        no_memory: bool,
+        lasting: bool,
+    ) -> None:
         super().__init__()
         self.settings = configuration(file, settings)
+        self._restriction = restriction(where)
         from m3runtime import assembly
         from m3runtime.plugins.loading import load
 
@@ -114,7 +130,7 @@ class _Talk(ExitStack):
         if self.runtime is None:
             (answer,) = self.adapter.generate([prompt], None, self.settings.generate, on_text)
         else:
-            with self.runtime.stream(self.adapter.dtype) as stream:
+            with self.runtime.stream(self.adapter.dtype, self._restriction) as stream:
                 (answer,) = self.adapter.generate([prompt], [stream], self.settings.generate, on_text)
         if shown:
             say()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from m3runtime.cli.citing import citation, cited, summarised
-from m3runtime.cli.options import ConfigFile, Json, Set, as_text, configuration
+from m3runtime.cli.options import ConfigFile, Json, Set, Where, as_text, configuration, restriction
 from m3runtime.cli.terminal import print_json, say
 from m3runtime.errors import InputError
 from m3runtime.observe.figures import show_size
@@ -20,6 +20,7 @@ def search(
     text: Annotated[str, typer.Argument(help="What to look for.")],
     config: ConfigFile = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many references to print.")] = 5,
+    where: Where = None,
     set: Set = None,
     json: Json = False,
 ) -> None:
@@ -27,10 +28,11 @@ def search(
     settings = configuration(config, set)
     if not as_text("the text", text).strip():
         raise InputError("there is nothing to search for: the text is blank")
+    limits = restriction(where)
     from m3runtime.runtime import Runtime
 
     with Runtime.open(settings, read_only=True) as runtime:
-        (matches,) = runtime.search([text], k)
+        (matches,) = runtime.search([text], k, limits)
         references = runtime.references([match.id for match in matches])
     found = [(match, one) for match, one in zip(matches, references, strict=True) if one is not None]
     if json:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from m3runtime.config.loading import LoadedConfig
     from m3runtime.config.schema import Config, DocumentsConfig
     from m3runtime.lab.results import Result
+    from m3runtime.retrieval.restriction import Restriction
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", help="Configuration file; default: $M3_CONFIG, or m3.yaml.")
@@ -24,6 +25,14 @@ TextField = Annotated[
     str | None,
     typer.Option(
         help="The field of a jsonl line that holds the text; default: documents.text_field.", show_default=False
+    ),
+]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where",
+        metavar="KEY=VALUE",
+        help="Only memories with such metadata, as in recall.where: lang=en, team=[a, b], year={at_least: 2020}.",
     ),
 ]
 T = TypeVar("T")
@@ -48,6 +57,19 @@ def overrides(settings: list[str] | None, option: str = "--set") -> dict[str, st
             raise InputError(f"{option} {setting}: write it as KEY=VALUE")
         found[key] = value
     return found
+
+
+def restriction(where: list[str] | None) -> "Restriction":
+    """The restriction of ``--where``. Raises `InputError`, or `ConfigError` for a value that is not YAML."""
+    from m3runtime.config.where import conditions
+    from m3runtime.config.yaml_file import parse_yaml
+    from m3runtime.retrieval.restriction import Restriction
+
+    given = {key: parse_yaml(text, "--where", written=True) for key, text in overrides(where, "--where").items()}
+    try:
+        return Restriction(where=conditions(given))
+    except ValueError as error:
+        raise InputError(f"--where {error}") from None
 
 
 def configuration(file: Path | None, settings: list[str] | None) -> "Config":

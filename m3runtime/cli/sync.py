@@ -7,7 +7,19 @@ import typer
 
 from m3runtime.cli.options import ConfigFile, Json, Set, TextField, configuration, documents_fields
 from m3runtime.cli.terminal import print_json, say
-from m3runtime.cli.write import Expires, KeepMissing, Paths, Whole, expiry_of, facts, show, write
+from m3runtime.cli.write import (
+    Expires,
+    KeepMissing,
+    NoTags,
+    Paths,
+    Tags,
+    Whole,
+    expiry_of,
+    facts,
+    show,
+    tags_of,
+    write,
+)
 
 
 def sync(
@@ -20,6 +32,8 @@ def sync(
     whole: Whole = False,
     keep_missing: KeepMissing = False,
     expires: Expires = None,
+    tag: Tags = None,
+    no_tags: NoTags = False,
     set: Set = None,
     json: Json = False,
 ) -> None:
@@ -30,7 +44,18 @@ def sync(
     again.
     """
     if not watch:
-        write(paths, config, text_field, whole, keep_missing=keep_missing, expires=expires, set=set, json=json)
+        write(
+            paths,
+            config,
+            text_field,
+            whole,
+            keep_missing=keep_missing,
+            expires=expires,
+            tag=tag,
+            no_tags=no_tags,
+            set=set,
+            json=json,
+        )
         return
     settings = configuration(config, set)
     from m3runtime.documents.survey import Reading
@@ -38,7 +63,9 @@ def sync(
     from m3runtime.writing.following import follow
     from m3runtime.writing.mirror import Mirror
 
-    reading = Reading(documents_fields(settings, text_field), whole, expiry=expiry_of(expires))
+    reading = Reading(
+        documents_fields(settings, text_field), whole, expiry=expiry_of(expires), tags=tags_of(tag, none=no_tags)
+    )
     with closing(Mirror(settings, reading, keep_missing=keep_missing)) as mirror:
         for report in follow(mirror, paths):
             if isinstance(report, M3Error):

@@ -8,9 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3runtime.cli.options import ConfigFile, Json, Set, TextField, configuration, documents_fields, parsed
+from m3runtime.cli.options import (
+    ConfigFile,
+    Json,
+    Set,
+    TextField,
+    as_text,
+    configuration,
+    documents_fields,
+    overrides,
+    parsed,
+)
 from m3runtime.cli.progress import progress_bars
 from m3runtime.cli.terminal import print_json, say
+from m3runtime.errors import InputError
 from m3runtime.observe.figures import show_size
 
 if TYPE_CHECKING:
@@ -34,6 +45,16 @@ Expires = Annotated[
         show_default=False,
     ),
 ]
+Tags = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tag",
+        metavar="KEY=VALUE",
+        help="Metadata of these files, to cite and to filter by (--where, recall.where); default: as before.",
+        show_default=False,
+    ),
+]
+NoTags = Annotated[bool, typer.Option("--no-tags", help="Remove the tags that these files have.")]
 
 _NAMED = 3
 """Lines about what could not be read in one file."""
@@ -49,6 +70,8 @@ def write(
     ] = False,
     keep_missing: KeepMissing = False,
     expires: Expires = None,
+    tag: Tags = None,
+    no_tags: NoTags = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List the files that changed.")] = False,
     set: Set = None,
@@ -66,7 +89,8 @@ def write(
     from m3runtime.documents.survey import Reading
     from m3runtime.writing.mirror import Mirror
 
-    reading = Reading(documents_fields(settings, text_field), whole, catalogue, expiry_of(expires))
+    fields = documents_fields(settings, text_field)
+    reading = Reading(fields, whole, catalogue, expiry_of(expires), tags_of(tag, none=no_tags))
     with closing(Mirror(settings, reading, keep_missing=keep_missing)) as mirror:
         if dry_run:
             survey = mirror.survey(paths)
@@ -92,6 +116,19 @@ def expiry_of(expires: str | None) -> "Expiry | None":
     from m3runtime.documents.expiry import Expiry, today
 
     return None if expires is None else parsed("--expires", partial(Expiry.parse, today=today()), expires)
+
+
+def tags_of(tags: list[str] | None, *, none: bool) -> dict[str, str] | None:
+    """The values of ``--tag``; no tags with ``--no-tags``; None: each file keeps its own. Raises `InputError`."""
+    from m3runtime.documents.tags import checked
+
+    if tags and none:
+        raise InputError("--tag and --no-tags exclude each other")
+    for name, value in (found := overrides(tags, "--tag")).items():
+        as_text("--tag", name + value)
+    if len(found) < len(tags or ()):
+        raise InputError("--tag: the same key is given twice")
+    return checked(found) if tags or none else None
 
 
 def show(report: "MirrorReport", bank: Path, *, verbose: bool = False) -> None:

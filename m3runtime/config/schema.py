@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, WrapValidator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, WrapValidator, model_validator
 
 from m3runtime.config import presets
 from m3runtime.config.loading import load_config
@@ -13,6 +13,7 @@ from m3runtime.config.section import Count, File, FileOrHubName, Name, PluginSec
 from m3runtime.config.serve import ServeConfig
 from m3runtime.config.train import TrainConfig
 from m3runtime.config.units import Seconds, Size
+from m3runtime.config.where import conditions
 
 _RANGE = re.compile(r"([0-9]{1,4})-([0-9]{1,4})", re.ASCII)
 
@@ -36,6 +37,11 @@ def _tokens_per_head(value: object, validate: Callable[[object], Any]) -> Any:
         return validate(value)
     except ValidationError:
         raise ValueError(f"must be all or a whole number of at least 1, not {value!r}") from None
+
+
+def _where(value: object) -> object:
+    conditions(value)  # raises
+    return value
 
 
 Layers = Annotated[Literal["all", "first-half", "middle-half"] | tuple[Whole, ...], WrapValidator(_layers)]
@@ -163,6 +169,8 @@ class RecallConfig(Section):
     """Most memories of a chunk."""
     min_score: Annotated[float, Field(ge=-1, le=1)] = 0.3
     """Memories that score lower are not recalled."""
+    where: Annotated[Mapping[str, Any], BeforeValidator(_where)] = {}
+    """Recall only memories with a place whose metadata is so: ``{lang: en, year: {at_least: 2020}, source: docs/}``."""
     margin: Annotated[float, Field(ge=0)] | None = None
     """Memories that score lower than the best by more than this are not recalled; null: no such limit."""
     score_temperature: Annotated[float, Field(gt=0)] | None = 0.03

@@ -32,10 +32,17 @@ class SourceState:
     """The last day of all that it says; no text if it has none, or if only some of its records have one."""
     unread: tuple[str, ...] = ()
     """Why records of it cannot be read: the reasons without the path that each begins with."""
+    tags: tuple[tuple[str, str], ...] = ()
+    """Names and values that the metadata of all its places got when it was written, in order of names."""
+
+    @property
+    def has_settings(self) -> bool:
+        """Has it a last day or tags, which its file does not tell?"""
+        return bool(self.expires or self.tags)
 
     def voided(self) -> "SourceState":
-        """A state that fits no file, so that the source is read anew, and has the same last day."""
-        return SourceState(0, 0, "", "", self.expires)
+        """A state that fits no file, so that the source is read anew, and has the same last day and tags."""
+        return SourceState(0, 0, "", "", self.expires, (), self.tags)
 
 
 class SourceNames:

@@ -26,6 +26,8 @@ class Reading:
     """Only catalogued: the next write without it encodes them."""
     expiry: Expiry | None = None
     """The expiry of the sources; None: each keeps its last day, and new ones have none."""
+    tags: Mapping[str, str] | None = None
+    """Added to the metadata of all places of the sources; None: each keeps its tags, and new ones have none."""
 
     def how(self, suffix: str) -> str:
         """`SourceState.how` of files with this suffix."""
@@ -40,6 +42,15 @@ class Reading:
         """The last day of a source with this state, if it has any, that is written today."""
         before = known.expires if known else ""
         return before if self.expiry is None else self.expiry.last_day(today, "" if changed else before)
+
+    def tags_of(self, known: SourceState | None) -> tuple[tuple[str, str], ...]:
+        """The tags of a source with this state that is written now."""
+        before = known.tags if known else ()
+        return before if self.tags is None else tuple(sorted(self.tags.items()))
+
+    def keeps(self, known: SourceState, how: str, day: str) -> bool:
+        """Was a source with this state written as it would be now, ``how`` and with this last ``day``?"""
+        return self.covers(known.how, how) and known.expires == day and known.tags == self.tags_of(known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +120,7 @@ def survey(
         state = states.get(name)
         day = reading.last_day(today, state)
         how = how_of(name[name.rfind(".") :])
-        is_known = state is not None and reading.covers(state.how, how) and state.expires == day
+        is_known = state is not None and reading.keeps(state, how, day)
         if state is not None and is_over(day, today):
             unchanged.append(name)
             expired.append(name)
@@ -135,18 +146,25 @@ def survey(
         is_new = state is None and name not in sources
         twins = _twins(states, gone) if twins is None else twins
         twin = twins.get((seen.digest, seen.how, path.suffix)) if is_new else None
-        if twin is not None and states[twin].expires == reading.last_day(today, states[twin] if twin in gone else None):
+        if twin is not None and _would_have_its_settings(states[twin], reading, today, moved=twin in gone):
             now[name] = replace(states[twin], size=seen.size, time=seen.time)
             renamed[name] = twin
             if now[name].unread:
                 unread[name] = _reasons(file, now[name])
             continue
-        now[name] = replace(seen, expires=reading.last_day(today, state, changed=True))
+        day, tags = reading.last_day(today, state, changed=True), reading.tags_of(state)
+        now[name] = replace(seen, expires=day, tags=tags)
         if is_new:
             new[name] = path
         else:
             changed[name] = path
     return Survey(new, changed, renamed, unchanged, gone, now, found.aliases, expired, found.skipped, unread)
+
+
+def _would_have_its_settings(twin: SourceState, reading: Reading, today: str, *, moved: bool) -> bool:
+    """Would a new source with the bytes of another one have its last day and tags? A ``moved`` one keeps them."""
+    known = twin if moved else None
+    return (twin.expires, twin.tags) == (reading.last_day(today, known), reading.tags_of(known))
 
 
 def _reasons(file: str, state: SourceState) -> Sequence[str]:

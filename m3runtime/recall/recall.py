@@ -176,5 +176,5 @@ class Recall:
 
 
 def _may_read(stream: StreamState, lease: Lease) -> bool:
-    """Has the memory a place in a source of the stream's? The place that the search knew may have expired since."""
-    return any(stream.restriction.allows(source) for source in lease.loaded.reference.sources)
+    """Has the memory a place that the stream may read? The place that the search knew may have expired since."""
+    return any(map(stream.restriction.allows, lease.loaded.reference.places))

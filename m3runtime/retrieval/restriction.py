@@ -1,7 +1,10 @@
 """`Restriction`: limits on the memories of one stream, within those of the configuration."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from m3runtime.config.where import SOURCE, Condition, Where
+from m3runtime.documents.reference import Place
 from m3runtime.documents.sources import is_within
 
 
@@ -13,19 +16,36 @@ class Restriction:
     """Most memories of a chunk, if that is less than ``recall.memories``."""
     min_score: float | None = None
     """Memories that score lower are not recalled; in place of ``recall.min_score``."""
-    sources: frozenset[str] | None = None
-    """Only memories that have a place in one of these sources or folders of sources; the search looks at no others."""
+    where: Where = frozenset()
+    """Only memories that have a place which meets all of these; the search looks at no others."""
 
-    def allows(self, source: str) -> bool:
-        """May memories of this source be read?"""
-        return self.sources is None or any(is_within(source, one) for one in self.sources)
+    def allows(self, place: Place) -> bool:
+        """May memories of this place be read?"""
+        return meets(self.where, place.source, place.metadata)
 
-    def within(self, other: "Restriction") -> "Restriction":
-        """This restriction, of whose sources only those are left that ``other`` allows."""
-        if other.sources is None or self.sources is None:
-            return replace(self, sources=self.sources if other.sources is None else other.sources)
-        narrower = {one for one in self.sources if other.allows(one)}
-        return replace(self, sources=frozenset(narrower | {one for one in other.sources if self.allows(one)}))
+    def allows_source(self, source: str) -> bool:
+        """May memories of this source be read, as far as its name tells?"""
+        return meets((one for one in self.where if one.field == SOURCE), source, {})
+
+    def within(self, where: Where) -> "Restriction":
+        """This restriction, of whose memories only those are left that meet these conditions as well."""
+        return replace(self, where=self.where | where) if where else self
+
+
+def meets(where: Iterable[Condition], source: str, metadata: Mapping[str, str]) -> bool:
+    """Does a place with this source and metadata meet all of these conditions?"""
+    return all(
+        _is_in(condition, source)
+        if condition.field == SOURCE
+        else (value := metadata.get(condition.field)) is not None and condition.allows(value)
+        for condition in where
+    )
+
+
+def _is_in(condition: Condition, source: str) -> bool:
+    if condition.values is None:
+        return condition.allows(source)
+    return any(is_within(source, one) for one in condition.values)
 
 
 UNRESTRICTED = Restriction()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+from m3runtime.config.where import Where
 from m3runtime.errors import ConfigError
 from m3runtime.memory.block import Ids
 from m3runtime.retrieval.embedder import Embedder, Embeddings
@@ -14,8 +15,8 @@ from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
 Timed = Callable[[str], AbstractContextManager[object]]
 """Is told that the block is the phase ``embed`` or ``search``."""
 
-Members = Callable[[frozenset[str]], Ids]
-"""The ids that have a place in one of these sources."""
+Members = Callable[[Where], Ids]
+"""The ids that have a place which meets these conditions."""
 
 _RECENT = 64
 
@@ -44,7 +45,7 @@ class Retriever:
         self.min_score = min_score
         self.margin = margin
         self.members: Members | None = None
-        """Finds the ids of sources; without it no search is restricted to sources."""
+        """Finds the ids that meet conditions; without it no search has any."""
         # By all texts of a call: the last bits of an embedding may depend on the other texts of its batch.
         self._recent = Recent[tuple[str, ...], Embeddings](_RECENT)
 
@@ -61,7 +62,7 @@ class Retriever:
     ) -> list[list[Match]]:
         """Matches of each text, best first; at most ``k`` (default ``memories``). A blank text has none.
 
-        ``restrictions`` has one for each text. One to sources is applied in the search, never after it.
+        ``restrictions`` has one for each text. Its conditions are applied in the search, never after it.
         """
         wanted = self.memories if k is None else k
         limits = restrictions or [UNRESTRICTED] * len(texts)
@@ -73,20 +74,20 @@ class Retriever:
         with timed("embed"):
             vectors = self._recent(wording, lambda: self.embedder.embed_queries(wording))
         with timed("search"):
-            for sources in dict.fromkeys(limits[i].sources for i in asked):
-                rows = [row for row, i in enumerate(asked) if limits[i].sources == sources]
-                found = self._nearest(vectors[rows], wanted, sources)
+            for where in dict.fromkeys(limits[i].where for i in asked):
+                rows = [row for row, i in enumerate(asked) if limits[i].where == where]
+                found = self._nearest(vectors[rows], wanted, where)
                 for row, nearest in zip(rows, found, strict=True):
                     matches[asked[row]] = self._passing(nearest, limits[asked[row]])
         return matches
 
-    def _nearest(self, vectors: Embeddings, k: int, sources: frozenset[str] | None) -> list[list[Match]]:
-        if sources is None:
+    def _nearest(self, vectors: Embeddings, k: int, where: Where) -> list[list[Match]]:
+        if not where:
             ids, scores = self.index.search(vectors, k)
         elif self.members is None:
-            raise ConfigError("this retriever does not know the members of sources")
+            raise ConfigError("this retriever does not know which memories meet conditions")
         else:
-            ids, scores = self.index.search_among(self.members(sources), vectors, k)
+            ids, scores = self.index.search_among(self.members(where), vectors, k)
         return [
             [Match(int(id), float(score)) for id, score in zip(*row, strict=True)]
             for row in zip(ids, scores, strict=True)

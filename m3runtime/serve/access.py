@@ -66,7 +66,7 @@ class Guard:
         grant = keys.grant(key.strip()) if kind.lower() == "bearer" else None
         if grant is None:
             raise ApiError(401, "a valid key is needed: Authorization: Bearer KEY", code="invalid_api_key")
-        if grant.restriction.sources is not None and not path.startswith(RESTRICTED):
+        if grant.restriction.where and not path.startswith(RESTRICTED):
             raise ApiError(403, "this key may only ask, and read its sources", code="key_is_restricted")
         return grant
 

@@ -15,7 +15,7 @@ class Reads:
     """Collects the memories of one answer, and the places of its text that were written while they were read."""
 
     restriction: Restriction = UNRESTRICTED
-    """Places in sources that it does not allow are not cited."""
+    """Places that it does not allow are not cited."""
     with_text: bool = False
     memories: list[dict[str, Any]] = field(default_factory=list)
     """One for each chunk and memory: ``id``, ``score``, ``source``, ``span``, the places ``start_index`` and
@@ -92,7 +92,7 @@ class Reads:
         return {**facts, "text": reference.text} if self.with_text else facts
 
     def _place(self, reference: Reference) -> Place:
-        return next(place for place in reference.places if self.restriction.allows(place.source))
+        return next(place for place in reference.places if self.restriction.allows(place))
 
 
 def _address(id: int, place: Place) -> str:

@@ -21,6 +21,7 @@ from m3runtime.retrieval.restriction import Restriction
 from m3runtime.serve.access import writer
 from m3runtime.serve.changes import Forget, Verify
 from m3runtime.serve.errors import ApiError
+from m3runtime.serve.fields import asked_where
 from m3runtime.serve.jobs import Job, Jobs, JobsFullError
 from m3runtime.serve.origin import same_site
 from m3runtime.serve.served import Served
@@ -37,6 +38,8 @@ class Search(BaseModel):
     k: int = Field(5, ge=1, le=100)
     sources: list[Annotated[str, Field(min_length=1, max_length=4096)]] | None = Field(None, max_length=1000)
     """Look only at references that have a place in one of these."""
+    where: dict[str, Any] | None = None
+    """Look only at references with such metadata: see ``recall.where``."""
 
 
 class Page(BaseModel):
@@ -93,6 +96,11 @@ def router(served: Served) -> APIRouter:
 
     routes = APIRouter(prefix="/v1/corpus", tags=["corpus"], lifespan=lifespan)
 
+    def readable(request: Request) -> Restriction:
+        """The memories that the key of a request may read, within those of ``recall.where``."""
+        restriction: Restriction = request.state.grant.restriction
+        return restriction.within(runtime.where)
+
     def submit(job: Job, change: Any) -> dict[str, Any]:
         if runtime.config.recall.cold_start and job.kind != "verify":
             raise ApiError(409, "recall.cold_start is on: this server writes the bank itself, and nothing else can")
@@ -140,8 +148,8 @@ def router(served: Served) -> APIRouter:
     def sources(request: Request, page: Annotated[Page, Query()]) -> dict[str, Any]:
         """The sources in order of their names, from the one ``after`` a name on."""
         counts, wanted = runtime.bank.home.sources(), page.contains.casefold()
-        restriction = request.state.grant.restriction
-        names = sorted(name for name in counts if wanted in name.casefold() and restriction.allows(name))
+        restriction = readable(request)
+        names = sorted(name for name in counts if wanted in name.casefold() and restriction.allows_source(name))
         left = [name for name in names if name > page.after]
         return {
             "object": "list",
@@ -164,8 +172,7 @@ def router(served: Served) -> APIRouter:
     @routes.post("/search")
     def search(asked: Search, request: Request) -> dict[str, Any]:
         """The references nearest to a text, whatever their scores."""
-        wanted = Restriction(sources=None if asked.sources is None else frozenset(asked.sources))
-        restriction = wanted.within(request.state.grant.restriction)
+        restriction = readable(request).within(asked_where(asked.sources, asked.where, "where"))
         (matches,) = runtime.search([asked.query], asked.k, restriction)
         found = runtime.references([match.id for match in matches])
         data = [
@@ -179,7 +186,7 @@ def router(served: Served) -> APIRouter:
     def reference(request: Request, id: Annotated[int, InPath(ge=0, lt=1 << 63)]) -> dict[str, Any]:
         """A reference with its text and all its places."""
         (found,) = runtime.references([id])
-        places = () if found is None else allowed(found, request.state.grant.restriction)
+        places = () if found is None else allowed(found, readable(request))
         if found is None or not places:
             raise ApiError(404, f"nothing is remembered under the id {id}")
         return cited(id, found, places)
@@ -210,7 +217,7 @@ def facts(job: Job) -> dict[str, Any]:
 
 def allowed(reference: Reference, restriction: Restriction) -> Sequence[Place]:
     """The places of a reference that may be cited."""
-    return [place for place in reference.places if restriction.allows(place.source)]
+    return [place for place in reference.places if restriction.allows(place)]
 
 
 def cited(id: int, reference: Reference, places: Sequence[Place]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ out.
 """
 
 import secrets
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from fastapi import Request
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from m3runtime.config.schema import GenerateConfig
+from m3runtime.config.where import Where, conditions, in_sources
 from m3runtime.retrieval.restriction import Restriction
 from m3runtime.serve.errors import ApiError
 from m3runtime.serve.served import Served
@@ -51,6 +53,15 @@ class Fields(BaseModel):
         return kept
 
 
+def asked_where(sources: Sequence[str] | None, where: Mapping[str, Any] | None, param: str) -> Where:
+    """The conditions of a request. ``param`` is the field of ``where``. Raises `ApiError`."""
+    try:
+        found = conditions(where or {})
+    except ValueError as error:
+        raise ApiError(400, f"{param} {error}"[:300], param=param) from None
+    return found if sources is None else found | in_sources(sources)
+
+
 class MemoryFields(Fields):
     """The field ``memory``: which memories are read. It is ours, not OpenAI's."""
 
@@ -66,18 +77,22 @@ class MemoryFields(Fields):
     """Choose memories anew after each so many chunks of the answer; 0: never."""
     sources: Annotated[list[Source], Field(max_length=1000)] | None = None
     """Read memories of these sources, or folders of sources, only."""
+    where: dict[str, Any] | None = None
+    """Read memories with such metadata only, within ``recall.where``, which has the same form."""
     text: bool = False
     """Report the text of each memory."""
 
     def restriction(self, served: Served, http: Request) -> Restriction:
-        """The restriction of memories, within that of the request's key. Raises `ApiError`."""
+        """The restriction of memories, within that of the request's key and ``recall.where``. Raises `ApiError`."""
         most = served.config.recall.memories
         if self.memories is not None and self.memories > most:
             raise ApiError(400, f"memory.memories: at most {most} here", param="memory.memories")
         if self.off and self.as_text:
             raise ApiError(400, "memory.off and memory.as_text exclude each other", param="memory.off")
-        asked = Restriction(self.memories, self.min_score, None if self.sources is None else frozenset(self.sources))
-        return asked.within(http.state.grant.restriction)
+        where = asked_where(self.sources, self.where, "memory.where")
+        return Restriction(
+            self.memories, self.min_score, where | http.state.grant.restriction.where | served.runtime.where
+        )
 
 
 class StreamOptions(Fields):

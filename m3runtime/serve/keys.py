@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
+from m3runtime.config.where import in_sources
 from m3runtime.errors import ConfigError
 from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
 
@@ -84,7 +85,7 @@ class Keys:
                     f"{where} is no key: write `read KEY` or `write KEY`, of 8 or more visible characters"
                 )
             names = frozenset(quoted or plain for quoted, plain in _NAME.findall(found[3] or ""))
-            restriction = Restriction(sources=names or None)
+            restriction = Restriction(where=in_sources(names)) if names else UNRESTRICTED
             grants[_digest(found[2])] = Grant("read" if found[1] == "read" else "write", restriction)
         return cls(tuple(grants.items()))
 

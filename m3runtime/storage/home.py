@@ -65,8 +65,8 @@ class Home(Tier):
 
     A reference has one or more places, and is a member of the source of each. The *state* of a source says that the
     home holds exactly what the source held then. So a transaction that adds, moves or forgets a member of a source
-    removes the state of that source, unless it states another one. The last day of a removed state stays, as
-    `SourceState.voided`.
+    removes the state of that source, unless it states another one. The last day and the tags of a removed state stay,
+    as `SourceState.voided`.
     """
 
     @abstractmethod

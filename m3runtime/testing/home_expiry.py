@@ -77,9 +77,9 @@ class ExpiryLaws(HomeLaws):
         with self.open(self.place, read_only=True) as again:
             assert listed(again) == left
 
-    def test_a_source_that_loses_its_state_keeps_its_last_day(self, home: Home) -> None:
+    def test_a_source_that_loses_its_state_keeps_its_last_day_and_tags(self, home: Home) -> None:
         some(home)
-        state = SourceState(7, 8, "digest", "how", LATE, ("line 3 is bad",))
+        state = SourceState(7, 8, "digest", "how", LATE, ("line 3 is bad",), (("lang", "en"), ("team", "law")))
         home.change(Changes(states={"b": state, until(LATE).source: replace(state, expires="")}))
         assert home.states()["b"] == state
         home.change(Changes({300: (until(LATE), until(LATE, "b"))}))

@@ -188,12 +188,13 @@ class Mirror:
             yield from self._documents_of(found, name, path, (lambda _: None) if name in found.unread else None)
 
     def _documents_of(self, found: Survey, name: str, path: Path, unread: OnUnread | None) -> Iterator[Document]:
-        """The documents of a file, each with its own last day or that of the file, without those that have expired."""
-        last, today = found.states[name].expires, self.today()
+        """The documents of a file with its tags, each with its own last day or the file's, without expired ones."""
+        state, today = found.states[name], self.today()
         for document in read_file(path, name, fields=self.reading.fields, unread=unread):
-            day = expiry.earlier(document.metadata.get(expiry.EXPIRES, ""), last)
+            day = expiry.earlier(document.metadata.get(expiry.EXPIRES, ""), state.expires)
             if not expiry.is_over(day, today):
-                yield replace(document, metadata={**document.metadata, expiry.EXPIRES: day}) if day else document
+                own = {**document.metadata, **dict(state.tags)}
+                yield replace(document, metadata={**own, expiry.EXPIRES: day} if day else own)
 
     def _read(self, found: Survey, bank: "_Bank", progress: OnProgress | None) -> "tuple[int, WriteReport]":
         """Write what is new or changed, and all else. Returns the number of forgotten references, too."""
@@ -211,7 +212,7 @@ class Mirror:
             if bank.exists:
                 self._check_states(home, bank)
                 home.set_meta(_WRITTEN, b"")
-            if lasting := {name: state.voided() for name in found.read if (state := found.states[name]).expires}:
+            if lasting := {name: state.voided() for name in found.read if (state := found.states[name]).has_settings}:
                 home.change(Changes(states=lasting))  # an interrupted write must not lose them
             before.extend(self._move(home, found, []))  # what is gone may share texts with what is read
             yield
@@ -312,8 +313,8 @@ def _reasons(check: Check, path: Path) -> tuple[str, ...]:
 
 
 def _as_it_stayed(path: Path, state: SourceState) -> SourceState | None:
-    """The state of a file that has been read since it was noted; if the file changed, None or its last day alone."""
-    changed = state.voided() if state.expires else None
+    """The state of a file that has been read since it was noted; if it changed, None, or its last day and tags."""
+    changed = state.voided() if state.has_settings else None
     if state.time:
         return state if is_as_stated(path, state) else changed
     again = state_of(path, state.how)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from m3runtime.config.where import in_sources
 from m3runtime.documents.reference import Place
 from m3runtime.retrieval.restriction import Restriction
 from m3runtime.runtime import Runtime
@@ -44,7 +45,7 @@ def test_a_recall_chooses_the_best_of_what_it_may_read(
         : min(3, 3 if memories is None else memories)
     ]
     best = [score for score in best if score >= (-1 if floor is None else floor)]
-    restriction = Restriction(memories, floor, sources)
+    restriction = Restriction(memories, floor, in_sources(sources))
     with runtime.stream(restriction=restriction) as stream:
         stream.hint(text)
         recalled = stream.recall(text)
@@ -57,7 +58,7 @@ def test_a_recall_chooses_the_best_of_what_it_may_read(
 def test_streams_of_several_threads_share_searches_and_no_memories(runtime: Runtime) -> None:
     def ask(number: int) -> int:
         mine = f"s{number % 3}"
-        with runtime.stream(restriction=Restriction(sources=frozenset([mine]))) as stream:
+        with runtime.stream(restriction=Restriction(where=in_sources([mine]))) as stream:
             strange = 0
             for place in range(25):
                 text = WORDS[(number + place) % len(WORDS)]
@@ -72,7 +73,7 @@ def test_streams_of_several_threads_share_searches_and_no_memories(runtime: Runt
 
 
 def test_one_call_has_streams_with_and_without_restriction(runtime: Runtime) -> None:
-    with runtime.stream() as free, runtime.stream(restriction=Restriction(sources=frozenset(["t4"]))) as bound:
+    with runtime.stream() as free, runtime.stream(restriction=Restriction(where=in_sources(["t4"]))) as bound:
         both = runtime.recall([free, bound], ["lamp", "lamp"])
         (alone,) = runtime.search(["lamp"])
     assert both[0].ids == tuple(match.id for match in alone)
@@ -85,7 +86,7 @@ def test_a_source_that_was_forgotten_gives_nothing_at_the_next_recall(tmp_path: 
         runtime.bank.home.change(
             Changes(places={0: (Place("gone", 0, 1),), 1: (Place("gone", 0, 1), Place("kept", 0, 1))})
         )
-        with runtime.stream(restriction=Restriction(sources=frozenset(["gone"]))) as stream:
+        with runtime.stream(restriction=Restriction(where=in_sources(["gone"]))) as stream:
             assert set(stream.recall("lamp").ids) == {0, 1}
             runtime.forget([0])
             assert set(stream.recall("lamp").ids) == {1}

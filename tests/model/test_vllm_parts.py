@@ -19,6 +19,7 @@ from m3model.vllm.wish import Head, Wish
 from m3model.vllm.words import Words
 from m3runtime.bank.bias import BiasDirections, BiasFacts
 from m3runtime.config.schema import Config
+from m3runtime.config.where import in_sources
 from m3runtime.errors import InputError
 from m3runtime.retrieval.restriction import Restriction
 from tests.model.banks import make_runtime
@@ -174,7 +175,7 @@ def test_wishes() -> None:
     assert [Wish(refresh=each).every for each in (True, False, 3)] == [1, 0, 3]
     assert Wish(off=True).every == 0
     limits = Wish(sources=("docs",), memories=2, min_score=0.5).restriction
-    assert limits == Restriction(2, 0.5, frozenset({"docs"}))
+    assert limits == Restriction(2, 0.5, in_sources(["docs"]))
 
 
 def test_a_head_is_known_from_what_only_resembles_it() -> None:

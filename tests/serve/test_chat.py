@@ -45,6 +45,16 @@ def test_a_request_says_how_often_memories_are_chosen_anew(serving: Serving, ref
     assert max(one["end_index"] for one in cited) == len(message["content"])
 
 
+def test_a_request_has_conditions_on_metadata(serving: Serving) -> None:
+    asked = serving.chat(QUESTION, memory={"where": {"source": {"prefix": "lam"}}, "min_score": -1}).json()
+    assert {one["source"] for one in asked["choices"][0]["message"]["memories"]} == {"lamp.txt"}
+    none = serving.chat(QUESTION, memory={"where": {"lang": "en"}, "min_score": -1}).json()
+    assert none["choices"][0]["message"]["memories"] == []
+    refused = serving.chat(QUESTION, memory={"where": {"lang": {"above": 1}}})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "memory.where"
+
+
 def test_a_stream_says_what_the_answer_says_at_once(serving: Serving) -> None:
     whole = serving.chat(QUESTION, seed=1).json()
     body = {"stream": True, "stream_options": {"include_usage": True}, "seed": 1}

@@ -292,6 +292,10 @@ def test_a_key_for_some_sources_sees_no_others(changing: Changing) -> None:
             assert {one["source"] for one in narrow.found(query, 100)} <= own
         asked = {"query": "herons", "sources": ["facts/birds.jsonl", "facts", "."]}
         assert {one["source"] for one in narrow.http.post("/v1/corpus/search", json=asked).json()["data"]} <= own
+        asked = {"query": "herons", "where": {"source": ["facts/birds.jsonl", "facts/ferry.md"]}}
+        found = narrow.http.post("/v1/corpus/search", json=asked).json()["data"]
+        assert {one["source"] for one in found} == {"facts/ferry.md"}
+        error(narrow.http.post("/v1/corpus/search", json={"query": "herons", "where": {"a": None}}), 400)
         read = [narrow.http.get(f"/v1/corpus/references/{id}") for id in ids]
         assert {one.json()["source"] for one in read if one.status_code == 200} == own
         assert {one.status_code for one in read} == {200, 404}

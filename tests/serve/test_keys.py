@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from m3runtime.config.serve import ServeConfig
+from m3runtime.config.where import in_sources
 from m3runtime.errors import ConfigError
 from m3runtime.serve.keys import Keys
 from m3runtime.serve.server import check_address
@@ -69,9 +70,9 @@ def test_names_with_spaces_stand_between_quotes() -> None:
     keys = Keys.load(None, {"M3_KEYS": f'read:{READ} "my notes/" faq.md "a\tb", write {WRITE}'})
     grant = keys.grant(READ)
     assert grant
-    assert grant.restriction.sources == {"my notes/", "faq.md", "a\tb"}
-    assert grant.restriction.allows("my notes/plans.md")
-    assert not grant.restriction.allows("my")
+    assert grant.restriction.where == in_sources(["my notes/", "faq.md", "a\tb"])
+    assert grant.restriction.allows_source("my notes/plans.md")
+    assert not grant.restriction.allows_source("my")
 
 
 @pytest.mark.parametrize(

@@ -89,11 +89,11 @@ def expiries(key: bytes, reference: Reference) -> set[bytes]:
 
 
 def void(txn: WriteTransaction, db: Databases, source: bytes) -> None:
-    """Remove the state of a source, but for its last day."""
+    """Remove the state of a source, but for its last day and tags."""
     known = None
     with suppress(RecordError):
         known = db.states.read(txn, source, unpack_state)
-    if known is not None and known[1].expires:
+    if known is not None and known[1].has_settings:
         db.states.put(txn, source, pack_state(known[0], known[1].voided()))
     else:
         db.states.delete(txn, source)

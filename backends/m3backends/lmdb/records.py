@@ -120,7 +120,7 @@ def _are_numbers(*values: int) -> bool:
     return not any(isinstance(value, bool) for value in values)
 
 
-_STATE = (str, int, int, str, str, str, list)
+_STATE = (str, int, int, str, str, str, list, list)
 """The types of a stored state: its source's name and its fields."""
 
 
@@ -132,14 +132,16 @@ def pack_state(name: str, state: SourceState) -> bytes:
 def unpack_state(value: bytes | memoryview) -> tuple[str, SourceState]:
     """The name and the state that `pack_state` wrote."""
     fields = _unpack_json(value)
-    if isinstance(fields, list) and len(fields) == len(_STATE) - 2:  # of an earlier release
-        fields += ["", []]
+    if isinstance(fields, list) and len(fields) in (5, 7):  # of an earlier release
+        fields += ["", [], []][len(fields) - 5 :]
     if not (isinstance(fields, list) and tuple(map(type, fields)) == _STATE):  # a pattern takes twice as long
         raise ValueError("not the fields of a state")
-    name, size, time, digest, how, expires, unread = fields
+    name, size, time, digest, how, expires, unread, tags = fields
     if unread and not all(isinstance(reason, str) for reason in unread):
         raise ValueError("not the fields of a state")
-    return name, SourceState(size, time, digest, how, expires, tuple(unread))
+    if not all(isinstance(tag, list) and list(map(type, tag)) == [str, str] for tag in tags):
+        raise ValueError("not the fields of a state")
+    return name, SourceState(size, time, digest, how, expires, tuple(unread), tuple(map(tuple, tags)))
 
 
 def _pack_json(value: object) -> bytes:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from m3runtime.config.section import Count, Section, Whole
+from m3runtime.config.where import conditions, in_sources
 from m3runtime.errors import InputError
 from m3runtime.plugins.messages import first_fault
 from m3runtime.retrieval.restriction import Restriction
@@ -18,6 +19,11 @@ _MOST = 64
 def _chunks(value: object) -> object:
     """One list of ids is of all chunks."""
     return [value] if isinstance(value, list) and not any(isinstance(one, list) for one in value) else value
+
+
+def _where(value: object) -> object:
+    conditions(value)  # raises
+    return value
 
 
 Id = Annotated[Whole, Field(ge=0, lt=1 << 63)]
@@ -39,6 +45,8 @@ class Wish(Section):
     """Memories that score lower are not read."""
     sources: tuple[str, ...] | None = None
     """Memories of these sources, or folders of sources, only."""
+    where: Annotated[Mapping[str, Any], BeforeValidator(_where)] = {}
+    """Memories with such metadata only: see ``recall.where``."""
     refresh: bool | Annotated[Whole, Field(ge=0)] = True
     """Recall anew after each chunk of the answer, after each so many, or never."""
     query: Annotated[str, Field(max_length=1 << 16)] | None = None
@@ -59,8 +67,10 @@ class Wish(Section):
     @property
     def restriction(self) -> Restriction:
         """The limits of its recalls."""
-        sources = None if self.sources is None else frozenset(self.sources)
-        return Restriction(self.memories, self.min_score, sources)
+        where = conditions(self.where)
+        return Restriction(
+            self.memories, self.min_score, where if self.sources is None else where | in_sources(self.sources)
+        )
 
     @property
     def every(self) -> int:
