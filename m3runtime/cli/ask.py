@@ -1,6 +1,7 @@
 """``m3 ask`` and ``m3 chat``: answer from a bank."""
 
 import errno
+import gc
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -92,6 +93,7 @@ class _Talk(ExitStack):
         from m3runtime import assembly
         from m3runtime.plugins.loading import load
 
+        gc.freeze()  # torch stays to the end: Python need not search its objects once more then
         self.runtime: Runtime | None = None
         with ExitStack() as opened:  # closes what is open if the next cannot be opened
             if not no_memory:
