@@ -17,6 +17,7 @@ import lmdb
 from m3backends.lmdb.claim import Claim
 from m3backends.lmdb.files import HomeFiles
 from m3backends.lmdb.guard import Guard
+from m3backends.lmdb.prefetch import Prefetch
 from m3backends.lmdb.space import FIRST_MAP, Space
 from m3runtime.config.units import format_size
 from m3runtime.errors import BankBusyError, BankError, BankFullError, TierError, TierReadOnlyError
@@ -160,7 +161,7 @@ class Environment:
                 if hasattr(os, "chown"):
                     with suppress(PermissionError):
                         os.chown(new, before.st_uid, before.st_gid)
-                self.env.close()
+                self._close_env()
 
             try:
                 self.files.drop_verified()
@@ -205,7 +206,7 @@ class Environment:
         anew. Raises `TierError` if the drive does not take what was committed; the environment is closed all the same.
         """
         if os.getpid() != self._process:
-            self.env.close()
+            self._close_env()
             self._claim.release()
             return
         with self._guard.alone(closing=True):
@@ -219,7 +220,7 @@ class Environment:
                 self._sound = False
                 raise TierError(f"bank {self.path}: {error}") from error
             finally:
-                self.env.close()
+                self._close_env()
                 if self._written and self._sound:
                     self.files.set_verified(self.files.state())
                 self._claim.release()
@@ -242,7 +243,7 @@ class Environment:
                 self._reopen()
 
     def _reopen(self) -> None:
-        self.env.close()
+        self._close_env()
         try:
             self.env = self._open_env()
             if not self.read_only:
@@ -265,5 +266,14 @@ class Environment:
             sync=self._durability != "relaxed",
             lib_version=0,  # the format that `check_structure` knows
         )
-        env.reader_check()  # readers that were killed would keep freed pages from being used again
+        try:
+            env.reader_check()  # readers that were killed would keep freed pages from being used again
+            self.prefetch = Prefetch(self.files.data, env.stat()["psize"])
+        except BaseException:
+            env.close()
+            raise
         return env
+
+    def _close_env(self) -> None:
+        self.env.close()
+        self.prefetch.close()

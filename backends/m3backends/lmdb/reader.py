@@ -74,7 +74,9 @@ class LmdbReader(Home):
         found, rows_out = np.zeros(len(ids), np.bool_), out.numpy()
 
         def work(txn: ReadTransaction) -> None:
-            for row, key in enumerate(pack_ids(ids)):
+            keys = pack_ids(ids)
+            self._environment.prefetch.fetch(txn, b"blocks", keys)
+            for row, key in enumerate(keys):
                 if txn.get(key, db=self._db.quarantine.handle) is None:
                     block = txn.get(key, db=self._db.blocks)
                     if block is not None:
@@ -115,7 +117,9 @@ class LmdbReader(Home):
         """The references of ids, or None; those of quarantined ids are found, too."""
 
         def work(txn: ReadTransaction) -> list[Reference | None]:
-            return [self._db.references.read(txn, key, unpack_reference) for key in pack_ids(ids)]
+            keys = pack_ids(ids)
+            self._environment.prefetch.fetch(txn, b"references", keys)
+            return [self._db.references.read(txn, key, unpack_reference) for key in keys]
 
         return self._environment.read(work)
 
