@@ -65,7 +65,7 @@ class Claim:
         if not self.registers:
             return work()
         with _lock(self._files.opening):
-            if (writer := _taken(self._files.writer)) is None:
+            if (writer := take(self._files.writer)) is None:
                 return None
             try:
                 return work()
@@ -74,7 +74,7 @@ class Claim:
 
     def _take_writing(self) -> None:
         with _lock(self._files.opening):
-            self._writer = _taken(self._files.writer)
+            self._writer = take(self._files.writer)
             if self._writer is None:
                 raise self._busy()
             self._verify()
@@ -110,7 +110,7 @@ class Claim:
         )
 
 
-def _taken(path: Path) -> "BaseFileLock | None":
+def take(path: Path) -> "BaseFileLock | None":
     """A lock that was free and is held now; None if another has it."""
     from filelock import Timeout
 
