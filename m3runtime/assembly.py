@@ -1,6 +1,6 @@
 """Construction from a configuration: the parts of a runtime or a writer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from inspect import signature
@@ -68,11 +68,17 @@ def load_codec(config: Config, manifest: Manifest, path: Path) -> Codec:
 
 
 def open_tiers(
-    config: Config, slot_bytes: int, device: "torch.device", *, persistent: bool = False
+    config: Config,
+    slot_bytes: int,
+    device: "torch.device",
+    *,
+    identity: Callable[[], str] = str,
+    persistent: bool = False,
 ) -> list[CachingTier]:
     """The caching tiers, fastest first; with ``persistent`` only those that may hold blocks when they are opened.
 
-    A tier whose constructor has a parameter ``device`` gets this one. Raises `ConfigError`, also for a tier whose
+    A tier whose constructor has a parameter ``device`` gets this one, and one that has ``bank`` gets the bank's
+    ``identity``: see `Bank.identity`. Raises `ConfigError`, also for a tier whose
     options name another device.
     """
     configured = config.tiers or default_tiers(device)
@@ -82,6 +88,8 @@ def open_tiers(
             if issubclass(kind, Persistent) or not persistent:
                 where, options = f"tiers.{place}", configured[place].options
                 given: dict[str, object] = {"slot_bytes": slot_bytes}
+                if "bank" in signature(kind).parameters:
+                    given["bank"] = identity()
                 if "device" in signature(kind).parameters:
                     given["device"] = _same(options.pop("device", "auto"), device, f"{where}.device")
                 opened.append(construct(kind, options, where, **given))

@@ -127,7 +127,7 @@ class Runtime:
             embedder = assembly.open_embedder(config, device)
             undo.callback(embedder.close)
             bank.manifest.check_embedder(embedder=embedder.fingerprint, name=config.embedder.path, where=bank.path)
-            tiers = assembly.open_tiers(config, bank.slot_bytes, device)
+            tiers = assembly.open_tiers(config, bank.slot_bytes, device, identity=bank.identity)
             for tier in tiers:
                 undo.callback(tier.close)
             trace = None

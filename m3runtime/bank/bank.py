@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from m3runtime.bank.codecs import CODEC, BankCodecs, LoadCodec, new_codec_file, slot_bytes
+from m3runtime.bank.identity import identify, identity_of
 from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs import Codec
 from m3runtime.errors import BankError, BankMismatchError, BankMissingError, CodecError
@@ -57,6 +58,13 @@ class Bank:
         """The stamp of blocks of the newest codec."""
         return self.manifest.stamp
 
+    def identity(self) -> str:
+        """What tells this bank from all others; of one that has none and cannot get it, the fingerprint of its blocks.
+
+        A copy of a bank has the same.
+        """
+        return identity_of(self.home, self.stamp.bank)
+
     @property
     def slot_bytes(self) -> int:
         """Bytes of a slot for blocks of the newest codec. The slots of the home hold blocks of all codecs."""
@@ -78,6 +86,7 @@ class Bank:
                 raise BankError(f"{path / UNFINISHED} cannot be made anew: {error}; remove it") from error
         with home(path=path / UNFINISHED, slot_bytes=max(slot, slot_bytes(codec))) as made:
             codec.save(path / CODEC)
+            identify(made)
             manifest.write(made)
         (path / UNFINISHED).rename(path / HOME)
         sync_folder(path)  # or the new name might not outlive a power cut

@@ -153,7 +153,7 @@ class Hierarchy:
 
     @property
     def _target(self) -> CheckedCache | None:
-        return next((cache for cache in self._caches if cache.tier.capacity), None)
+        return next((cache for cache in self._caches if cache.tier.capacity != 0), None)
 
     def _open(self) -> None:
         if self._closed:

@@ -63,7 +63,9 @@ def discard(config: Config, bank: Bank, ids: Sequence[int]) -> list[str]:
 
     Returns the names of tiers that failed.
     """
-    tiers = assembly.open_tiers(config, bank.slot_bytes, assembly.device(config), persistent=True)
+    tiers = assembly.open_tiers(
+        config, bank.slot_bytes, assembly.device(config), identity=bank.identity, persistent=True
+    )
     with closing(Hierarchy(tiers, bank.home, bank.codecs)) as hierarchy:
         if len(ids):
             hierarchy.discard(as_ids(ids))

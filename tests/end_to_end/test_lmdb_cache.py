@@ -1,5 +1,6 @@
 """What was forgotten never comes back from a cache on a drive, and `--erase` leaves no byte there."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +104,15 @@ def test_a_runtime_whose_cache_another_process_has_answers_from_the_home(place: 
             np.arange(COUNT, dtype=np.uint64), torch.zeros(COUNT, runtime.hierarchy.slot_bytes).byte()
         )
         assert len(cache_of(runtime)) == COUNT
+
+
+def test_another_bank_with_the_same_settings_gets_nothing_of_it(place: Place) -> None:
+    """Ids begin anew at 0, and equal settings give blocks equal stamps: only the identity tells them apart."""
+    shutil.rmtree(place.bank)
+    place.text("corpus.jsonl", records(f"Sailor {n} saw it on day {n * 41}." for n in range(COUNT)))
+    assert place.m3("write", "corpus.jsonl", "--json").json["written"] == COUNT
+    with opened(place) as runtime:
+        assert not len(cache_of(runtime))
+        assert len(runtime.fetch(range(COUNT), torch.float32)) == COUNT
+        cache, home = runtime.hierarchy.stats()
+        assert (cache.hits, home.hits) == (0, COUNT)

@@ -22,8 +22,8 @@ class LmdbCache(CachingTier):
     """Blocks in equal slots of one file in the folder ``path``, and in LMDB the table of what the slots hold.
 
     ``capacity`` bytes hold ``capacity // slot_bytes`` blocks, and the file of blocks is never longer. The table takes
-    some 50 bytes for each. Blocks are there again when the folder is opened again; a cache that was damaged, or has
-    slots of another size, is begun anew. `discard` erases, on the drive too. See `SlotFile`.
+    some 50 bytes for each. Blocks are there again when the folder is opened again; a cache that was damaged, is
+    of another ``bank``, or has slots of another size, is begun anew. `discard` erases. See `SlotFile`.
 
     One process has the cache open. In another one every call raises `TierError`, which a hierarchy counts and goes on
     without the tier, until the first process has closed it. Reads run at the same time; one thread writes.
@@ -35,11 +35,12 @@ class LmdbCache(CachingTier):
     can_rot = True
     device = torch.device("cpu")
 
-    def __init__(self, *, slot_bytes: int, capacity: Size, path: Path, eviction: str = "lru") -> None:
+    def __init__(self, *, slot_bytes: int, capacity: Size, path: Path, eviction: str = "lru", bank: str = "") -> None:
         if not hasattr(os, "preadv"):
             raise ConfigError("tier lmdb-cache needs Linux or macOS")
         self.slot_bytes = slot_bytes
         self.path = Path(path)
+        self._bank = bank
         self._slots = capacity // slot_bytes
         self._eviction = eviction
         self._policy = make_policy(eviction, self._slots)
@@ -170,7 +171,7 @@ class LmdbCache(CachingTier):
         if os.getpid() != self._process:
             raise TierError(f"tier {self.name} was opened before this process forked; open it anew in this one")
         if self._file is None:
-            self._file = SlotFile(self.path, self.slot_bytes, self._slots)
+            self._file = SlotFile(self.path, self.slot_bytes, self._slots, self._bank)
             self._held = self._file.held
             taken = set(self._held.values())
             self._free = [slot for slot in range(self._slots - 1, -1, -1) if slot not in taken]

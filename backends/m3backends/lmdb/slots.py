@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 _MARK = "lmdb-cache"
 _FORM = b"1\n"
 _DATABASE = b"slots"
+_OF = b"of"
+"""The key of what the slots are: their size and their bank."""
 _UNKNOWN = b""
 
 
@@ -44,12 +46,13 @@ class SlotFile:
     """The open slots of a cache, in a folder of its own. For one thread at a time, but for `read`.
 
     Raises `TierError` if another process has it open, or the drive fails, and `ConfigError` for a folder of something
-    else. A cache of slots of another size, or a damaged one, is thrown away and begun anew.
+    else. A cache of another bank, or of slots of another size, or a damaged one, is thrown away and begun anew.
     """
 
-    def __init__(self, folder: Path, slot_bytes: int, slots: int) -> None:
+    def __init__(self, folder: Path, slot_bytes: int, slots: int, bank: str) -> None:
         self._folder = folder
         self._slot_bytes = slot_bytes
+        self._of = f"{slot_bytes} {bank}".encode()
         self._blocks: int | None = None
         self._table: Environment | None = None
         self._lock: BaseFileLock | None = None
@@ -137,14 +140,13 @@ class SlotFile:
         self._table = Environment(
             self._folder, databases=1, max_size=None, read_only=False, durability="relaxed", reopened=lambda: None
         )
-        size = str(self._slot_bytes).encode()
         self._database = self._table.env.open_db(_DATABASE)
         self._blocks = os.open(self._folder / "blocks", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
 
         def look(txn: WriteTransaction) -> dict[int, int | None]:
-            if txn.get(b"slot_bytes", size, db=self._database) != size:
-                raise ValueError("slots of another size")
-            txn.put(b"slot_bytes", size, db=self._database)
+            if txn.get(_OF, self._of, db=self._database) != self._of:
+                raise ValueError("slots of another size, or another bank's")
+            txn.put(_OF, self._of, db=self._database)
             found = dict[int, int | None]()
             for key, value in txn.cursor(self._database):
                 if len(key) == 8:

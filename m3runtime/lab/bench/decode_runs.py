@@ -87,7 +87,7 @@ class Contenders:
                 embedder=self._embedder.fingerprint, name=config.embedder.path, where=self.bank.path
             )
             self._index, _ = assembly.bank_index(config, self.bank).open(cold=config.recall.cold_start)
-            tiers = assembly.open_tiers(config, self.bank.slot_bytes, adapter.device)
+            tiers = assembly.open_tiers(config, self.bank.slot_bytes, adapter.device, identity=self.bank.identity)
             self._tiers = Hierarchy(tiers, self.bank.home, self.bank.codecs, adapter.device)
             opening.callback(self._tiers.close)
             ahead = {"lookahead_tokens": config.recall.lookahead_tokens or config.recall.chunk_tokens // 4}

@@ -60,7 +60,7 @@ class TierRuns:
             self.slot_bytes = self.bank.home.slot_bytes
             every = self.bank.home.ids()
             self.ids = np.sort(np.array(random.Random(0).sample(every.tolist(), min(MOST, len(every))), np.uint64))
-            self._tiers = assembly.open_tiers(config, self.slot_bytes, device)
+            self._tiers = assembly.open_tiers(config, self.slot_bytes, device, identity=self.bank.identity)
             self.hierarchy = Hierarchy(self._tiers, self.bank.home, self.bank.codecs, device)
             opening.callback(self.hierarchy.close)
             self._bare = Hierarchy([], self.bank.home, self.bank.codecs, device)

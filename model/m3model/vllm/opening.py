@@ -39,7 +39,7 @@ def open_reader(config: Config) -> Runtime:
         bank = assembly.open_bank(config, read_only=True)
         undo.callback(bank.close)
         device = assembly.device(config)
-        tiers = assembly.open_tiers(config, bank.slot_bytes, device)
+        tiers = assembly.open_tiers(config, bank.slot_bytes, device, identity=bank.identity)
         for tier in tiers:
             undo.callback(tier.close)
         dim = bank.manifest.dim
