@@ -33,6 +33,7 @@ _EXTRAS = {
     "pptx": ("documents",),
     "openpyxl": ("documents",),
     "pyarrow": ("parquet",),
+    "lance": ("lance",),
     "watchfiles": ("sync",),
     "vllm": ("vllm",),
 }

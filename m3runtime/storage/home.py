@@ -57,6 +57,9 @@ class Home(Tier):
     A batch survives a crash at any instant after `commit` returned; before that it is wholly absent. The home is the
     only truth: index, caching tiers and statistics are rebuilt from it.
 
+    A home may have one writer at a time, or several: processes, maybe on several machines, each with the home open. All
+    laws hold for each of them, as if their transactions came one after the other.
+
     `read` fills a row to its end, with zeros behind the block: tiers keep whole slots, maybe in files, and a buffer may
     have bytes of a block that was forgotten.
 
@@ -73,9 +76,9 @@ class Home(Tier):
     def commit(self, batch: Batch, *, replacing: Ids | None = None, changes: Changes | None = None) -> None:
         """Make ``changes``, add a batch, and `discard` the ids that it is ``replacing``, in one transaction.
 
-        Ids are new (`next_id` or above), no other id remembers the heading and text of one, and each has a place; else
-        `InputError`, as for `change`. Raises `BankFullError` and `TierReadOnlyError`. After any error nothing was
-        written.
+        Ids are new (reserved, or `next_id` or above), no other id remembers the heading and text of one, and each has a
+        place; else `InputError`, as for `change`. Raises `BankFullError` and `TierReadOnlyError`. After any error
+        nothing was written.
         """
 
     @abstractmethod
@@ -115,7 +118,14 @@ class Home(Tier):
 
     @abstractmethod
     def next_id(self) -> int:
-        """The id above all that were ever used; forgotten ids are not used again."""
+        """The id above all that were ever used, or reserved in a home that several may write; none is used again."""
+
+    @abstractmethod
+    def reserve(self, count: int) -> int:
+        """Reserve ``count`` consecutive ids, and return the first: no other call reserves one of them, in any process.
+
+        They are committed in ascending order by this home, or by none. Raises `BankFullError` and `TierReadOnlyError`.
+        """
 
     @abstractmethod
     def find(self, texts: Sequence[str], headings: Sequence[str] | None = None) -> list[int | None]:

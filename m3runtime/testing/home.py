@@ -22,17 +22,18 @@ from m3runtime.testing.home_durability import DurabilityLaws
 from m3runtime.testing.home_erasure import ErasureLaws
 from m3runtime.testing.home_expiry import ExpiryLaws
 from m3runtime.testing.home_places import PlaceLaws
+from m3runtime.testing.home_writers import WriterLaws
 from m3runtime.testing.tier import check_read
 
 __all__ = ["HomeContract", "check_whole", "contents"]
 
 
-class HomeContract(CommitLaws, PlaceLaws, ExpiryLaws, ColdLaws, DurabilityLaws, ErasureLaws):
+class HomeContract(CommitLaws, PlaceLaws, ExpiryLaws, ColdLaws, DurabilityLaws, ErasureLaws, WriterLaws):
     """The laws of `Home`. Subclass it as ``TestMyHome``, open the home and its back door: see `TierContract`.
 
     Its themes: the content of a home (here), transactions (`CommitLaws`), places and the states of their
     sources (`PlaceLaws`), expiry (`ExpiryLaws`), references without a block (`ColdLaws`), durability and other
-    processes (`DurabilityLaws`), and compaction (`ErasureLaws`).
+    processes (`DurabilityLaws`), compaction (`ErasureLaws`), and several writers at once (`WriterLaws`).
     """
 
     def test_a_new_home_holds_nothing(self, home: Home) -> None:

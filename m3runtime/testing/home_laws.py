@@ -23,6 +23,9 @@ class HomeLaws(TierContract):
     If not, laws about those files are skipped: what a copy of them holds, and whether they are on the drive.
     """
 
+    several_writers: ClassVar[bool] = False
+    """May several processes have the home open for writing at once? If not, laws about that are skipped."""
+
     @abstractmethod
     def open(self, folder: Path, *, read_only: bool = False) -> Home:
         """Open the home in this folder, with slots of `SLOT_BYTES`; make it if it is missing, unless ``read_only``.
@@ -60,6 +63,7 @@ class HomeLaws(TierContract):
             lambda: tier.cold(ids),
             lambda: tier.fill(make_ids(UNKNOWN), make_blocks(make_ids(UNKNOWN))),
             tier.next_id,
+            lambda: tier.reserve(1),
             lambda: tier.find(["a"]),
             lambda: tier.references(ids),
             tier.ids,

@@ -6,6 +6,11 @@ It is told what to do by one dictionary each, and answers with one:
 ``{"open": folder, "read_only": ...}``  ``{}``, or ``{"error": class, "message": ...}``
 ``{"look": null}``                      ``{"contents": digest of all that the home tells}``
 ``{"commit": [first, count, size]}``    ``{"committed": next id}`` for each of ``count`` batches
+``{"write": [count, size]}``            ``{"committed": [first, count]}`` for each of ``count`` batches
+                                        of ``size`` ids, which it reserved
+``{"race": ids}``                       ``{"won": {id: own id}}``: those whose text it was the first to add
+``{"fill": ids}``                       ``{"filled": ids}``: those that it gave a block
+``{"reserve": counts}``                 ``{"reserved": first ids}``
 ``{"close": null}``                     ``{}``
 =====================================  =============================================================
 """
@@ -13,15 +18,18 @@ It is told what to do by one dictionary each, and answers with one:
 import importlib.util
 import inspect
 import multiprocessing
+import os
+import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from m3runtime.errors import M3Error
+from m3runtime.errors import InputError, M3Error
 from m3runtime.storage.home import Home
-from m3runtime.testing.blocks import make_batch
+from m3runtime.testing.blocks import make_batch, make_blocks, make_ids, make_reference
 from m3runtime.testing.home_contents import digest
 
 if TYPE_CHECKING:
@@ -67,6 +75,16 @@ class OtherProcess:
         self.tell(what, how, **more)
         return self.hear()
 
+    def stop(self) -> None:
+        """Stop it in whatever it is doing, until `go_on`. Not on Windows."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let it go on."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, signal.SIGCONT)
+
     def kill(self) -> list[dict[str, Any]]:
         """End it at once, in whatever it is doing. Returns what it had answered until then."""
         self._process.kill()
@@ -107,6 +125,16 @@ def load_contract(file: str, name: str) -> "type[HomeLaws]":
     return contract
 
 
+def _add(home: Home, id: int) -> int | None:
+    """Add the reference of an id under a new id, and return that; None if its text is remembered."""
+    own = home.reserve(1)
+    try:
+        home.commit(replace(make_batch([own]), references=[make_reference(id)]))
+    except InputError:
+        return None
+    return own
+
+
 def obey(file: str, name: str, connection: "Connection[dict[str, Any], dict[str, Any]]") -> None:
     """Do what is told on a connection until it ends, for the contract of this name in a file."""
     contract = load_contract(file, name)()
@@ -130,6 +158,20 @@ def obey(file: str, name: str, connection: "Connection[dict[str, Any], dict[str,
                     home.commit(make_batch(range(start, start + size)))
                     connection.send({"committed": start + size})
                 continue
+            elif "write" in told:
+                count, size = told["write"]
+                for _ in range(count):
+                    first = home.reserve(size)
+                    home.commit(make_batch(range(first, first + size)))
+                    connection.send({"committed": [first, size]})
+                continue
+            elif "race" in told:
+                answer = {"won": {id: own for id in told["race"] if (own := _add(home, id)) is not None}}
+            elif "fill" in told:
+                ids = make_ids(*told["fill"])
+                answer = {"filled": [int(id) for id in ids if home.fill(make_ids(id), make_blocks(make_ids(id)))[0]]}
+            elif "reserve" in told:
+                answer = {"reserved": [home.reserve(count) for count in told["reserve"]]}
             else:
                 home.close()
         except M3Error as error:

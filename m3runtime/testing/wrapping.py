@@ -101,6 +101,9 @@ class WrappedHome(Wrapped[Home], Home):
     def next_id(self) -> int:
         return self.around("next_id", self.inner.next_id)
 
+    def reserve(self, count: int) -> int:
+        return self.around("reserve", lambda: self.inner.reserve(count))
+
     def find(self, texts: Sequence[str], headings: Sequence[str] | None = None) -> list[int | None]:
         return self.around("find", lambda: self.inner.find(texts, headings))
 

@@ -263,10 +263,10 @@ def _unencoded(bank: Bank, references: Sequence[Reference]) -> Iterator[tuple[St
     for start in range(0, len(lacking), GROUP):
         some = lacking[start : start + GROUP]
         yield Group.fill, Group(bank, as_ids([id for id, _ in some if id is not None]), [one for _, one in some])
-    first = bank.home.next_id()
     for start in range(0, len(new), GROUP):
         fresh = new[start : start + GROUP]
-        yield Group.commit, Group(bank, as_ids(range(first + start, first + start + len(fresh))), fresh)
+        first = bank.home.reserve(len(fresh))
+        yield Group.commit, Group(bank, as_ids(range(first, first + len(fresh))), fresh)
 
 
 def _find(bank: Bank, references: Sequence[Reference]) -> list[int | None]:

@@ -37,7 +37,6 @@ class Groups:
         self._catalogue = catalogue
         self._sources = dict.fromkeys(states, 0) | references.sources
         self._stated = bank.home.states().keys()
-        self._next_id = bank.home.next_id()
         self._new: list[Reference] = []
         self._cold: dict[int, Reference] = {}
         self._places: dict[int, tuple[Place, ...]] = {}
@@ -99,8 +98,8 @@ class Groups:
         new, self._new = self._new, []
         changes, self._places, self._finished = Changes(self._places, self._finished), {}, {}
         self.stored += len(new)
-        first, self._next_id = self._next_id, self._next_id + len(new)
-        return Group(self._bank, as_ids(range(first, self._next_id)), new, changes)
+        first = self._bank.home.reserve(len(new)) if new else 0
+        return Group(self._bank, as_ids(range(first, first + len(new))), new, changes)
 
     def _finish(self, source: str) -> None:
         """Move and forget what a source had and has no more. All that it has is in a group."""

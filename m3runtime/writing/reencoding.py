@@ -168,9 +168,10 @@ def _replace(bank: Bank, memories: Sequence[Stored]) -> tuple[dict[int, int], in
         vectors.update(zip(some.tolist(), rows, strict=True))
     taken: list[Stored] = []
     blocks: list[Tensor] = []
-    first = home.next_id()
-    for one in memories:
-        if one.id in vectors and one.memory is not None:
+    there = [one for one in memories if one.id in vectors and one.memory is not None]
+    first = home.reserve(len(there)) if there else 0
+    for one in there:
+        if one.memory is not None:
             made = bank.blocks(as_ids([first + len(taken)]), one.memory)
             if _codec_of(made) != one.codec:
                 taken.append(one)

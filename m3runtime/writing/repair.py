@@ -135,7 +135,7 @@ class _Repair:
 
         done(0)
         try:
-            first = self.bank.home.next_id()
+            first = self.bank.home.reserve(len(group))
             new = Group(self.bank, as_ids(range(first, first + len(group))), list(group.values()))
             new.encode(adapter, self.config.memory.batch_size, done)
             new.embed(embedder)

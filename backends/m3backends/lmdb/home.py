@@ -38,7 +38,7 @@ from m3backends.lmdb.schema import (
 )
 from m3runtime.config.units import Size
 from m3runtime.documents.reference import Reference
-from m3runtime.errors import InputError
+from m3runtime.errors import InputError, TierReadOnlyError
 from m3runtime.memory.block import Found, Ids, Rows
 from m3runtime.storage.home import Batch, Changes, Damage
 from m3runtime.storage.tier import check_ids
@@ -87,6 +87,8 @@ class LmdbHome(LmdbReader):
         self.compression = compression
         self._packing: Packing | None = None
         self._deciding = threading.Lock()
+        self._reserving = threading.Lock()
+        self._reserved = 0
         create_folder(self.path, slot_bytes, read_only)
         self._environment = Environment(
             self.path,
@@ -102,6 +104,15 @@ class LmdbHome(LmdbReader):
             self._environment.close()
             raise
         self._dictionary = load_dictionary(self._packing.dictionary) if self._packing else None
+
+    def reserve(self, count: int) -> int:
+        """Reserve ids; see `Home.reserve`. Nothing is stored, for no other process can write."""
+        if self._environment.read_only:
+            raise TierReadOnlyError(f"bank {self.path} was opened for reading")
+        with self._reserving:
+            first = max(self.next_id(), self._reserved)
+            self._reserved = first + count
+        return first
 
     def write(self, ids: Ids, blocks: "Tensor") -> None:
         """Store blocks without references: they can be read, and nothing will recall them.
