@@ -38,7 +38,8 @@ from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.recall.lease import Part
 from m3runtime.recall.recalled import Recalled
 from m3runtime.retrieval.embedder import Embedder
-from m3runtime.retrieval.retriever import Match, log_weights, passing
+from m3runtime.retrieval.match import Match
+from m3runtime.retrieval.retriever import log_weights, passing
 from m3runtime.stream import Stream
 from m3runtime.writing.fitting import WEIGHED, join
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m3runtime.bank.bank import Bank, OpenHome
-from m3runtime.bank.index import BankIndex
+from m3runtime.bank.index import LEXICAL, BankIndex
 from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs import Codec
 from m3runtime.config.schema import Config, TierConfig
@@ -18,8 +18,10 @@ from m3runtime.memory.spec import MemorySpec
 from m3runtime.plugins.construction import construct
 from m3runtime.plugins.loading import available, load
 from m3runtime.plugins.messages import one_line
+from m3runtime.retrieval.bm25.index import Bm25Index
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.retrieval.index import Index
+from m3runtime.retrieval.lexical import LexicalIndex
 from m3runtime.storage import opening
 from m3runtime.storage.abilities import Persistent
 from m3runtime.storage.defaults import default_tiers
@@ -128,10 +130,31 @@ def make_codec(config: Config, spec: MemorySpec) -> Codec:
         raise ConfigError(f"codec.{error}") from error
 
 
-def bank_index(config: Config, bank: Bank) -> BankIndex:
-    """The upkeep of the bank's index."""
+def bank_index(config: Config, bank: Bank) -> BankIndex[Index]:
+    """The upkeep of the bank's index of vectors."""
     make = partial(make_index, config, bank.manifest.dim)
     return BankIndex(bank, make, kind=config.index.kind, dtype=config.index.dtype)
+
+
+def lexical_index(bank: Bank) -> BankIndex[LexicalIndex]:
+    """The upkeep of the bank's index of words."""
+    return BankIndex(bank, Bm25Index, kind="bm25", dtype="words 1", name=LEXICAL)
+
+
+def update_indexes(config: Config, bank: Bank) -> None:
+    """Bring the files of the indexes that the configuration needs in line with the home; see `BankIndex.update`."""
+    bank_index(config, bank).update()
+    if config.recall.search != "dense":
+        lexical_index(bank).update()
+
+
+def rebuild_indexes(config: Config, bank: Bank) -> None:
+    """Make these files anew from the home, and remove others, so that no byte of what was forgotten stays."""
+    bank_index(config, bank).rebuild()
+    if config.recall.search != "dense":
+        lexical_index(bank).rebuild()
+    else:
+        lexical_index(bank).drop()
 
 
 def _kinds(configured: Sequence[TierConfig]) -> list[type]:

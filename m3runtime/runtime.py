@@ -34,8 +34,9 @@ from m3runtime.recall.memory_store import MemoryStore
 from m3runtime.recall.recall import Recall
 from m3runtime.recall.recalled import Recalled
 from m3runtime.recall.refresh import Refresh
+from m3runtime.retrieval.match import Match
 from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
-from m3runtime.retrieval.retriever import Match, Retriever
+from m3runtime.retrieval.retriever import Retriever
 from m3runtime.storage.defaults import default_decoded
 from m3runtime.storage.hierarchy import Hierarchy
 from m3runtime.storage.tier import Tier
@@ -83,7 +84,7 @@ class Runtime:
         )
         self._refresh = Refresh(
             bank,
-            retriever.index,
+            retriever.indexes,
             self.store,
             hierarchy,
             config.recall.refresh,
@@ -138,13 +139,22 @@ class Runtime:
             recall = config.recall
             hidden = records.expired(bank.home, today())
             index, changed = assembly.bank_index(config, bank).open(cold=recall.cold_start, hidden=hidden)
+            lexical, lexical_changed = None, False
+            if recall.search != "dense":
+                lexical, lexical_changed = assembly.lexical_index(bank).open(cold=recall.cold_start, hidden=hidden)
             retriever = Retriever(
-                embedder, index, memories=recall.memories, min_score=recall.min_score, margin=recall.margin
+                embedder,
+                index,
+                lexical,
+                alone=recall.search == "lexical",
+                memories=recall.memories,
+                min_score=recall.min_score,
+                margin=recall.margin,
             )
             if read_only:
                 config = config.without_cold_start()
             runtime = cls(config, bank, hierarchy, retriever, device, encoder=encoder, today=today)
-            runtime._index_changed = changed and not read_only
+            runtime._index_changed = (changed or lexical_changed) and not read_only
             runtime._trace = trace
             undo.callback(runtime._stop)
             if config.metrics.port is not None:
@@ -268,11 +278,8 @@ class Runtime:
         self._check_process()
         self._refresh()
         limits = [restriction.within(self.where)] * len(texts)
-        if k is None:
-            return self.retriever.search(texts, restrictions=limits)
-        everything = Retriever(self.retriever.embedder, self.retriever.index, memories=k)
-        everything.members = self.retriever.members
-        return everything.search(texts, restrictions=limits)
+        retriever = self.retriever if k is None else self.retriever.unlimited(k)
+        return retriever.search(texts, restrictions=limits)
 
     def references(self, ids: Sequence[int]) -> list[Reference | None]:
         """The references of ids; None where an id is not remembered, or its record is damaged and now quarantined.
@@ -314,7 +321,8 @@ class Runtime:
         found, damaged = records.references(self.bank.home, wanted)
         self.hierarchy.discard(wanted)
         self.store.forget(wanted.tolist())
-        self.retriever.index.remove(wanted)
+        for index in self.retriever.indexes:
+            index.remove(wanted)
         self._index_changed = True
         return sum(one is not None for one in found) + len(damaged)
 
@@ -334,11 +342,16 @@ class Runtime:
             closing.callback(self.bank.close)
             closing.callback(self.retriever.embedder.close)
             if self._index_changed:
-                closing.callback(assembly.bank_index(self.config, self.bank).save, self.retriever.index)
+                closing.callback(self._save_indexes)
             if self._trace is not None:
                 closing.callback(self._trace.close)
             closing.callback(self.hierarchy.close)
             closing.callback(self._stop)
+
+    def _save_indexes(self) -> None:
+        assembly.bank_index(self.config, self.bank).save(self.retriever.index)
+        if self.retriever.lexical is not None:
+            assembly.lexical_index(self.bank).save(self.retriever.lexical)
 
     def _stop(self) -> None:
         """End its own threads."""

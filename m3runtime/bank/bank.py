@@ -7,6 +7,7 @@
       codec.safetensors   the codec; the manifest has its fingerprint. For others see `m3runtime.bank.codecs`
       bias.safetensors    directions for attention with plain slots, if they were calibrated: `m3runtime.bank.bias`
       index               nearest-neighbour index, a cache of the home's embeddings: see `m3runtime.bank.index`
+      lexical             index of words, if ``recall.search`` needs one: a cache of the home's texts
 """
 
 import shutil

@@ -1,17 +1,19 @@
-"""`BankIndex`: the upkeep of a bank's index, which is loaded from its file or rebuilt from the home.
+"""`BankIndex`: the upkeep of one of a bank's indexes, which is loaded from its file or rebuilt from the home.
 
-The home's record ``index`` states the index's kind and dtype, and the file's length and BLAKE2b digest. A library
-trusts the counts and offsets in an index that it reads, so it is given only a file that the record vouches for. In
-every other case (no record, another digest, another kind) the index is rebuilt from the home's embeddings.
+The home's record of the file's name, ``index`` or ``lexical``, states the index's kind and dtype, and the file's length
+and BLAKE2b digest. A library trusts the counts and offsets in an index that it reads, so it is given only a file that
+the record vouches for. In every other case (no record, another digest, another kind) the index is rebuilt from the
+home's embeddings or texts.
 """
 
 import json
 import logging
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -20,28 +22,33 @@ from m3runtime.bank.bank import Bank
 from m3runtime.errors import IndexFileError, RecordError
 from m3runtime.memory.block import Ids, as_ids
 from m3runtime.memory.spec import canonical_json
+from m3runtime.retrieval.derived import Derived
 from m3runtime.retrieval.index import Index
+from m3runtime.retrieval.lexical import LexicalIndex
 from m3runtime.storage.files import open_regular, remove_remains, write_atomically
 
 INDEX = "index"
-_RECORD = "index"
+LEXICAL = "lexical"
 _PIECE = 1 << 24
+_BATCH = 4096
 _NONE = as_ids(())
 
 log = logging.getLogger("m3runtime")
+D = TypeVar("D", bound=Derived)
 
 
-class BankIndex:
-    """Loads, rebuilds and saves the index of one bank. One call at a time."""
+class BankIndex(Generic[D]):
+    """Loads, rebuilds and saves an index of one bank. One call at a time."""
 
-    def __init__(self, bank: Bank, make: Callable[[], Index], *, kind: str, dtype: str) -> None:
-        """``make`` makes an empty index. One of another ``kind`` or ``dtype`` is rebuilt."""
-        self.path = bank.path / INDEX
+    def __init__(self, bank: Bank, make: Callable[[], D], *, kind: str, dtype: str, name: str = INDEX) -> None:
+        """``make`` makes an empty index. One of another ``kind`` or ``dtype`` is rebuilt. ``name`` is its file's."""
+        self.path = bank.path / name
+        self._record = name
         self._bank = bank
         self._make = make
         self._kind, self._dtype = kind, dtype
 
-    def open(self, *, cold: bool, hidden: Ids = _NONE) -> tuple[Index, bool]:
+    def open(self, *, cold: bool, hidden: Ids = _NONE) -> tuple[D, bool]:
         """The index in line with the home; true if it differs from its file, which `save` then replaces.
 
         Without ``cold`` it finds no cold references, and it finds none that are ``hidden``.
@@ -71,13 +78,22 @@ class BankIndex:
         """
         index = self._make()
         catch_up(index, self._bank)
-        try:
-            remove_remains(self.path)
-        except OSError as error:
-            raise IndexFileError(f"cannot remove what is left of index {self.path}: {error.strerror}") from error
+        self._remove(keep=True)
         self.save(index)
 
-    def load(self) -> Index:
+    def drop(self) -> None:
+        """Remove the file, which is rebuilt when it is needed. Raises `IndexFileError`."""
+        self._remove(keep=False)
+
+    def _remove(self, *, keep: bool) -> None:
+        try:
+            remove_remains(self.path)
+            if not keep:
+                self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise IndexFileError(f"cannot remove what is left of index {self.path}: {error.strerror}") from error
+
+    def load(self) -> D:
         """The index as its file has it. Raises `IndexFileError` if the file is missing or does not match its record.
 
         The file is mapped, not copied, so this takes the memory of the index and no more.
@@ -99,7 +115,7 @@ class BankIndex:
         index.load(data)
         return index
 
-    def save(self, index: Index) -> None:
+    def save(self, index: D) -> None:
         """Write the file and then its record. A crash in between leaves a file to be rebuilt, never a wrong one.
 
         Raises `IndexFileError` if the file cannot be written; the old
@@ -120,12 +136,12 @@ class BankIndex:
             write_atomically(self.path, write)
         except OSError as error:
             raise IndexFileError(f"cannot write index {self.path}: {error.strerror}") from error
-        self._bank.home.set_meta(_RECORD, canonical_json(about).encode())
+        self._bank.home.set_meta(self._record, canonical_json(about).encode())
 
     def _stated(self) -> dict[str, object]:
         """The record of the file. Raises `IndexFileError` if there is none, or one of another kind or dtype."""
         try:
-            value = self._bank.home.get_meta(_RECORD)
+            value = self._bank.home.get_meta(self._record)
             if value is None:
                 raise IndexFileError(f"the bank has no record of {self.path}")
             stated = json.loads(value)
@@ -140,18 +156,32 @@ class BankIndex:
         return stated
 
 
-def catch_up(index: Index, bank: Bank, *, cold: bool = True, hidden: Ids = _NONE) -> tuple[int, int]:
+def catch_up(index: Derived, bank: Bank, *, cold: bool = True, hidden: Ids = _NONE) -> tuple[int, int]:
     """Bring an index in line with the home, the only truth. Returns how many ids were added and removed.
 
     Without ``cold`` it holds no cold references, and none of those that are ``hidden``; leaving them out does not count
-    as removing. Memories whose embedding is damaged or missing cannot be found: they are quarantined.
+    as removing. Memories whose embedding or text is damaged or missing cannot be found: they are quarantined.
     """
     hidden = hidden if cold else np.union1d(hidden, bank.home.cold())
     held, wanted = index.ids(), bank.home.ids()
     gone, missing = np.setdiff1d(held, wanted), np.setdiff1d(np.setdiff1d(wanted, held), hidden)
     index.remove(np.concatenate([gone, np.intersect1d(held, hidden)]))
     damaged: dict[int, str] = {}
-    for ids, vectors in records.embeddings(bank.home, missing, bank.manifest.dim, damaged):
-        index.add(ids, vectors)
+    if isinstance(index, Index):
+        for ids, vectors in records.embeddings(bank.home, missing, bank.manifest.dim, damaged):
+            index.add(ids, vectors)
+    elif isinstance(index, LexicalIndex):
+        for ids, texts in _texts(bank, missing, damaged):
+            index.add(ids, texts)
     records.set_apart(bank.home, damaged)
     return len(missing) - len(damaged), len(gone)
+
+
+def _texts(bank: Bank, ids: Ids, damaged: dict[int, str]) -> Iterator[tuple[Ids, Sequence[str]]]:
+    """The texts of ids under their headings, in batches. The damage of the others is put into ``damaged``."""
+    for start in range(0, len(ids), _BATCH):
+        some = ids[start : start + _BATCH]
+        found, wrong = records.references(bank.home, some)
+        damaged |= wrong
+        known = [one is not None for one in found]
+        yield some[known], [one.headed for one in found if one is not None]

@@ -167,6 +167,8 @@ class RecallConfig(Section):
     """Tokens of a chunk: the distance between two recalls."""
     memories: Count = 5
     """Most memories of a chunk."""
+    search: Literal["dense", "lexical", "hybrid"] = "dense"
+    """The search: by embeddings, by words (BM25), or by both, joined by their ranks."""
     min_score: Annotated[float, Field(ge=-1, le=1)] = 0.3
     """Memories that score lower are not recalled."""
     where: Annotated[Mapping[str, Any], BeforeValidator(_where)] = {}

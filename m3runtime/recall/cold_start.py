@@ -15,7 +15,7 @@ from m3runtime.documents.reference import Reference
 from m3runtime.errors import BankFullError, CodecError, ConfigError, InputError
 from m3runtime.memory.block import Ids, as_ids
 from m3runtime.observe.metrics import Phases, RecallStats
-from m3runtime.retrieval.retriever import Match
+from m3runtime.retrieval.match import Match
 
 log = logging.getLogger("m3runtime")
 

@@ -15,8 +15,8 @@ from m3runtime.observe.metrics import Meter, Phases
 from m3runtime.recall.background import Background
 from m3runtime.recall.lease import Lease
 from m3runtime.recall.loader import Loader
+from m3runtime.retrieval.match import Match
 from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
-from m3runtime.retrieval.retriever import Match
 
 Search = Callable[[Sequence["Hint"], Phases], list[list[Match]]]
 """Embeds the texts of hints and returns the matches of each, best first."""

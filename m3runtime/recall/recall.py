@@ -17,8 +17,9 @@ from m3runtime.recall.hints import Hint, Hints, with_owed
 from m3runtime.recall.lease import Lease
 from m3runtime.recall.loader import Loader
 from m3runtime.recall.recalled import Recalled, StreamState
+from m3runtime.retrieval.match import Match
 from m3runtime.retrieval.restriction import Restriction
-from m3runtime.retrieval.retriever import Match, Retriever, log_weights
+from m3runtime.retrieval.retriever import Retriever, log_weights
 
 
 class Recall:

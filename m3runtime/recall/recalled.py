@@ -9,8 +9,8 @@ import torch
 from m3runtime.documents.reference import Reference
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.recall.lease import Lease, Part
+from m3runtime.retrieval.match import Match
 from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
-from m3runtime.retrieval.retriever import Match
 
 
 @dataclass(frozen=True, slots=True)

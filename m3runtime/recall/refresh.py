@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -12,25 +12,25 @@ from m3runtime.bank.index import catch_up
 from m3runtime.documents import expiry
 from m3runtime.memory.block import as_ids
 from m3runtime.recall.memory_store import MemoryStore
-from m3runtime.retrieval.index import Index
+from m3runtime.retrieval.derived import Derived
 from m3runtime.storage.hierarchy import Hierarchy
 
 
 class Refresh:
-    """Brings index, store and caching tiers in line with a home that another process changed. Thread-safe.
+    """Brings indexes, store and caching tiers in line with a home that another process changed. Thread-safe.
 
     It looks at most once in ``every`` seconds, at the cost of reading a number. Only if the home has another revision
     it compares ids, which takes about a tenth of a second for a million, in the thread that asked; other threads go on
     with what they had. With None it never looks.
 
-    When a day has ended in UTC, what has expired leaves index, store and caching tiers before the next call returns,
+    When a day has ended in UTC, what has expired leaves indexes, store and caching tiers before the next call returns,
     in whatever thread. The home keeps it until a process that writes forgets it.
     """
 
     def __init__(
         self,
         bank: Bank,
-        index: Index,
+        indexes: Sequence[Derived],
         store: MemoryStore,
         hierarchy: Hierarchy,
         every: float | None,
@@ -38,9 +38,9 @@ class Refresh:
         cold: bool,
         today: Callable[[], str] = expiry.today,
     ) -> None:
-        """``index`` is in line with the home now; with ``cold`` it has cold references, too."""
+        """The ``indexes`` are in line with the home now; with ``cold`` they have cold references, too."""
         self._bank = bank
-        self._index = index
+        self._indexes = indexes
         self._store = store
         self._hierarchy = hierarchy
         self._every = every
@@ -80,16 +80,19 @@ class Refresh:
     def _expire(self, today: str) -> None:
         if today != self._day:
             due = [id for ids in self._bank.home.expiring(today).values() for id in ids.tolist()]
-            self._index.remove(records.expired(self._bank.home, today))
+            expired = records.expired(self._bank.home, today)
+            for index in self._indexes:
+                index.remove(expired)
             self._hierarchy.forget(due)
             self._store.forget(due)  # also what is still cited from elsewhere
             self._day = today
 
     def _catch_up(self) -> None:
-        before = self._index.ids()
+        before = self._indexes[0].ids()
         hidden = records.expired(self._bank.home, self._day)
-        catch_up(self._index, self._bank, cold=self._cold, hidden=hidden)
-        gone = np.setdiff1d(before, self._index.ids()).tolist()
+        for index in self._indexes:
+            catch_up(index, self._bank, cold=self._cold, hidden=hidden)
+        gone = np.setdiff1d(before, self._indexes[0].ids()).tolist()
         self._hierarchy.forget(gone)
         held = self._store.references()
         found = self._bank.home.references(as_ids(list(held)))

@@ -2,13 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from copy import copy
+from typing import Self
 
 from m3runtime.config.where import Where
 from m3runtime.errors import ConfigError
 from m3runtime.memory.block import Ids
+from m3runtime.retrieval.derived import Derived
 from m3runtime.retrieval.embedder import Embedder, Embeddings
+from m3runtime.retrieval.fusion import fused
 from m3runtime.retrieval.index import Index
+from m3runtime.retrieval.lexical import LexicalIndex
+from m3runtime.retrieval.match import Match
 from m3runtime.retrieval.recent import Recent
 from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
 
@@ -19,14 +24,8 @@ Members = Callable[[Where], Ids]
 """The ids that have a place which meets these conditions."""
 
 _RECENT = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """One memory that was chosen for a chunk."""
-
-    id: int
-    score: float
+_DEPTH = 50
+"""Least number of ids of each of two searches whose ranks are joined."""
 
 
 class Retriever:
@@ -37,10 +36,21 @@ class Retriever:
     """
 
     def __init__(
-        self, embedder: Embedder, index: Index, *, memories: int, min_score: float = -1.0, margin: float | None = None
+        self,
+        embedder: Embedder,
+        index: Index,
+        lexical: LexicalIndex | None = None,
+        *,
+        alone: bool = False,
+        memories: int,
+        min_score: float = -1.0,
+        margin: float | None = None,
     ) -> None:
+        """With a ``lexical`` index both are searched and joined by ranks; if it is ``alone``, only its hits are."""
         self.embedder = embedder
         self.index = index
+        self.lexical = lexical
+        self.alone = alone
         self.memories = memories
         self.min_score = min_score
         self.margin = margin
@@ -48,6 +58,17 @@ class Retriever:
         """Finds the ids that meet conditions; without it no search has any."""
         # By all texts of a call: the last bits of an embedding may depend on the other texts of its batch.
         self._recent = Recent[tuple[str, ...], Embeddings](_RECENT)
+
+    @property
+    def indexes(self) -> list[Derived]:
+        """All indexes that it searches, that of the embeddings first."""
+        return [self.index] if self.lexical is None else [self.index, self.lexical]
+
+    def unlimited(self, k: int) -> Self:
+        """The same search for ``k`` ids, whatever their scores."""
+        other = copy(self)
+        other.memories, other.min_score, other.margin = k, -1.0, None
+        return other
 
     def clear(self) -> None:
         """Forget the embeddings of recent calls, so that a text is embedded anew."""
@@ -76,18 +97,29 @@ class Retriever:
         with timed("search"):
             for where in dict.fromkeys(limits[i].where for i in asked):
                 rows = [row for row, i in enumerate(asked) if limits[i].where == where]
-                found = self._nearest(vectors[rows], wanted, where)
+                found = self._found([wording[row] for row in rows], vectors[rows], wanted, where)
                 for row, nearest in zip(rows, found, strict=True):
                     matches[asked[row]] = self._passing(nearest, limits[asked[row]])
         return matches
 
-    def _nearest(self, vectors: Embeddings, k: int, where: Where) -> list[list[Match]]:
-        if not where:
-            ids, scores = self.index.search(vectors, k)
-        elif self.members is None:
+    def _found(self, texts: Sequence[str], vectors: Embeddings, k: int, where: Where) -> list[list[Match]]:
+        """The first ``k`` of each text, by one search or by two."""
+        if where and self.members is None:
             raise ConfigError("this retriever does not know which memories meet conditions")
+        among = self.members(where) if where and self.members else None
+        if self.lexical is None:
+            return self._nearest(vectors, k, among)
+        depth = max(_DEPTH, k)
+        nearest = self._nearest(vectors, depth, among)
+        hits = [ids.tolist() for ids, _ in self.lexical.search(texts, depth, among)]
+        dense = [[] if self.alone else [match.id for match in row] for row in nearest]
+        return [fused(row, (ids, words), k) for row, ids, words in zip(nearest, dense, hits, strict=True)]
+
+    def _nearest(self, vectors: Embeddings, k: int, among: Ids | None) -> list[list[Match]]:
+        if among is None:
+            ids, scores = self.index.search(vectors, k)
         else:
-            ids, scores = self.index.search_among(self.members(where), vectors, k)
+            ids, scores = self.index.search_among(among, vectors, k)
         return [
             [Match(int(id), float(score)) for id, score in zip(*row, strict=True)]
             for row in zip(ids, scores, strict=True)

@@ -28,7 +28,7 @@ def finish(config: Config, bank: Bank) -> Erasure:
         shutil.rmtree(bank.path / TRAINING)
     if failed := discard(config, bank, ()):
         raise TierError(f"tier {failed[0]} failed, and may hold what was forgotten; mend it, then run `m3 compact`")
-    assembly.bank_index(config, bank).rebuild()
+    assembly.rebuild_indexes(config, bank)
     bank.home.compact()
     erasures = Erasures.of(bank.home).with_one_done(bank.home)
     erasures.write(bank.home)

@@ -54,7 +54,7 @@ def drop_traces(config: Config, bank: Bank, ids: Sequence[int]) -> list[str]:
     Returns the names of tiers that failed: they discard what they still hold when they are used again.
     """
     failed = discard(config, bank, ids)
-    assembly.bank_index(config, bank).update()
+    assembly.update_indexes(config, bank)
     return failed
 
 

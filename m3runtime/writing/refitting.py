@@ -66,7 +66,7 @@ def refit(config: Config, progress: OnProgress | None = None) -> RefitReport:
         done = reencoding.reencode(
             bank, config.memory.batch_size, adapter, progress and partial(progress, "Encoding memories anew")
         )
-        assembly.bank_index(config, bank).update()
+        assembly.update_indexes(config, bank)
         finish_begun(config, bank)
         manifest = bank.manifest
         return RefitReport(manifest.codec_kind, manifest.codec, bool(manifest.planned), done.ids, done.left)

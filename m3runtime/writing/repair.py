@@ -63,7 +63,7 @@ def repair(
         index = assembly.bank_index(config, bank)
         if any(one.where == "index" for one in found.damage):
             index.path.unlink()
-        index.update()
+        assembly.update_indexes(config, bank)
         erasure.finish_begun(config, bank)
         if found.clean:
             return report

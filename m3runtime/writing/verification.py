@@ -160,9 +160,14 @@ class _Examination:
             self.progress(title, min(start + size, len(ids)), len(ids))
 
     def compare_index(self) -> None:
-        """Compare the index file with the home's embeddings."""
+        """Compare the index file with the home's embeddings, and look whether that of the words is whole."""
         if self.bank is None:
             return
+        if self.config.recall.search != "dense":
+            try:
+                assembly.lexical_index(self.bank).load()
+            except IndexFileError as error:
+                self.notes.append(f"{error}; the index is rebuilt when the bank is opened")
         try:
             index = assembly.bank_index(self.config, self.bank).load()
         except IndexFileError as error:

@@ -134,7 +134,7 @@ class Writer:
                 if groups.stored:
                     computed(groups.stored)  # known references may have followed the last group
                 with clock.phase("index"):
-                    assembly.bank_index(self.config, bank).update()
+                    assembly.update_indexes(self.config, bank)
             return WriteReport(
                 documents=references.documents,
                 references=len(references),

@@ -16,7 +16,8 @@ from m3runtime.lab.evaluation.choosing import (
     grid,
     values,
 )
-from m3runtime.retrieval.retriever import Match, passing
+from m3runtime.retrieval.match import Match
+from m3runtime.retrieval.retriever import passing
 
 FORMER = Setting(5, 0.3, None)
 

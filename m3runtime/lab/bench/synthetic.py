@@ -78,7 +78,7 @@ def build(
             bank.home.commit(_batch(bank, start, around(about, count, seed=start)))
             progress(title, start + count, size)
         made = time.perf_counter()
-        assembly.bank_index(config, bank).update()
+        assembly.update_indexes(config, bank)
     except BaseException:
         bank.close()
         raise

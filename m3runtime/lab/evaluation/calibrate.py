@@ -18,7 +18,7 @@ from m3runtime.lab.evaluation.laboratory import Laboratory, weighted
 from m3runtime.lab.evaluation.statements import FEWEST, Statement, Statements, holds, make_statements
 from m3runtime.memory.block import as_ids
 from m3runtime.memory.spec import fingerprint
-from m3runtime.retrieval.retriever import Match
+from m3runtime.retrieval.match import Match
 from m3runtime.runtime import Runtime
 from m3runtime.writing.writer import OnProgress
 

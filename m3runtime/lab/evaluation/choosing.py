@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from m3runtime.lab.evaluation.statistics import mean
-from m3runtime.retrieval.retriever import Match, passing
+from m3runtime.retrieval.match import Match
+from m3runtime.retrieval.retriever import passing
 
 MEMORIES = (1, 2, 3, 5, 8)
 """Numbers of memories to try."""

@@ -10,7 +10,8 @@ from m3runtime.documents.reference import Reference
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.recall.lease import Part
 from m3runtime.recall.recalled import Recalled
-from m3runtime.retrieval.retriever import Match, log_weights
+from m3runtime.retrieval.match import Match
+from m3runtime.retrieval.retriever import log_weights
 from m3runtime.stream import Stream
 
 

@@ -10,7 +10,7 @@ from m3runtime.adapters.base import Adapter
 from m3runtime.documents.reference import Reference
 from m3runtime.lab.evaluation.laboratory import Choice, Laboratory
 from m3runtime.lab.evaluation.world import Question
-from m3runtime.retrieval.retriever import Match
+from m3runtime.retrieval.match import Match
 from m3runtime.runtime import Runtime
 from m3runtime.stream import Stream
 

@@ -27,7 +27,8 @@ from m3runtime.memory.block import HEADER_BYTES
 from m3runtime.memory.spec import canonical_json
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.recall.lease import Part
-from m3runtime.retrieval.retriever import Match, passing
+from m3runtime.retrieval.match import Match
+from m3runtime.retrieval.retriever import passing
 from m3runtime.writing.codec_files import configured
 from m3runtime.writing.fitting import fit_codec, sample
 from m3runtime.writing.writer import OnProgress
