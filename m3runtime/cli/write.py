@@ -190,8 +190,10 @@ def counted(survey: "Survey") -> str:
 
 
 def _groups(survey: "Survey") -> dict[str, list[str]]:
-    names = ("new", "changed", "renamed", "unchanged", "gone")
-    return {name: sorted(getattr(survey, name)) for name in names}
+    former = set(survey.renamed.values())  # the file is there, under another name
+    gone = [name for name in survey.gone if name not in former]
+    groups = {name: sorted(getattr(survey, name)) for name in ("new", "changed", "renamed", "unchanged")}
+    return {**groups, "gone": sorted(gone)}
 
 
 def _differences(survey: "Survey") -> dict[str, Any]:

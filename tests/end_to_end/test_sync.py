@@ -94,6 +94,7 @@ def test_a_renamed_file_keeps_ids_and_bytes_without_a_model(docs: Place) -> None
     docs.configure(model={"path": str(json.loads(before.manifest)["model_name"])})
     report = write(docs, "docs")
     assert report["sources"]["renamed"] == {"docs/deep/c.txt": "docs/a.txt"}
+    assert report["sources"]["gone"] == []
     after = docs.contents()
     assert (after.blocks, after.texts, after.embeddings) == (before.blocks, before.texts, before.embeddings)
     assert remembered(docs)[SHARED] == {"docs/deep/c.txt", "docs/deep/b.md"}
