@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment would disturb each other
-.PHONY: help install test test-gpu test-slow test-lowest test-kill test-flips test-serve test-vllm demo serve quality train-small docs wheel-check format clean
+.PHONY: help install test test-gpu test-slow test-lowest test-kill test-flips test-scale test-serve test-vllm demo serve quality train-small docs wheel-check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,9 @@ test-kill: install  ## kill writers and readers of a bank 300 times
 
 test-flips: install  ## flip 10,000 bits of a bank's files
 	$(BIN)/pytest -m flips $(PYTEST_ARGS)
+
+test-scale: install  ## try what many machines share, with real servers that are slow, cut and killed
+	$(BIN)/pytest -m scale -n0
 
 test-lowest: $(CONSTRAINTS)  ## run core, backend and hostile tests with the lowest versions of all dependencies
 	$(PYTHON) -m venv --clear $(LOWEST)

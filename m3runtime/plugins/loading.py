@@ -35,6 +35,7 @@ _EXTRAS = {
     "pyarrow": ("parquet",),
     "lance": ("lance",),
     "watchfiles": ("sync",),
+    "valkey": ("valkey",),
     "vllm": ("vllm",),
 }
 """The extras that install each optional module."""

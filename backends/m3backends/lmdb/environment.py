@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import lmdb
 
+from m3backends.guard import Guard
 from m3backends.lmdb.claim import Claim
 from m3backends.lmdb.files import HomeFiles
-from m3backends.lmdb.guard import Guard
 from m3backends.lmdb.prefetch import Prefetch
 from m3backends.lmdb.space import FIRST_MAP, Space
 from m3runtime.config.units import format_size

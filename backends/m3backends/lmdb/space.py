@@ -8,8 +8,8 @@ from contextlib import suppress
 
 import lmdb
 
+from m3backends.guard import Guard
 from m3backends.lmdb.files import HomeFiles
-from m3backends.lmdb.guard import Guard
 from m3backends.lmdb.residency import Residency
 from m3runtime.config.units import format_size
 from m3runtime.errors import BankFullError, TierClosedError, TierError

@@ -6,7 +6,7 @@ from types import FrameType
 
 import pytest
 
-from m3backends.lmdb.guard import Guard
+from m3backends.guard import Guard
 
 
 def entered(guard: Guard, moment: int) -> int:

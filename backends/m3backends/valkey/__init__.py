@@ -1,0 +1,1 @@
+"""A tier in Valkey or Redis, shared by many machines."""
