@@ -107,6 +107,10 @@ def tiers(
     ] = None,
     rounds: Rounds = 15,
     references: References = 64,
+    made: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Use made blocks of this size, without a bank and a model."),
+    ] = None,
     threads: Threads = 0,
     set: Set = None,
     json: Json = False,
@@ -116,9 +120,18 @@ def tiers(
     The bank is not changed. Temporary files are written to a folder next to it, on the same drive.
     """
     settings = configuration(config, set)
+    if made and corpus:
+        raise InputError("--made needs no corpus; leave --corpus out")
+    from m3runtime.config.units import parse_size
     from m3runtime.lab.bench.tiers import BATCHES, TierSettings, bench_tiers
 
-    asked = TierSettings(tuple(dict.fromkeys(blocks or BATCHES)), rounds, references, threads or _default_threads())
+    asked = TierSettings(
+        tuple(dict.fromkeys(blocks or BATCHES)),
+        rounds,
+        references,
+        threads or _default_threads(),
+        parsed("--made", parse_size, made) if made else None,
+    )
     with progress_bars(shown=not json) as progress:
         found = bench_tiers(settings, corpus or [], asked, progress)
     show(found, json=json)

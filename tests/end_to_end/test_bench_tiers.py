@@ -14,6 +14,7 @@ from m3runtime.lab.bench.tiers import TierBench, TierSettings, TierTimes
 from m3runtime.lab.results import Spread
 from m3runtime.memory.block import length
 from tests.end_to_end.commands import Place
+from tests.end_to_end.conftest import NewPlace
 
 
 @pytest.fixture
@@ -97,3 +98,21 @@ def test_people_get_tables(written: Place, tmp_path: Path) -> None:
     for told in ("2 blocks", "pread", "page cache warm", "lmdb, on cpu"):
         assert told in " ".join(result.out.split())
     assert "pinned" not in result.out
+
+
+def test_made_blocks_need_no_bank_and_caches_of_the_user_stay_as_they_are(tmp_path: Path, new_place: NewPlace) -> None:
+    place = new_place(tmp_path / "place")
+    cache = {"kind": "m3backends.lmdb.cache:LmdbCache", "capacity": "1MiB", "path": str(place.folder / "cache")}
+    place.configure(tiers=[cache, {"kind": "lmdb"}])
+    there = sorted(path.name for path in place.folder.iterdir())
+    found = place.m3(
+        "bench", "tiers", "--made", "5000", "--references", "8", "--blocks", "3", "--rounds", "1", "--json"
+    ).json
+    rows = {row["name"]: row for row in found["rows"]}
+    assert {"lmdb-cache: read", "lmdb-cache: write"} < rows.keys()
+    assert ("lmdb-cache: read, cold" in rows) == found["has_cold"]
+    assert 4800 <= rows["lmdb-cache: read"]["bytes"] / 3 <= 5000
+    assert rows["lmdb-cache: read"]["baseline"] == PREAD
+    assert sorted(path.name for path in place.folder.iterdir()) == there
+    assert "--made" in place.m3("bench", "tiers", "--made", "5000", "--corpus", "m3.yaml").err
+    assert "cannot be made" in place.m3("bench", "tiers", "--made", "10").err

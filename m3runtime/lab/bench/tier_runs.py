@@ -2,9 +2,10 @@
 
 import os
 import random
+import secrets
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor
 
 from m3runtime import assembly
-from m3runtime.config.schema import Config
+from m3runtime.config.schema import Config, TierConfig
 from m3runtime.documents.reference import Place, Reference
 from m3runtime.errors import InputError
 from m3runtime.memory import block
 from m3runtime.memory.block import Ids, as_ids
+from m3runtime.storage.abilities import Persistent
 from m3runtime.storage.hierarchy import Hierarchy
 from m3runtime.storage.home import Batch, Home
 from m3runtime.storage.tier import CachingTier
@@ -60,9 +62,15 @@ class TierRuns:
             self.slot_bytes = self.bank.home.slot_bytes
             every = self.bank.home.ids()
             self.ids = np.sort(np.array(random.Random(0).sample(every.tolist(), min(MOST, len(every))), np.uint64))
-            self._tiers = assembly.open_tiers(config, self.slot_bytes, device, identity=self.bank.identity)
+            folder = opening.enter_context(tempfile.TemporaryDirectory(prefix=".m3-bench-", dir=self.bank.path.parent))
+            self._folder = Path(folder)
+            own = _elsewhere(config, self._folder)
+            # A bank of its own, for a tier that outlives the process.
+            identity = secrets.token_hex(16)
+            self._tiers = assembly.open_tiers(own, self.slot_bytes, device, identity=lambda: identity)
             self.hierarchy = Hierarchy(self._tiers, self.bank.home, self.bank.codecs, device)
             opening.callback(self.hierarchy.close)
+            opening.callback(self._leave_nothing)
             self._bare = Hierarchy([], self.bank.home, self.bank.codecs, device)
             self._slots = self._buffer(len(self.ids))
             found = self._bare.home.read(self.ids, self._slots)
@@ -70,8 +78,6 @@ class TierRuns:
             if not len(self.ids):
                 raise InputError(f"the bank at {config.bank} has no block to read")
             self._ends = [block.length(row) for row in self._slots.numpy()]
-            folder = opening.enter_context(tempfile.TemporaryDirectory(prefix=".m3-bench-", dir=self.bank.path.parent))
-            self._folder = Path(folder)
             self._plain = self._write_plain(self._folder / "blocks")
             opening.callback(os.close, self._plain)
             self._open_copy = assembly.open_home(config)
@@ -121,7 +127,8 @@ class TierRuns:
             to_device = Contender(lambda: self.there.copy_(self._source, non_blocking=True), TO_DEVICE)
             on_device = Contender(lambda: self.there.copy_(self._on_device), ON_DEVICE)
             found |= {TO_DEVICE: to_device, ON_DEVICE: on_device}
-        tiers = [tier for tier in self._tiers if (tier.capacity or 0) >= count * self.slot_bytes]
+        room = count * self.slot_bytes
+        tiers = [tier for tier in self._tiers if tier.capacity is None or tier.capacity >= room]
         for tier in tiers:
             found |= self._of_tier(tier)
         found[WAY_UP] = Contender(lambda: self._bare.read(self.drawn, self.there), PREAD)
@@ -135,19 +142,36 @@ class TierRuns:
         return found
 
     def _of_tier(self, tier: CachingTier) -> dict[str, Contender]:
-        here = tier.device.type == "cpu"
+        here, outside = tier.device.type == "cpu", tier.can_rot  # on a drive, or beyond a network
 
         def write() -> None:
             tier.write(self.drawn, self._source if here else self._on_device)
 
-        return {
+        found = {
             f"{tier.name}: read": Contender(
-                lambda: tier.read(self.drawn, self.there), self._copied(tier), before=write
+                lambda: tier.read(self.drawn, self.there), PREAD if outside else self._copied(tier), before=write
             ),
             f"{tier.name}: write": Contender(
-                write, COPY_SLOTS if here else ON_DEVICE, before=lambda: tier.discard(self.drawn)
+                write,
+                WRITE if outside else COPY_SLOTS if here else ON_DEVICE,
+                before=lambda: tier.discard(self.drawn),
             ),
         }
+        files = self._folder / str(self._tiers.index(tier))
+        if self.has_cold and files.is_dir():
+
+            def cool() -> None:
+                write()
+                _drop(files)
+
+            read_cold = Contender(lambda: tier.read(self.drawn, self.there), PREAD_COLD, before=cool)
+            found[f"{tier.name}: read, cold"] = read_cold
+        return found
+
+    def _leave_nothing(self) -> None:
+        for tier in self._tiers:
+            if isinstance(tier, Persistent):
+                tier.discard(self.ids)
 
     def _copied(self, tier: CachingTier) -> str:
         """The name of the plain copy to compare with reads from a tier to the device."""
@@ -196,7 +220,8 @@ class TierRuns:
     # -- homes --------------------------------------------------------------------------------------------------
 
     def _seal(self) -> None:
-        """Seal the drawn blocks under new ids."""
+        """Seal the drawn blocks under new ids. The home was written before: a first commit also drops its stamp."""
+        self.copy.set_meta("bench", b"")
         self._new = as_ids(range(self._next, self._next + len(self.drawn)))
         self._next += len(self.drawn)
         self._sealed = self._source.clone()
@@ -227,11 +252,7 @@ class TierRuns:
         """Drop the copy of the home from the page cache. Pages in use would stay, so the copy is closed and opened."""
         self.copy.close()
         self.copy = self._open_copy(path=self._folder / "home")
-        for path in (self._folder / "home").iterdir():
-            if path.is_file():
-                file = os.open(path, os.O_RDONLY)
-                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-                os.close(file)
+        _drop(self._folder / "home")
 
     # -- the way up ---------------------------------------------------------------------------------------------
 
@@ -254,3 +275,25 @@ class TierRuns:
 
     def _buffer(self, count: int) -> Tensor:
         return torch.zeros(count, self.slot_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+
+def _elsewhere(config: Config, folder: Path) -> Config:
+    """This configuration with each caching tier that keeps files in a folder of its own here, named by its place."""
+    tiers = [
+        TierConfig.model_validate({"kind": tier.kind, **tier.options, "path": str(folder / str(place))})
+        if "path" in tier.options
+        else tier
+        for place, tier in enumerate(config.tiers)
+    ]
+    return config.model_copy(update={"tiers": tuple(tiers)})
+
+
+def _drop(folder: Path) -> None:
+    """Drop the files of a folder from the page cache, but for pages that are mapped."""
+    for path in folder.iterdir():
+        if path.is_file():
+            file = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
+            with suppress(OSError):
+                os.fsync(file)  # what is not on the drive stays
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)

@@ -11,6 +11,7 @@ from rich.table import Table
 from m3runtime import assembly
 from m3runtime.config.schema import Config
 from m3runtime.lab.bench.banks import bank_for
+from m3runtime.lab.bench.made import made_bank
 from m3runtime.lab.bench.tier_runs import Contender, TierRuns
 from m3runtime.lab.bench.timing import threads, timed
 from m3runtime.lab.results import Result, Spread, environment
@@ -30,6 +31,8 @@ class TierSettings:
     references: int = 64
     """Most references in the temporary bank of a corpus."""
     threads: int = 2
+    block_bytes: int | None = None
+    """Bytes of made blocks, of which there are ``references``; None: those of a bank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +93,17 @@ class TierBench(Result):
 
 
 def bench_tiers(config: Config, corpus: Sequence[Path], settings: TierSettings, progress: OnProgress) -> TierBench:
-    """Measure on the configured bank, or on a temporary one of the corpus; each round reads other blocks.
+    """Measure on the configured bank, or on a temporary one of the corpus or of made blocks; each round reads others.
 
-    A temporary folder is made next to the bank. Raises `InputError` if there is neither bank nor corpus.
+    A temporary folder is made next to the bank, also for tiers that keep files. Raises `InputError` if there is neither
+    bank nor corpus.
     """
+    made = settings.block_bytes
     with (
         threads(settings.threads),
-        bank_for(config, None, corpus, settings.references, progress) as own,
+        bank_for(config, None, corpus, settings.references, progress)
+        if made is None
+        else made_bank(config, made, settings.references, progress) as own,
         TierRuns(own, assembly.device(config)) as runs,
     ):
         sizes = sorted({min(size, len(runs.ids)) for size in settings.batches})
