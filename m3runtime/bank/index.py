@@ -4,6 +4,8 @@ The home's record of the file's name, ``index`` or ``lexical``, states the index
 and BLAKE2b digest. A library trusts the counts and offsets in an index that it reads, so it is given only a file that
 the record vouches for. In every other case (no record, another digest, another kind) the index is rebuilt from the
 home's embeddings or texts.
+
+A `HomeIndex` has neither file nor record: the home keeps it.
 """
 
 import json
@@ -26,6 +28,7 @@ from m3runtime.retrieval.derived import Derived
 from m3runtime.retrieval.index import Index
 from m3runtime.retrieval.lexical import LexicalIndex
 from m3runtime.storage.files import open_regular, remove_remains, write_atomically
+from m3runtime.storage.home_index import HomeIndex
 
 INDEX = "index"
 LEXICAL = "lexical"
@@ -54,6 +57,9 @@ class BankIndex(Generic[D]):
         Without ``cold`` it finds no cold references, and it finds none that are ``hidden``.
         """
         rebuilt = False
+        if isinstance(of_home := self._new(), HomeIndex):
+            catch_up(of_home, self._bank, cold=cold, hidden=hidden)
+            return of_home, False
         try:
             index = self.load()
         except IndexFileError as error:
@@ -67,6 +73,9 @@ class BankIndex(Generic[D]):
 
         Raises `IndexFileError` if it cannot be written, `BankFullError` and `TierReadOnlyError`.
         """
+        if isinstance(of_home := self._new(), HomeIndex):
+            of_home.update()
+            return
         index, changed = self.open(cold=True)
         if changed:
             self.save(index)
@@ -76,7 +85,10 @@ class BankIndex(Generic[D]):
 
         What a process that was killed left of a file is removed. Raises the errors of `update`.
         """
-        index = self._make()
+        index = self._new()
+        if isinstance(index, HomeIndex):
+            index.rebuild()
+            return
         catch_up(index, self._bank)
         self._remove(keep=True)
         self.save(index)
@@ -98,6 +110,9 @@ class BankIndex(Generic[D]):
 
         The file is mapped, not copied, so this takes the memory of the index and no more.
         """
+        if isinstance(of_home := self._new(), HomeIndex):
+            catch_up(of_home, self._bank)
+            return of_home
         stated = self._stated()
         try:
             with open_regular(self.path) as file:
@@ -118,9 +133,12 @@ class BankIndex(Generic[D]):
     def save(self, index: D) -> None:
         """Write the file and then its record. A crash in between leaves a file to be rebuilt, never a wrong one.
 
-        Raises `IndexFileError` if the file cannot be written; the old
+        A `HomeIndex` is brought up to date. Raises `IndexFileError` if the file cannot be written; the old
         one stays then. Raises `BankFullError` and `TierReadOnlyError` for the record.
         """
+        if isinstance(index, HomeIndex):
+            index.update()
+            return
         about: dict[str, object] = {"kind": self._kind, "dtype": self._dtype}
 
         def write(temporary: Path) -> None:
@@ -137,6 +155,13 @@ class BankIndex(Generic[D]):
         except OSError as error:
             raise IndexFileError(f"cannot write index {self.path}: {error.strerror}") from error
         self._bank.home.set_meta(self._record, canonical_json(about).encode())
+
+    def _new(self) -> D:
+        """An empty index, of the home if it is a `HomeIndex`."""
+        index = self._make()
+        if isinstance(index, HomeIndex):
+            index.attach(self._bank.home)
+        return index
 
     def _stated(self) -> dict[str, object]:
         """The record of the file. Raises `IndexFileError` if there is none, or one of another kind or dtype."""
@@ -166,6 +191,9 @@ def catch_up(index: Derived, bank: Bank, *, cold: bool = True, hidden: Ids = _NO
     held, wanted = index.ids(), bank.home.ids()
     gone, missing = np.setdiff1d(held, wanted), np.setdiff1d(np.setdiff1d(wanted, held), hidden)
     index.remove(np.concatenate([gone, np.intersect1d(held, hidden)]))
+    if isinstance(index, HomeIndex):
+        index.hold(missing)
+        return len(missing), len(gone)
     damaged: dict[int, str] = {}
     if isinstance(index, Index):
         for ids, vectors in records.embeddings(bank.home, missing, bank.manifest.dim, damaged):

@@ -8,13 +8,16 @@ import pytest
 
 from m3runtime.testing.blocks import LAST_ID, make_ids
 from m3runtime.testing.index_files import IndexFileLaws
-from m3runtime.testing.index_laws import brute_force, unit_vectors
+from m3runtime.testing.index_laws import IndexLaws, brute_force, unit_vectors
 
-__all__ = ["IndexContract", "brute_force", "unit_vectors"]
+__all__ = ["IndexContract", "SearchLaws", "brute_force", "unit_vectors"]
 
 
-class IndexContract(IndexFileLaws):
-    """The laws of `Index`. Subclass it as ``TestMyIndex`` and make the index: see `IndexLaws`."""
+class SearchLaws(IndexLaws):
+    """The laws of searching, adding and removing: all that a `HomeIndex` has to keep.
+
+    The index of such a subclass puts what it is given by `Index.add` into a home before it holds it.
+    """
 
     @pytest.mark.parametrize("k", [1, 5, 50])
     def test_finds_what_brute_force_finds(self, k: int) -> None:
@@ -221,3 +224,7 @@ class IndexContract(IndexFileLaws):
                 done.set()
             assert all(task.result() for task in searching)
         self.assert_agrees(index, ids, vectors, k=5)
+
+
+class IndexContract(SearchLaws, IndexFileLaws):
+    """The laws of `Index`. Subclass it as ``TestMyIndex`` and make the index: see `IndexLaws`."""

@@ -21,6 +21,7 @@ from m3runtime.errors import BankError, BankFormatError, BankMissingError, Block
 from m3runtime.memory import block
 from m3runtime.memory.block import BlockStamps, Ids, as_ids
 from m3runtime.storage.home import Damage, Home
+from m3runtime.storage.home_index import HomeIndex
 from m3runtime.writing.index_check import wrong_vectors
 
 OnProgress = Callable[[str, int, int], None]
@@ -172,6 +173,8 @@ class _Examination:
             index = assembly.bank_index(self.config, self.bank).load()
         except IndexFileError as error:
             self.notes.append(f"{error}; the index is rebuilt when the bank is opened")
+            return
+        if isinstance(index, HomeIndex):  # it searches the home's own embeddings, which are checked there
             return
         ids, there = self.home.ids(), index.ids()
         # It may or may not hold cold and expired references: that depends on the process that wrote it.

@@ -11,8 +11,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -193,6 +193,17 @@ class LanceTable:
                 if old:
                     kept.dataset.cleanup_old_versions(timedelta(0), versions=old, delete_unverified=folder is not None)
                 self.location.sync_version(kept.version)
+
+    @contextmanager
+    def upkeep(self) -> Iterator[Any]:
+        """The newest version as a dataset, whose indexes may be changed. Transactions of others go on meanwhile."""
+        self._check_writable()
+        with self._writing, faults(self._bank):
+            folder = self.location.folder
+            before = folder.files() if folder else set()
+            dataset = self.location.dataset()
+            yield dataset
+            self.location.sync_all(but=before)
 
     def _rewrite(self) -> None:
         deadline = time.monotonic() + _PATIENCE
