@@ -12,6 +12,7 @@ import numpy.typing as npt
 from m3backends.lance.audit import audit
 from m3backends.lance.edit import Edit
 from m3backends.lance.location import Location
+from m3backends.lance.naming import name_table, named_table
 from m3backends.lance.places import BlockPlaces, search
 from m3backends.lance.reader import LanceReader, cold_among
 from m3backends.lance.schema import META, Head, block_row, mark_row, named, record_row
@@ -31,7 +32,11 @@ Durability = Literal["full", "commit"]
 
 
 class LanceHome(LanceReader):
-    """The home in the folder ``path``, which holds nothing else.
+    """The home in the folder ``path``, which holds nothing else; or at ``url``, which the folder then names.
+
+    A ``url`` such as ``s3://bucket/bank`` is of an object store, whose credentials are in the environment. Calls that
+    read work on a version that was the newest at most ``fresh`` seconds ago; `revision` and calls that write look
+    anew. In a folder every call does.
 
     ``slot_bytes`` is fixed when the home is made; without it, an existing home is opened. Every method is one
     transaction (`embeddings`: one a batch). Thread-safe.
@@ -54,14 +59,23 @@ class LanceHome(LanceReader):
         *,
         path: str | os.PathLike[str],
         slot_bytes: int | None = None,
+        url: str | None = None,
+        fresh: float = 1.0,
         durability: Durability = "full",
         read_only: bool = False,
     ) -> None:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise BankError(f"{self.path} is not the folder of a bank")
-        location = Location(str(self.path), durable=durability == "full")
-        self._table = LanceTable(location, slot_bytes=slot_bytes, read_only=read_only)
+        uri = (
+            str(self.path)
+            if url is None
+            else named_table(self.path, url, make=slot_bytes is not None and not read_only)
+        )
+        location = Location(uri, durable=durability == "full")
+        self._table = LanceTable(location, slot_bytes=slot_bytes, read_only=read_only, fresh=fresh)
+        if url is not None and not read_only:
+            name_table(self.path, url, self._table)
         self.slot_bytes = self._table.read(lambda snapshot: snapshot.head.slot_bytes)
         if slot_bytes not in (None, self.slot_bytes):
             raise BankMismatchError(f"bank {self.path} has slots of {self.slot_bytes} bytes, not {slot_bytes}")

@@ -208,7 +208,7 @@ class LanceReader(Home):
 
     def revision(self) -> int:
         """The number of the newest version."""
-        return self._table.read(lambda snapshot: snapshot.version)
+        return self._table.read(lambda snapshot: snapshot.version, look=True)
 
     def stored_bytes(self) -> int:
         """Bytes of all files, those of earlier versions included."""

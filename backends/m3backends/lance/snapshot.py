@@ -48,6 +48,11 @@ class Snapshot:
         """The length of embeddings, or None for a table that has had none."""
         return dim_of(self.dataset.schema)
 
+    @property
+    def is_empty(self) -> bool:
+        """Has nothing been stored yet?"""
+        return int(self.dataset.count_rows()) == 2  # the anchor and the head
+
     @cached_property
     def head(self) -> Head:
         """The head. Raises `TierError` unless there is just one."""

@@ -38,10 +38,15 @@ _ROWS = 20_000
 class LanceTable:
     """The table at a location. Thread-safe; several processes may write it."""
 
-    def __init__(self, location: Location, *, slot_bytes: int | None, read_only: bool) -> None:
-        """Open the table, or make it with slots of ``slot_bytes``. Raises the errors of `Location.open`."""
+    def __init__(self, location: Location, *, slot_bytes: int | None, read_only: bool, fresh: float = 0.0) -> None:
+        """Open the table, or make it with slots of ``slot_bytes``. Raises the errors of `Location.open`.
+
+        In an object store a version counts as the newest for ``fresh`` seconds.
+        """
         self.location = location
         self.read_only = read_only
+        self._fresh = 0.0 if location.folder else fresh
+        self._looked = time.monotonic()
         self._bank = location.uri
         self._process = os.getpid()
         self._closed = False
@@ -56,11 +61,15 @@ class LanceTable:
 
     # Reading
 
-    def read(self, work: Callable[[Snapshot], T]) -> T:
-        """The result of ``work`` on the newest version. It is called again if that is cleaned up meanwhile."""
+    def read(self, work: Callable[[Snapshot], T], *, look: bool = False) -> T:
+        """The result of ``work`` on the newest version. It is called again if that is cleaned up meanwhile.
+
+        With ``look`` the version is not taken for the newest because it was so lately.
+        """
         self._check_usable()
         with faults(self._bank):
-            snapshot = self.newest()
+            lately = not look and time.monotonic() - self._looked < self._fresh
+            snapshot = self._newest if lately else self.newest()
             for _ in range(_TRIES):
                 try:
                     return work(snapshot)
@@ -72,7 +81,7 @@ class LanceTable:
 
     def newest(self) -> Snapshot:
         """The newest version."""
-        known = self._newest
+        self._looked, known = time.monotonic(), self._newest
         return known if known.dataset.latest_version == known.version else self._adopt(self.location.dataset())
 
     def _adopt(self, dataset: Any) -> Snapshot:
@@ -141,7 +150,24 @@ class LanceTable:
         self.location.sync_fragments([*added, *updated])
         anchor = dataset.get_fragments()[0].metadata
         update = lance.LanceOperation.Update(removed, updated_fragments=[anchor, *updated], new_fragments=added)
-        return lance.LanceDataset.commit(dataset, update, read_version=snapshot.version, max_retries=0)
+        transaction = lance.Transaction(snapshot.version, update)
+        try:
+            return lance.LanceDataset.commit(dataset, transaction, max_retries=0)
+        except Exception as error:
+            if self.location.folder is None and (made := self._landed(transaction)) is not None:
+                return made
+            raise error
+
+    def _landed(self, transaction: Any) -> Any:
+        """The version that a transaction made although its commit failed: the store did it, and its answer was lost."""
+        newest = self.location.dataset()
+        for version in range(transaction.read_version + 1, newest.version + 1):
+            try:
+                if newest.read_transaction(version).uuid == transaction.uuid:
+                    return newest
+            except (OSError, ValueError, RuntimeError):  # cleaned up
+                continue
+        return None
 
     def _without(self, snapshot: Snapshot, gone: Mapping[str, Iterable[int | str]]) -> tuple[list[int], list[Any]]:
         """The fragments that lose all of their rows, and the new state of those that lose some."""
