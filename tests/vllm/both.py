@@ -1,4 +1,4 @@
-"""`Both`: the same requests to vLLM and to our own adapter, over one runtime."""
+"""`Both`: the same requests to vLLM and to our own adapter, over one runtime. `check_refreshed` compares some."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 from vllm import SamplingParams
 
 from m3model.adapter import TransformersAdapter
-from m3model.vllm import compat
+from m3model.vllm import hosting
 from m3runtime.adapters.answers import Answer, Prompt
 from m3runtime.adapters.engine import Request, answers
 from m3runtime.config.schema import GenerateConfig
@@ -75,14 +75,14 @@ class Both:
         self.runtime, self.adapter = runtime, adapter
         slots = options.pop("slots", None)
         extra = {"config": runtime.config.model_dump(mode="json"), "hosted": True, "slots": slots}
-        self.vllm = compat.open_engine(runtime.config.model.path, {**OPTIONS, **options}, extra)
-        self.connector = compat.connector_of(self.vllm)
+        self.vllm = hosting.open_engine(runtime.config.model.path, {**OPTIONS, **options}, extra)
+        self.connector = hosting.connector_of(self.vllm)
         self.connector.read(runtime)
         self.head = self.connector.head
         self.scheduler = self.vllm.engine_core.engine_core.scheduler
 
     def close(self) -> None:
-        compat.shut_down(self.vllm)
+        hosting.shut_down(self.vllm)
 
     def prompt(self, question: str, form: Any = "question") -> Prompt:
         return self.adapter.render(question, form)
@@ -176,3 +176,13 @@ class Both:
                 if token in other:
                     worst = max(worst, abs(other[token] - log_prob))
         return worst
+
+
+def check_refreshed(both: Both, tokens: int = 80) -> None:
+    """Three answers, each with a refresh in it, are our adapter's."""
+    ids = [tuple(match.id for match in one) for one in both.runtime.search(["the harbour lamp", "bees", "the gate"], 2)]
+    asks = [Ask(both.prompt("Tell me all that you know of the town."), tokens, (one, ids[0])) for one in ids]
+    answers = both.theirs(asks)
+    for own, got in zip(both.ours(asks), answers, strict=True):
+        assert got.tokens == own.tokens
+        assert both.difference(own, got) < 1e-3

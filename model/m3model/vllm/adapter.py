@@ -13,7 +13,7 @@ from m3model.engine.job import Words
 from m3model.engine.prompts import chat, render
 from m3model.engine.tokens import PromptTokens
 from m3model.loading.fingerprint import tokenizer_fingerprint
-from m3model.vllm import compat
+from m3model.vllm import compat, hosting
 from m3model.vllm.core import Core
 from m3model.vllm.engine import VllmEngine
 from m3runtime.adapters.answers import Form, Prompt
@@ -39,7 +39,7 @@ class VllmAdapter(Adapter):
         theirs = {name: value for name, value in options.items() if name not in ours}
         theirs = {"max_num_seqs": config.model.rows, "dtype": config.model.dtype, **theirs}
         extra = {"config": config.model_dump(mode="json"), "hosted": True, **ours}
-        self._core = Core(lambda: compat.open_engine(config.model.path, theirs, extra), runtime)
+        self._core = Core(lambda: hosting.open_engine(config.model.path, theirs, extra), runtime)
         self._vllm = self._core.config
         self._tokenizer = compat.tokenizer_of(self._vllm)
         self._tokens = PromptTokens(self._tokenizer, config.memory)
@@ -90,9 +90,9 @@ class VllmAdapter(Adapter):
     @cached_property
     def engine(self) -> Engine:
         """See `Adapter.engine`."""
-        stop = compat.stop_tokens(self._vllm)
+        stop = hosting.stop_tokens(self._vllm)
         words = Words(lambda prompt, sink: self._tokens.of_prompt(prompt, sink=sink), self.text_of, lambda: stop)
-        return VllmEngine(self._core, words, length=self._shape.length, vocabulary=compat.vocabulary(self._vllm))
+        return VllmEngine(self._core, words, length=self._shape.length, vocabulary=hosting.vocabulary(self._vllm))
 
     def render(self, question: str, form: Form, texts: Sequence[str] | None = None) -> Prompt:
         """See `Adapter.render`."""

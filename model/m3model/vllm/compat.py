@@ -1,26 +1,22 @@
-"""Everything of vLLM that vLLM calls internal. A new minor release is tried here, with ``make test-vllm``.
+"""Everything that a connector uses of vLLM and vLLM calls internal. `hosting` has what an engine here takes.
 
-Most of it is the interface of KV connectors and what their hooks are handed, which vLLM calls experimental.
+It is the interface of KV connectors and what their hooks are handed, which vLLM calls experimental. A new minor release
+is tried here, with ``make test-vllm``.
 """
 
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from uuid import uuid4
 
 import torch
 import vllm
 from torch import Tensor
-from vllm import EngineArgs, LLMEngine, SamplingParams
-from vllm.config import KVTransferConfig, set_current_vllm_config
+from vllm.config import set_current_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.rotary_embedding import get_rope
-from vllm.sampling_params import RequestOutputKind
 from vllm.tokenizers.registry import cached_tokenizer_from_config
-from vllm.v1.executor import Executor
 
 from m3runtime.errors import ConfigError
 
@@ -211,71 +207,3 @@ def local_heads(layer: Any, kv_heads: int) -> slice:
 def put(layer: Any, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Write keys and values, ``[n, local KV heads, head_dim]``, into slots, ``int64[n]``, of a layer's cache."""
     layer.impl.do_kv_cache_update(layer, keys, values, layer.kv_cache, slots)
-
-
-# -- an engine in this process ----------------------------------------------------------------------------------
-
-
-def open_engine(model: str, options: Mapping[str, Any], extra: Mapping[str, Any]) -> Any:
-    """An engine, of vLLM's ``EngineArgs``. Raises `ConfigError` for options that it does not have."""
-    check_release()
-    connector = KVTransferConfig(
-        kv_connector="MemoryConnector",
-        kv_connector_module_path="m3model.vllm.connector",
-        kv_role="kv_both",
-        kv_connector_extra_config=dict(extra),
-    )
-    given = {"model": model, "async_scheduling": False, "disable_log_stats": True, **options}
-    try:
-        arguments = EngineArgs(**given, kv_transfer_config=connector)
-    except TypeError as error:
-        raise ConfigError(f"vLLM: {error}") from error
-    config = arguments.create_engine_config()
-    # On a CPU vLLM looks at what every module names, and this one, of numba's, has an object that it cannot look at.
-    module = "llvmlite.binding.ffi"
-    hidden = sys.modules.pop(module, None)
-    try:
-        return LLMEngine(config, Executor.get_class(config), log_stats=False)
-    finally:
-        if hidden is not None:
-            sys.modules[module] = hidden
-
-
-def config_of(engine: Any) -> Any:
-    """The configuration of an engine."""
-    return engine.vllm_config
-
-
-def connector_of(engine: Any) -> Any:
-    """The scheduler's half of the connector of an engine."""
-    return engine.engine_core.engine_core.scheduler.connector
-
-
-def submit(engine: Any, ids: Sequence[int], sampling: Mapping[str, Any]) -> str:
-    """Queue a request; returns the name of its outputs, which have the tokens since the last one."""
-    params = SamplingParams(**sampling, output_kind=RequestOutputKind.DELTA)
-    name = uuid4().hex
-    engine.add_request(name, {"prompt_token_ids": list(ids)}, params)
-    return name
-
-
-def abort(engine: Any, name: str) -> None:
-    """Take a request out, if it is still there."""
-    engine.abort_request([name])
-
-
-def shut_down(engine: Any) -> None:
-    """End an engine."""
-    engine.engine_core.shutdown()
-
-
-def stop_tokens(vllm_config: Any) -> frozenset[int]:
-    """The tokens that end an answer: those of the generation configuration, and the tokenizer's own."""
-    model = vllm_config.model_config
-    found = [model.try_get_generation_config().get("eos_token_id"), tokenizer_of(vllm_config).eos_token_id]
-    return frozenset(id for one in found for id in ([one] if isinstance(one, int) else one or []))
-
-
-def vocabulary(vllm_config: Any) -> int:
-    """Entries of the model's last layer."""
-    return int(vllm_config.model_config.get_vocab_size())

@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any
 
 from m3model.engine.job import Job
-from m3model.vllm import compat
+from m3model.vllm import hosting
 from m3model.vllm.connector import MemoryConnector
 from m3model.vllm.reading import Hosted
 from m3model.vllm.wish import Head
@@ -73,7 +73,7 @@ class Core:
     def _run(self, make: Callable[[], Any], runtime: Runtime, opened: "Future[tuple[Any, Head]]") -> None:
         try:
             self._llm = make()
-            connector = compat.connector_of(self._llm)
+            connector = hosting.connector_of(self._llm)
             assert isinstance(connector, MemoryConnector)
             connector.read(runtime)
             assert connector.scheduler is not None
@@ -81,10 +81,10 @@ class Core:
         except BaseException as error:  # noqa: BLE001 - raised where it is waited for
             opened.set_exception(error)
             return
-        opened.set_result((compat.config_of(self._llm), connector.head))
+        opened.set_result((hosting.config_of(self._llm), connector.head))
         while self._turn():
             pass
-        compat.shut_down(self._llm)
+        hosting.shut_down(self._llm)
 
     def _turn(self) -> bool:
         with self._changed:
@@ -132,7 +132,7 @@ class Core:
                 self._half.hosted[number] = hosted
                 wish = {"stream": number, "query": request.prompt.query, "refresh": request.recall_every}
                 ids = self.head.ids + ids
-            self._names[job] = name = compat.submit(self._llm, ids, sampling(request.settings, wish))
+            self._names[job] = name = hosting.submit(self._llm, ids, sampling(request.settings, wish))
             self._jobs[name] = job
         except Exception as error:  # noqa: BLE001 - told to whoever asked
             self._stop(job, error)
@@ -172,7 +172,7 @@ class Core:
         """Take a job out of vLLM; its last event comes once no recall uses its stream."""
         name = self._names.pop(job, None)
         if name is not None and self._jobs.pop(name, None) is not None:
-            compat.abort(self._llm, name)
+            hosting.abort(self._llm, name)
         self._parting.add(job)
         memories = self._hosted[job].memories
         if memories is not None and not memories.done():

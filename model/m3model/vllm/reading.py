@@ -82,3 +82,24 @@ class Reading:
                 log.warning("request %s is refused: %s", self.request.request_id, error)
         if self.hosted is not None:
             self.hosted.refused = self.refused
+
+    @property
+    def reason(self) -> str:
+        """Why it is refused, as its client may know it."""
+        return str(self.refused) if isinstance(self.refused, M3Error) else "an internal error; see the log"
+
+    def note(self, recalled: Recalled, answered: int) -> None:
+        """It reads these memories after so many tokens of its answer."""
+        kept = recalled.without_parts()
+        if self.hosted is not None:
+            self.hosted.on_read(kept, answered)
+        memories = [
+            {
+                "id": id,
+                "score": round(score, 6),
+                "source": reference.places[0].name if reference.places else "",
+                "span": [reference.start, reference.end] if reference.places else None,
+            }
+            for id, score, reference in zip(kept.ids, kept.scores, kept.references, strict=True)
+        ]
+        self.reads.append({"tokens": answered, "memories": memories})

@@ -17,7 +17,7 @@ from m3model.vllm.reading import Hosted, Load, Reading
 from m3model.vllm.recalls import Memories, Recalls, fitting
 from m3model.vllm.wish import Head, Wish
 from m3model.vllm.words import Words
-from m3runtime.errors import InputError, M3Error
+from m3runtime.errors import InputError
 from m3runtime.memory.spec import fingerprint
 from m3runtime.recall.recalled import Recalled
 
@@ -200,7 +200,7 @@ class SchedulerHalf:
             reading.memories = None
             recalled = fitting(memories.result(), self._head.slots)
             before, reading.held = reading.held, recalled
-            self._note(reading, recalled, answered)
+            reading.note(recalled, answered)
             if not whole and before is not None and _same(before, recalled):
                 return None
             if not whole and before is None:
@@ -211,21 +211,6 @@ class SchedulerHalf:
         blocks = compat.blocks_of(scheduler_output, reading.request.request_id)
         needed = -(-len(self._head) // self._shape.block)
         return Load(reading.request.request_id, blocks[:needed], reading.held, whole)
-
-    def _note(self, reading: Reading, recalled: Recalled, answered: int) -> None:
-        kept = recalled.without_parts()
-        if reading.hosted is not None:
-            reading.hosted.on_read(kept, answered)
-        memories = [
-            {
-                "id": id,
-                "score": round(score, 6),
-                "source": reference.places[0].name if reference.places else "",
-                "span": [reference.start, reference.end] if reference.places else None,
-            }
-            for id, score, reference in zip(kept.ids, kept.scores, kept.references, strict=True)
-        ]
-        reading.reads.append({"tokens": answered, "memories": memories})
 
     # -- ends ---------------------------------------------------------------------------------------------------
 
@@ -241,10 +226,7 @@ class SchedulerHalf:
                 _close(reading.stream)
             else:
                 reading.memories.add_done_callback(partial(_close, reading.stream))
-        if reading.refused is not None:
-            reason = str(reading.refused) if isinstance(reading.refused, M3Error) else "an internal error; see the log"
-            return {"m3": {"error": reason}}
-        return {"m3": {"reads": reading.reads}}
+        return {"m3": {"reads": reading.reads} if reading.refused is None else {"error": reading.reason}}
 
     def is_private(self, request: Any) -> bool:
         """Are the blocks of a request of no use to any other?"""
