@@ -73,6 +73,11 @@ def options(vllm_config: Any) -> Mapping[str, Any]:
     return dict(vllm_config.kv_transfer_config.kv_connector_extra_config)
 
 
+def engine_id(vllm_config: Any) -> str:
+    """The id of the engine, which scheduler, workers and HTTP servers have in common."""
+    return str(vllm_config.kv_transfer_config.engine_id)
+
+
 def shape_of(vllm_config: Any) -> Shape:
     """Read it off the configuration. Raises `ConfigError` for what cannot be served with memories."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config

@@ -19,6 +19,7 @@ from m3model.vllm.recalls import Recalls
 from m3model.vllm.scheduling import SchedulerHalf
 from m3model.vllm.settings import Settings, bias_of, check, check_weights, head_of, width_of
 from m3model.vllm.slots import Slots
+from m3model.vllm.telling import Telling, socket_of
 from m3model.vllm.wish import Head
 from m3model.vllm.words import Words
 from m3model.vllm.worker import WorkerHalf
@@ -53,6 +54,7 @@ class MemoryConnector(compat.ConnectorBase):
         )
         self._runtime: Runtime | None = None
         self.scheduler: SchedulerHalf | None = None
+        self._telling: Telling | None = None
         self._worker: WorkerHalf | None = None
         self._pool: Any = None
         if not compat.is_scheduler(role):
@@ -62,7 +64,13 @@ class MemoryConnector(compat.ConnectorBase):
         elif not self._settings.hosted:
             # On a GPU several workers decode memories, each its own; here they are only looked at.
             self._runtime = Runtime.open(self.config if self._shape.together else on_cpu(self.config), read_only=True)
+            self._telling = Telling(socket_of(compat.engine_id(vllm_config)), self._facts(self._runtime))
             self.read(self._runtime)
+
+    def _facts(self, runtime: Runtime) -> dict[str, Any]:
+        """What a client has to know to build prompts, and that it speaks of the same bank."""
+        head = {"sink": list(self.head.sink), "slots": self.head.slots, "placeholder": self.head.placeholder}
+        return {**head, "bank": runtime.bank.manifest.stamp.bank, "chunk_tokens": self.config.recall.chunk_tokens}
 
     def read(self, runtime: Runtime) -> None:
         """Read the bank of this runtime, which stays the caller's to close. Raises `BankMismatchError`."""
@@ -71,7 +79,8 @@ class MemoryConnector(compat.ConnectorBase):
         if self._settings.check_weights:
             check_weights(bank.manifest, compat.model_path(self._vllm), compat.text_config(self._vllm), bank.path)
         words = Words.of(compat.tokenizer_of(self._vllm))
-        self.scheduler = SchedulerHalf(self.head, Recalls(runtime, self._shape.dtype), self._shape, words)
+        tell = None if self._telling is None else self._telling.tell
+        self.scheduler = SchedulerHalf(self.head, Recalls(runtime, self._shape.dtype), self._shape, words, tell)
 
     def _make_slots(self, heads: slice, dtype: torch.dtype, device: torch.device) -> Slots:
         return Slots(
@@ -148,5 +157,7 @@ class MemoryConnector(compat.ConnectorBase):
         with ExitStack() as closing:
             if self._runtime is not None:
                 closing.callback(self._runtime.close)
+            if self._telling is not None:
+                closing.callback(self._telling.close)
             if self.scheduler is not None:
                 closing.callback(self.scheduler.close)

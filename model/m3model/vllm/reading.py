@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from m3model.vllm.recalls import Memories
 from m3model.vllm.wish import Wish
-from m3runtime.errors import M3Error
+from m3runtime.errors import InputError, M3Error
 from m3runtime.recall.recalled import Recalled
 
 if TYPE_CHECKING:
@@ -88,8 +89,22 @@ class Reading:
         """Why it is refused, as its client may know it."""
         return str(self.refused) if isinstance(self.refused, M3Error) else "an internal error; see the log"
 
-    def note(self, recalled: Recalled, answered: int) -> None:
-        """It reads these memories after so many tokens of its answer."""
+    @property
+    def status(self) -> int:
+        """The HTTP status of that."""
+        return 400 if isinstance(self.refused, InputError) else 500
+
+    def check(self, slots: int) -> None:
+        """Raise the error of its recall, or for more memories than there are slots for."""
+        assert self.memories is not None
+        recalled = self.memories.result()
+        if self.wish.ids is not None and recalled.tokens > slots:
+            raise InputError(
+                f"kv_transfer_params.m3.ids: they have {recalled.tokens} tokens, and there are {slots} slots"
+            )
+
+    def note(self, recalled: Recalled, answered: int) -> dict[str, Any]:
+        """It reads these memories after so many tokens of its answer. Returns that as JSON."""
         kept = recalled.without_parts()
         if self.hosted is not None:
             self.hosted.on_read(kept, answered)
@@ -103,3 +118,20 @@ class Reading:
             for id, score, reference in zip(kept.ids, kept.scores, kept.references, strict=True)
         ]
         self.reads.append({"tokens": answered, "memories": memories})
+        return self.reads[-1]
+
+    def close(self) -> None:
+        """Close its stream, if that is its own, once no recall uses it any more."""
+        if self.hosted is not None or self.stream is None:
+            return
+        if self.memories is None:
+            _close(self.stream)
+        else:
+            self.memories.add_done_callback(partial(_close, self.stream))
+
+
+def _close(stream: "Stream", *_: object) -> None:
+    try:
+        stream.close()
+    except Exception:
+        log.exception("a stream cannot be closed")  # nobody waits for it any more, and the engine is to live

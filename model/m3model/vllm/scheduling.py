@@ -33,8 +33,17 @@ _IDLE_S = 0.005
 class SchedulerHalf:
     """The hooks of the scheduler. One thread."""
 
-    def __init__(self, head: Head, recalls: Recalls, shape: compat.Shape, words: Words) -> None:
+    def __init__(
+        self,
+        head: Head,
+        recalls: Recalls,
+        shape: compat.Shape,
+        words: Words,
+        tell: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        """``tell`` is called with what requests read, and why they are refused: see `m3model.vllm.telling`."""
         self._head = head
+        self._tell = tell or (lambda _: None)
         self._recalls = recalls
         self._shape = shape
         self._decode, self._words = words.decode, words
@@ -108,7 +117,7 @@ class SchedulerHalf:
                     wait_for([reading.memories], _IDLE_S)
                 if not reading.memories.done():
                     return None
-                self._check(reading)
+                reading.check(self._head.slots)
         except Exception as error:  # noqa: BLE001 - it is told to whoever asked
             reading.refuse(error)
         if reading.refused is not None and computed:
@@ -119,15 +128,6 @@ class SchedulerHalf:
             size: int = request.num_tokens
             return max(0, min(self._shape.block, size - 1) - computed)
         return max(0, len(self._head) - computed)
-
-    def _check(self, reading: Reading) -> None:
-        """Raise the error of a recall, or for more memories than there are slots for."""
-        assert reading.memories is not None
-        recalled = reading.memories.result()
-        if reading.wish.ids is not None and recalled.tokens > self._head.slots:
-            raise InputError(
-                f"kv_transfer_params.m3.ids: they have {recalled.tokens} tokens, and there are {self._head.slots} slots"
-            )
 
     def allocated(self, request: Any, external: int) -> None:
         """A request is admitted, with so many tokens to fill; maybe again."""
@@ -200,7 +200,8 @@ class SchedulerHalf:
             reading.memories = None
             recalled = fitting(memories.result(), self._head.slots)
             before, reading.held = reading.held, recalled
-            reading.note(recalled, answered)
+            read = reading.note(recalled, answered)
+            self._tell({"request": reading.request.request_id, "read": read})
             if not whole and before is not None and _same(before, recalled):
                 return None
             if not whole and before is None:
@@ -221,12 +222,11 @@ class SchedulerHalf:
             return None
         if reading.memories is not None:
             self._recalls.forget(reading.memories)
-        if reading.hosted is None and reading.stream is not None:
-            if reading.memories is None:
-                _close(reading.stream)
-            else:
-                reading.memories.add_done_callback(partial(_close, reading.stream))
-        return {"m3": {"reads": reading.reads} if reading.refused is None else {"error": reading.reason}}
+        reading.close()
+        if reading.refused is None:
+            return {"m3": {"reads": reading.reads}}
+        self._tell({"request": request.request_id, "error": reading.reason, "status": reading.status})
+        return {"m3": {"error": reading.reason}}
 
     def is_private(self, request: Any) -> bool:
         """Are the blocks of a request of no use to any other?"""
@@ -236,13 +236,6 @@ class SchedulerHalf:
     def close(self) -> None:
         """End the threads."""
         self._recalls.close()
-
-
-def _close(stream: "Stream", *_: object) -> None:
-    try:
-        stream.close()
-    except Exception:
-        log.exception("a stream cannot be closed")  # nobody waits for it any more, and the engine is to live
 
 
 def _same(one: Recalled, other: Recalled) -> bool:
