@@ -62,6 +62,7 @@ ROOMS = {
         "engine": "decoding in chunks",
         "loading": "files to models",
         "memory3": "trained models",
+        "remote": "vLLM at a URL",
         "training": "m3 train",
         "vllm": "memories inside vLLM",
         "transformers": "MemoryModel",

@@ -25,7 +25,10 @@ def serve(
         bool, typer.Option("--demo", help="Serve a small bank with SmolLM2-135M, which is written into .demo first.")
     ] = False,
     engine: Annotated[
-        str | None, typer.Option(help="The adapter whose engine decodes, such as vllm; default: model.adapter.")
+        str | None,
+        typer.Option(
+            help="The adapter whose engine decodes, such as vllm, or a vLLM server's address; default: model.adapter."
+        ),
     ] = None,
     engine_set: Annotated[
         list[str] | None,
@@ -39,6 +42,8 @@ def serve(
     Keys come from M3_KEYS and serve.keys_file. The log has one line of JSON for each request.
     """
     options = {key: _value(text) for key, text in overrides(engine_set, "--engine-set").items()}
+    if engine is not None and "://" in engine:
+        engine, options = "url", {"url": engine, **options}
     given = {"serve.address": address, "serve.port": port}
     set = [*(set or ()), *(f"{key}={one}" for key, one in given.items() if one is not None)]
     if demo:

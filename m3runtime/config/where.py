@@ -60,6 +60,16 @@ def conditions(where: object) -> Where:
     return frozenset(_condition(field, value) for field, value in where.items())
 
 
+def as_mappings(where: Where) -> list[dict[str, Any]]:
+    """A mapping for each condition, of which `conditions` makes it again: several may be on the same field."""
+
+    def limits(one: Condition) -> dict[str, str]:
+        said = {"at_least": one.at_least, "at_most": one.at_most, "prefix": one.prefix}
+        return {name: text for name, text in said.items() if text is not None}
+
+    return [{one.field: limits(one) if one.values is None else sorted(one.values)} for one in where]
+
+
 def _condition(field: object, value: object) -> Condition:
     if not isinstance(field, str) or not field:
         raise ValueError(f"must have names of metadata as keys, not {_short(field)}")

@@ -37,6 +37,7 @@ _EXTRAS = {
     "watchfiles": ("sync",),
     "valkey": ("valkey",),
     "vllm": ("vllm",),
+    "httpx": ("vllm-url",),
 }
 """The extras that install each optional module."""
 

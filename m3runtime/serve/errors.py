@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from m3runtime.errors import EngineClosedError, InputError, M3Error, PromptTooLongError, StoreFullError
+from m3runtime.errors import EngineClosedError, InputError, M3Error, PromptTooLongError, RemoteError, StoreFullError
 
 log = logging.getLogger("m3runtime.serve")
 
@@ -96,6 +96,11 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(503, "the server is being stopped", code="shutting_down", retry_after=5)
     if isinstance(error, StoreFullError):
         return ApiError(503, "memories of other answers take all room; try again later", code="busy", retry_after=1)
+    if isinstance(error, RemoteError):
+        log.error("the engine failed: %s", error)
+        return ApiError(
+            502, "the engine behind this server failed; try again later", code="engine_failed", retry_after=5
+        )
     log.error("a request failed: %s", error if isinstance(error, M3Error) else type(error).__name__, exc_info=error)
     return ApiError(500, "the server failed to answer; its log says why", code=type(error).__name__)
 

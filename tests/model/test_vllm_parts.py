@@ -1,6 +1,7 @@
 """What memories inside vLLM are made of, where no vLLM is needed. `tests/vllm` has the rest."""
 
 import copy
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from m3model.vllm.wish import Head, Wish
 from m3model.vllm.words import Words
 from m3runtime.bank.bias import BiasDirections, BiasFacts
 from m3runtime.config.schema import Config
-from m3runtime.config.where import in_sources
+from m3runtime.config.where import as_mappings, conditions, in_sources
 from m3runtime.errors import InputError
 from m3runtime.retrieval.restriction import Restriction
 from tests.model.banks import make_runtime
@@ -176,6 +177,17 @@ def test_wishes() -> None:
     assert Wish(off=True).every == 0
     limits = Wish(sources=("docs",), memories=2, min_score=0.5).restriction
     assert limits == Restriction(2, 0.5, in_sources(["docs"]))
+
+
+def test_a_wish_has_all_conditions_of_a_restriction() -> None:
+    """What a key allows and what its request asks for may be on the same field."""
+    years = conditions({"year": {"at_least": 2020, "at_most": 2024}, "team": {"prefix": "l"}, "lang": ["en", "de"]})
+    where = in_sources(["docs/", "a.md"]) | in_sources(["docs/b.md"]) | conditions({"year": {"at_least": 2022}}) | years
+    found = Wish.of(json.loads(json.dumps({"m3": {"where": as_mappings(where)}})))
+    assert found is not None
+    assert found.restriction.where == where
+    assert as_mappings(frozenset()) == []
+    assert Wish(where=({"lang": "en"},)).restriction.where == conditions({"lang": "en"})
 
 
 def test_a_head_is_known_from_what_only_resembles_it() -> None:

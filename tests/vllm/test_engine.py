@@ -7,30 +7,24 @@ from typing import Any, ClassVar
 
 import pytest
 
-from m3model.adapter import TransformersAdapter
 from m3model.vllm.adapter import VllmAdapter
-from m3model.vllm.engine import VllmEngine
 from m3runtime.adapters.answers import Prompt
-from m3runtime.adapters.engine import Engine, Request, answers
+from m3runtime.adapters.engine import Request
 from m3runtime.config.schema import Config, GenerateConfig
-from m3runtime.errors import ConfigError, InputError
+from m3runtime.errors import ConfigError
 from m3runtime.runtime import Runtime
 from m3runtime.stream import Stream
-from m3runtime.testing.engine import EngineContract
 from tests.model.test_engine import FailingRuntime, LateRuntime
 from tests.serve.serving import running
 from tests.vllm.both import OPTIONS
+from tests.vllm.contract import VllmContract, with_short_chunks
 
 pytestmark = pytest.mark.vllm
-
-CHUNK = 8
 
 
 @pytest.fixture(scope="session")
 def config(config: Config) -> Config:
-    """Short chunks, so that short answers have several."""
-    recall = config.recall.model_copy(update={"chunk_tokens": CHUNK, "lookahead_tokens": 3})
-    return config.model_copy(update={"recall": recall})
+    return with_short_chunks(config)
 
 
 @pytest.fixture(scope="module")
@@ -41,37 +35,8 @@ def served(runtime: Runtime) -> Iterator[VllmAdapter]:
     served.close()
 
 
-class TestVllm(EngineContract):
-    """One vLLM in a process, so all engines of a test are on one core, which stays."""
-
+class TestVllm(VllmContract):
     examples: ClassVar[int] = 3
-
-    @pytest.fixture(autouse=True)
-    def open(self, served: VllmAdapter, runtime: Runtime) -> None:
-        self.served, self.runtime = served, runtime
-
-    def make_engine(self, *, rows: int = 4, crowded: bool = False) -> Engine:
-        whole = self.served.engine
-        assert isinstance(whole, VllmEngine)
-        return VllmEngine(whole._core, whole._words, length=whole._length, vocabulary=whole._vocabulary, owns=False)
-
-    def stream(self) -> Stream:
-        return self.runtime.stream(self.served.dtype)
-
-    def make_requests(self) -> list[Request]:
-        def asks(**options: Any) -> GenerateConfig:
-            return GenerateConfig(**{"max_new_tokens": 20, **options})
-
-        drawn = {"temperature": 0.9, "seed": 5}
-        long = Prompt("The town has a harbour, a gate, a market hall, and a wall that quarrymen built. " * 6)
-        return [
-            Request(self.served.render("What does the harbour lamp burn?", "question"), asks(), self.stream()),
-            Request(long, asks(log_probs=3, max_new_tokens=70), self.stream()),
-            Request(Prompt("Once upon a time", query="the bell of the town"), asks(**drawn), self.stream()),
-            Request(Prompt("The capital of France"), asks(max_new_tokens=30), None),
-            Request(Prompt("A list of birds:"), asks(**drawn, top_p=0.8, repetition_penalty=1.3, log_probs=0), None),
-            Request(Prompt("Bees"), asks(frequency_penalty=1.5, presence_penalty=0.5, max_new_tokens=1), self.stream()),
-        ]
 
     def make_failing_request(self) -> Request:
         stream = Stream(FailingRuntime(self.runtime), self.served.dtype)
@@ -80,30 +45,7 @@ class TestVllm(EngineContract):
     def make_late_request(self, gate: threading.Event) -> Request:
         return replace(self.make_failing_request(), stream=Stream(LateRuntime(self.runtime, gate), self.served.dtype))
 
-    def test_an_answer_is_that_of_our_own_engine(self, adapter: TransformersAdapter) -> None:
-        questions = [
-            "What does the harbour lamp burn?",
-            "Which colour has the town's gate?",
-            "When is the market held?",
-        ]
-        settings = GenerateConfig(max_new_tokens=80, stop=("\n\n",), log_probs=2)
-
-        def requests() -> list[Request]:
-            return [Request(self.served.render(text, "question"), settings, self.stream()) for text in questions]
-
-        asked = requests()
-        for request, ours, theirs in zip(
-            asked, answers(adapter.engine, asked), answers(self.served.engine, requests()), strict=True
-        ):
-            assert (theirs.text, theirs.tokens, theirs.stopped_by) == (ours.text, ours.tokens, ours.stopped_by)
-            more = (self.served.count_prompt(request.prompt, memories=True) - 1) // CHUNK  # recalls of the prompt
-            assert [chunk.ids for chunk in theirs.chunks] == [chunk.ids for chunk in ours.chunks[more:]]
-
-    def test_what_does_not_fit_is_refused_before_it_begins(self) -> None:
-        with pytest.raises(InputError, match="max_model_len, 672 are for memories"):
-            self.served.engine.submit(
-                [Request(Prompt("a"), GenerateConfig(max_new_tokens=1900), self.stream())], lambda *_: None
-            )
+    def test_it_writes_no_memories(self) -> None:
         with pytest.raises(ConfigError, match="writes no memories"):
             self.served.encode(["a"])
 

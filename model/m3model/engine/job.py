@@ -55,6 +55,15 @@ class Job(Ticket):
         """See `Ticket.cancel`."""
         self._cancel(self)
 
+    def finish(self) -> None:
+        """Tell the last event: how it ends early, or its answer."""
+        if isinstance(self.ending, Exception):
+            self.tell(Failure(self.ending))
+            return
+        if self.ending is not None:
+            self.tell(self.writing.end(self.ending))
+        self.tell(End(self.writing.answer()))
+
     def tell(self, event: Read | Piece | End | Failure | None) -> None:
         """Hand an event to whoever asked."""
         if event is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from m3model import memory3
@@ -114,6 +114,26 @@ def configuration_of(path: str) -> Any:
             return AutoConfig.from_pretrained(**source)
     except Exception as error:  # of many kinds: each file format's library raises its own
         raise ConfigError(f"model.path: cannot read what model is in {path}: {first_line(error)}") from error
+
+
+def tokenizer_of(path: str) -> Any:
+    """The model's tokenizer alone. Raises `ConfigError` with one line if there is none."""
+    memory3.register()
+    source = source_of(path)
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(**source)
+    except Exception as error:  # of many kinds: each file format's library raises its own
+        raise ConfigError(f"model.path: cannot read the tokenizer in {path}: {first_line(error)}") from error
+
+
+def generation_of(path: str) -> Any:
+    """The model's generation configuration, or the one that its own configuration makes."""
+    source = source_of(path)
+    try:
+        return GenerationConfig.from_pretrained(source.pop("pretrained_model_name_or_path"), **source)
+    except OSError:  # a model need not have one
+        return GenerationConfig.from_model_config(configuration_of(path))
 
 
 @contextmanager

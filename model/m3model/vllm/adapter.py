@@ -1,121 +1,46 @@
-"""`VllmAdapter`: a model that vLLM serves, as the server and the commands of m3 know models. It writes no memories."""
+"""`VllmAdapter`: a model that vLLM serves in this process, as the server and the commands of m3 know models."""
 
-# ruff: noqa: ARG002, ARG003 - what it cannot do has the arguments all the same
-
-from collections.abc import Mapping, Sequence
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 
-from m3model.engine.job import Words
-from m3model.engine.prompts import chat, render
-from m3model.engine.tokens import PromptTokens
-from m3model.loading.fingerprint import tokenizer_fingerprint
 from m3model.vllm import compat, hosting
-from m3model.vllm.core import Core
-from m3model.vllm.engine import VllmEngine
-from m3runtime.adapters.answers import Form, Prompt
-from m3runtime.adapters.base import Adapter
-from m3runtime.adapters.engine import Engine
-from m3runtime.bank.manifest import Manifest
-from m3runtime.config.schema import MemoryConfig, ModelConfig
-from m3runtime.errors import BankMismatchError, ConfigError, PromptTooLongError
-from m3runtime.memory.tensors import MemoryTensors
+from m3model.vllm.core import LocalCore
+from m3model.vllm.front import FrontAdapter
 from m3runtime.runtime import Runtime
 
 if TYPE_CHECKING:
     from m3runtime.stream import Recaller
 
 
-class VllmAdapter(Adapter):
+class VllmAdapter(FrontAdapter):
     """vLLM in this process, over the bank of an open runtime. Memories are written by the bank's own adapter."""
 
     def __init__(self, runtime: Runtime, options: Mapping[str, Any]) -> None:
         """``options`` are arguments of vLLM's ``EngineArgs``, and what `Settings` has beside the configuration."""
-        config, manifest = runtime.config, runtime.bank.manifest
+        config = runtime.config
         ours = {name: options[name] for name in ("slots", "placeholder", "cache", "check_weights") if name in options}
         theirs = {name: value for name, value in options.items() if name not in ours}
         theirs = {"max_num_seqs": config.model.rows, "dtype": config.model.dtype, **theirs}
         extra = {"config": config.model_dump(mode="json"), "hosted": True, **ours}
-        self._core = Core(lambda: hosting.open_engine(config.model.path, theirs, extra), runtime)
-        self._vllm = self._core.config
-        self._tokenizer = compat.tokenizer_of(self._vllm)
-        self._tokens = PromptTokens(self._tokenizer, config.memory)
-        self._shape = compat.shape_of(self._vllm)
-        self._device = runtime.device
-        self.name, self.spec, self.sink = config.model.path, manifest.spec, self._tokens.sink
-        self.model_fingerprint, self.model_settings = manifest.model, manifest.model_settings
-        self.tokenizer_fingerprint = tokenizer_fingerprint(self._tokenizer)
-
-    @classmethod
-    def open(cls, model: ModelConfig, memory: MemoryConfig, device: torch.device) -> Self:
-        """It cannot be opened without a bank. Raises `ConfigError`."""
-        raise ConfigError(
-            "model.adapter: vllm needs a bank: write that with transformers, and `m3 serve --engine vllm`"
+        core = LocalCore(lambda: hosting.open_engine(config.model.path, theirs, extra), runtime)
+        self._shape = compat.shape_of(core.config)
+        super().__init__(
+            runtime,
+            core,
+            compat.tokenizer_of(core.config),
+            stop=hosting.stop_tokens(core.config),
+            length=self._shape.length,
+            vocabulary=hosting.vocabulary(core.config),
         )
 
     @classmethod
-    def over(cls, runtime: "Recaller", device: torch.device, options: Mapping[str, Any]) -> Self:
+    def over(cls, runtime: "Recaller", device: torch.device, options: Mapping[str, Any]) -> Self:  # noqa: ARG003
         """Serve the model of a runtime's configuration; see `Adapter.over`."""
         return cls(cast(Runtime, runtime), options)
-
-    @property
-    def device(self) -> torch.device:
-        """See `Adapter.device`."""
-        return self._device
 
     @property
     def dtype(self) -> torch.dtype:
         """See `Adapter.dtype`."""
         return self._shape.dtype
-
-    def check(self, manifest: Manifest, where: Path) -> None:
-        """Raise `BankMismatchError` for another bank than that of its runtime, and for another tokenizer or sink."""
-        super().check(manifest, where)
-        if tuple(self._tokens.sink_ids) != self._core.head.sink:
-            raise BankMismatchError(
-                f"{where}: the sink has other tokens than for the bank; run `m3 calibrate-bias` again"
-            )
-
-    def count_tokens(self, text: str) -> int:
-        """See `Adapter.count_tokens`."""
-        return len(self._tokens.ids(text))
-
-    def encode(self, references: Sequence[str]) -> MemoryTensors:
-        """It cannot. Raises `ConfigError`."""
-        raise ConfigError("model.adapter: vLLM writes no memories; set recall.cold_start to false")
-
-    @cached_property
-    def engine(self) -> Engine:
-        """See `Adapter.engine`."""
-        stop = hosting.stop_tokens(self._vllm)
-        words = Words(lambda prompt, sink: self._tokens.of_prompt(prompt, sink=sink), self.text_of, lambda: stop)
-        return VllmEngine(self._core, words, length=self._shape.length, vocabulary=hosting.vocabulary(self._vllm))
-
-    def render(self, question: str, form: Form, texts: Sequence[str] | None = None) -> Prompt:
-        """See `Adapter.render`."""
-        return render(self._tokenizer, question, form, sink=self.sink, texts=texts)
-
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> Prompt:
-        """See `Adapter.chat`."""
-        return chat(self._tokenizer, messages)
-
-    def count_prompt(self, prompt: Prompt, *, memories: bool) -> int:
-        """See `Adapter.count_prompt`."""
-        count = len(self._tokens.of_prompt(prompt, sink=memories))
-        room = self._shape.length - (len(self._core.head) if memories else 0)
-        if count >= room:
-            raise PromptTooLongError(f"the prompt has {count} tokens, and there is room for {room - 1}; shorten it")
-        return count
-
-    def text_of(self, tokens: Sequence[int]) -> str:
-        """See `Adapter.text_of`."""
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    def close(self) -> None:
-        """End the engine. The runtime stays the caller's to close."""
-        if "engine" in self.__dict__:
-            self.engine.close()
-        self._core.close()

@@ -1,4 +1,4 @@
-"""`Core`: a vLLM engine in this process, and the thread that steps it."""
+"""`LocalCore`: a vLLM engine in this process, and the thread that steps it."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -9,17 +9,18 @@ from typing import Any
 from m3model.engine.job import Job
 from m3model.vllm import hosting
 from m3model.vllm.connector import MemoryConnector
+from m3model.vllm.engine import Core, sampling
 from m3model.vllm.reading import Hosted
 from m3model.vllm.wish import Head
 from m3runtime.adapters.answers import TokenLogProb
-from m3runtime.adapters.engine import End, Failure, Read
+from m3runtime.adapters.engine import Read
 from m3runtime.config.schema import GenerateConfig
 from m3runtime.errors import EngineClosedError, M3Error
 from m3runtime.recall.recalled import Recalled
 from m3runtime.runtime import Runtime
 
 
-class Core:
+class LocalCore(Core):
     """Runs requests on vLLM. `add` and `cancel` may be called from any thread, `close` from any but its own."""
 
     def __init__(self, make: Callable[[], Any], runtime: Runtime) -> None:
@@ -38,12 +39,18 @@ class Core:
         opened: Future[Any] = Future()
         self._thread = threading.Thread(target=self._run, args=(make, runtime, opened), name="m3-vllm", daemon=True)
         self._thread.start()
-        self.config, self.head = opened.result()
+        self._head: Head
+        self.config, self._head = opened.result()
+
+    @property
+    def head(self) -> Head:
+        """See `Core.head`."""
+        return self._head
 
     # -- from any thread ----------------------------------------------------------------------------------------
 
     def add(self, jobs: list[Job], ended: Callable[[Job], None]) -> None:
-        """Queue jobs. ``ended`` is called after the last event of each. Raises `EngineClosedError` after `close`."""
+        """See `Core.add`."""
         with self._changed:
             if self._closed:
                 raise EngineClosedError("the engine is closed: it takes no more requests")
@@ -51,13 +58,13 @@ class Core:
             self._changed.notify_all()
 
     def cancel(self, job: Job) -> None:
-        """End a job with what it has written."""
+        """See `Core.cancel`."""
         with self._changed:
             self._cancelled.append(job)
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Cancel what is under way, and shut vLLM down."""
+        """See `Core.close`. vLLM is shut down."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -65,7 +72,7 @@ class Core:
             self._thread.join()
 
     def is_own_thread(self) -> bool:
-        """Is the caller its thread? It must not wait for itself."""
+        """See `Core.is_own_thread`."""
         return threading.current_thread() is self._thread
 
     # -- the thread ---------------------------------------------------------------------------------------------
@@ -132,7 +139,7 @@ class Core:
                 self._half.hosted[number] = hosted
                 wish = {"stream": number, "query": request.prompt.query, "refresh": request.recall_every}
                 ids = self.head.ids + ids
-            self._names[job] = name = hosting.submit(self._llm, ids, sampling(request.settings, wish))
+            self._names[job] = name = hosting.submit(self._llm, ids, _sampling(request.settings, wish))
             self._jobs[name] = job
         except Exception as error:  # noqa: BLE001 - told to whoever asked
             self._stop(job, error)
@@ -187,33 +194,13 @@ class Core:
     def _end(self, job: Job) -> None:
         self._parting.discard(job)
         del self._hosted[job]
-        if isinstance(job.ending, Exception):
-            job.tell(Failure(job.ending))
-        else:
-            if job.ending is not None:
-                job.tell(job.writing.end(job.ending))
-            job.tell(End(job.writing.answer()))
+        job.finish()
         self._ended.pop(job)(job)
 
 
-def sampling(settings: GenerateConfig, wish: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The arguments of vLLM's ``SamplingParams``. Where an answer stops is found here, not there."""
-    return {
-        "max_tokens": settings.max_new_tokens,
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "top_k": settings.top_k,
-        "min_p": settings.min_p,
-        "seed": settings.seed if settings.temperature > 0 else None,
-        "repetition_penalty": settings.repetition_penalty,
-        "frequency_penalty": settings.frequency_penalty,
-        "presence_penalty": settings.presence_penalty,
-        "logit_bias": dict(settings.logit_bias) or None,
-        "logprobs": settings.log_probs,
-        "ignore_eos": True,
-        "detokenize": False,
-        "extra_args": None if wish is None else {"kv_transfer_params": {"m3": dict(wish)}},
-    }
+def _sampling(settings: GenerateConfig, wish: Mapping[str, Any] | None) -> dict[str, Any]:
+    extra = None if wish is None else {"kv_transfer_params": {"m3": dict(wish)}}
+    return {**sampling(settings), "detokenize": False, "extra_args": extra}
 
 
 def _log_prob(token: int, found: Mapping[int, Any], job: Job) -> TokenLogProb:

@@ -1,12 +1,40 @@
-"""`VllmEngine`: vLLM behind the contract of engines."""
+"""`VllmEngine`: vLLM behind the contract of engines; `Core`: where it runs, in this process or at a URL."""
 
 import threading
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from m3model.engine.job import Job, Words
-from m3model.vllm.core import Core
+from m3model.vllm.wish import Head
 from m3runtime.adapters.engine import Engine, OnEvent, Request, Ticket
+from m3runtime.config.schema import GenerateConfig
 from m3runtime.errors import EngineClosedError, InputError
+
+
+class Core(ABC):
+    """Runs jobs on vLLM, and tells their events. From any thread, but for `close`: not from its own."""
+
+    @property
+    @abstractmethod
+    def head(self) -> Head:
+        """The head of prompts that read memories."""
+
+    @abstractmethod
+    def add(self, jobs: list[Job], ended: Callable[[Job], None]) -> None:
+        """Queue jobs. ``ended`` is called after the last event of each. Raises `EngineClosedError` after `close`."""
+
+    @abstractmethod
+    def cancel(self, job: Job) -> None:
+        """End a job with what it has written."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Cancel what is under way, and end."""
+
+    @abstractmethod
+    def is_own_thread(self) -> bool:
+        """Is the caller its thread? It must not wait for itself."""
 
 
 class VllmEngine(Engine):
@@ -70,3 +98,21 @@ class VllmEngine(Engine):
                 f"{self._length} tokens, vLLM's max_model_len, {head} are for memories; shorten the prompt, or lower "
                 "max_new_tokens"
             )
+
+
+def sampling(settings: GenerateConfig) -> dict[str, Any]:
+    """The fields of vLLM's ``SamplingParams`` and of its API. Where an answer stops is found here, not there."""
+    return {
+        "max_tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "min_p": settings.min_p,
+        "seed": settings.seed if settings.temperature > 0 else None,
+        "repetition_penalty": settings.repetition_penalty,
+        "frequency_penalty": settings.frequency_penalty,
+        "presence_penalty": settings.presence_penalty,
+        "logit_bias": dict(settings.logit_bias) or None,
+        "logprobs": settings.log_probs,
+        "ignore_eos": True,
+    }

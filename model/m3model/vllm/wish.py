@@ -22,8 +22,10 @@ def _chunks(value: object) -> object:
 
 
 def _where(value: object) -> object:
-    conditions(value)  # raises
-    return value
+    several = [*value] if isinstance(value, list | tuple) else [value]
+    for one in several:
+        conditions(one)  # raises
+    return several
 
 
 Id = Annotated[Whole, Field(ge=0, lt=1 << 63)]
@@ -45,8 +47,8 @@ class Wish(Section):
     """Memories that score lower are not read."""
     sources: tuple[str, ...] | None = None
     """Memories of these sources, or folders of sources, only."""
-    where: Annotated[Mapping[str, Any], BeforeValidator(_where)] = {}
-    """Memories with such metadata only: see ``recall.where``."""
+    where: Annotated[tuple[Mapping[str, Any], ...], BeforeValidator(_where)] = ()
+    """Memories with such metadata only: see ``recall.where``; of a list of mappings, all must hold."""
     refresh: bool | Annotated[Whole, Field(ge=0)] = True
     """Recall anew after each chunk of the answer, after each so many, or never."""
     query: Annotated[str, Field(max_length=1 << 16)] | None = None
@@ -67,7 +69,7 @@ class Wish(Section):
     @property
     def restriction(self) -> Restriction:
         """The limits of its recalls."""
-        where = conditions(self.where)
+        where = frozenset(one for each in self.where for one in conditions(each))
         return Restriction(
             self.memories, self.min_score, where if self.sources is None else where | in_sources(self.sources)
         )
