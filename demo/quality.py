@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -31,9 +32,16 @@ RUNS: dict[str, tuple[str, ...]] = {
     "chat-start": ("facts", *SMALL, "--set", "generate.prompt=chat"),
     "text": ("text", "--corpus", str(CORPUS)),
     "sweep": ("sweep", "--questions", "80", *START),
-    "codec": (),  # demo/codec_study.py: what goes on inside attention, no command of ours sees
+    "codec": (),
+    "headings": (),
     "chunks": ("sweep", "--questions", "20", "--axis", "memories", "--corpus", str(CORPUS)),
 }
+
+STUDIES = {
+    "codec": "codec_study",  # what goes on inside attention, no command of ours sees
+    "headings": "headings_study",
+}
+"""Programs of their own, by name."""
 
 
 def main(names: Sequence[str]) -> None:
@@ -44,10 +52,9 @@ def main(names: Sequence[str]) -> None:
     os.chdir(ROOT)
     write_corpus()
     for name in names or RUNS:
-        if name == "codec":
-            from codec_study import main as study
-
-            study(configuration(), CORPUS, WORK / name, f"make quality NAME={name}")
+        if name in STUDIES:
+            study = import_module(STUDIES[name])
+            study.main(configuration(), CORPUS, WORK / name, f"make quality NAME={name}")
             keep(name)
             continue
         command, *rest = RUNS[name]

@@ -64,6 +64,19 @@ def test_a_seed_makes_the_same_world_again(seed: int, references: int) -> None:
     assert first == second
 
 
+@given(st.integers(), st.integers(1, 40))
+def test_a_world_without_names_has_the_same_facts_and_says_pronouns(seed: int, references: int) -> None:
+    sizes = {"references": references, "questions": references, "unanswerable": 0}
+    named, unnamed = make_world(seed, **sizes), make_world(seed, **sizes, named=False)
+    assert (unnamed.questions, unnamed.names) == (named.questions, named.names)
+    for name, told, hidden in zip(named.names, named.references, unnamed.references, strict=True):
+        assert has(told, name)
+        assert not has(hidden, name)
+        assert [stated(relation, hidden) for _, relation in RELATIONS.values()] == [
+            stated(relation, told) for _, relation in RELATIONS.values()
+        ]
+
+
 def test_a_world_does_not_depend_on_the_hash_seed() -> None:
     code = "from m3runtime.lab.evaluation.world import make_world; print(make_world(5, references=90, questions=99))"
     printed = {

@@ -64,8 +64,19 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
 class Trials:
     """Runs trials over one world with one model. One thread."""
 
-    def __init__(self, config: Config, adapter: Adapter, world: World, *, batch: int = 16) -> None:
-        """``adapter`` needs `Adapter.with_memory`; its own memory settings are not used."""
+    def __init__(
+        self,
+        config: Config,
+        adapter: Adapter,
+        world: World,
+        *,
+        batch: int = 16,
+        reads: Sequence[str] | None = None,
+    ) -> None:
+        """``adapter`` needs `Adapter.with_memory`; its own memory settings are not used.
+
+        ``reads`` are the texts that the model reads; default: the world's references, which are searched.
+        """
         self.config = config
         self.world = world
         self.batch = batch
@@ -78,7 +89,7 @@ class Trials:
             number: Reference(
                 text, adapter.count_tokens(text), places=(Place(f"world-{world.seed}:{number}", 0, len(text)),)
             )
-            for number, text in enumerate(world.references)
+            for number, text in enumerate(world.references if reads is None else reads)
         }
         self._nearest = self._search()
 

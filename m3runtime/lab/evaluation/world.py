@@ -8,7 +8,7 @@ that the right reference was found and read, rather than one that resembles it.
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, cycle, islice, zip_longest
 from random import Random
 
@@ -43,6 +43,7 @@ class World:
     references: tuple[str, ...]
     questions: tuple[Question, ...]
     unanswerable: tuple[Question, ...]
+    names: tuple[str, ...] = field(default=(), repr=False)  # of the entity that each reference is about
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +70,16 @@ class _Cluster:
 _Told = tuple[_Cluster, _Entity]
 
 
-def make_world(seed: int, *, references: int = 320, questions: int = 200, unanswerable: int = 50) -> World:
+def make_world(
+    seed: int, *, references: int = 320, questions: int = 200, unanswerable: int = 50, named: bool = True
+) -> World:
     """The world of a seed; equal for equal seeds and sizes, on every machine.
 
     Each reference answers at most two questions and gives rise to at most one unanswerable question. Half of the latter
     ask for what the reference of an entity does not tell, half are about an entity that has no reference.
+
+    Without ``named`` a reference says he, she or it of its entity from the first word, as below a heading that has the
+    name. Facts and questions are the same either way.
 
     Raises:
         InputError: a size is too small, too large, or more questions are asked for than the references can serve.
@@ -87,9 +93,10 @@ def make_world(seed: int, *, references: int = 320, questions: int = 200, unansw
     rng.shuffle(told)
     return World(
         seed,
-        tuple(_tell(entity, rng) for _, entity in told),
+        tuple(_tell(entity, rng, named=named) for _, entity in told),
         tuple(_ask_answerable(told, questions, rng)),
         tuple(_ask_unanswerable(told, unanswerable, rng)),
+        tuple(entity.full_name for _, entity in told),
     )
 
 
@@ -152,21 +159,25 @@ def _words(text: str) -> str:
     return " ".join(["", *re.findall(r"\w+", text.lower()), ""])
 
 
-def _tell(entity: _Entity, rng: Random) -> str:
-    """The reference of an entity: its full name first, then its short name or an unambiguous pronoun."""
+def _tell(entity: _Entity, rng: Random, *, named: bool) -> str:
+    """The reference of an entity: its full name first, then its short name or an unambiguous pronoun.
+
+    Pronouns alone if it is not ``named``.
+    """
+    full, short = (entity.full_name, entity.short_name) if named else (entity.pronoun, entity.pronoun)
     sentences = []
     clear = False  # whether a pronoun could only mean the entity
     if len(entity.values) < 5:
         opening = rng.choice(entity.kind.openings)
-        sentences.append(_put(opening, entity, entity.full_name))
+        sentences.append(_put(opening, entity, full))
         clear = opening.startswith("{S}")
     for relation, value in rng.sample(list(entity.values.items()), len(entity.values)):
         if sentences:
             fact = rng.choice(relation.facts)
-            name = entity.pronoun if clear and rng.random() < 0.7 else entity.short_name
+            name = entity.pronoun if clear and rng.random() < 0.7 else short
         else:
             fact = rng.choice([each for each in relation.facts if each.startswith("{S}")])
-            name = entity.full_name
+            name = full
         sentences.append(_put(fact, entity, name, value[0]))
         clear = fact.startswith(("{S}", "{P}")) and relation.values != "person"
     return " ".join(sentences)
