@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from m3backends.lmdb.environment import ReadTransaction
+    import lmdb
 
 MOST = 64
 """More records than these are a scan, which the kernel's own readahead serves better."""
@@ -48,7 +48,7 @@ class Prefetch:
         if file is not None:
             os.close(file)
 
-    def fetch(self, txn: "ReadTransaction", database: bytes, keys: Sequence[bytes]) -> None:
+    def fetch(self, txn: "lmdb.Transaction[memoryview]", database: bytes, keys: Sequence[bytes]) -> None:
         """Ask for the pages of these records of a database without duplicates; of more than `MOST` for none."""
         if self._file is None or not 0 < len(keys) <= MOST or (record := txn.get(database)) is None:
             return
