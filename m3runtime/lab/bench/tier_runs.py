@@ -293,8 +293,8 @@ def _elsewhere(config: Config, folder: Path) -> Config:
 
 
 def _drop(folder: Path) -> None:
-    """Drop the files of a folder from the page cache, but for pages that are mapped."""
-    for path in folder.iterdir():
+    """Drop the files below a folder from the page cache, but for pages that are mapped."""
+    for path in folder.rglob("*"):
         if path.is_file():
             file = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
             with suppress(OSError):
