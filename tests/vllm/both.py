@@ -120,13 +120,13 @@ class Both:
     def submit(self, ids: Sequence[int], tokens: int, params: dict[str, Any] | None, **sampling: Any) -> str:
         given = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "detokenize": False, **sampling}
         extra = {} if params is None else {"kv_transfer_params": params}
-        salt = given.pop("salt", None)
+        salt, lora = given.pop("salt", None), given.pop("lora", None)
         params_ = SamplingParams(**given, extra_args=extra)
         prompt: dict[str, Any] = {"prompt_token_ids": list(ids)}
         if salt is not None:
             prompt["cache_salt"] = salt
         name = f"r{id(given)}-{len(self.done)}-{self._count()}"
-        self.vllm.add_request(name, prompt, params_)
+        self.vllm.add_request(name, prompt, params_, lora_request=lora)
         return name
 
     def ids(self, ask: Ask) -> list[int]:

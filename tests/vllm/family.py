@@ -5,6 +5,7 @@ vLLM allows one engine in a process, so each family has one of its own. The resu
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,13 @@ SIZE: dict[str, Any] = {
     "pad_token_id": None,
     "tie_word_embeddings": False,
 }
+
+
+def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run Python in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-W", "ignore", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
 
 
 def save(family: str, folder: Path, seed: int = 1) -> None:

@@ -2,12 +2,13 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +75,7 @@ def plain_server(config: Config, folder: Path, *more: str) -> Iterator[Plain]:
             *more,
         ],
         env=env,
+        start_new_session=True,
     )
     url = f"http://127.0.0.1:{port}/v1"
     try:
@@ -89,3 +91,5 @@ def plain_server(config: Config, folder: Path, *more: str) -> Iterator[Plain]:
     finally:
         server.terminate()
         server.wait(60)
+        with suppress(ProcessLookupError):  # of a server that was killed, engine and workers go on
+            os.killpg(server.pid, signal.SIGKILL)

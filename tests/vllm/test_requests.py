@@ -1,5 +1,6 @@
 """Requests that cannot be served end alone, with a reason; tenants never read each other's memories."""
 
+import logging
 import os
 from typing import Any
 
@@ -9,8 +10,10 @@ from tests.vllm.both import Ask, Both
 
 pytestmark = pytest.mark.vllm
 
+log = logging.getLogger(__name__)
+
 TENANTS = int(os.environ.get("M3_TENANTS", "40"))
-"""Rounds of equal questions with different memories."""
+"""Pairs of equal questions with different memories."""
 
 
 @pytest.fixture(autouse=True)
@@ -147,20 +150,37 @@ def test_two_hundred_at_once(both: Both) -> None:
 
 
 def test_equal_questions_of_tenants_never_read_each_others_memories(both: Both) -> None:
-    """With prefix caching on, with equal salts of their own or none, together and one after the other."""
+    """With prefix caching on, with equal salts of their own or none, together and one after the other.
+
+    A pair comes while those before it are under way, each at another token: they meet in all steps of an answer.
+    """
     prompt = both.prompt("What does the harbour lamp burn, and which colour has the town's gate?")
     tenants = [Ask(prompt, 10, ((3,),)), Ask(prompt, 10, ((1,),))]
-    lamp, gate = (both.theirs([ask])[0] for ask in tenants)
+    expected = dict(zip(tenants, (both.theirs([ask])[0] for ask in tenants), strict=True))
+    lamp, gate = expected.values()
     assert lamp.log_probs != gate.log_probs
+    running: dict[str, Ask] = {}
+
+    def go_on(most: int) -> None:
+        while len(running) > most:
+            both.step()
+            for name in [name for name in running if name in both.done]:
+                alone, got = expected[running.pop(name)], both.done.pop(name)
+                assert got.tokens == alone.tokens
+                for one, other in zip(got.log_probs, alone.log_probs, strict=True):
+                    assert max(abs(one[token] - other.get(token, one[token])) for token in one) < 1e-3
+
     for number in range(TENANTS):
         salt = [None, "a", "b"][number % 3]
         together = [tenants[number % 2], tenants[1 - number % 2], *([tenants[0]] if number % 5 == 0 else [])]
-        answers = both.theirs(together, salt=salt)
-        for ask, got in zip(together, answers, strict=True):
-            expected = lamp if ask is tenants[0] else gate
-            assert got.tokens == expected.tokens
-            for one, other in zip(got.log_probs, expected.log_probs, strict=True):
-                assert max(abs(one[token] - other.get(token, one[token])) for token in one) < 1e-3
+        names = [both.submit(both.ids(ask), 10, {"m3": ask.wish}, logprobs=20, salt=salt) for ask in together]
+        running.update(zip(names, together, strict=True))
+        for _ in range(number % 4):
+            both.step()
+        go_on(0 if number % 20 == 0 else 16)
+        if number % 100 == 99:
+            log.info("%s pairs", number + 1)
+    go_on(0)
 
 
 def test_equal_requests_share_their_blocks_and_private_ones_leave_none(both: Both) -> None:

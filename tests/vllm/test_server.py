@@ -115,6 +115,14 @@ def test_what_memories_cannot_be_read_with_is_refused_by_name(plain: Plain, more
         plain.client.completions.create(**{"model": "lamp", "prompt": [*plain.head.ids, 100], "max_tokens": 4, **more})
 
 
+def test_an_echo_without_log_probabilities_begins_with_the_head(plain: Plain) -> None:
+    asked: Any = {**GREEDY, "prompt": [*plain.head.ids, 100, 200], "max_tokens": 4, "extra_body": wish(ids=[3])}
+    alone = plain.client.completions.create(**asked).choices[0].text
+    echoed = plain.client.completions.create(**asked, echo=True).choices[0].text
+    assert echoed.endswith(alone)
+    assert len(echoed) > len(alone) + plain.head.slots
+
+
 def test_a_refused_chat_has_its_reason(plain: Plain) -> None:
     with pytest.raises(BadRequestError, match="no memory 999999"):
         plain.client.chat.completions.create(
