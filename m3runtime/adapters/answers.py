@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from m3runtime.adapters.grounding import Grounding
+
 if TYPE_CHECKING:
     from m3runtime.recall.recalled import Recalled
 
@@ -52,6 +54,8 @@ class Answer:
     """Tokens a second after the first; 0 for a single token."""
     log_probs: tuple[TokenLogProb, ...] = field(default=(), repr=False)
     """One for each token, if ``generate.log_probs`` asks for them."""
+    grounding: Grounding | None = field(default=None, repr=False)
+    """The memories that each token was read from; None unless ``generate.grounding`` asks for it."""
 
     @property
     def memories(self) -> "Mapping[int, float]":

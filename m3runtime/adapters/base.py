@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from m3runtime.adapters.answers import Answer, Form, OnText, Prompt, Score
 from m3runtime.adapters.engine import Engine, Request, answers
@@ -42,6 +42,9 @@ class Adapter(ABC):
     tokenizer_fingerprint: str
     sink: str
     """The constant prefix that stands before all memories, and before each reference while it is encoded."""
+
+    grounds: ClassVar[bool] = False
+    """Do answers tell what ``generate.grounding`` asks for? An engine that does not know it refuses such a request."""
 
     @classmethod
     @abstractmethod

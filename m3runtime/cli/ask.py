@@ -19,6 +19,7 @@ from m3runtime.errors import BankBusyError, BankError
 if TYPE_CHECKING:
     from m3runtime.adapters.answers import Answer, Prompt
     from m3runtime.adapters.base import Adapter
+    from m3runtime.adapters.grounding import Grounding
     from m3runtime.documents.reference import Reference
     from m3runtime.runtime import Runtime
 
@@ -129,20 +130,27 @@ class _Talk(ExitStack):
             say(text, nl=False)
 
         on_text = show if shown else None
+        settings = self.settings.generate.model_copy(update={"grounding": self.adapter.grounds})
         if self.runtime is None:
             (answer,) = self.adapter.generate([prompt], None, self.settings.generate, on_text)
         else:
             with self.runtime.stream(self.adapter.dtype, self._restriction) as stream:
-                (answer,) = self.adapter.generate([prompt], [stream], self.settings.generate, on_text)
+                (answer,) = self.adapter.generate([prompt], [stream], settings, on_text)
         if shown:
             say()
         return answer
 
     def summary(self, answer: "Answer") -> dict[str, Any]:
+        shares = {} if answer.grounding is None else answer.grounding.memories
+        memories = [
+            {"id": id, "score": round(score, 4), "share": _rounded(shares.get(id)), **citation(one)}
+            for id, score, one in _memories(answer)
+        ]
         return {
             "answer": answer.text.strip(),
             "stopped_by": answer.stopped_by,
-            "memories": [{"id": id, "score": round(score, 4), **citation(one)} for id, score, one in _memories(answer)],
+            "memories": memories,
+            "grounding": None if answer.grounding is None else _grounding(answer, answer.grounding),
             "first_token_s": answer.first_token_s,
             "tokens_per_s": answer.tokens_per_s,
         }
@@ -153,15 +161,36 @@ class _Talk(ExitStack):
             f"{answer.tokens_per_s:.1f} tokens/s",
             err=True,
         )
+        shares = {} if answer.grounding is None else answer.grounding.memories
         for id, score, reference in _memories(answer):
             text = " ".join(reference.text.split())
-            say(f"  {score:.2f}  {id:>6}  {cited(reference)}  {text[:70]}", err=True)
+            share = f"{shares[id]:4.0%}" if id in shares else "   -"
+            say(f"  {score:.2f}  {share}  {id:>6}  {cited(reference)}  {text[:70]}", err=True)
 
 
 def _memories(answer: "Answer") -> "list[tuple[int, float, Reference]]":
     """The id, score and reference of each memory that was read."""
     references = {id: one for chunk in answer.chunks for id, one in zip(chunk.ids, chunk.references, strict=True)}
     return [(id, score, references[id]) for id, score in answer.memories.items()]
+
+
+def _grounding(answer: "Answer", grounding: "Grounding") -> dict[str, Any]:
+    """The share of all memories, and the parts of the answer, without white space around it, that each one led."""
+    shift, end = len(answer.text) - len(answer.text.lstrip()), len(answer.text.strip())
+    spans = list[dict[str, Any]]()
+    for span in grounding.spans(0.0):
+        first, last = max(0, span.start - shift), min(span.end - shift, end)
+        if first < last:
+            spans.append({"start": first, "end": last, "id": span.id, "share": _rounded(span.share)})
+    return {
+        "share": _rounded(grounding.share),
+        "lead": _rounded(grounding.lead),
+        "spans": spans,
+    }
+
+
+def _rounded(share: float | None) -> float | None:
+    return None if share is None else round(share, 4)
 
 
 def _is_read_only(error: BankError) -> bool:

@@ -254,6 +254,8 @@ class GenerateConfig(Section):
     """Token ids that end an answer, in addition to the model's own."""
     log_probs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     """Report how likely each token was, and so many of the likeliest ones beside it; null: neither."""
+    grounding: bool = False
+    """Report the share of attention that each token gave to each memory."""
 
 
 class Config(Section):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
+from m3runtime.adapters.grounding import Grounding
 from m3runtime.documents.reference import Place, Reference
 from m3runtime.recall.recalled import Recalled
 from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
@@ -19,7 +20,7 @@ class Reads:
     with_text: bool = False
     memories: list[dict[str, Any]] = field(default_factory=list)
     """One for each chunk and memory: ``id``, ``score``, ``source``, ``span``, the places ``start_index`` and
-    ``end_index`` in the answer, and more."""
+    ``end_index`` in the answer, and more; ``share`` of attention and ``spans`` that it led, where that is known."""
     now: list[dict[str, Any]] = field(default_factory=list)
     """The entries of `memories` that are read now."""
     tokens: dict[int, int] = field(default_factory=dict)
@@ -42,6 +43,18 @@ class Reads:
         for one in self.now:
             one["end_index"] = at
 
+    def ground(self, grounding: Grounding, before: int) -> None:
+        """Attention tells what was read: cite the spans that a memory led, and no memory that led none.
+
+        ``before`` is how many characters of the answer's text are left out at its beginning.
+        """
+        for one in self.memories:
+            start, end = one["start_index"], one["end_index"]
+            part = grounding.part(start + before, end + before)
+            spans = [span for span in part.spans(0.0) if span.id == one["id"]]
+            one["share"] = round(part.memories.get(one["id"], 0.0), 4)
+            one["spans"] = [[max(start, span.start - before), span.end - before] for span in spans]
+
     def in_prompt(self, references: Iterable[tuple[int, float, Reference]]) -> list[dict[str, Any]]:
         """References that stand in the prompt as text, by id and score: like `memories`, without places."""
         return [self._facts(*one) for one in references]
@@ -58,26 +71,26 @@ class Reads:
                 "type": "file_citation",
                 "file_id": f"memory-{one['id']}",
                 "filename": one["source"],
-                "index": one["end_index"],
+                "index": end,
             }
-            for one, _ in self._used()
+            for one, _, _, end in self._used()
         ]
         return [*urls, *files]
 
     def _url_citations(self) -> list[dict[str, Any]]:
         return [
-            {
-                "start_index": one["start_index"],
-                "end_index": one["end_index"],
-                "title": one["heading"] or one["source"],
-                "url": address,
-            }
-            for one, address in self._used()
+            {"start_index": start, "end_index": end, "title": one["heading"] or one["source"], "url": address}
+            for one, address, start, end in self._used()
         ]
 
-    def _used(self) -> list[tuple[dict[str, Any], str]]:
-        """Without the memories that only a part of the prompt was read with."""
-        return [both for both in self._cited if (both[0]["end_index"] or 0) > both[0]["start_index"]]
+    def _used(self) -> list[tuple[dict[str, Any], str, int, int]]:
+        """Memories with their addresses and spans, without those that only a part of the prompt was read with."""
+        return [
+            (one, address, start, end)
+            for one, address in self._cited
+            for start, end in one.get("spans", [(one["start_index"], one["end_index"] or 0)])
+            if end > start
+        ]
 
     def _facts(self, id: int, score: float, reference: Reference) -> dict[str, Any]:
         place = self._place(reference)

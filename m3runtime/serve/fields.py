@@ -129,6 +129,7 @@ class SamplingFields(Fields):
         given = {
             "max_new_tokens": min(base.max_new_tokens, limit) if most_tokens is None else most_tokens,
             **{name: getattr(self, name) for name in _SAMPLING},
+            "grounding": served.adapter.grounds,
             **more,
         }
         return base.model_copy(update={name: value for name, value in given.items() if value is not None})

@@ -36,6 +36,9 @@ class Written:
         elif isinstance(event, End):
             self.answer = event.answer
             self.reads.end(len(self.text))
+            if (grounding := event.answer.grounding) is not None:
+                whole = event.answer.text
+                self.reads.ground(grounding, len(whole) - len(whole.lstrip()) if self.is_message else 0)
         elif isinstance(event, Failure):
             raise event.error
         return text

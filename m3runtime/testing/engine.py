@@ -137,6 +137,18 @@ class EngineContract:
                 assert [one.log_prob for one in answer.log_probs] == pytest.approx(
                     [one.log_prob for one in alone.log_probs], abs=1e-3
                 )
+                self.check_grounding(answer, alone)
+
+    def check_grounding(self, answer: Answer, alone: Answer) -> None:
+        """Each token was read from the same memories, as much."""
+        if alone.grounding is None:
+            assert answer.grounding is None
+            return
+        assert answer.grounding is not None
+        assert answer.grounding.ends == alone.grounding.ends
+        assert len(answer.grounding.shares) == len(answer.tokens)
+        for found, expected in zip(answer.grounding.shares, alone.grounding.shares, strict=True):
+            assert found == pytest.approx(expected, abs=1e-3)
 
     def test_batch_law(self) -> None:
         """A request gets the same tokens alone and beside any others, whenever they come and go."""

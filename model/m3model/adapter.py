@@ -51,6 +51,8 @@ from m3runtime.stream import Stream
 class TransformersAdapter(Adapter):
     """A causal language model and its tokenizer. `count_tokens` may be called from any thread, the rest from one."""
 
+    grounds = True
+
     def __init__(
         self,
         model: Any,

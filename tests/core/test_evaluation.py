@@ -15,7 +15,7 @@ from m3runtime.lab.evaluation.judging import is_invented, is_right
 from m3runtime.lab.evaluation.laboratory import Choice
 from m3runtime.lab.evaluation.plots import Plot, Series, draw
 from m3runtime.lab.evaluation.report import Report, Table
-from m3runtime.lab.evaluation.statistics import Estimate, difference, mean, ratio
+from m3runtime.lab.evaluation.statistics import Estimate, difference, mean, ratio, separation
 from m3runtime.lab.results import Spread, plain
 
 VALUES = st.lists(st.floats(-100, 100), min_size=1, max_size=30)
@@ -107,6 +107,15 @@ class TestStatistics:
         shuffled = ratio([2 * value for value in reversed(values)], values)
         assert shuffled.value == pytest.approx(2)
         assert shuffled.low < 1.8 < 2.2 < shuffled.high
+
+    @given(VALUES, VALUES)
+    def test_a_separation_is_of_all_pairs(self, values: list[float], others: list[float]) -> None:
+        estimate = separation(values, others)
+        pairs = [1.0 if a > b else 0.5 if a == b else 0.0 for a in values for b in others]
+        assert estimate.value == pytest.approx(np.mean(pairs))
+        assert estimate.value + separation(others, values).value == pytest.approx(1)
+        assert 0 <= estimate.low <= estimate.value + 1e-9
+        assert estimate.value - 1e-9 <= estimate.high <= 1
 
     def test_ratios_to_nothing(self) -> None:
         assert ratio([1.0, 0.0], [0.0, 0.0]).value == float("inf")

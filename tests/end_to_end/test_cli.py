@@ -182,7 +182,7 @@ class TestWrite:
         assert len(sizes[4]) == 1
         assert max(sizes[4]) < min(sizes["all"]) / 2
         few, everything = (ask(place, question) for place in (places[4], places["all"]))
-        assert few["memories"] == everything["memories"]
+        assert [one | {"share": 0} for one in few["memories"]] == [one | {"share": 0} for one in everything["memories"]]
         assert few["answer"] != everything["answer"]
         # The bank says what it holds; and a variable is read as the number that it is.
         assert "tokens 4 against 5" in places[4].m3("ask", question, M3_MEMORY__TOKENS_PER_HEAD="5").complaint
@@ -217,11 +217,16 @@ class TestAsk:
     def test_reads_what_is_asked_for(self, written_once: Place, source: str) -> None:
         answer = ask(written_once, QUESTIONS[source])
         assert answer.keys() == {
-            *("question", "answer", "stopped_by", "memories", "first_token_s", "tokens_per_s"),
+            *("question", "answer", "stopped_by", "memories", "grounding", "first_token_s", "tokens_per_s"),
         }
         best = max(answer["memories"], key=lambda memory: memory["score"])
         assert best["source"] == source
-        assert best.keys() == {"id", "score", "source", "heading", "places", "text"}
+        assert best.keys() == {"id", "score", "share", "source", "heading", "places", "text"}
+        shares = {memory["id"]: memory["share"] for memory in answer["memories"]}
+        assert sum(shares.values()) == pytest.approx(answer["grounding"]["share"], abs=1e-3)
+        for span in answer["grounding"]["spans"]:
+            assert 0 <= span["start"] < span["end"] <= len(answer["answer"])
+            assert span["id"] in shares
 
     def test_plain(self, written_once: Place) -> None:
         question = QUESTIONS["facts/lamp.txt"]

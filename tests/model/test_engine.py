@@ -97,12 +97,12 @@ class Engines(EngineContract):
 
         drawn = {"temperature": 0.9, "seed": 5}
         return [
-            Request(prompt(5), asks(), self.stream()),
+            Request(prompt(5), asks(grounding=True), self.stream()),
             Request(prompt(3 * CHUNK + 1), asks(log_probs=3), self.stream(), recall_every=2),
             Request(Prompt(prompt(2 * CHUNK).text, query="a map, a bell and a heron"), asks(**drawn), self.stream()),
             Request(prompt(CHUNK), asks(max_new_tokens=3 * CHUNK), None),
             Request(prompt(70), asks(**drawn, top_p=0.8, repetition_penalty=1.3, log_probs=0), None),
-            Request(prompt(2), asks(frequency_penalty=1.5, presence_penalty=0.5, max_new_tokens=1), self.stream()),
+            Request(prompt(2), asks(frequency_penalty=1.5, max_new_tokens=1, grounding=True), self.stream()),
         ]
 
     def make_failing_request(self) -> Request:
@@ -189,10 +189,10 @@ class TestLlama(Engines):
         put = engine._buffers.put_memories
         fails = iter([False, False, True])
 
-        def fail(*args: Any) -> None:
+        def fail(*args: Any) -> Any:
             if next(fails, False):
                 raise RuntimeError("no memory left")
-            put(*args)
+            return put(*args)
 
         monkeypatch.setattr(engine._buffers, "put_memories", fail)
         crowd = Crowd(engine, requests, [0] * len(requests), [None] * len(requests))

@@ -25,7 +25,7 @@ from tests.model.test_decode_step import WAITING, Operations
 
 EVERYTHING = GenerateConfig(
     temperature=0.8, top_p=0.9, top_k=7, min_p=0.01, repetition_penalty=1.2, presence_penalty=0.3, logit_bias={3: 1.0},
-    log_probs=2,
+    log_probs=2, grounding=True,
 )  # fmt: skip
 
 
@@ -110,7 +110,8 @@ def test_a_step_waits_for_nothing_and_keeps_nothing(family: str) -> None:
     with Made() as made:
         chosen = ready.step(ready.plan())
     assert len(made.tensors) > 100
-    results = {chosen.tokens, chosen.log_probs, chosen.likeliest, chosen.likeliest_log_probs}
+    results = {getattr(chosen, one.name) for one in fields(chosen)}
+    assert chosen.shares.shape == (2, ready.buffers.used(3))
     gc.collect()
     alive = {tensor for reference in made.tensors if (tensor := reference()) is not None}
     model = ready.adapter.model
@@ -161,7 +162,7 @@ def test_captured_steps_find_their_inputs_where_they_were() -> None:
     ready.runner._run = graphed = Remembering(ready.runner._step)
     ready.runner._staging = Staging(ready.buffers, few_shapes=True)
     ready.runner.reserve(3, 64, 512, GenerateConfig())
-    launch = partial(ready.runner.launch, settings=[], offset=lambda _: 0, uniform=lambda _: 0.0)
+    launch = partial(ready.runner.launch, settings=[], offset=lambda _: 0, uniform=lambda _: 0.0, slots=lambda _: ())
     with torch.inference_mode():
         small = ready.plan()
         launch(small)
@@ -183,5 +184,5 @@ def test_a_step_that_draws_nothing_is_waited_for_too() -> None:
             self.waited += 1
 
     mark: Any = Mark()
-    Outcome(None, {}, lambda: mark).results()
+    Outcome(None, {}, {}, lambda: mark).results()
     assert mark.waited == 1

@@ -23,26 +23,34 @@ def test_an_answer_with_usage_and_the_memories_that_were_read(serving: Serving) 
 
 
 def test_citations_stand_where_their_memories_were_read(serving: Serving) -> None:
+    """Memories have the chunk in which they could be read; citations the spans to which they had most attention."""
     message = serving.chat(QUESTION).json()["choices"][0]["message"]
-    cited = [one["url_citation"] for one in message["annotations"]]
-    spans = sorted({(one["start_index"], one["end_index"]) for one in cited})
-    assert len(spans) == 3  # 20 tokens in chunks of 8
-    assert spans[0][0] == 0
-    assert all(before[1] == after[0] for before, after in pairwise(spans))
-    assert spans[-1][1] == len(message["content"])
     read = [one for one in message["memories"] if one["end_index"] > one["start_index"]]
-    assert [(one["start_index"], one["source"]) for one in read] == [
-        (one["start_index"], one["title"]) for one in cited
+    chunks = sorted({(one["start_index"], one["end_index"]) for one in read})
+    assert len(chunks) == 3  # 20 tokens in chunks of 8
+    assert chunks[0][0] == 0
+    assert all(before[1] == after[0] for before, after in pairwise(chunks))
+    assert chunks[-1][1] == len(message["content"])
+    for one in read:
+        assert 0 <= one["share"] < 1
+        assert all(one["start_index"] <= start < end <= one["end_index"] for start, end in one["spans"])
+    assert max(one["share"] for one in read) > 0
+    cited = [one["url_citation"] for one in message["annotations"]]
+    assert [(one["source"], *span) for one in read for span in one["spans"]] == [
+        (one["title"], one["start_index"], one["end_index"]) for one in cited
     ]
+    spans = sorted((one["start_index"], one["end_index"]) for one in cited)
+    assert all(before[1] <= after[0] for before, after in pairwise(spans))  # one memory leads at a time
+    assert spans[-1][1] == len(message["content"])
     assert "text" not in read[0]
 
 
 @pytest.mark.parametrize(("refresh", "places"), [(0, 1), (1, 3), (2, 2)])
 def test_a_request_says_how_often_memories_are_chosen_anew(serving: Serving, refresh: int, places: int) -> None:
     message = serving.chat(QUESTION, memory={"refresh": refresh}).json()["choices"][0]["message"]
-    cited = [one["url_citation"] for one in message["annotations"]]
-    assert len({one["start_index"] for one in cited}) == places
-    assert max(one["end_index"] for one in cited) == len(message["content"])
+    read = [one for one in message["memories"] if one["end_index"] > one["start_index"]]
+    assert len({one["start_index"] for one in read}) == places
+    assert max(one["end_index"] for one in read) == len(message["content"])
 
 
 def test_a_request_has_conditions_on_metadata(serving: Serving) -> None:

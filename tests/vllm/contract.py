@@ -81,3 +81,7 @@ class VllmContract(EngineContract):
             self.served.engine.submit(
                 [Request(Prompt("a"), GenerateConfig(max_new_tokens=1900), self.stream())], lambda *_: None
             )
+
+    def test_what_attention_read_is_not_told(self) -> None:
+        with pytest.raises(InputError, match="generate.grounding"):
+            answers(self.served.engine, [Request(Prompt("Bees"), GenerateConfig(grounding=True), self.stream())])

@@ -13,6 +13,7 @@ from m3runtime.adapters.base import Adapter
 from m3runtime.config.schema import Config, GenerateConfig
 from m3runtime.documents.document import Document
 from m3runtime.lab.evaluation.banks import write_bank
+from m3runtime.lab.evaluation.facts_grounding import grounded
 from m3runtime.lab.evaluation.journal import Journal, silent
 from m3runtime.lab.evaluation.judging import is_invented, is_right
 from m3runtime.lab.evaluation.modes import MODES, NEAREST, NEEDS_ANSWER, SEARCHING, Asker, Item, Mode
@@ -88,7 +89,8 @@ class FactsRun:
         self.modes: tuple[Mode, ...] = ()
         form: Form = "plain" if settings.ask == "statements" else config.generate.prompt
         most = settings.max_new_tokens or (40 if form == "chat" else 16)  # in a chat models answer in whole sentences
-        generate = {"max_new_tokens": most, "prompt": form, "stop": ("\n",), "temperature": 0.0}
+        generate: dict[str, Any] = {"max_new_tokens": most, "prompt": form, "stop": ("\n",), "temperature": 0.0}
+        generate |= {"grounding": True, "log_probs": 0}
         # Every mode decodes in the same way: greedily, one line.
         self.config = config.model_copy(
             update={"bank": folder / "bank", "generate": GenerateConfig.model_validate(generate)}
@@ -217,6 +219,7 @@ def ask(asker: Asker, mode: Mode, items: Sequence[Item], settings: GenerateConfi
     records = []
     for item, (answer, score) in zip(items, found, strict=True):
         record: dict[str, Any] = {"text": answer.text, "recalled": [list(chunk.ids) for chunk in answer.chunks]}
+        record |= grounded(answer)
         if score is None:
             record["invented"] = is_invented(answer.text)
         else:

@@ -9,6 +9,7 @@ from typing import Any
 from m3runtime import assembly
 from m3runtime.config.schema import Config
 from m3runtime.lab.evaluation.facts import FactsResults, FactsRun, FactsSettings
+from m3runtime.lab.evaluation.facts_grounding import grounding_table
 from m3runtime.lab.evaluation.journal import silent
 from m3runtime.lab.evaluation.modes import MODES, Mode
 from m3runtime.lab.evaluation.plots import Plot, Series
@@ -42,6 +43,9 @@ def evaluate_facts(config: Config, settings: FactsSettings, folder: Path, progre
 def facts_report(results: FactsResults, settings: FactsSettings, config: Config) -> Report:
     """The report: tables, pictures, and a summary in words."""
     figures = {mode: _Figures(results, mode, settings.seed) for mode in results.answers}
+    tables = [_answers(figures), _ratios(figures), _retrieval(results, settings.seed)]
+    if "memory" in figures and (read := grounding_table(results.items, results.answers["memory"], settings.seed)):
+        tables.append(read)
     return Report(
         title=f"Facts: {settings.questions} {settings.ask} over {settings.references} references",
         command=settings.command,
@@ -49,7 +53,7 @@ def facts_report(results: FactsResults, settings: FactsSettings, config: Config)
         config=config.model_dump(mode="json"),
         fingerprints=results.fingerprints,
         summary=tuple(_summary(figures, settings)),
-        tables=(_answers(figures), _ratios(figures), _retrieval(results, settings.seed), _speed(results)),
+        tables=(*tables, _speed(results)),
         plots=_plots(figures),
         results={
             "questions": {item.key: _described(item) for item in results.items},

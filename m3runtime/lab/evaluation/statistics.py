@@ -47,6 +47,24 @@ def difference(values: Sequence[float], baseline: Sequence[float], seed: int = 0
     return mean([value - base for value, base in zip(values, baseline, strict=True)], seed)
 
 
+def separation(values: Sequence[float], others: Sequence[float], seed: int = 0) -> Estimate:
+    """The area under the ROC curve: how often a value is greater than one of the others; equal ones count half.
+
+    Both are resampled. Raises `ValueError` if there are none of either.
+    """
+    ours, theirs = np.sort(np.asarray(values, np.float64)), np.sort(np.asarray(others, np.float64))
+    if not len(ours) or not len(theirs):
+        raise ValueError("an area takes values of both kinds")
+    above = (np.searchsorted(theirs, ours, "left") + np.searchsorted(theirs, ours, "right")) / 2 / len(theirs)
+    below = (np.searchsorted(ours, theirs, "left") + np.searchsorted(ours, theirs, "right")) / 2 / len(ours)
+    value = float(above.mean())
+    # The two parts of the variance of a two-sample U statistic (DeLong et al. 1988), each resampled by itself.
+    random = np.random.default_rng(seed)
+    drawn = [random.choice(part - part.mean(), (RESAMPLES, len(part))).mean(1) for part in (above, below)]
+    low, high = np.quantile(value + drawn[0] + drawn[1], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(value, max(0.0, float(low)), min(1.0, float(high)), len(ours) + len(theirs))
+
+
 def ratio(values: Sequence[float], baseline: Sequence[float], seed: int = 0) -> Estimate:
     """The mean of ``values`` over the mean of ``baseline``, resampled in pairs of the same questions.
 

@@ -109,9 +109,16 @@ def attend(
 
 def _unfused(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, weighing: Weighing) -> Tensor:
     """`attend` for what exists in no fused kernel: capped logits (``softcap * tanh(q.k / softcap)``), and sinks."""
+    batch, heads, length, _ = query.shape
+    weights = attention_weights(query, keys, mask, weighing).to(query.dtype)
+    grouped = weights.reshape(batch, keys.shape[1], -1, keys.shape[2])  # [B, Hkv, G * Q, K]
+    return (grouped @ values).view(batch, heads, length, -1)
+
+
+def attention_weights(query: Tensor, keys: Tensor, mask: Tensor | None, weighing: Weighing) -> Tensor:
+    """The weights that `attend` gives to values, float32 ``[B, Hq, Q, K]``. They sum to 1, less what sinks take."""
     batch, heads, length, dim = query.shape
-    kv_heads = keys.shape[1]
-    grouped = query.reshape(batch, kv_heads, -1, dim)  # [B, Hkv, G * Q, D]
+    grouped = query.reshape(batch, keys.shape[1], -1, dim)  # [B, Hkv, G * Q, D]
     if weighing.softcap is None:
         logits = grouped @ keys.transpose(2, 3) * weighing.scale
     else:
@@ -122,8 +129,7 @@ def _unfused(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, w
     if weighing.sinks is not None:
         sinks = weighing.sinks.to(logits.dtype)[None, :, None, None].expand(batch, -1, length, 1)
         logits = torch.cat([logits, sinks], 3)
-    weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)[..., : keys.shape[2]]
-    return (weights.reshape(batch, kv_heads, -1, keys.shape[2]) @ values).view(batch, heads, length, -1)
+    return logits.softmax(-1, dtype=torch.float32)[..., : keys.shape[2]]
 
 
 def _folds(query: Tensor, kv_heads: int, mask: Tensor | None, threads: int) -> bool:

@@ -175,12 +175,12 @@ class RowBuffers:
     @torch.inference_mode()
     def put_memories(
         self, row: int, memories: Sequence[Pair], names: Sequence[Hashable], log_weights: Sequence[float]
-    ) -> None:
+    ) -> list[Slot]:
         """Let a row read these memories from now on, and none of the earlier ones.
 
         Memories are ``(keys, values)``, each ``[memory layers, kv_heads, tokens, head_dim]``; ``names`` says which they
         are: one that the row reads already under its name is not written again. ``log_weights`` are added to the logits
-        of each memory's keys. There must be room for them, see `reserve`.
+        of each memory's keys. There must be room for them, see `reserve`. Returns the place of each.
         """
         lengths = [keys.shape[2] for keys, _ in memories]
         used, named, held = sum(lengths), distinct(names), self._slots[row]
@@ -193,6 +193,7 @@ class RowBuffers:
                 self._write(row, slot, memory)
         self._slots[row], self._used[row] = slots, used
         self.bias[row, : self.region].copy_(bias, non_blocking=True)
+        return [slots[name] for name in named]
 
     def _write(self, row: int, slot: Slot, memory: Pair) -> None:
         columns = slice(self.region - slot.end, self.region - slot.start)

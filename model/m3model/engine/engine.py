@@ -234,6 +234,7 @@ class MemoryEngine(Engine):
         assert row is not None
         self._reserve(settings, tokens=len(job.scheduled.prompt) + settings.max_new_tokens)
         self._buffers.begin(row, sink=job.request.stream is not None)
+        job.slots = ()
         self._runner.sampling.begin(row, settings, job.scheduled.prompt, job.scheduled.answer)
 
     def _reserve(self, settings: GenerateConfig, *, memories: int = 0, tokens: int = 0) -> None:
@@ -271,6 +272,7 @@ class MemoryEngine(Engine):
                 settings,
                 offset=lambda one: self._start(self._jobs[one].request),
                 uniform=lambda one: self._uniform(self._jobs[one]),
+                slots=lambda one: self._jobs[one].slots,
             )
         self._scheduler.launched(plan)
         return outcome
@@ -293,7 +295,8 @@ class MemoryEngine(Engine):
                 self._stop(job, ConfigError(_OVERFLOWED.format(dtype=str(self._buffers.layout.dtype)[6:])))
                 continue
             sequence.answer.append(token)
-            job.tell(job.writing.take(token, log_prob))
+            shares = results.shares_of(index, outcome.slots[sequence]) if job.request.settings.grounding else None
+            job.tell(job.writing.take(token, log_prob, shares))
             if job.writing.stopped_by:
                 self._end(job, End(job.writing.answer()))
             else:
@@ -333,7 +336,8 @@ class MemoryEngine(Engine):
         if self._arrange is not None:  # how one is arranged depends on its place
             parts, names = self._arrange(parts), list(enumerate(recalled.ids))
         self._reserve(job.request.settings, memories=sum(keys.shape[2] for keys, _ in parts))
-        self._buffers.put_memories(row, parts, names, recalled.log_weights)
+        slots = self._buffers.put_memories(row, parts, names, recalled.log_weights)
+        job.slots = tuple(zip(recalled.ids, slots, strict=True))
         place = job.scheduled.recalled = job.scheduled.read
         if place > job.told:
             job.told = place

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from m3model.engine.running import MemorySlots
 from m3model.engine.sampling import uniforms
 from m3model.engine.scheduler import Scheduled
 from m3model.engine.writing import Reason, Writing
@@ -43,6 +44,8 @@ class Job(Ticket):
         self.scheduled = Scheduled(ids, settings.max_new_tokens, chunk, request.recall_every)
         self.writing = Writing(settings, words.stop_tokens(), words.decode)
         self.uniforms = uniforms(settings.seed, settings.max_new_tokens) if settings.temperature > 0 else None
+        self.slots: MemorySlots = ()
+        """The memories that it reads now."""
         self.told = -1
         """The place of the last recall that was told: a sequence that lost its row recalls again what it had."""
         self.ending: Reason | Exception | None = None

@@ -4,9 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from m3model.attention.slots import Slot
 from m3model.engine.buffers import RowBuffers
 from m3model.engine.graph import GraphedStep
 from m3model.engine.sampling import Chosen, Kinds, Sampling
@@ -17,6 +19,10 @@ from m3runtime.adapters.answers import TokenLogProb
 from m3runtime.config.schema import GenerateConfig
 from m3runtime.device.side_stream import SideStream
 
+MemorySlots = tuple[tuple[int, Slot], ...]
+"""The memories that a row reads, by id, and their places."""
+Array = np.ndarray[tuple[int, int], np.dtype[np.float32]]
+
 
 @dataclass(frozen=True, slots=True)
 class Results:
@@ -26,6 +32,8 @@ class Results:
     log_probs: list[float] | None = None
     likeliest: list[list[int]] | None = None
     likeliest_log_probs: list[list[float]] | None = None
+    shares: Array | None = None
+    """The share of each column of memories, see `m3model.engine.step.StepCache.shares`."""
 
     def token(self, index: int, log_probs: int | None) -> tuple[int, TokenLogProb | None]:
         """A token, and how likely it was, with so many of the likeliest; None asks for neither."""
@@ -35,17 +43,34 @@ class Results:
         best = zip(self.likeliest[index][:log_probs], self.likeliest_log_probs[index][:log_probs], strict=True)
         return token, TokenLogProb(token, self.log_probs[index], tuple(best))
 
+    def shares_of(self, index: int, slots: MemorySlots) -> dict[int, float]:
+        """The share of attention that each memory in these slots got from a token's query."""
+        shares: dict[int, float] = {}
+        if self.shares is not None:
+            columns = self.shares[index]
+            for id, slot in slots:
+                share = columns[len(columns) - slot.end : len(columns) - slot.start].sum()
+                shares[id] = shares.get(id, 0.0) + float(share)
+        return shares
+
 
 class Outcome:
     """The tokens of a step that may still be under way."""
 
     def __init__(
-        self, chosen: Chosen | None, places: Mapping[Scheduled, int], mark: Callable[[], torch.Event | None]
+        self,
+        chosen: Chosen | None,
+        places: Mapping[Scheduled, int],
+        slots: Mapping[Scheduled, MemorySlots],
+        mark: Callable[[], torch.Event | None],
     ) -> None:
         """``mark`` gives an event after all that was asked of the device, or None where nothing waits."""
         self.places = places
         """The sequences that a token is drawn for, and its place in the results."""
-        self._host = [] if chosen is None else [_to_host(getattr(chosen, one.name)) for one in fields(chosen)]
+        self.slots = slots
+        """The memories that they read in this step: others may be in their slots before its results are known."""
+        names = [] if chosen is None else [one.name for one in fields(chosen)]
+        self._host = {name: _to_host(getattr(chosen, name)) for name in names}
         # Of a step that draws nothing as well: the inputs of a later one are written where its own may still be read.
         self._event = mark()
 
@@ -53,8 +78,10 @@ class Outcome:
         """Wait for the step, and for its tokens if it draws any."""
         if self._event is not None:
             self._event.synchronize()
-        lists: list[Any] = [None if tensor is None else tensor.tolist() for tensor in self._host]
-        return Results(*lists) if lists else Results([])
+        told: dict[str, Any] = {name: None if x is None else x.tolist() for name, x in self._host.items()}
+        if (shares := self._host.get("shares")) is not None:
+            told["shares"] = shares.numpy()  # many numbers, of which few are looked at
+        return Results(**told) if told else Results([])
 
 
 class Runner:
@@ -113,6 +140,7 @@ class Runner:
         *,
         offset: Callable[[Scheduled], int],
         uniform: Callable[[Scheduled], float],
+        slots: Callable[[Scheduled], MemorySlots],
     ) -> Outcome:
         """Launch a step, which there is room for. ``settings`` are of the rows that it draws for."""
         shape = self._staging.shape(plan, Kinds.of(settings))
@@ -122,7 +150,7 @@ class Runner:
         ends = (part.sequence for part in plan.reading if part.draws)
         places |= {one: place for place, one in enumerate(ends, shape.decoding)}
         chosen = self._run(shape, self._staging.inputs(plan, shape, offset, uniform))
-        return Outcome(chosen, places, self._side.mark)
+        return Outcome(chosen, places, {one: slots(one) for one in places}, self._side.mark)
 
 
 def _to_host(tensor: Tensor | None) -> Tensor | None:

@@ -28,13 +28,14 @@ _FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class Kinds:
-    """What the rows of a step ask for: the parts of `Sampling.choose` that it runs."""
+    """What the rows of a step ask for: the parts of `Sampling.choose` that it runs, and whether it tells of shares."""
 
     draws: bool = False
     penalises: bool = False
     biased: bool = False
     log_probs: int | None = None
     """The most of the likeliest tokens that a row asks for; None if none asks for log-probabilities."""
+    grounding: bool = False
 
     @classmethod
     def of(cls, settings: Sequence[GenerateConfig]) -> "Kinds":
@@ -47,6 +48,7 @@ class Kinds:
             ),
             biased=any(one.logit_bias for one in settings),
             log_probs=max(counts, default=None),
+            grounding=any(one.grounding for one in settings),
         )
 
 
@@ -62,6 +64,8 @@ class Chosen:
     """The likeliest tokens, best first, int64 ``[n, log_probs]``,"""
     likeliest_log_probs: Tensor | None = None
     """and theirs."""
+    shares: Tensor | None = None
+    """See `m3model.engine.step.StepCache.shares`."""
 
 
 def uniforms(seed: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:

@@ -6,7 +6,7 @@ before it, at shapes that `Shape` alone decides: no host synchronisation, no dat
 outlives it. So it can be captured as a CUDA graph, see `m3model.engine.graph`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from m3model.attention.implementation import Weighing, attend
+from m3model.attention.implementation import Weighing, attend, attention_weights
 from m3model.attention.layout import Pair
 from m3model.attention.stopping import StoringLayer
 from m3model.attention.versions import cache_name
@@ -114,6 +114,9 @@ class StepCache(Cache):
         before = (buffers.sink, buffers.region + buffers.sink)
         self.columns = tuple(inputs.columns + start for start in before)
         self._masks: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
+        self._shares: list[Tensor] = []
+        self._read = 0  # attentions of this pass that read memories
+        self._telling = telling(sum(len(stack.layers) for stack in buffers.stacks if stack.remembers))
         places = {layer: (stack, at) for stack in buffers.stacks for at, layer in enumerate(stack.layers)}
         super().__init__(layers=[_Layer(self, *places[layer]) for layer in range(buffers.layout.layers)])
 
@@ -125,6 +128,10 @@ class StepCache(Cache):
         count = memories + sink + shape.context
         keys, values = keys.narrow(2, first, count), values.narrow(2, first, count)
         masks = self._mask(memories, window)
+        if shape.kinds.grounding and memories:
+            if self._read in self._telling:
+                self._shares.append(self._share(query, keys, masks, weighing)[..., :memories])
+            self._read += 1
         attending = partial(attend, weighing=weighing, threads=shape.threads)
         heads, dim = query.shape[1], query.shape[3]
         outputs = []
@@ -142,6 +149,28 @@ class StepCache(Cache):
             read = attending(asking, *theirs, masks[1].to(query.dtype))
             outputs.append(read.transpose(0, 1).reshape(1, heads, -1, values.shape[3]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+
+    def shares(self) -> Tensor | None:
+        """The share of attention of each result's query that each column of memories got: float32 ``[n, memories]``.
+
+        The mean over heads and the layers of `telling`. None if there are no memories to read.
+        """
+        return torch.stack(self._shares).mean(0) if self._shares else None
+
+    def _share(self, query: Tensor, keys: Tensor, masks: tuple[Tensor, Tensor], weighing: Weighing) -> Tensor:
+        """The weights of a layer at the tokens whose logits are wanted, the mean over heads: float32 ``[n, K]``."""
+        decoding, inputs = self.shape.decoding, self.inputs
+        found = []
+        if decoding:
+            asking = query[:, :, :decoding].transpose(0, 2)  # [R, Hq, 1, D]
+            found.append(attention_weights(asking, keys.narrow(0, 0, decoding), masks[0], weighing))
+        if self.shape.ends:
+            places = inputs.results[decoding:]
+            asking = query.index_select(2, places).transpose(0, 2)  # [E, Hq, 1, D]
+            mask = masks[1].flatten(0, 2).index_select(0, places - decoding)[:, None, None]
+            theirs = keys.index_select(0, inputs.result_rows[decoding:])
+            found.append(attention_weights(asking, theirs, mask, weighing))
+        return torch.cat(found).mean((1, 2))
 
     def _mask(self, memories: int, window: int | None) -> tuple[Tensor, Tensor]:
         """What is added to the logits, of decoding rows ``[R, 1, 1, K]`` and of parts ``[P, 1, Q, K]``.
@@ -162,6 +191,15 @@ class StepCache(Cache):
             before = bias.index_select(0, self.inputs.part_rows)[:, None].expand(-1, shape.width, -1)
             self._masks[memories, window] = decoding, torch.cat([before, parts], 2)[:, None]
         return self._masks[memories, window]
+
+
+def telling(memory_layers: int) -> frozenset[int]:
+    """Places among the memory layers of those that tell what was read: up to four of the third quarter.
+
+    Attention to the memory with the answer stands out there, in SmolLM2 more than in earlier and later layers, and to
+    look at all layers would cost a CPU 7 % of a step, not 1 %.
+    """
+    return frozenset(memory_layers // 2 + memory_layers // 4 * place // 4 for place in range(4))
 
 
 class Step:
@@ -201,4 +239,4 @@ class Step:
             return None
         chosen = self.sampling.choose(output.logits[0], inputs.result_rows, inputs.uniform, shape.kinds)
         self.last.index_copy_(0, inputs.result_rows, chosen.tokens.clamp_min(0))  # `NO_TOKEN` is none to read
-        return chosen
+        return replace(chosen, shares=cache.shares()) if shape.kinds.grounding else chosen

@@ -1,12 +1,13 @@
 """`Writing`: the answer of one request, from tokens that come one by one to the text that is shown."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from m3model.engine.detokenizing import Detokenizer
 from m3runtime.adapters.answers import Answer, TokenLogProb
 from m3runtime.adapters.engine import Piece
+from m3runtime.adapters.grounding import Grounding
 from m3runtime.config.schema import GenerateConfig
 from m3runtime.recall.recalled import Recalled
 
@@ -28,11 +29,18 @@ class Writing:
         self._text = ""
         self._shown = 0
         self._log_probs: list[TokenLogProb] = []
+        self._shares: list[Mapping[int, float]] = []
+        self._ends: list[int] = []
         self._began = time.perf_counter()
         self._first_s = self._last_s = 0.0
 
-    def take(self, token: int, log_prob: TokenLogProb | None) -> Piece | None:
-        """Append a token, unless it stops the answer; returns what has become certain by it, if anything has."""
+    def take(
+        self, token: int, log_prob: TokenLogProb | None, shares: Mapping[int, float] | None = None
+    ) -> Piece | None:
+        """Append a token, unless it stops the answer; returns what has become certain by it, if anything has.
+
+        ``shares`` are those of `Grounding`, where they are asked for.
+        """
         self._last_s = time.perf_counter() - self._began
         self._first_s = self._first_s or self._last_s
         if token in self._stop_tokens:
@@ -50,6 +58,9 @@ class Writing:
             self.stopped_by = "text"
         elif len(self.tokens) == self._settings.max_new_tokens:
             self.stopped_by = "length"
+        if shares is not None:
+            self._shares.append(shares)
+            self._ends.append(len(self._text))
         return self._certain((token,), () if log_prob is None else (log_prob,))
 
     def end(self, reason: Reason) -> Piece | None:
@@ -68,7 +79,12 @@ class Writing:
             first_token_s=self._first_s,
             tokens_per_s=steps / elapsed if steps > 0 and elapsed > 0 else 0.0,
             log_probs=tuple(self._log_probs),
+            grounding=self._grounding() if self._settings.grounding else None,
         )
+
+    def _grounding(self) -> Grounding:
+        """The text may be shorter than it was: a stop text, which began in an earlier token, is cut off."""
+        return Grounding(tuple(min(end, len(self._text)) for end in self._ends), tuple(self._shares))
 
     def _certain(self, tokens: tuple[int, ...], log_probs: tuple[TokenLogProb, ...] = ()) -> Piece | None:
         """The text that can no longer change: not half a character, and nothing that may become a stop text."""
