@@ -25,6 +25,8 @@ FORMAT = 1
 """The bank's format. How a home arranges its records is its own schema: see the home."""
 SEVERAL = 2
 """The format of a bank that has, or will have, blocks of several codecs. Its blocks are those of format 1."""
+HEADED = 3
+"""The format of a bank whose texts the model has read below their headings. It has all that `SEVERAL` has."""
 _KEY = "manifest"
 Fingerprint = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 _RESTORE = "restore the bank from a copy, or write it anew"
@@ -83,10 +85,14 @@ class Manifest:
     """The codec to train when there is enough to train on; None if the bank has its codec."""
     typical_errors: tuple[float, ...] = ()
     """`m3runtime.bank.codecs.Spoiling.typical` of the newest codec; empty if its blocks are not compared with it."""
+    headings: bool = False
+    """Does the model read each text below its headings? Not in banks that an earlier release began."""
 
     @property
     def format(self) -> int:
-        """`FORMAT`, or `SEVERAL` for a bank that releases which know one codec must not touch."""
+        """`FORMAT`, or that of a bank which earlier releases must not touch."""
+        if self.headings:
+            return HEADED
         return SEVERAL if self.others or self.planned or self.typical_errors else FORMAT
 
     @property
@@ -102,6 +108,7 @@ class Manifest:
     def stamp_of(self, kind: str, codec: str) -> BlockStamp:
         """The fingerprints in every block of a codec: over all that a block's meaning depends on, and nothing else."""
         of = [FORMAT, self.model, self.tokenizer, self.sink, self.spec.to_json(), kind, codec]
+        of += ["headings"] if self.headings else []
         return BlockStamp(bank=fingerprint(of), codec=codec)
 
     def with_codec(self, kind: str, options: Mapping[str, Any], codec: str, **changes: Any) -> "Manifest":
@@ -131,10 +138,10 @@ class Manifest:
         }
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON. Fields that only format 2 has are left out of format 1."""
+        """Canonical JSON. Fields that only later formats have are left out of earlier ones."""
         fields = {**asdict(self), "spec": self.spec.to_json(), "format": self.format}
-        if self.format == FORMAT:
-            fields = {name: value for name, value in fields.items() if name not in _OF_SEVERAL}
+        later = [name for format, names in _SINCE.items() if format > self.format for name in names]
+        fields = {name: value for name, value in fields.items() if name not in later}
         return canonical_json(fields).encode()
 
     @classmethod
@@ -142,10 +149,10 @@ class Manifest:
         """The manifest that `to_bytes` wrote. Raises `BankFormatError` for another format, `BankError` for damage."""
         try:
             stated = from_json(value)
-            if (version := stated["format"]) not in (FORMAT, SEVERAL):
-                mend = "install a newer m3runtime" if version > SEVERAL else "write the bank anew"
+            if (version := stated["format"]) not in (FORMAT, *_SINCE):
+                mend = "install a newer m3runtime" if version > HEADED else "write the bank anew"
                 raise BankFormatError(
-                    f"{where}: bank of format {one_line(version)}, this release reads {FORMAT} and {SEVERAL}; {mend}"
+                    f"{where}: bank of format {one_line(version)}, this release reads {FORMAT} to {HEADED}; {mend}"
                 )
             fields = {name: value for name, value in stated.items() if name != "format"}
             manifest = _MANIFEST.validate_json(to_json(fields))
@@ -215,4 +222,5 @@ class Manifest:
 
 
 _MANIFEST = TypeAdapter(Manifest)
-_OF_SEVERAL = ("others", "planned", "typical_errors")
+_SINCE = {SEVERAL: ("others", "planned", "typical_errors"), HEADED: ("headings",)}
+"""The fields that each format added."""

@@ -1,9 +1,12 @@
 """`Reference`: a text that is remembered, the unit of memory; and the `Place`s that it stands at."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from m3runtime.documents.expiry import EXPIRES, is_over
+
+BETWEEN_TITLES = " > "
+"""Stands between the titles of a heading."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,16 @@ class Reference:
     def headed(self) -> str:
         """The heading, a line feed and the text, as it is embedded; the text alone if there is no heading."""
         return f"{self.heading}\n{self.text}" if self.heading else self.text
+
+    def headed_within(self, most: int, count_tokens: Callable[[str], int]) -> str:
+        """`headed` in at most that many tokens, as the model reads it: without the first titles if they do not fit."""
+        titles = self.heading.split(BETWEEN_TITLES) if self.heading else []
+        while titles:
+            headed = f"{BETWEEN_TITLES.join(titles)}\n{self.text}"
+            if count_tokens(headed) <= most:
+                return headed
+            del titles[0]
+        return self.text
 
     @property
     def source(self) -> str:

@@ -7,7 +7,7 @@ from m3runtime.documents.cutting import LEVELS, Span, letters, stripped
 from m3runtime.documents.headings import Piece, outline
 from m3runtime.documents.packing import Leaf, pack
 from m3runtime.documents.paragraphs import paragraphs
-from m3runtime.documents.reference import Place, Reference
+from m3runtime.documents.reference import BETWEEN_TITLES, Place, Reference
 from m3runtime.errors import ConfigError, InputError
 
 CountTokens = Callable[[str], int]
@@ -81,7 +81,7 @@ class Splitter:
             text = "".join(piece.gap + piece.text for section in group for piece in section.pieces)
             text = text[len(group[0].pieces[0].gap) :]
             for passage in pack(self._leaves(group, text, offset), least=self._least, most=self.max_tokens):
-                heading = " > ".join(self._path(group, passage))
+                heading = BETWEEN_TITLES.join(self._path(group, passage))
                 for (start, end), tokens in self._exact(text, passage):
                     place = Place(source, offset + start, offset + end)
                     yield Reference(text[start:end], tokens, heading, (place,))

@@ -16,6 +16,7 @@ from m3runtime.documents.spool import ReferenceSpool
 from m3runtime.errors import ConfigError, InputError
 from m3runtime.storage.files import remove_remains
 from m3runtime.writing.codec_training import encoded
+from m3runtime.writing.encoding import read_texts
 from m3runtime.writing.fitting import sample
 
 LENGTH = 8192
@@ -65,7 +66,7 @@ def calibrate_bias(
                 "give more text by --text"
             )
         steps = partial(progress or (lambda *_: None), "Reading text for bias directions")
-        found = adapter.calibrate_bias([one.text for one in chosen], wanted, steps)
+        found = adapter.calibrate_bias(read_texts(bank, adapter, chosen), wanted, steps)
     found = replace(found, facts=replace(found.facts, model=manifest.model, model_name=manifest.model_name))
     if dry_run:
         return BiasReport(found, None)

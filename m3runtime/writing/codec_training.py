@@ -29,7 +29,7 @@ from m3runtime.memory.block import Ids, as_ids
 from m3runtime.memory.spec import MemorySpec, fingerprint
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.writing import codec_files, reencoding
-from m3runtime.writing.encoding import GROUP, Group, Store
+from m3runtime.writing.encoding import GROUP, Group, Store, read_texts
 from m3runtime.writing.fitting import TRAINING, OnStep, collected, memory_tokens, sample, weigh
 from m3runtime.writing.pipeline import Pipeline
 from m3runtime.writing.reencoding import encoded_ids, starter, stored_memories
@@ -154,7 +154,8 @@ def train_planned(
     steps = Steps(bank.path / TRAINING, training_key(bank, codec, chosen))
     ids = known_ids(bank, chosen)
     memories = stored_memories(bank, ids, 1)
-    found = train(codec, adapter, chosen, memories, len(ids), config.memory.batch_size, steps, progress)
+    texts = read_texts(bank, adapter, chosen)
+    found = train(codec, adapter, texts, memories, len(ids), config.memory.batch_size, steps, progress)
     if not found.is_good:
         total = memory_tokens(encoded(bank), bank.manifest.spec)
         log.warning(
@@ -182,14 +183,14 @@ def training_key(bank: Bank, codec: Codec, chosen: Sequence[Reference]) -> str:
 def train(
     codec: Codec,
     adapter: Adapter,
-    chosen: Sequence[Reference],
+    texts: Sequence[str],
     memories: Iterable[MemoryTensors],
     count: int,
     batch_size: int,
     steps: Steps,
     progress: OnStep | None,
 ) -> Judged:
-    """Train a codec on ``count`` memories of references, and measure it on those that it did not train on.
+    """Train a codec on ``count`` memories of these texts, and measure it on those that it did not train on.
 
     Takes the bytes of these memories in float16, a few hundred MB, and what `Adapter.importance` takes before.
     """
@@ -198,9 +199,8 @@ def train(
         if progress:
             progress(round(100 * share), 100)
 
-    texts = [one.text for one in chosen]
     importance = weigh(codec, adapter, texts, batch_size, steps, lambda share: report(share / 3))
-    width = max(memory_tokens([one], codec.spec) for one in chosen)
+    width = min(codec.spec.tokens, max(map(adapter.count_tokens, texts)))
     sampled = collected(memories, count, codec.spec, width)
     codec.fit(sampled, importance, lambda share: report((1 + 2 * share) / 3), steps)
     cut = len(sampled) - held_out(len(sampled))

@@ -1,6 +1,6 @@
 """`Group`: references on their way into a home, with their blocks and embeddings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -36,9 +36,9 @@ class Group:
         """The encoded blocks of all references, ``uint8[n, slot_bytes]``; zeros before `put`."""
         return torch.zeros(len(self.ids), self.bank.home.slot_bytes, dtype=torch.uint8)
 
-    def texts(self, rows: Sequence[int]) -> list[str]:
-        """The texts of these rows."""
-        return [self.references[row].text for row in rows]
+    def texts(self, rows: Sequence[int], adapter: Adapter) -> list[str]:
+        """The texts of these rows, as the model reads them."""
+        return read_texts(self.bank, adapter, [self.references[row] for row in rows])
 
     def put(self, rows: Sequence[int], memories: MemoryTensors) -> None:
         """Encode and seal the memories of these rows."""
@@ -48,7 +48,7 @@ class Group:
         """Compute, encode and seal all memories. ``done`` is called with their number after each batch of the model."""
         count = 0
         for rows in batches(self.references, batch_size):
-            self.put(rows, adapter.encode(self.texts(rows)))
+            self.put(rows, adapter.encode(self.texts(rows, adapter)))
             done(count := count + len(rows))
 
     @property
@@ -83,6 +83,13 @@ class Group:
 
 Store = Callable[[Group], None]
 """A transaction of `Group`: `Group.commit`, `Group.catalogue`, `Group.fill` or `Group.change`."""
+
+
+def read_texts(bank: Bank, adapter: Adapter, references: Iterable[Reference]) -> list[str]:
+    """The texts that the model reads of references: below their headings, if the bank's are (`Manifest.headings`)."""
+    if not bank.manifest.headings:
+        return [one.text for one in references]
+    return [one.headed_within(adapter.spec.reference_tokens, adapter.count_tokens) for one in references]
 
 
 def batches(references: Sequence[Reference], size: int) -> list[list[int]]:

@@ -73,7 +73,7 @@ class Pipeline:
                     encode(self._timed("embed", partial(group.embed, self._embedder)))
                 for rows in batches(group.references, self._batch_size) if store is not Group.catalogue else ():
                     with self.clock.phase("model"):
-                        memories = self._adapter.encode(group.texts(rows))
+                        memories = self._adapter.encode(group.texts(rows, self._adapter))
                     put = partial(group.put, rows, memories)
                     encode(self._timed("encode", put, (memories.keys, memories.values)))
                     del put, memories  # the worker's now, or gone: the model needs the room

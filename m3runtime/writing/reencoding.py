@@ -28,6 +28,7 @@ from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.retrieval.embedder import Embeddings
 from m3runtime.storage.home import Batch, Changes
+from m3runtime.writing.encoding import read_texts
 from m3runtime.writing.fitting import TRAINING, OnStep
 
 log = logging.getLogger("m3runtime")
@@ -149,7 +150,7 @@ def _read(bank: Bank, ids: Ids, adapter: Adapter | None, but: bytes = b"") -> li
             log.warning("not encoded anew: %s; run `m3 verify --repair`", error)
     lacking = [one for one in stored if one.memory is None]
     if lacking and adapter is not None:
-        memories = adapter.encode([one.reference.text for one in lacking])
+        memories = adapter.encode(read_texts(bank, adapter, [one.reference for one in lacking]))
         for row, one in enumerate(lacking):
             one.memory = memories.rows(slice(row, row + 1))
     return stored

@@ -15,6 +15,7 @@ from m3runtime.codecs.steps import Steps
 from m3runtime.config.schema import Config
 from m3runtime.writing import codec_files, reencoding
 from m3runtime.writing.codec_training import encoded, known_ids, train, training_key
+from m3runtime.writing.encoding import read_texts
 from m3runtime.writing.erasure import finish_begun
 from m3runtime.writing.fitting import TRAINING, memory_tokens, sample
 from m3runtime.writing.reencoding import starter, stored_memories
@@ -94,7 +95,8 @@ class _Refit:
             memories = stored_memories(self.bank, ids, self._size, self.adapter)
             steps = Steps(self.bank.path / TRAINING, training_key(self.bank, codec, chosen))
             progress = partial(self._progress, "Training the codec")
-            found = train(codec, self.adapter, chosen, memories, len(ids), self._size, steps, progress)
+            texts = read_texts(self.bank, self.adapter, chosen)
+            found = train(codec, self.adapter, texts, memories, len(ids), self._size, steps, progress)
             if found.is_good:
                 new = manifest.with_codec(codec.kind, codec.options, codec.fingerprint)
                 first = OtherCodec(self._starter.kind, dict(self._starter.options), self._starter.fingerprint)

@@ -193,5 +193,6 @@ class Writer:
             dim=self.embedder.dim,
             model_settings=dict(adapter.model_settings),
             planned=first.planned,
+            headings=True,
         )
         return Bank.create(self.config.bank, open_home, manifest, first.codec, first.slot_bytes)

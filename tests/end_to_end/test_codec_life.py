@@ -298,7 +298,7 @@ class TestRefit:
         codec.fit(life.adapter.encode(TEXTS[:1]))
         codec.save(tmp_path / "spoilt.safetensors")
         life.write(TEXTS, file=tmp_path / "spoilt.safetensors")
-        assert life.look(lambda bank: bank.manifest.format) == 1
+        assert life.look(lambda bank: (bank.manifest.planned, bank.manifest.others)) == (None, ())
         slot = life.look(lambda bank: bank.home.slot_bytes)
         spoilt = fmean(life.errors().values())
         life.config = life.config.model_copy(update={"codec": first.config.codec})
@@ -367,7 +367,7 @@ class TestRefit:
         life.config = life.config.model_copy(update={"codec": CodecConfig(kind="raw")})
         report = refit(life.config)
         assert (report.codec, report.left, len(report.encoded)) == ("raw", 0, len(TEXTS))
-        assert life.look(lambda bank: (bank.manifest.format, bank.manifest.others)) == (1, ())
+        assert life.look(lambda bank: (bank.manifest.planned, bank.manifest.others)) == (None, ())
         assert life.kinds() == {"raw": len(TEXTS)}
         assert max(life.errors().values()) < 1e-3
 

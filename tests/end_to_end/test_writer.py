@@ -4,12 +4,15 @@ import gc
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import FrameType
 from typing import Any, cast
 
 import pytest
+import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -17,14 +20,17 @@ from m3backends.lmdb.home import LmdbHome
 from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
 from m3runtime.bank.bank import Bank
+from m3runtime.bank.manifest import Manifest
 from m3runtime.config.schema import Config
 from m3runtime.documents.document import Document
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError
 from m3runtime.memory.block import as_ids
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.writing.encoding import GROUP
 from m3runtime.writing.pipeline import Pipeline
+from m3runtime.writing.verification import verify
 from m3runtime.writing.writer import Writer, WriteReport
 from tests.end_to_end.commands import Contents, Place, contents
 from tests.end_to_end.conftest import NewPlace
@@ -66,6 +72,19 @@ class Desk:
         finally:
             opened.close()
 
+    def memories(self, bank: Path) -> MemoryTensors:
+        """In the order of ids."""
+        opened = assembly.open_bank(self.config.model_copy(update={"bank": bank}), read_only=True)
+        with closing(opened):
+            ids = opened.home.ids()
+            slots = torch.zeros(len(ids), opened.home.slot_bytes, dtype=torch.uint8)
+            assert opened.home.read(ids, slots).all()
+            return opened.decode(slots, torch.float32)
+
+    def manifest(self, bank: Path) -> Manifest:
+        with closing(assembly.open_bank(self.config.model_copy(update={"bank": bank}), read_only=True)) as opened:
+            return opened.manifest
+
 
 @pytest.fixture(scope="module")
 def desk(new_place: NewPlace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
@@ -86,6 +105,42 @@ def bank() -> Iterator[Path]:
 def usable(texts: Sequence[str]) -> list[str]:
     """Those of more than a word."""
     return [text for text in texts if len(text.split()) > 1]
+
+
+@pytest.fixture
+def section() -> str:
+    """Of several passages, of which the last has no heading in its text."""
+    return "# Ships\n\n## The heron\n\n" + "\n\n".join(f"It has {n} masts and sails at noon. " * 3 for n in range(9))
+
+
+def test_the_model_reads_a_text_below_its_headings(desk: Desk, bank: Path, section: str) -> None:
+    desk.write(bank, [section])
+    references, memories = desk.references(bank), desk.memories(bank)
+    assert "heron" not in references[-1].text
+    for row, one in enumerate(references):
+        read = desk.adapter.encode([one.headed_within(96, desk.adapter.count_tokens)])
+        count = int(read.tokens)
+        assert memories.tokens[row] == count
+        torch.testing.assert_close(memories.keys[row, :, :, :count], read.keys[0].float(), atol=0.02, rtol=0.02)
+    assert memories.tokens[-1] > references[-1].tokens
+    assert verify(desk.config.model_copy(update={"bank": bank})).clean
+
+
+def test_a_bank_of_an_earlier_release_stays_as_it_was_begun(
+    desk: Desk, bank: Path, section: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("m3runtime.writing.writer.Manifest", lambda **fields: Manifest(**{**fields, "headings": False}))
+        desk.write(bank, ["A first text."])
+    begun = desk.manifest(bank)
+    assert begun.format == 1
+    assert b"headings" not in begun.to_bytes()
+    assert replace(begun, headings=True).stamp != begun.stamp
+    desk.write(bank, ["A first text.", section])
+    assert desk.manifest(bank) == begun
+    references, memories = desk.references(bank), desk.memories(bank)
+    assert references[-1].heading == "Ships > The heron"
+    assert memories.tokens.tolist() == [one.tokens for one in references]
 
 
 @FEW
