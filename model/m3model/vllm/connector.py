@@ -57,6 +57,7 @@ class MemoryConnector(compat.ConnectorBase):
         self._telling: Telling | None = None
         self._worker: WorkerHalf | None = None
         self._pool: Any = None
+        self._step: Metadata | None = None
         if not compat.is_scheduler(role):
             if not self._shape.together:
                 self._runtime = open_reader(self.config)
@@ -133,11 +134,14 @@ class MemoryConnector(compat.ConnectorBase):
 
     # -- a worker's hooks ---------------------------------------------------------------------------------------
 
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        """See vLLM. Its base class is not told: it would call two hooks for each layer, and they have nothing to do."""
+        self._step = connector_metadata
+
     def start_load_kv(self, forward_context: Any, **_: Any) -> None:
         """See vLLM."""
-        metadata = self._get_connector_metadata()
-        if self._worker is not None and isinstance(metadata, Metadata):
-            self._worker.load(metadata.loads, metadata.refused, forward_context)
+        if self._worker is not None and self._step is not None:
+            self._worker.load(self._step.loads, self._step.refused, forward_context)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """See vLLM."""

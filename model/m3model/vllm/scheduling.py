@@ -139,8 +139,10 @@ class SchedulerHalf:
 
     def plan(self, scheduler_output: Any) -> tuple[list[Load], list[int]]:
         """What is loaded in a step, and a block of each request that is refused."""
-        here = [found for name in compat.scheduled(scheduler_output) if (found := self._readings.get(name)) is not None]
         self._is_idle = not compat.scheduled(scheduler_output)
+        if not self._readings:  # of most steps of a server that others use, too
+            return [], []
+        here = [found for name in compat.scheduled(scheduler_output) if (found := self._readings.get(name)) is not None]
         loads: list[Load] = []
         try:
             self._begin_chunks(here)
