@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from m3backends.lmdb.home import LmdbHome
-from m3backends.lmdb.prefetch import MOST, Prefetch
+from m3backends.lmdb.prefetch import DENSE, MOST, Prefetch
 from m3backends.lmdb.records import pack_ids
 from m3runtime.memory.block import Ids
 from m3runtime.testing.blocks import make_batch, make_blocks, make_ids, stored_bytes
@@ -64,8 +64,10 @@ def test_what_is_not_there_is_not_asked_for(home: LmdbHome) -> None:
 
 
 def test_a_scan_is_left_to_the_kernel(home: LmdbHome) -> None:
-    assert asked(home, b"blocks", make_ids(*range(MOST)))
-    assert asked(home, b"blocks", make_ids(*range(MOST + 1))) == []
+    assert asked(home, b"blocks", make_ids(*range(0, 10 * MOST, 10)))
+    assert asked(home, b"blocks", make_ids(*range(0, 10 * MOST + 10, 10))) == []
+    assert asked(home, b"blocks", make_ids(*range(DENSE - 1)))
+    assert asked(home, b"blocks", make_ids(*range(DENSE))) == []
 
 
 def test_damaged_pages_are_left_to_lmdb(home: LmdbHome, tmp_path: Path) -> None:

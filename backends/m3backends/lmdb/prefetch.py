@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 MOST = 64
 """More records than these are a scan, which the kernel's own readahead serves better."""
+DENSE = 16
+"""As many records, with keys that are close together, are part of a scan, too."""
 
 # LMDB 0.9, 64 bits, in the machine's byte order; `check_structure` reads the same format.
 _DATABASE = struct.Struct("=4x 2x H 8x 8x 8x 8x Q")
@@ -49,8 +51,8 @@ class Prefetch:
             os.close(file)
 
     def fetch(self, txn: "lmdb.Transaction[memoryview]", database: bytes, keys: Sequence[bytes]) -> None:
-        """Ask for the pages of these records of a database without duplicates; of more than `MOST` for none."""
-        if self._file is None or not 0 < len(keys) <= MOST or (record := txn.get(database)) is None:
+        """Ask for the pages of these records of a database that has ids as keys; in a scan for none."""
+        if self._file is None or not keys or _is_scan(keys) or (record := txn.get(database)) is None:
             return
         with suppress(struct.error, OverflowError, OSError):  # damage: LMDB meets it next, and says so
             depth, root = _DATABASE.unpack(record)
@@ -80,6 +82,12 @@ class Prefetch:
         """Have the kernel read extents, each a first page and bytes; it goes on while we do."""
         for number, length in extents:
             os.posix_fadvise(file, number * self._page_bytes, length, os.POSIX_FADV_WILLNEED)
+
+
+def _is_scan(keys: Sequence[bytes]) -> bool:
+    if len(keys) < DENSE:
+        return False
+    return len(keys) > MOST or int.from_bytes(max(keys)) - int.from_bytes(min(keys)) < 2 * len(keys)
 
 
 def _search(page: bytes, key: bytes) -> int:
