@@ -23,6 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import lmdb
 import numpy as np
 
 from m3backends.lmdb.claim import take
@@ -64,11 +65,11 @@ class SlotFile:
                 self._open(slots)
             except BankBusyError:
                 raise
-            except (BankError, ValueError):
+            except (BankError, TierError, lmdb.Error, ValueError):
                 self._close_files()
                 self._begin_anew()
                 self._open(slots)
-        except (BankError, OSError) as error:
+        except (BankError, lmdb.Error, OSError) as error:
             self.close()
             raise TierError(f"cache {folder}: {error}") from error
         except BaseException:
@@ -136,7 +137,7 @@ class SlotFile:
             write_atomically(mark, _FORM)
 
     def _open(self, slots: int) -> None:
-        """Open the files and read the table. Raises `BankError` or `ValueError` for damage."""
+        """Open the files and read the table. Raises many errors for damage."""
         self._table = Environment(
             self._folder, databases=1, max_size=None, read_only=False, durability="relaxed", reopened=lambda: None
         )
