@@ -13,18 +13,18 @@ class LanceContract(HomeContract):
 
     def raw_read(self, tier: Tier, id: int) -> bytes | None:
         assert isinstance(tier, LanceHome)
-        table = lance.dataset(str(tier.path))
+        table = lance.dataset(tier._table.location.uri)
         rows = table.to_table(columns=["block_id"], filter=f"block_id = {id}", with_row_id=True)["_rowid"]
         return table.read_blobs("block", ids=rows)[0][1] if len(rows) else None
 
     def raw_write(self, tier: Tier, id: int, block: bytes) -> None:
         assert isinstance(tier, LanceHome)
-        table = lance.dataset(str(tier.path))
+        table = lance.dataset(tier._table.location.uri)
         table.delete(f"block_id = {id}")
         dim = tier._table.newest().dim
         lance.write_dataset(
             as_table([block_row(id, block)], dim),
-            str(tier.path),
+            tier._table.location.uri,
             schema=table_schema(dim),
             mode="append",
             data_storage_version=FILE_FORMAT,

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("lance")
 
 from m3backends.lance.home import LanceHome
+from m3backends.lance.table import LanceTable
 from m3runtime.storage.home import Home
 from m3runtime.testing.blocks import SLOT_BYTES
 from tests.backends.lance_contract import LanceContract
@@ -22,3 +23,12 @@ class TestLanceHome(LanceContract):
         shutil.rmtree(self.place)
         with LanceHome(path=self.place, slot_bytes=SLOT_BYTES) as durable:
             super().test_is_on_the_drive_when_the_call_returns(durable)
+
+
+@pytest.mark.scale
+class TestLanceHomeWithIndexes(TestLanceHome):
+    """All laws, with the columns indexed after each commit: otherwise a table of 20,000 rows has its first index."""
+
+    @pytest.fixture(autouse=True)
+    def _index_always(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(LanceTable, "index_each", 1)

@@ -1,6 +1,6 @@
 """A transaction that another came before changes nothing, however long its process was stopped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ pytest.importorskip("lance")
 import lance
 
 from m3backends.lance.home import LanceHome
-from m3backends.lance.snapshot import Change, Snapshot
 from m3runtime.errors import InputError
 from m3runtime.testing.blocks import SLOT_BYTES, make_batch, make_blocks, make_ids, make_reference
 from m3runtime.testing.home import check_whole, contents
@@ -30,22 +29,14 @@ def homes(tmp_path: Path) -> tuple[LanceHome, LanceHome]:
 
 def stop_before_committing(home: LanceHome, meanwhile: Callable[[], object]) -> None:
     """The next transaction has checked all, and written its files; then ``meanwhile`` happens, and it goes on."""
-    table, commit = home._table, home._table._commit
-    files = table._written
+    location, sync = home._table.location, home._table.location.sync_fragments
 
-    def stopped(snapshot: Snapshot, change: Change) -> Any:
-        def then(rows: Any, dim: int | None) -> Any:
-            written = files(rows, dim)
-            if rows == [(change.head or snapshot.head).row()]:  # the last that is written before the commit
-                table._written = files  # type: ignore[method-assign]
-                meanwhile()
-            return written
+    def stopped(fragments: Iterable[Any]) -> None:
+        location.sync_fragments = sync  # type: ignore[method-assign]
+        sync(fragments)
+        meanwhile()
 
-        table._commit = commit  # type: ignore[method-assign]
-        table._written = then  # type: ignore[method-assign]
-        return commit(snapshot, change)
-
-    table._commit = stopped  # type: ignore[method-assign]
+    location.sync_fragments = stopped  # type: ignore[method-assign]
 
 
 def commit(home: LanceHome, id: int, text: int) -> None:

@@ -52,7 +52,7 @@ class Edit:
         gone: dict[str, Iterable[int | str]] = {
             "id": self._forgotten | self._moved,
             "block_id": self._forgotten,
-            "mark_id": self._forgotten | self._lost_marks,
+            "mark_id": (self._forgotten | self._lost_marks) & self.snapshot.marks.keys(),
             "key": self._lost_keys,
         }
         rows = [row for row in self._rows if row.get("id") not in self._forgotten]

@@ -53,15 +53,28 @@ class Snapshot:
         """Has nothing been stored yet?"""
         return int(self.dataset.count_rows()) == 2  # the anchor and the head
 
-    @cached_property
+    @property
     def head(self) -> Head:
         """The head. Raises `TierError` unless there is just one."""
-        columns, where = ["key", "value", "seal"], f"key = '{HEAD}'"
+        return self._head[0]
+
+    @property
+    def head_address(self) -> int:
+        """The place of the head's row: its fragment in the upper 32 bits."""
+        return self._head[1]
+
+    @cached_property
+    def _head(self) -> tuple[Head, int]:
         last = self.dataset.get_fragments()[-1:]  # it is there, unless the table was compacted by another program
-        found = self.table(where, columns, fragments=last).to_pylist() or self.rows(where, columns)
+        found = self._heads(fragments=last) or self._heads()
         if len(found) != 1:
             raise TierError(f"bank {self.bank} is damaged: its table has {len(found)} heads; restore it from a copy")
-        return Head.of(self.bank, found[0])
+        return Head.of(self.bank, found[0]), found[0]["_rowaddr"]
+
+    def _heads(self, **options: Any) -> list[Row]:
+        columns = ["key", "value", "seal"]
+        rows: list[Row] = self.table(f"key = '{HEAD}'", columns, with_row_address=True, **options).to_pylist()
+        return rows
 
     @cached_property
     def marks(self) -> Mapping[int, str]:

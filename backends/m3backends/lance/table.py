@@ -1,24 +1,21 @@
 """`LanceTable`: the one table of a home, whose transactions are fenced: one that others came before is refused.
 
-Lance rebases a commit on others that came meanwhile, unless both change the same fragment of rows. So every
-transaction claims the first fragment of the table, the **anchor**, which holds one row and never changes. Of two
-transactions that began at the same version only one wins, however long the other was stopped: it is refused, reads the
-newest version, checks everything anew and tries again. `LanceTable.compact` keeps the newest version that claimed the
-anchor: a refusal needs the record of what came before.
+`m3backends.lance.fence` says how. `LanceTable.compact` keeps the newest version that claimed the anchor.
 """
 
 import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from m3backends.lance.library import faults, is_conflict, lance
+from m3backends.lance.fence import ROWS, commit
+from m3backends.lance.library import faults, is_conflict
 from m3backends.lance.location import Location
-from m3backends.lance.schema import FILE_FORMAT, HEAD, Row, any_of, as_table, embedding_field, table_schema
+from m3backends.lance.schema import embedding_field
 from m3backends.lance.snapshot import Change, Snapshot
 from m3runtime.errors import InputError, TierClosedError, TierError, TierReadOnlyError
 
@@ -31,12 +28,16 @@ _PAUSE = 0.05
 """At most so many seconds until it is tried again: at random, so that two do not meet again."""
 _TRIES = 20
 """Times that a read is tried again while the version that it reads is cleaned up."""
-_ROWS = 20_000
-"""Most rows of a fragment. Compaction rewrites whole fragments."""
+
+
+_INDEXED = ("key", "id", "block_id")
 
 
 class LanceTable:
     """The table at a location. Thread-safe; several processes may write it."""
+
+    index_each = 20_000
+    """Rows after which columns that are searched are indexed. A search compares rows that no index has yet."""
 
     def __init__(self, location: Location, *, slot_bytes: int | None, read_only: bool, fresh: float = 0.0) -> None:
         """Open the table, or make it with slots of ``slot_bytes``. Raises the errors of `Location.open`.
@@ -47,6 +48,8 @@ class LanceTable:
         self.read_only = read_only
         self._fresh = 0.0 if location.folder else fresh
         self._looked = time.monotonic()
+        self._added = 0
+        """Rows that were added here since the columns were indexed."""
         self._bank = location.uri
         self._process = os.getpid()
         self._closed = False
@@ -102,7 +105,12 @@ class LanceTable:
         """
         self._check_writable()
         with self._writing, faults(self._bank):
-            return self._write(work, self.location.changing)
+            result = self._write(work, self.location.changing)
+            if self._added >= self.index_each:
+                self._added = 0
+                with self.upkeep():
+                    self._index_columns(anew=False)
+            return result
 
     def widen_columns(self, dim: int) -> None:
         """Give the table its column of embeddings. Raises `InputError` if it has one of another length."""
@@ -128,7 +136,7 @@ class LanceTable:
                 return result
             try:
                 with changing():
-                    made = self._commit(snapshot, change)
+                    made = commit(self.location, snapshot, change)
             except Exception as error:
                 if not is_conflict(error):
                     raise
@@ -136,66 +144,8 @@ class LanceTable:
             else:
                 self.location.sync_version(made.version)
                 self._adopt(made)
+                self._added += len(change.rows)
                 return result
-
-    def _commit(self, snapshot: Snapshot, change: Change) -> Any:
-        """Commit a change of a version. Returns the new one.
-
-        Raises what `is_conflict` knows if the version is no longer the newest one.
-        """
-        dataset = snapshot.dataset
-        removed, updated = self._without(snapshot, {**change.gone, "key": [HEAD, *change.gone.get("key", ())]})
-        added = self._written(change.rows, snapshot.dim)
-        added += self._written([(change.head or snapshot.head).row()], snapshot.dim)  # the last fragment of all
-        self.location.sync_fragments([*added, *updated])
-        anchor = dataset.get_fragments()[0].metadata
-        update = lance.LanceOperation.Update(removed, updated_fragments=[anchor, *updated], new_fragments=added)
-        transaction = lance.Transaction(snapshot.version, update)
-        try:
-            return lance.LanceDataset.commit(dataset, transaction, max_retries=0)
-        except Exception as error:
-            if self.location.folder is None and (made := self._landed(transaction)) is not None:
-                return made
-            raise error
-
-    def _landed(self, transaction: Any) -> Any:
-        """The version that a transaction made although its commit failed: the store did it, and its answer was lost."""
-        newest = self.location.dataset()
-        for version in range(transaction.read_version + 1, newest.version + 1):
-            try:
-                if newest.read_transaction(version).uuid == transaction.uuid:
-                    return newest
-            except (OSError, ValueError, RuntimeError):  # cleaned up
-                continue
-        return None
-
-    def _without(self, snapshot: Snapshot, gone: Mapping[str, Iterable[int | str]]) -> tuple[list[int], list[Any]]:
-        """The fragments that lose all of their rows, and the new state of those that lose some."""
-        where = " or ".join(any_of(column, values) for column, values in gone.items())
-        rows = snapshot.table(where, ["key"], with_row_address=True)
-        removed, updated = list[int](), list[Any]()
-        for number in sorted({address >> 32 for address in rows["_rowaddr"].to_pylist()}):
-            left = snapshot.dataset.get_fragment(number).delete(where)
-            if left is None:
-                removed.append(number)
-            else:
-                updated.append(left)
-        return removed, updated
-
-    def _written(self, rows: list[Row], dim: int | None) -> list[Any]:
-        """Uncommitted fragments of rows."""
-        if not rows:
-            return []
-        written = lance.fragment.write_fragments(
-            as_table(rows, dim),
-            self._bank,
-            schema=table_schema(dim),
-            mode="append",
-            max_rows_per_file=_ROWS,
-            data_storage_version=FILE_FORMAT,
-            enable_stable_row_ids=True,
-        )
-        return list(written)
 
     # Upkeep
 
@@ -209,6 +159,7 @@ class LanceTable:
             folder = self.location.folder
             before = folder.files() if folder else set()
             self._rewrite()
+            self._index_columns(anew=True)  # an index has names and digests of what was forgotten
             with self.location.changing(alone=True):
                 self._write(lambda _: (Change(), None), nullcontext)  # keeps the fence: see above
                 self.location.sync_all(but=before)
@@ -238,13 +189,37 @@ class LanceTable:
             fragments = dataset.get_fragments()
             try:
                 dataset.optimize.compact_files(
-                    target_rows_per_fragment=_ROWS,
+                    target_rows_per_fragment=ROWS,
                     materialize_deletions_threshold=0.0,
                     excluded_fragment_ids=[fragments[0].fragment_id, fragments[-1].fragment_id],  # anchor and head
                 )
             except Exception as error:
                 if not is_conflict(error):
                     raise
+                self._wait(deadline, error)
+            else:
+                return
+
+    def _index_columns(self, *, anew: bool) -> None:
+        """Index columns, or the rows that were added since. Without ``anew`` it is left to others if they change it."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            dataset = self.location.dataset()
+            there = {name for one in dataset.describe_indices() for name in one.field_names}
+            if dataset.count_rows() < self.index_each and not there & set(_INDEXED):
+                return
+            try:
+                for column in _INDEXED:
+                    if anew or column not in there:
+                        dataset.create_scalar_index(column, "BTREE", name=f"{column}_idx", replace=True)
+                if not anew and there >= set(_INDEXED):
+                    dataset.optimize.optimize_indices(index_names=[f"{column}_idx" for column in _INDEXED])
+                self._adopt(self.location.dataset())
+            except Exception as error:
+                if not is_conflict(error):
+                    raise
+                if not anew:
+                    return
                 self._wait(deadline, error)
             else:
                 return
