@@ -32,6 +32,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "chat-start": ("facts", *SMALL, "--set", "generate.prompt=chat"),
     "text": ("text", "--corpus", str(CORPUS)),
     "sweep": ("sweep", "--questions", "80", *START),
+    "search": ("search", "--questions", "150", "--texts", "400"),
+    "conversations": ("conversations",),
     "codec": (),
     "headings": (),
     "chunks": ("sweep", "--questions", "20", "--axis", "memories", "--corpus", str(CORPUS)),

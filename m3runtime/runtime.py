@@ -35,6 +35,7 @@ from m3runtime.recall.recall import Recall
 from m3runtime.recall.recalled import Recalled
 from m3runtime.recall.refresh import Refresh
 from m3runtime.retrieval.match import Match
+from m3runtime.retrieval.query import Text
 from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
 from m3runtime.retrieval.retriever import Retriever
 from m3runtime.storage.defaults import default_decoded
@@ -196,7 +197,7 @@ class Runtime:
         weakref.finalize(stream, self._dropped.append, stream.number).atexit = False
         return stream
 
-    def recall(self, streams: Sequence[Stream], texts: Sequence[str], *, wait: bool | None = None) -> list[Recalled]:
+    def recall(self, streams: Sequence[Stream], texts: Sequence[Text], *, wait: bool | None = None) -> list[Recalled]:
         """Recall for several streams: one embedding, one search, one read and one decoding for all of them.
 
         Concurrent calls of other threads are embedded and searched in the same batch. A blank text gets no memories.
@@ -213,7 +214,7 @@ class Runtime:
         waits = self.config.recall.when_late == "wait" if wait is None else wait
         return self._recall([stream.state for stream in streams], texts, waits=waits) if streams else []
 
-    def hint(self, streams: Sequence[Stream], texts: Sequence[str]) -> None:
+    def hint(self, streams: Sequence[Stream], texts: Sequence[Text]) -> None:
         """Prefetch for several streams, embedded, searched and read together; see `Stream.hint`.
 
         Raises `TierClosedError` after `close`.
@@ -226,7 +227,7 @@ class Runtime:
         if os.getpid() == self._process:  # a forked process has copies, and locks that nobody opens
             self._recall.release(stream.state)
 
-    def _check(self, streams: Sequence[Stream], texts: Sequence[str]) -> None:
+    def _check(self, streams: Sequence[Stream], texts: Sequence[Text]) -> None:
         self._check_process()
         self._end_dropped()
         if len(streams) != len(texts):
@@ -269,7 +270,7 @@ class Runtime:
     # -- the bank -----------------------------------------------------------------------------------------------
 
     def search(
-        self, texts: Sequence[str], k: int | None = None, restriction: Restriction = UNRESTRICTED
+        self, texts: Sequence[Text], k: int | None = None, restriction: Restriction = UNRESTRICTED
     ) -> list[list[Match]]:
         """The matches that a recall would choose for each text, best first; with ``k``, so many whatever the scores.
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 import torch
 
 from m3runtime.recall.recalled import Recalled, StreamState
+from m3runtime.retrieval.query import Text
 from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
 
 if TYPE_CHECKING:
@@ -19,10 +20,10 @@ class Recaller(Protocol):
     def config(self) -> "Config":
         """Its ``recall`` section says how long a chunk is and when to look ahead."""
 
-    def recall(self, streams: "Sequence[Stream]", texts: Sequence[str], *, wait: bool | None = None) -> list[Recalled]:
+    def recall(self, streams: "Sequence[Stream]", texts: Sequence[Text], *, wait: bool | None = None) -> list[Recalled]:
         """Choose and deliver memories for each stream; see `m3runtime.runtime.Runtime.recall`."""
 
-    def hint(self, streams: "Sequence[Stream]", texts: Sequence[str]) -> None:
+    def hint(self, streams: "Sequence[Stream]", texts: Sequence[Text]) -> None:
         """Prefetch for each stream; see `m3runtime.runtime.Runtime.hint`."""
 
     def release(self, stream: "Stream") -> None:
@@ -52,7 +53,7 @@ class Stream:
         """The dtype that its memories are decoded to."""
         return self.state.dtype
 
-    def recall(self, text: str, *, wait: bool | None = None) -> Recalled:
+    def recall(self, text: Text, *, wait: bool | None = None) -> Recalled:
         """Choose and deliver the memories for the chunk that has this text. A blank text gets none.
 
         ``wait``: wait for late blocks? Default: as ``recall.when_late`` says. Raises the typed errors of
@@ -60,7 +61,7 @@ class Stream:
         """
         return self.runtime.recall([self], [text], wait=wait)[0]
 
-    def hint(self, text: str) -> None:
+    def hint(self, text: Text) -> None:
         """Prefetch the memories that a recall by this text would choose, in the background.
 
         A newer hint replaces an older one. A hint changes when memories are ready, never which ones are recalled, and

@@ -23,6 +23,8 @@ class Prompt:
 
     text: str
     query: str | None = None
+    context: tuple[str, ...] = ()
+    """What ``query`` follows on: earlier messages of the user, the newest first."""
     literal: tuple[tuple[int, int], ...] = ()
     """Spans of the text, in order, in which the marker of a special token is text: somebody's words have one there."""
 
@@ -56,6 +58,11 @@ class Answer:
     """One for each token, if ``generate.log_probs`` asks for them."""
     grounding: Grounding | None = field(default=None, repr=False)
     """The memories that each token was read from; None unless ``generate.grounding`` asks for it."""
+
+    @property
+    def found(self) -> bool:
+        """Was anything recalled? If not, the answer is the model's own."""
+        return any(len(chunk) for chunk in self.chunks)
 
     @property
     def memories(self) -> "Mapping[int, float]":

@@ -149,6 +149,7 @@ class _Talk(ExitStack):
         return {
             "answer": answer.text.strip(),
             "stopped_by": answer.stopped_by,
+            "found": answer.found,
             "memories": memories,
             "grounding": None if answer.grounding is None else _grounding(answer, answer.grounding),
             "first_token_s": answer.first_token_s,
@@ -161,6 +162,8 @@ class _Talk(ExitStack):
             f"{answer.tokens_per_s:.1f} tokens/s",
             err=True,
         )
+        if self.runtime is not None and not answer.found:
+            say("nothing was recalled: the answer is the model's own (recall.min_score, --where)", err=True)
         shares = {} if answer.grounding is None else answer.grounding.memories
         for id, score, reference in _memories(answer):
             text = " ".join(reference.text.split())

@@ -166,6 +166,62 @@ def calibrate(
     say(text if dry_run else f"written into {file.path}", nl=not dry_run)
 
 
+@app.command()
+def search(
+    config: ConfigFile = None,
+    out: Out = Path("eval-search"),
+    seed: Seed = 0,
+    questions: Annotated[int, typer.Option("--questions", min=1, help="Most questions of each corpus.")] = 300,
+    texts: Annotated[int, typer.Option("--texts", min=1, help="Most texts of each corpus.")] = 2000,
+    k: Annotated[int, typer.Option("-k", min=1, help="Texts that one search may give.")] = 5,
+    pairs: Annotated[
+        list[Path] | None, typer.Option("--pairs", help="JSON lines with text and question; may be repeated.")
+    ] = None,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Compare search by embeddings, by words and by both: the right text among those found, and milliseconds.
+
+    The corpora are invented facts, Python's manual and code, and yours. No model is needed, and no bank.
+    """
+    settings = configuration(config, set)
+    _require_libraries()
+    from m3runtime.lab.evaluation.finding import SearchSettings, evaluate_search
+
+    asked = SearchSettings(seed, questions, texts, k, tuple(map(str, pairs or ())))
+    with progress_bars(shown=not json) as progress:
+        report = evaluate_search(settings, asked, progress)
+    _finish(report, out, json=json)
+
+
+@app.command()
+def conversations(
+    config: ConfigFile = None,
+    out: Out = Path("eval-conversations"),
+    seed: Seed = 0,
+    references: References = 320,
+    conversations: Annotated[int, typer.Option("--conversations", min=1, help="Number of conversations.")] = 100,
+    k: Annotated[int, typer.Option("-k", min=1, help="Memories that one search may give.")] = 5,
+    pairs: Annotated[
+        Path | None, typer.Option("--pairs", help="Talk about JSON lines with text and question, not about facts.")
+    ] = None,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Ask for invented facts in conversations with pronouns, ellipses and changes of subject.
+
+    It tries values of recall.turn_weight, and needs no model and no bank.
+    """
+    settings = configuration(config, set)
+    _require_libraries()
+    from m3runtime.lab.evaluation.conversations import ConversationSettings, evaluate_conversations
+
+    asked = ConversationSettings(seed, references, conversations, k, str(pairs or ""))
+    with progress_bars(shown=not json) as progress:
+        report = evaluate_conversations(settings, asked, progress)
+    _finish(report, out, json=json)
+
+
 def _require_libraries() -> None:
     from m3runtime.plugins.loading import require
 

@@ -169,6 +169,11 @@ class RecallConfig(Section):
     """Most memories of a chunk."""
     search: Literal["dense", "lexical", "hybrid"] = "dense"
     """The search: by embeddings, by words (BM25), or by both, joined by their ranks."""
+    turn_weight: Annotated[float, Field(ge=0, le=10)] = 0.8
+    """The weight, in the search for a message of a conversation, of an earlier one of the user that tells what it is
+    about; 0: only the last message is searched by."""
+    question_weight: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """The weight of the question in the search for a chunk of its answer; 0: only the chunk is searched by."""
     min_score: Annotated[float, Field(ge=-1, le=1)] = 0.3
     """Memories that score lower are not recalled."""
     where: Annotated[Mapping[str, Any], BeforeValidator(_where)] = {}

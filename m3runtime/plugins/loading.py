@@ -36,6 +36,8 @@ _EXTRAS = {
     "lance": ("lance",),
     "watchfiles": ("sync",),
     "valkey": ("valkey",),
+    "langchain_core": ("langchain",),
+    "llama_index": ("llama-index",),
     "vllm": ("vllm",),
     "httpx": ("vllm-url",),
 }

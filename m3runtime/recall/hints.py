@@ -16,6 +16,7 @@ from m3runtime.recall.background import Background
 from m3runtime.recall.lease import Lease
 from m3runtime.recall.loader import Loader
 from m3runtime.retrieval.match import Match
+from m3runtime.retrieval.query import Text
 from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
 
 Search = Callable[[Sequence["Hint"], Phases], list[list[Match]]]
@@ -28,7 +29,7 @@ class Hint:
 
     stream: int
     """The stream's number."""
-    text: str
+    text: Text
     dtype: torch.dtype
     held: frozenset[int]
     """Ids that the stream leases already: its recall finds them in the store."""

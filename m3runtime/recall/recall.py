@@ -18,6 +18,7 @@ from m3runtime.recall.lease import Lease
 from m3runtime.recall.loader import Loader
 from m3runtime.recall.recalled import Recalled, StreamState
 from m3runtime.retrieval.match import Match
+from m3runtime.retrieval.query import Text
 from m3runtime.retrieval.restriction import Restriction
 from m3runtime.retrieval.retriever import Retriever, log_weights
 
@@ -46,7 +47,7 @@ class Recall:
         self._stats = stats
         self._search = Batched(self._search_together)
 
-    def __call__(self, streams: Sequence[StreamState], texts: Sequence[str], *, waits: bool) -> list[Recalled]:
+    def __call__(self, streams: Sequence[StreamState], texts: Sequence[Text], *, waits: bool) -> list[Recalled]:
         """Recall for streams of one dtype; see `m3runtime.runtime.Runtime.recall`."""
         began = time.perf_counter()
         numbers = tuple(stream.number for stream in streams)
@@ -77,7 +78,7 @@ class Recall:
         )
         return recalled
 
-    def hint(self, streams: Sequence[StreamState], texts: Sequence[str]) -> None:
+    def hint(self, streams: Sequence[StreamState], texts: Sequence[Text]) -> None:
         """Prefetch what recalls by these texts would choose. Raises `TierClosedError` after the end."""
         self.hints.add(
             [
@@ -97,7 +98,7 @@ class Recall:
     # -- step by step ------------------------------------------------------------------------------------------
 
     def _search_together(
-        self, requests: Sequence[tuple[Sequence[str], Sequence[Restriction], Phases]]
+        self, requests: Sequence[tuple[Sequence[Text], Sequence[Restriction], Phases]]
     ) -> list[list[list[Match]]]:
         """Embed and search the texts of several calls at once."""
         began = time.perf_counter()

@@ -3,7 +3,10 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
+from functools import partial
 from typing import Self
+
+import numpy as np
 
 from m3runtime.config.where import Where
 from m3runtime.errors import ConfigError
@@ -14,6 +17,7 @@ from m3runtime.retrieval.fusion import fused
 from m3runtime.retrieval.index import Index
 from m3runtime.retrieval.lexical import LexicalIndex
 from m3runtime.retrieval.match import Match
+from m3runtime.retrieval.query import Query, Text, turn_weights
 from m3runtime.retrieval.recent import Recent
 from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
 
@@ -76,7 +80,7 @@ class Retriever:
 
     def search(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         k: int | None = None,
         timed: Timed = nullcontext,
         restrictions: Sequence[Restriction] | None = None,
@@ -87,31 +91,65 @@ class Retriever:
         """
         wanted = self.memories if k is None else k
         limits = restrictions or [UNRESTRICTED] * len(texts)
-        asked = [i for i, text in enumerate(texts) if text.strip()]
+        queries = [Query.of(text) for text in texts]
+        asked = [i for i, query in enumerate(queries) if query.text.strip()]
         matches: list[list[Match]] = [[] for _ in texts]
         if not asked or not wanted or not len(self.index):
             return matches
-        wording = tuple(texts[i] for i in asked)
+        wording = tuple(queries[i].text for i in asked)
         with timed("embed"):
             vectors = self._recent(wording, lambda: self.embedder.embed_queries(wording))
+            # Each is embedded alone: a message is when it is asked, and again only after many others.
+            contexts = [
+                [self._recent((text,), partial(self.embedder.embed_queries, (text,))) for text in queries[i].context]
+                for i in asked
+            ]
         with timed("search"):
             for where in dict.fromkeys(limits[i].where for i in asked):
                 rows = [row for row, i in enumerate(asked) if limits[i].where == where]
-                found = self._found([wording[row] for row in rows], vectors[rows], wanted, where)
+                given = [queries[asked[row]] for row in rows], vectors[rows], [contexts[row] for row in rows]
+                found = self._found(*given, wanted, where)
                 for row, nearest in zip(rows, found, strict=True):
                     matches[asked[row]] = self._passing(nearest, limits[asked[row]])
         return matches
 
-    def _found(self, texts: Sequence[str], vectors: Embeddings, k: int, where: Where) -> list[list[Match]]:
-        """The first ``k`` of each text, by one search or by two."""
+    def _with_context(
+        self, vectors: Embeddings, queries: Sequence[Query], contexts: Sequence[Sequence[Embeddings]], among: Ids | None
+    ) -> Embeddings:
+        """The sum of each query's vector and those of its context by their weights, of length 1."""
+        if not any(contexts):
+            return vectors
+        vectors = vectors.copy()
+        for row, (query, context) in enumerate(zip(queries, contexts, strict=True)):
+            if context:
+                together = np.concatenate([vectors[row : row + 1], *context])
+                weights: Sequence[float] = (1.0, *query.weights)
+                if not query.weights:
+                    nearest = self._nearest(together, 1, among)
+                    best = [max((match.score for match in one), default=0.0) for one in nearest]
+                    weights = turn_weights(best, query.turn_weight)
+                joined = np.array(weights, np.float32) @ together
+                vectors[row] = joined / max(np.linalg.norm(joined), np.finfo(np.float32).tiny)
+        return vectors
+
+    def _found(
+        self,
+        queries: Sequence[Query],
+        vectors: Embeddings,
+        contexts: Sequence[Sequence[Embeddings]],
+        k: int,
+        where: Where,
+    ) -> list[list[Match]]:
+        """The first ``k`` of each query, by one search or by two."""
         if where and self.members is None:
             raise ConfigError("this retriever does not know which memories meet conditions")
         among = self.members(where) if where and self.members else None
+        vectors = self._with_context(vectors, queries, contexts, among)
         if self.lexical is None:
             return self._nearest(vectors, k, among)
         depth = max(_DEPTH, k)
         nearest = self._nearest(vectors, depth, among)
-        hits = [ids.tolist() for ids, _ in self.lexical.search(texts, depth, among)]
+        hits = [ids.tolist() for ids, _ in self.lexical.search([query.words for query in queries], depth, among)]
         dense = [[] if self.alone else [match.id for match in row] for row in nearest]
         return [fused(row, (ids, words), k) for row, ids, words in zip(nearest, dense, hits, strict=True)]
 

@@ -58,7 +58,11 @@ def test_a_search_and_an_answer_are_filtered(docs: Place) -> None:
     answer = docs.m3("ask", "When does the ferry sail?", "--set", "generate.max_new_tokens=2", "--json").json
     assert [one["text"] for one in answer["memories"]] == [LAMP]
     answer = docs.m3("ask", "ferry", "--where", "lang=xx", "--set", "generate.max_new_tokens=2", "--json").json
-    assert answer["memories"] == []
+    assert (answer["memories"], answer["found"]) == ([], False)
+    shown = docs.m3("ask", "ferry", "--where", "lang=xx", "--set", "generate.max_new_tokens=2")
+    assert "nothing was recalled" in shown.err
+    bare = docs.m3("ask", "ferry", "--no-memory", "--set", "generate.max_new_tokens=2")
+    assert "nothing was recalled" not in bare.err
 
 
 @pytest.mark.parametrize(

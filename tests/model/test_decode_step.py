@@ -15,9 +15,10 @@ from m3model.engine.session import Session
 from m3model.transformers import TransformersAdapter
 from m3runtime.adapters.answers import Prompt
 from m3runtime.config.schema import GenerateConfig
+from m3runtime.retrieval.query import Query
 from m3runtime.runtime import Runtime
 from tests.model.banks import CHUNK, make_runtime
-from tests.model.families import make_adapter, make_model, random_text
+from tests.model.families import make_adapter, make_model, make_tokenizer, random_text
 
 WAITING = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "_unique2", "masked_select", "unique_dim"}
 """Operations that cannot be queued: their result, or its shape, depends on values on the device."""
@@ -175,3 +176,24 @@ def test_the_head_is_asked_for_the_ends_of_prompts(runtime_of: Callable[..., Run
     prompts = [Prompt(random_text(adapter.tokenizer, length, seed=length)) for length in (3, CHUNK + 2, CHUNK + 5)]
     heads = [event[1] for event in events_of(adapter, runtime, prompts) if event[0] == "head"]
     assert heads == [1, 2]  # in the first chunk after token 3, in the second after 2 and 5
+
+
+def test_a_message_is_searched_by_together_with_the_earlier_ones(runtime_of: Callable[..., Runtime]) -> None:
+    adapter = make_adapter()
+    said = [("user", "a map"), ("assistant", "a bell"), ("user", "a heron"), ("assistant", "no"), ("user", "where")]
+    prompt = adapter.chat([{"role": role, "content": content} for role, content in said])
+    assert (prompt.query, prompt.context) == ("where", ("a heron", "a map"))
+    with_turns = runtime_of(adapter, turn_weight=0.7)
+    asked = {event[1] for event in events_of(adapter, with_turns, [prompt]) if event[0] == "recall"}
+    assert asked == {Query("where", ("a heron", "a map"), turn_weight=0.7)}
+
+
+def test_an_answer_is_searched_by_together_with_its_question(runtime_of: Callable[..., Runtime]) -> None:
+    adapter = make_adapter(tokenizer=make_tokenizer(eos=False))
+    runtime = runtime_of(adapter, question_weight=0.5)
+    prompt = Prompt("a map and a bell", query="a map")
+    with runtime.stream(adapter.dtype) as stream, patch.object(runtime, "recall", wraps=runtime.recall) as recall:
+        adapter.generate([prompt], [stream], GenerateConfig(max_new_tokens=CHUNK + 1))
+    first, second = (call.args[1][0] for call in recall.call_args_list)
+    assert first == "a map"
+    assert (second.context, second.weights) == (("a map",), (0.5,))

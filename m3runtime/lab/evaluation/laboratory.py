@@ -11,6 +11,7 @@ from m3runtime.memory.spec import MemorySpec
 from m3runtime.recall.lease import Part
 from m3runtime.recall.recalled import Recalled
 from m3runtime.retrieval.match import Match
+from m3runtime.retrieval.query import Query, Text
 from m3runtime.retrieval.retriever import log_weights
 from m3runtime.stream import Stream
 
@@ -52,11 +53,12 @@ class Laboratory:
         """A new stream; see `m3runtime.runtime.Runtime.stream`."""
         return Stream(self, dtype)
 
-    def recall(self, streams: Sequence[Stream], texts: Sequence[str], *, wait: bool | None = None) -> list[Recalled]:  # noqa: ARG002 - nothing is late
+    def recall(self, streams: Sequence[Stream], texts: Sequence[Text], *, wait: bool | None = None) -> list[Recalled]:  # noqa: ARG002 - nothing is late
         """Deliver the memories that were chosen for these texts."""
-        return [self._recalled(stream, self.choices.get(text, ())) for stream, text in zip(streams, texts, strict=True)]
+        found = [self.choices.get(Query.of(text).text, ()) for text in texts]
+        return [self._recalled(stream, choices) for stream, choices in zip(streams, found, strict=True)]
 
-    def hint(self, streams: Sequence[Stream], texts: Sequence[str]) -> None:
+    def hint(self, streams: Sequence[Stream], texts: Sequence[Text]) -> None:
         """Do nothing: all memories are in RAM."""
 
     def release(self, stream: Stream) -> None:

@@ -47,7 +47,9 @@ class World:
 
 
 @dataclass(frozen=True, slots=True)
-class _Entity:
+class Entity:
+    """An invented person, place or thing."""
+
     kind: Kind
     full_name: str
     short_name: str
@@ -56,18 +58,19 @@ class _Entity:
 
 
 @dataclass(frozen=True, slots=True)
-class _Cluster:
+class Cluster:
     """Entities that are near misses of each other, and one more that no reference mentions."""
 
     kind: Kind
-    members: tuple[_Entity, ...]
-    absent: _Entity
+    members: tuple[Entity, ...]
+    absent: Entity
 
-    def wrong(self, relation: Relation, *, about: _Entity) -> tuple[str, ...]:
+    def wrong(self, relation: Relation, *, about: Entity) -> tuple[str, ...]:
+        """The values of a relation that references state for the near misses of an entity."""
         return tuple(each.values[relation][0] for each in self.members if each is not about and relation in each.values)
 
 
-_Told = tuple[_Cluster, _Entity]
+_Told = tuple[Cluster, Entity]
 
 
 def make_world(
@@ -88,12 +91,12 @@ def make_world(
     _check_size("questions", questions, 1, QUESTIONS_PER_REFERENCE * references, "two for each reference")
     _check_size("unanswerable", unanswerable, 0, references, "one for each reference")
     rng = Random(f"world {seed}")  # a string, as Random takes -1 for 1
-    clusters = _make_clusters(references, rng)
+    clusters = make_clusters(references, rng)
     told = [(cluster, entity) for cluster in clusters for entity in cluster.members]
     rng.shuffle(told)
     return World(
         seed,
-        tuple(_tell(entity, rng, named=named) for _, entity in told),
+        tuple(tell(entity, rng, named=named) for _, entity in told),
         tuple(_ask_answerable(told, questions, rng)),
         tuple(_ask_unanswerable(told, unanswerable, rng)),
         tuple(entity.full_name for _, entity in told),
@@ -105,7 +108,8 @@ def _check_size(name: str, size: int, least: int, most: int, why: str) -> None:
         raise InputError(f"{name}: must be between {least} and {most} ({why}), not {size}")
 
 
-def _make_clusters(references: int, rng: Random) -> list[_Cluster]:
+def make_clusters(references: int, rng: Random) -> list[Cluster]:
+    """So many entities, in clusters of near misses."""
     names = Names(rng)
     clusters = []
     for kind in cycle(rng.sample(kinds(), len(kinds()))):
@@ -119,7 +123,7 @@ def _make_clusters(references: int, rng: Random) -> list[_Cluster]:
     return clusters
 
 
-def _make_cluster(kind: Kind, size: int, names: Names, rng: Random) -> _Cluster:
+def _make_cluster(kind: Kind, size: int, names: Names, rng: Random) -> Cluster:
     shared = {slot: _fill(slot, 1, names, rng)[0] for slot in re.findall(r"{(\w+)}", kind.full_name)}
     varying = rng.choice(kind.varying)
     slots = [shared | {varying: filling} for filling in _fill(varying, size + 1, names, rng)]
@@ -137,12 +141,12 @@ def _make_cluster(kind: Kind, size: int, names: Names, rng: Random) -> _Cluster:
             taken.append(value)
             values[relation] = value
         members.append(_make_entity(kind, each, values))
-    return _Cluster(kind, tuple(members), _make_entity(kind, slots[size], {}))
+    return Cluster(kind, tuple(members), _make_entity(kind, slots[size], {}))
 
 
-def _make_entity(kind: Kind, slots: dict[str, str], values: dict[Relation, Spellings]) -> _Entity:
+def _make_entity(kind: Kind, slots: dict[str, str], values: dict[Relation, Spellings]) -> Entity:
     pronoun = "she" if slots.get("given") in WOMEN else kind.pronoun
-    return _Entity(kind, kind.full_name.format_map(slots), kind.short_name.format_map(slots), pronoun, values)
+    return Entity(kind, kind.full_name.format_map(slots), kind.short_name.format_map(slots), pronoun, values)
 
 
 def _fill(slot: str, count: int, names: Names, rng: Random) -> list[str]:
@@ -159,7 +163,7 @@ def _words(text: str) -> str:
     return " ".join(["", *re.findall(r"\w+", text.lower()), ""])
 
 
-def _tell(entity: _Entity, rng: Random, *, named: bool) -> str:
+def tell(entity: Entity, rng: Random, *, named: bool = True) -> str:
     """The reference of an entity: its full name first, then its short name or an unambiguous pronoun.
 
     Pronouns alone if it is not ``named``.
@@ -169,7 +173,7 @@ def _tell(entity: _Entity, rng: Random, *, named: bool) -> str:
     clear = False  # whether a pronoun could only mean the entity
     if len(entity.values) < 5:
         opening = rng.choice(entity.kind.openings)
-        sentences.append(_put(opening, entity, full))
+        sentences.append(put(opening, entity, full))
         clear = opening.startswith("{S}")
     for relation, value in rng.sample(list(entity.values.items()), len(entity.values)):
         if sentences:
@@ -178,12 +182,12 @@ def _tell(entity: _Entity, rng: Random, *, named: bool) -> str:
         else:
             fact = rng.choice([each for each in relation.facts if each.startswith("{S}")])
             name = full
-        sentences.append(_put(fact, entity, name, value[0]))
+        sentences.append(put(fact, entity, name, value[0]))
         clear = fact.startswith(("{S}", "{P}")) and relation.values != "person"
     return " ".join(sentences)
 
 
-def _put(template: str, entity: _Entity, name: str, value: str = "") -> str:
+def put(template: str, entity: Entity, name: str, value: str = "") -> str:
     """A sentence about an entity, with the given name or pronoun."""
     subject, object, possessive = PRONOUNS.get(name, (name, name, f"{name}'s"))
     fields = {"s": subject, "o": object, "p": possessive, "S": _capital(subject), "P": _capital(possessive)}
@@ -238,10 +242,10 @@ def _rarest(relations: Sequence[Relation], kind: Kind, asked: Counter[str], rng:
     return relation
 
 
-def _ask(cluster: _Cluster, entity: _Entity, relation: Relation, rng: Random, *, reference: int | None) -> Question:
+def _ask(cluster: Cluster, entity: Entity, relation: Relation, rng: Random, *, reference: int | None) -> Question:
     return Question(
-        text=_put(rng.choice(relation.questions), entity, entity.full_name),
-        statement=_put(relation.statement, entity, entity.full_name),
+        text=put(rng.choice(relation.questions), entity, entity.full_name),
+        statement=put(relation.statement, entity, entity.full_name),
         answers=entity.values.get(relation, ()),
         reference=reference,
         wrong=cluster.wrong(relation, about=entity),

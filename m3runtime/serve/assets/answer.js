@@ -41,6 +41,9 @@ export async function answer(into, body, signal) {
   }
   if (!said && !into.querySelector(".error")) text.append(h("em", {}, "The model ended its answer at once."));
   if (read.length) showMemories(memories, read, said);
+  else if (said && !body.memory?.off && !body.memory?.as_text) {
+    memories.append(h("p", { class: "quiet" }, "Nothing was recalled: the answer is the model's own."));
+  }
   facts.textContent = factsOf(performance.now() - began, first, usage, reason);
   return said;
 }

@@ -30,7 +30,7 @@ def render(tokenizer: Any, question: str, form: Form, *, sink: str, texts: Seque
     text = before + asked.lstrip("\n") if before else asked
     spans = Markers(tokenizer).spans(text)
     kept = len(text) - len(question) if form == "plain" else len(text)
-    return Prompt(text, question, tuple(span for span in spans if span[1] <= kept))
+    return Prompt(text, question, (), tuple(span for span in spans if span[1] <= kept))
 
 
 def turn_head(tokenizer: Any) -> str:
@@ -65,4 +65,5 @@ def chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Prompt:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"model.path: the model's chat template refuses this conversation: {line}") from error
     text, spans = shown(written, hidden)
-    return Prompt(text, messages[-1]["content"], spans)
+    earlier = [message["content"] for message in messages[:-1] if message["role"] == "user"]
+    return Prompt(text, messages[-1]["content"], tuple(reversed(earlier)), spans)

@@ -12,6 +12,7 @@ from m3model.engine.job import Job, Words
 from m3model.engine.recalls import Asking, Found, hint, recall
 from m3runtime.device.side_stream import SideStream
 from m3runtime.device.threads import prepare
+from m3runtime.retrieval.query import Query, Text
 
 _MOST = 8
 """Recalls that are under way at once; each is of all rows that began a chunk together."""
@@ -82,15 +83,24 @@ class Recaller:
         assert stream
         assert one.chunk
         if one.read >= len(one.prompt):
-            return Asking(job, stream, self._words.decode(one.chunk_tokens()), None)
-        query, after = job.request.prompt.query, one.read + one.chunk
-        now = query or self._words.decode(one.chunk_tokens())
+            return Asking(job, stream, self._of_answer(job, self._words.decode(one.chunk_tokens())), None)
+        prompt, after = job.request.prompt, one.read + one.chunk
+        query, weight = prompt.query, stream.runtime.config.recall.turn_weight
+        now: Text = query or self._words.decode(one.chunk_tokens())
+        if query and prompt.context:
+            now = Query.following(query, prompt.context, weight)
         if query or after >= len(one.prompt) or not stream.runtime.config.recall.lookahead_tokens:
             return Asking(job, stream, now, wait=True)
         text = self._words.decode(one.prompt[after : after + one.chunk])
         return Asking(job, stream, now, wait=True, next_text=None if text == now else text)
 
-    def _next_text(self, job: Job) -> str | None:
+    def _of_answer(self, job: Job, chunk: str) -> Text:
+        """A chunk of an answer, to search by together with the question."""
+        assert job.request.stream
+        weight, query = job.request.stream.runtime.config.recall.question_weight, job.request.prompt.query
+        return Query(chunk, (query,), (weight,)) if weight and query else chunk
+
+    def _next_text(self, job: Job) -> Text | None:
         """The text of the chunk so far, where it is time to look ahead for the recall at its end."""
         one, stream = job.scheduled, job.request.stream
         if stream is None or one.period is None:
@@ -99,4 +109,4 @@ class Recaller:
         ahead = recall_config.lookahead_tokens
         if not ahead or len(one.answer) % one.period != one.period - ahead:
             return None
-        return self._words.decode(one.answer[ahead - recall_config.chunk_tokens :])
+        return self._of_answer(job, self._words.decode(one.answer[ahead - recall_config.chunk_tokens :]))

@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Generic, TypeVar
 
 from m3runtime.recall.recalled import Recalled
+from m3runtime.retrieval.query import Text
 from m3runtime.stream import Stream
 
 Who = TypeVar("Who")
@@ -17,10 +18,10 @@ class Asking(Generic[Who]):
 
     who: Who
     stream: Stream
-    text: str
+    text: Text
     wait: bool | None
     """Wait for late memories? None: as ``recall.when_late`` says."""
-    next_text: str | None = None
+    next_text: Text | None = None
     """The text of the recall after it, where that is known already: it is looked up in the background."""
 
 
@@ -53,7 +54,7 @@ def recall(asking: Sequence[Asking[Who]]) -> list[Found[Who]]:
     return found
 
 
-def hint(asking: Sequence[tuple[Who, Stream, str]], failed: Callable[[Who, Exception], None]) -> None:
+def hint(asking: Sequence[tuple[Who, Stream, Text]], failed: Callable[[Who, Exception], None]) -> None:
     """Look ahead for all, in one call for each runtime. ``failed`` is told of whoever could not."""
     for _, together in groupby(asking, key=lambda one: id(one[1].runtime)):
         group = list(together)

@@ -1,0 +1,1 @@
+"""Retrievers of other libraries over an open runtime: LangChain and LlamaIndex."""

@@ -1,0 +1,139 @@
+"""`evaluate_search`: how often each kind of search finds the text that answers a question, and how long it takes."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from m3runtime import assembly
+from m3runtime.config.schema import Config
+from m3runtime.lab.evaluation import corpora
+from m3runtime.lab.evaluation.corpora import Corpus
+from m3runtime.lab.evaluation.report import Report, Table
+from m3runtime.lab.evaluation.statistics import Estimate, difference, mean
+from m3runtime.lab.results import Spread
+from m3runtime.memory.block import as_ids
+from m3runtime.retrieval.bm25.index import Bm25Index
+from m3runtime.retrieval.embedder import Embedder
+from m3runtime.retrieval.retriever import Retriever
+from m3runtime.writing.writer import OnProgress
+
+KINDS = ("dense", "lexical", "hybrid")
+_BATCH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSettings:
+    """The settings of `evaluate_search`."""
+
+    seed: int = 0
+    questions: int = 300
+    """Most questions of each corpus."""
+    texts: int = 2000
+    """Most texts of each corpus; of the facts, 8 for 5 questions."""
+    k: int = 5
+    """Texts that one search may give."""
+    pairs: tuple[str, ...] = ()
+    """Further corpora: files of `corpora.pairs`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The result of one kind of search over one corpus."""
+
+    ranks: tuple[int, ...]
+    """For each question the place of the right text among those found, from 1 on; 0: it is not among them."""
+    seconds: Spread
+    """The time of one search, without the embedding of the question."""
+
+    def recall(self, k: int) -> Estimate:
+        """The share of questions whose text is among the first ``k``."""
+        return mean(self.hits(k))
+
+    def hits(self, k: int) -> list[float]:
+        """1.0 for each question whose text is among the first ``k``."""
+        return [float(0 < rank <= k) for rank in self.ranks]
+
+
+def evaluate_search(config: Config, settings: SearchSettings, progress: OnProgress) -> Report:
+    """Search corpora that no bank holds, by the configured embedder and index. No model is loaded."""
+    sizes = (settings.seed, settings.questions, settings.texts)
+    tried = [corpora.facts(*sizes[:2]), corpora.docstrings(*sizes), corpora.code(*sizes)]
+    tried += [corpora.pairs(Path(path), *sizes) for path in settings.pairs]
+    embedder = assembly.open_embedder(config)
+    try:
+        found = {corpus.name: search_corpus(config, embedder, corpus, settings.k, progress) for corpus in tried}
+        fingerprint = embedder.fingerprint
+    finally:
+        embedder.close()
+    return Report(
+        title="Search",
+        command="m3 eval search",
+        settings=asdict(settings),
+        config=config.model_dump(mode="json"),
+        fingerprints={"embedder": fingerprint},
+        summary=tuple(_summary(corpus, found[corpus.name], settings.k) for corpus in tried),
+        tables=(_table(tried, found, settings.k),),
+        plots=(),
+        results={name: {kind: one.ranks for kind, one in kinds.items()} for name, kinds in found.items()},
+        measured={name: {kind: one.seconds for kind, one in kinds.items()} for name, kinds in found.items()},
+    )
+
+
+def search_corpus(
+    config: Config, embedder: Embedder, corpus: Corpus, k: int, progress: OnProgress
+) -> Mapping[str, Found]:
+    """Ask all questions of a corpus by each of `KINDS`."""
+    index, lexical = assembly.make_index(config, embedder.dim), Bm25Index()
+    for start in range(0, len(corpus.texts), _BATCH):
+        some = corpus.texts[start : start + _BATCH]
+        ids = as_ids(range(start, start + len(some)))
+        index.add(ids, embedder.embed_references(some))
+        lexical.add(ids, some)
+        progress(f"Embedding {corpus.name}", start + len(some), len(corpus.texts))
+    retrievers = {
+        "dense": Retriever(embedder, index, memories=k),
+        "lexical": Retriever(embedder, index, lexical, alone=True, memories=k),
+        "hybrid": Retriever(embedder, index, lexical, memories=k),
+    }
+    return {kind: _ask(retriever, corpus) for kind, retriever in retrievers.items()}
+
+
+def _ask(retriever: Retriever, corpus: Corpus) -> Found:
+    ranks, seconds = [], []
+    for question, right in corpus.questions:
+        retriever.search([question])  # embeds it, and the next search does not
+        began = time.perf_counter()
+        (matches,) = retriever.search([question])
+        seconds.append(time.perf_counter() - began)
+        places = [place for place, match in enumerate(matches, 1) if match.id == right]
+        ranks.append(places[0] if places else 0)
+    return Found(tuple(ranks), Spread.of(seconds))
+
+
+def _summary(corpus: Corpus, found: Mapping[str, Found], k: int) -> str:
+    parts = [name for name in KINDS if name != "hybrid"]
+    better = max(parts, key=lambda name: np.mean(found[name].hits(k)))
+    gain = difference(found["hybrid"].hits(k), found[better].hits(k))
+    return f"{corpus.name}: hybrid less the better of its parts ({better}) is {gain} in recall@{k}"
+
+
+def _table(tried: Sequence[Corpus], found: Mapping[str, Mapping[str, Found]], k: int) -> Table:
+    rows = [
+        (
+            corpus.name,
+            f"{len(corpus.texts):,}",
+            len(corpus.questions),
+            kind,
+            one.recall(k),
+            one.recall(1),
+            one.seconds.show_ms(),
+        )
+        for corpus in tried
+        for kind, one in found[corpus.name].items()
+    ]
+    columns = ("corpus", "texts", "questions", "search", f"recall@{k}", "recall@1", "ms, median (quartiles)")
+    note = "Milliseconds are of one search, without the embedding of the question."
+    return Table("The right text among those found", columns, tuple(rows), note)

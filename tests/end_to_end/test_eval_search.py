@@ -1,0 +1,59 @@
+"""``m3 eval search`` and ``m3 eval conversations``: what is found, without a model and without a bank."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from m3runtime.errors import InputError
+from m3runtime.lab.evaluation import corpora
+from m3runtime.lab.evaluation.conversations import KINDS
+from tests.end_to_end.commands import Place
+
+
+@pytest.fixture
+def pairs(place: Place) -> Place:
+    lines = [
+        {"text": f"The unit QX{number} stands in hall {number}.", "question": f"QX{number}?"} for number in range(9)
+    ]
+    place.text("units.jsonl", "".join(json.dumps(one) + "\n" for one in [*lines, {"text": "Nobody asks for this."}]))
+    return place
+
+
+@pytest.mark.slow
+def test_kinds_of_search_are_compared(pairs: Place) -> None:
+    sizes = ("--questions", 5, "--texts", 12)
+    report = pairs.m3("eval", "search", "--pairs", "units.jsonl", *sizes, "--out", "out", "--json").json
+    (table,) = report["tables"]
+    rows = {(row[0], row[3]): row for row in table["rows"]}
+    assert {corpus for corpus, _ in rows} == {"facts", "manual", "code", "units"}
+    assert {kind for _, kind in rows} == {"dense", "lexical", "hybrid"}
+    assert rows["units", "lexical"][1:3] == ["10", 5]
+    assert rows["units", "lexical"][4]["value"] == 1.0
+    assert len(report["summary"]) == 4
+    assert len(report["results"]["facts"]["hybrid"]) == 5
+    assert (pairs.folder / "out/report.md").exists()
+    assert not pairs.bank.exists()
+
+
+def test_conversations_are_asked_with_every_weight(pairs: Place) -> None:
+    sizes = ("--references", 12, "--conversations", 2, "--out", "out")
+    for more in ((), ("--pairs", "units.jsonl")):
+        report = pairs.m3("eval", "conversations", *sizes, *more, "--json").json
+        (table,) = report["tables"]
+        assert table["columns"] == ["turn weight", "follow-ups", *KINDS]
+        assert [row[0] for row in table["rows"]] == [0.0, 0.4, 0.8, 1.2]
+        assert all(row[1]["count"] == 8 for row in table["rows"])
+
+
+@pytest.mark.slow
+def test_corpora_are_those_of_their_seed(tmp_path: Path) -> None:
+    one = corpora.code(1, 5, 30)
+    assert one == corpora.code(1, 5, 30) != corpora.code(2, 5, 30)
+    assert len(one.texts) == 30
+    assert len(one.questions) == 5
+    assert all(question not in one.texts[text] for question, text in one.questions)
+    for content in ("{}\n", "text\n", "[]\n", '{"text": "a"}\n'):
+        (tmp_path / "a.jsonl").write_text(content)
+        with pytest.raises(InputError):
+            corpora.pairs(tmp_path / "a.jsonl", 0, 5, 5)
