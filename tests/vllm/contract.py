@@ -83,5 +83,5 @@ class VllmContract(EngineContract):
             )
 
     def test_what_attention_read_is_not_told(self) -> None:
-        with pytest.raises(InputError, match="generate.grounding"):
+        with pytest.raises(InputError, match=r"generate\.grounding"):
             answers(self.served.engine, [Request(Prompt("Bees"), GenerateConfig(grounding=True), self.stream())])
