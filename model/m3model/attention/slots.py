@@ -22,6 +22,10 @@ class Slot:
         return self.start + self.length
 
 
+MemorySlots = tuple[tuple[int, Slot], ...]
+"""The memories that a row reads, by id, and their places."""
+
+
 def distinct(names: Sequence[Hashable]) -> Sequence[Hashable]:
     """Names that tell a memory from the same one a second time."""
     seen: Counter[Hashable] = Counter()

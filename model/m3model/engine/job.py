@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from m3model.engine.running import MemorySlots
+from m3model.attention.slots import MemorySlots
 from m3model.engine.sampling import uniforms
 from m3model.engine.scheduler import Scheduled
 from m3model.engine.writing import Reason, Writing

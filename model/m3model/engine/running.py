@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3model.attention.slots import Slot
+from m3model.attention.slots import MemorySlots
 from m3model.engine.buffers import RowBuffers
 from m3model.engine.graph import GraphedStep
 from m3model.engine.sampling import Chosen, Kinds, Sampling
@@ -19,8 +19,6 @@ from m3runtime.adapters.answers import TokenLogProb
 from m3runtime.config.schema import GenerateConfig
 from m3runtime.device.side_stream import SideStream
 
-MemorySlots = tuple[tuple[int, Slot], ...]
-"""The memories that a row reads, by id, and their places."""
 Array = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
 
