@@ -26,6 +26,7 @@ MODULES = [
     "m3runtime.codecs.product.kernels.sharing",
     "m3runtime.codecs.product.kmeans",
     "m3runtime.config.loading",
+    "m3runtime.documents.tags",
     "m3runtime.serve.changes",
     "m3runtime.testing.home",
     "m3runtime.testing.process",

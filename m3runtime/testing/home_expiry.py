@@ -80,7 +80,7 @@ class ExpiryLaws(HomeLaws):
     def test_a_source_that_loses_its_state_keeps_its_last_day_and_tags(self, home: Home) -> None:
         some(home)
         state = SourceState(7, 8, "digest", "how", LATE, ("line 3 is bad",), (("lang", "en"), ("team", "law")))
-        home.change(Changes(states={"b": state, until(LATE).source: replace(state, expires="")}))
+        home.change(Changes(states={"b": state, until(LATE).source: replace(state, expires="", tags=())}))
         assert home.states()["b"] == state
         home.change(Changes({300: (until(LATE), until(LATE, "b"))}))
         assert home.states()["b"] == state.voided() != state

@@ -54,7 +54,8 @@ class OtherProcess:
     def __init__(self, contract: "type[HomeLaws]") -> None:
         context = forking()
         self._connection, there = context.Pipe()
-        arguments = (inspect.getfile(contract), contract.__qualname__, there)
+        # The server that forks it may have been started in another environment.
+        arguments = (inspect.getfile(contract), contract.__qualname__, dict(os.environ), there)
         self._process = context.Process(target=obey, args=arguments, daemon=True)
         self._process.start()
         there.close()
@@ -135,8 +136,11 @@ def _add(home: Home, id: int) -> int | None:
     return own
 
 
-def obey(file: str, name: str, connection: "Connection[dict[str, Any], dict[str, Any]]") -> None:
+def obey(
+    file: str, name: str, environment: dict[str, str], connection: "Connection[dict[str, Any], dict[str, Any]]"
+) -> None:
     """Do what is told on a connection until it ends, for the contract of this name in a file."""
+    os.environ.update(environment)
     contract = load_contract(file, name)()
     home: Home | None = None
     while True:

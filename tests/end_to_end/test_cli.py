@@ -217,7 +217,7 @@ class TestAsk:
     def test_reads_what_is_asked_for(self, written_once: Place, source: str) -> None:
         answer = ask(written_once, QUESTIONS[source])
         assert answer.keys() == {
-            *("question", "answer", "stopped_by", "memories", "grounding", "first_token_s", "tokens_per_s"),
+            *("question", "answer", "stopped_by", "memories", "grounding", "found", "first_token_s", "tokens_per_s"),
         }
         best = max(answer["memories"], key=lambda memory: memory["score"])
         assert best["source"] == source

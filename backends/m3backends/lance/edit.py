@@ -124,7 +124,7 @@ class Edit:
         return {row["id"]: (row, vector) for row, vector in zip(rows, vectors, strict=True)}
 
     def _void(self) -> None:
-        """Remove the states of sources that changed and are not stated anew, but for their last days."""
+        """Remove the states of sources that changed and are not stated anew, but for their last days and tags."""
         voided = self._voided - self._states.keys()
         rows = (
             keyed(
@@ -140,4 +140,4 @@ class Edit:
                 self._states[name] = None
                 with suppress(RecordError, ValueError):
                     _, state = unpack_state(opened(self.snapshot.bank, row, "state"))
-                    self._states[name] = state.voided() if state.expires else None
+                    self._states[name] = state.voided() if state.has_settings else None

@@ -12,6 +12,8 @@ from m3runtime.lab.evaluation.statistics import mean, separation
 
 LOST = 0.03
 """The share of right answers that a threshold may decline."""
+FIGURES = ("leader", "lead", "share", "likelihood")
+"""The names of `grounded`."""
 SIGNALS: Mapping[str, str] = {
     "score": "the score of the nearest memory",
     "lead": "attention to the leading memory, of that to all",
@@ -29,6 +31,17 @@ def grounded(answer: Answer) -> dict[str, Any]:
         "lead": answer.grounding.lead,
         "share": answer.grounding.share,
         "likelihood": float(np.mean([one.log_prob for one in answer.log_probs])),
+    }
+
+
+def without_figures(answers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Answers by mode and key without the figures of `grounded`.
+
+    Their last digits depend on who was in a batch, which is a matter of time.
+    """
+    return {
+        mode: {key: {name: x for name, x in one.items() if name not in FIGURES} for key, one in by_key.items()}
+        for mode, by_key in answers.items()
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from m3runtime import assembly
 from m3runtime.config.schema import Config
 from m3runtime.lab.evaluation.facts import FactsResults, FactsRun, FactsSettings
-from m3runtime.lab.evaluation.facts_grounding import grounding_table
+from m3runtime.lab.evaluation.facts_grounding import FIGURES, grounding_table, without_figures
 from m3runtime.lab.evaluation.journal import silent
 from m3runtime.lab.evaluation.modes import MODES, Mode
 from m3runtime.lab.evaluation.plots import Plot, Series
@@ -57,9 +57,15 @@ def facts_report(results: FactsResults, settings: FactsSettings, config: Config)
         plots=_plots(figures),
         results={
             "questions": {item.key: _described(item) for item in results.items},
-            "answers": results.answers,
+            "answers": without_figures(results.answers),
         },
-        measured={"timings": [asdict(timing) for timing in results.timings]},
+        measured={
+            "timings": [asdict(timing) for timing in results.timings],
+            "grounding": {
+                key: {name: answer[name] for name in FIGURES if name in answer}
+                for key, answer in results.answers.get("memory", {}).items()
+            },
+        },
     )
 
 
