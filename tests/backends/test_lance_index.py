@@ -31,10 +31,11 @@ class OfItsOwnHome(LanceIndex):
 
     def add(self, ids: Ids, vectors: Embeddings) -> None:
         new, first = np.unique(ids, return_index=True)
+        known = set(self.ids().tolist())
         rows = [
             reference_row(int(id), make_reference(int(id)), vectors[row], seal_embedding(int(id), vectors[row]))
             for id, row in zip(new.tolist(), first.tolist(), strict=True)
-            if id not in self.ids()
+            if id not in known
         ]
         if rows:
             self.home._table.write(lambda _: (Change(rows), None))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from m3runtime.adapters.answers import Answer
-from m3runtime.lab.evaluation.modes import Item
+from m3runtime.lab.evaluation.modes import Item, Mode
 from m3runtime.lab.evaluation.report import Table
 from m3runtime.lab.evaluation.statistics import mean, separation
 
@@ -34,7 +34,7 @@ def grounded(answer: Answer) -> dict[str, Any]:
     }
 
 
-def without_figures(answers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
+def without_figures(answers: Mapping[Mode, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Answers by mode and key without the figures of `grounded`.
 
     Their last digits depend on who was in a batch, which is a matter of time.

@@ -72,8 +72,8 @@ class Telling:
             self._writers.pop().close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)  # before it hears anything: it may count on what is told from then on
         writer.write(self._facts)
-        self._writers.add(writer)
         try:
             while line := await reader.readline():
                 writer.write(line)
