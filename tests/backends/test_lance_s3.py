@@ -90,6 +90,7 @@ def test_a_version_counts_as_the_newest_for_a_while(tmp_path: Path) -> None:
         assert not check_read(reader, make_ids(1)).any()
 
 
+@pytest.mark.scale  # seconds of waiting
 def test_writers_in_other_processes(tmp_path: Path) -> None:
     place = tmp_path / "bank" / "home"
     with opened(place) as home, OtherProcess(LanceInStore) as one, OtherProcess(LanceInStore) as other:
@@ -155,6 +156,7 @@ def test_a_folder_names_its_table(tmp_path: Path) -> None:
     assert make_reference(1).text
 
 
+@pytest.mark.scale  # seconds of waiting
 def test_a_server_that_is_gone_is_a_fault_of_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(Exception, match="s3://") as raised:
