@@ -49,6 +49,7 @@ class OfItsOwnHome(LanceIndex):
 
 class TestLanceIndex(SearchLaws):
     folder: Path
+    test_thousands_at_once = pytest.mark.slow(SearchLaws.test_thousands_at_once)  # each in 3,000 rows of a table
 
     @pytest.fixture(autouse=True)
     def _folder(self, tmp_path: Path) -> None:
