@@ -93,7 +93,7 @@ def asker(mode: str, adapter: TransformersAdapter, runtime: Runtime) -> Callable
             if mode == "text":
                 (matches,) = runtime.search([question])
                 references = runtime.references([match.id for match in matches])
-                prompt = adapter.render(question, settings.prompt, [one.text for one in references if one])
+                prompt = adapter.render(question, settings.prompt, [one.headed for one in references if one])
                 found = time.perf_counter() - began
             (answer,) = adapter.generate([prompt], None, settings)
         return Reply(answer, is_right(answer.text, accepted), found + answer.first_token_s)

@@ -71,7 +71,7 @@ def prompt_of(served: Served, messages: Sequence[Message], restriction: Restrict
         if len(messages) == 1 and messages[0].role == "user":
             question = messages[0].text
             references = () if restriction is None else _search(served, question, restriction)
-            texts = None if restriction is None else [one.text for _, _, one in references]
+            texts = None if restriction is None else [one.headed for _, _, one in references]
             return Asked(served.adapter.render(question, served.config.generate.prompt, texts), references)
         if restriction is not None:
             raise ApiError(400, "memory.as_text: only for a single message of the user", param="memory.as_text")

@@ -49,12 +49,15 @@ class OfItsOwnHome(LanceIndex):
 
 class TestLanceIndex(SearchLaws):
     folder: Path
-    test_thousands_at_once = pytest.mark.slow(SearchLaws.test_thousands_at_once)  # each in 3,000 rows of a table
 
     @pytest.fixture(autouse=True)
     def _folder(self, tmp_path: Path) -> None:
         self.folder = tmp_path
         self.made = 0
+
+    @pytest.mark.slow
+    def test_thousands_at_once(self) -> None:
+        super().test_thousands_at_once()
 
     def make_index(self) -> OfItsOwnHome:
         self.made += 1

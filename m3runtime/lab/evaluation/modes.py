@@ -91,7 +91,7 @@ class Asker:
             ids = [item.right]
         else:
             return None
-        return [self.references[id].text for id in ids]
+        return [self.references[id].headed for id in ids]
 
     def _laboratory(self, items: Sequence[Item]) -> Laboratory:
         """A `Laboratory` that recalls the right memory of each item, and no other."""

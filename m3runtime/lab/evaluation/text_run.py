@@ -141,7 +141,7 @@ class _Run:
     def _text_tasks(self) -> Iterator[_Task]:
         for number, passage in enumerate(self.corpus.passages):
             for place, record in enumerate(self._records("memory", number), start=1):
-                texts = [reference.text for reference in self.runtime.references(record["ids"]) if reference]
+                texts = [reference.headed for reference in self.runtime.references(record["ids"]) if reference]
                 prompt = self.adapter.render("".join(passage.chunks[:place]), "plain", texts)
                 scored = passage.chunks[place : place + 1]
                 yield _Task(f"text/{number}/{place}", prompt, scored, self.adapter.count_tokens(prompt.text))
