@@ -15,7 +15,7 @@ class LanceContract(HomeContract):
         assert isinstance(tier, LanceHome)
         table = lance.dataset(tier._table.location.uri)
         rows = table.to_table(columns=["block_id"], filter=f"block_id = {id}", with_row_id=True)["_rowid"]
-        return table.read_blobs("block", ids=rows)[0][1] if len(rows) else None
+        return table.read_blobs("block", ids=rows.to_pylist())[0][1] if len(rows) else None
 
     def raw_write(self, tier: Tier, id: int, block: bytes) -> None:
         assert isinstance(tier, LanceHome)
