@@ -24,7 +24,7 @@ class Prompt:
     text: str
     query: str | None = None
     context: tuple[str, ...] = ()
-    """What ``query`` follows on: earlier messages of the user, the newest first."""
+    """Earlier messages of the user, which ``query`` follows on, the newest first."""
     literal: tuple[tuple[int, int], ...] = ()
     """Spans of the text, in order, in which the marker of a special token is text: somebody's words have one there."""
 

@@ -31,7 +31,7 @@ class Grounding:
     ends: tuple[int, ...]
     """The place in the answer's text where each token's text ends. A part of a character has no text yet."""
     shares: tuple[Mapping[int, float], ...]
-    """Of each token: memory id to share, in [0, 1], of all memories that it could read."""
+    """Memory id to share, in [0, 1], for each token and all memories that it could read."""
 
     @property
     def memories(self) -> Mapping[int, float]:

@@ -60,7 +60,7 @@ class Bank:
         return self.manifest.stamp
 
     def identity(self) -> str:
-        """What tells this bank from all others; of one that has none and cannot get it, the fingerprint of its blocks.
+        """The identity that no other bank has; the fingerprint of its blocks if it has none and cannot get one.
 
         A copy of a bank has the same.
         """

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from m3runtime.retrieval.match import Match
 
 _CONSTANT = 60
-"""That of reciprocal rank fusion (Cormack, Clarke and Büttcher, 2009): how little the first ranks stand out."""
+"""The constant of reciprocal rank fusion (Cormack, Clarke and Büttcher, 2009): larger, first ranks count less."""
 
 
 def fused(nearest: Sequence[Match], others: Sequence[Sequence[int]], k: int) -> list[Match]:

@@ -10,7 +10,7 @@ anchor: a refusal needs the record of what came before.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from m3backends.lance.library import lance
+from m3backends.lance.library import FAULTS, lance
 from m3backends.lance.location import Location
 from m3backends.lance.schema import FILE_FORMAT, HEAD, Row, any_of, as_table, table_schema
 from m3backends.lance.snapshot import Change, Snapshot
@@ -34,7 +34,7 @@ def commit(location: Location, snapshot: Snapshot, change: Change) -> Any:
     transaction = lance.Transaction(snapshot.version, update)
     try:
         return lance.LanceDataset.commit(dataset, transaction, max_retries=0)
-    except Exception as error:
+    except FAULTS as error:
         if location.folder is None and (made := _landed(location, transaction)) is not None:
             return made
         raise error

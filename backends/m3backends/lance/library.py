@@ -15,9 +15,11 @@ from lance.commit import CommitConflictError
 
 from m3runtime.errors import BankFullError, M3Error, TierError
 
-__all__ = ["faults", "is_conflict", "lance", "reason"]
+__all__ = ["FAULTS", "faults", "is_conflict", "lance", "reason"]
 
 _FULL = re.compile(r"No space left|os error (28|122)\b|quota exceeded", re.IGNORECASE)
+FAULTS = (CommitConflictError, OSError, ValueError, RuntimeError, NotImplementedError)
+"""The errors that the library raises."""
 
 
 @contextmanager
@@ -27,7 +29,7 @@ def faults(where: str) -> Iterator[None]:
         yield
     except M3Error:
         raise
-    except (CommitConflictError, OSError, ValueError, RuntimeError, NotImplementedError) as error:
+    except FAULTS as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(str(error)):
             raise BankFullError(f"bank {where} is full: its drive has no room left") from error
         raise TierError(f"bank {where}: {reason(error)}") from error

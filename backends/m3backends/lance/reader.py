@@ -29,7 +29,7 @@ from m3runtime.documents.sources import SourceState
 from m3runtime.errors import RecordError
 from m3runtime.memory.block import Found, Ids, as_ids
 from m3runtime.storage.home import Home
-from m3runtime.storage.tier import check_ids, check_rows
+from m3runtime.storage.tier import check_ids, check_rows, read_by_host
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,13 +56,7 @@ class LanceReader(Home):
         """Copy blocks into rows of ``out``, as `Home` says."""
         check_rows(ids, out, self.slot_bytes)
         if out.device.type != "cpu":
-            import torch  # sources are compared without it
-
-            staging = torch.empty(out.shape, dtype=torch.uint8)
-            found = self.read(ids, staging)
-            rows = torch.from_numpy(np.flatnonzero(found))
-            out[rows.to(out.device)] = staging[rows].to(out.device)
-            return found
+            return read_by_host(self, ids, out)
         wanted, place = np.unique(ids, return_inverse=True)
         blocks = self._table.read(lambda snapshot: self._blocks(snapshot, wanted))
         found, rows_out = np.zeros(len(ids), np.bool_), out.numpy()

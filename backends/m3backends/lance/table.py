@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from m3backends.lance.fence import ROWS, commit
-from m3backends.lance.library import faults, is_conflict
+from m3backends.lance.library import FAULTS, faults, is_conflict
 from m3backends.lance.location import Location
 from m3backends.lance.schema import embedding_field
 from m3backends.lance.snapshot import Change, Snapshot
@@ -137,7 +137,7 @@ class LanceTable:
             try:
                 with changing():
                     made = commit(self.location, snapshot, change)
-            except Exception as error:
+            except FAULTS as error:
                 if not is_conflict(error):
                     raise
                 self._wait(deadline, error)
@@ -193,7 +193,7 @@ class LanceTable:
                     materialize_deletions_threshold=0.0,
                     excluded_fragment_ids=[fragments[0].fragment_id, fragments[-1].fragment_id],  # anchor and head
                 )
-            except Exception as error:
+            except FAULTS as error:
                 if not is_conflict(error):
                     raise
                 self._wait(deadline, error)
@@ -215,7 +215,7 @@ class LanceTable:
                 if not anew and there >= set(_INDEXED):
                     dataset.optimize.optimize_indices(index_names=[f"{column}_idx" for column in _INDEXED])
                 self._adopt(self.location.dataset())
-            except Exception as error:
+            except FAULTS as error:
                 if not is_conflict(error):
                     raise
                 if not anew:

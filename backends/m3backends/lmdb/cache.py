@@ -15,7 +15,7 @@ from m3runtime.config.units import Size
 from m3runtime.errors import ConfigError, TierClosedError, TierError
 from m3runtime.memory.block import Found, Ids
 from m3runtime.storage.eviction import make_policy
-from m3runtime.storage.tier import CachingTier, Scores, check_rows
+from m3runtime.storage.tier import CachingTier, Scores, check_rows, read_by_host
 
 
 class LmdbCache(CachingTier):
@@ -72,11 +72,7 @@ class LmdbCache(CachingTier):
         """Copy held blocks into ``out``; see `Tier.read`. The drive is asked for all of them at once."""
         check_rows(ids, out, self.slot_bytes)
         if out.device.type != "cpu":
-            staging = torch.empty(out.shape, dtype=torch.uint8)
-            found = self.read(ids, staging)
-            rows = torch.from_numpy(np.flatnonzero(found))
-            out[rows.to(out.device)] = staging[rows].to(out.device)
-            return found
+            return read_by_host(self, ids, out)
         with self._opened() as file:
             places = [self._held.get(id) for id in ids.tolist()]
             slots = [slot for slot in places if slot is not None]

@@ -15,7 +15,7 @@ from m3backends.valkey.breaker import Breaker
 from m3runtime.config.units import Seconds
 from m3runtime.errors import ConfigError, TierError
 from m3runtime.memory.block import HEADER_BYTES, Found, Ids, headers
-from m3runtime.storage.tier import CachingTier, check_rows
+from m3runtime.storage.tier import CachingTier, check_rows, read_by_host
 
 T = TypeVar("T")
 
@@ -72,11 +72,7 @@ class ValkeyTier(CachingTier):
         """Copy held blocks into ``out``, and zeros behind them; see `Tier.read`."""
         check_rows(ids, out, self.slot_bytes)
         if out.device.type != "cpu":
-            staging = torch.empty(out.shape, dtype=torch.uint8)
-            found = self.read(ids, staging)
-            rows = torch.from_numpy(np.flatnonzero(found))
-            out[rows.to(out.device)] = staging[rows].to(out.device)
-            return found
+            return read_by_host(self, ids, out)
         found, rows_out = np.zeros(len(ids), np.bool_), out.numpy()
         values = self._call(
             lambda client: [one for some in self._pieces(ids) for one in client.mget(self._keys(some))], ids
@@ -138,7 +134,7 @@ class ValkeyTier(CachingTier):
         return len(self.ids())
 
     def _call(self, work: Callable[[Any], T], ids: Ids | None = None) -> T:
-        """What ``work`` returns. Raises `TierError`, at once while the server is left alone."""
+        """Call ``work`` and return its result. Raises `TierError`, at once while the server is left alone."""
         with self._guard.shared():
             if ids is not None and not len(ids):
                 return work(self._client)  # which asks the server for nothing
