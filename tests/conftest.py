@@ -25,7 +25,7 @@ import faiss  # noqa: E402, F401 - before usearch: afterwards `faiss.index_facto
 import models  # noqa: E402
 
 # No deadlines: the first example of a property often pays for an import or a warm-up.
-settings.register_profile("dev", deadline=None, max_examples=30)
+settings.register_profile("dev", deadline=None, max_examples=20)
 settings.register_profile("ci", deadline=None, max_examples=100, derandomize=True, print_blob=True)
 settings.register_profile("thorough", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))

@@ -139,7 +139,7 @@ def kill(nursery: Nursery, warm: Place, folder: Path, count: int) -> None:
     begins = [phases[name] for name in ("begun", "forgetting", "index", "compacting", "recording")]
     random, outcomes = Random(8), list[bool]()
     for start, stop in zip(begins, [*begins[1:], end], strict=True):
-        for moment in [start, *(random.randrange(start, stop) for _ in range(count))]:
+        for moment in (random.randrange(start, stop) for _ in range(count)):
             place = copied(warm, folder / str(len(outcomes)))
             code, _ = nursery.run(place, moment, arguments=ERASE, delay=None)
             assert code == -signal.SIGKILL, errors(place)

@@ -124,7 +124,7 @@ def kill_and_complete(
 
 
 def test_killed_at_any_moment(nursery: Nursery, places: Iterator[Place], undisturbed: Undisturbed) -> None:
-    kills = {"codec": 1, "creation": 2, "commits": 2, "reencoding": 2, "compacting": 2, "index": 1}
+    kills = dict.fromkeys(("codec", "creation", "commits", "reencoding", "compacting", "index"), 1)
     kill_and_complete(nursery, places, undisturbed, kills, seed=1)
 
 

@@ -41,8 +41,8 @@ PAGE = 4096
 
 
 def test_a_sample_of_bit_flips(nursery: Nursery, tmp_path: Path) -> None:
-    table = flip_all(nursery, tmp_path, seeds=range(3))
-    assert sum(sum(row.values()) for row in table.values()) == 300
+    table = flip_all(nursery, tmp_path, seeds=range(2))  # of a home with free pages, and of one without
+    assert sum(sum(row.values()) for row in table.values()) == 2 * IN_ONE_PROCESS
 
 
 @pytest.mark.flips
