@@ -15,7 +15,7 @@ import torch
 
 from m3model.attention.arrangement import Arrangement
 from m3model.attention.implementation import prepare
-from m3model.attention.layout import AttentionLayout, check_settings
+from m3model.attention.layout import AttentionLayout
 from m3model.attention.selection import attention_modules, select
 from m3model.bias.calibration import Calibration
 from m3model.bias.texts import served_ids
@@ -85,8 +85,6 @@ class TransformersAdapter(Adapter):
             head_dim=self.layout.head_dim,
             dtype=str(self.layout.dtype).removeprefix("torch."),
         )
-        if not self.layout.alike:
-            check_settings(memory, dense=self.spec.dense)
         if not self.spec.dense:
             attention_modules(model, self.spec.layers)  # or the mistake would show only while a bank is written
         self.identity = ModelIdentity.of(model)
@@ -97,7 +95,7 @@ class TransformersAdapter(Adapter):
         self._sink: Sink = make_sink(model, self.sink_ids)
         self._arrange: Arrangement | None = None
         if (memory.sinks, memory.positions) != ("once", "parallel"):
-            self._arrange = Arrangement(model, memory, self.spec.layers, self._sink, self.spec.reference_tokens)
+            self._arrange = Arrangement(model, self.layout, memory, self.spec.layers, self._sink)
 
     @classmethod
     def open(cls, model: ModelConfig, memory: MemoryConfig, device: torch.device) -> Self:
@@ -167,7 +165,8 @@ class TransformersAdapter(Adapter):
             with self._busy:
                 return encode_dense(self.model, self._reference_ids(references), self._sink, self.spec)
         memories, scores = self.encode_scored(references)
-        return select(memories, scores, self.spec.tokens)
+        heads = None if self.layout.alike else self.layout.heads_of_pieces(self.spec.layers)
+        return select(memories, scores, self.spec.tokens, heads)
 
     def encode_scored(self, references: Sequence[str]) -> tuple[MemoryTensors, torch.Tensor]:
         """Memories of all tokens and the scores to select by; see `m3model.engine.encoding.encode_scored`.

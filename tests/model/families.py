@@ -78,7 +78,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {},
 }
 ALIKE = [family for family in FAMILIES if family != "gemma4_text"]
-"""Those whose layers are alike: of others, all tokens are kept, at the positions where they were computed."""
+"""Those whose layers are alike."""
+OTHERS: dict[str, dict[str, Any]] = {
+    # More KV heads in layers with a window, and values shorter than keys.
+    "mimo_v2_flash": {
+        "head_dim": 16,
+        "v_head_dim": 8,
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+        "sliding_window": WINDOW,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "nemotron": {"head_dim": 16, "initializer_range": 0.1},  # whose layers keep their arguments from attention
+}
+"""Families that are tried where it matters what is special about them."""
 _FACTORS = [1.0, 1.1, 1.3, 1.6, 2.0, 2.5, 3.1, 3.8]
 ROPES: dict[str, dict[str, Any]] = {
     "llama-linear": {"rope_type": "linear", "factor": 4.0},
@@ -100,6 +116,7 @@ FIXED_POSITIONS = 128
 BOUNDED = ["phi3-longrope", "llama-dynamic"]
 _VARIANTS = {
     **FAMILIES,
+    **OTHERS,
     **{name: {"rope_parameters": {"rope_theta": 10_000.0, **rope}} for name, rope in ROPES.items()},
 }
 _VARIANTS["phi3-longrope"]["original_max_position_embeddings"] = FIXED_POSITIONS

@@ -65,6 +65,7 @@ _GEMMA4: dict[str, Any] = {  # heads of another size in layers without a window;
     "vocab_size_per_layer_input": 320,
     "use_bidirectional_attention": "vision",
 }
+_LOOPS: dict[str, Any] = {"n_input_layers": 1, "n_output_layers": 1}
 OPTIONS: dict[str, dict[str, Any]] = {
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -98,6 +99,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
             "nemo_conv_channels": 16,
         },
     },
+    "dory": _LOOPS,
     "hrm_text": {"initializer_range": 0.05},  # it runs its layers many times over, and would make much of the last bit
 }
 UNBUILT = {
@@ -113,15 +115,16 @@ UNBUILT = {
 }
 """Architectures that the library makes no model of from their default configuration: nothing is known of them."""
 
+ROOT = Path(__file__).parents[2]
 DOCUMENTED = {
     kind
-    for line in (Path(__file__).parents[2] / "docs" / "embed.md").read_text(encoding="utf-8").splitlines()
+    for line in (ROOT / "docs" / "embed.md").read_text(encoding="utf-8").splitlines()
     if line.startswith("> ")
     for kind in re.findall("`(.+?)`", line)
 }
 
-LATELY_WRONG = ["phimoe", "qwen2_moe", "olmoe", "afmoe"]
-"""Their windows are in their masks alone, or in all but those."""
+LATELY_WRONG = ["phimoe", "qwen2_moe", "olmoe", "afmoe", "nemotron"]
+"""Their windows are in their masks alone, or in all but those; or their layers keep arguments from attention."""
 
 
 def make(kind: str, window: int) -> Any:
@@ -239,3 +242,32 @@ def test_an_architecture_keeps_the_law_or_is_refused(kind: str) -> None:
     assert (kind in DOCUMENTED) == bool(gaps)
     assert max(gaps, default=0.0) < TOLERANCE
     assert gaps or kind not in LATELY_WRONG
+
+
+def test_the_readme_counts_them() -> None:
+    assert f"[{len(DOCUMENTED)} read memories]" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [
+        ("doge", {}, "each layer weighs and hides keys by their values, in masks of its own"),
+        ("minimax", {}, "layers of the kind linear_attention keep no keys and values of all tokens"),
+        ("minimax", {"layer_types": ["full_attention"] * 4}, "it takes no cache but its own"),
+        ("deepseek_v3", {}, "its attention is latent: it keeps no keys and values of heads"),
+        ("gpt2", {}, "its positions are not rotary, or it has no attention"),
+        (
+            "dory",
+            {**_LOOPS, "recurrent_kv_cache_mode": "last_loop"},
+            "a layer that runs several times keeps the keys of the last time alone",
+        ),
+    ],
+)
+def test_a_refusal_says_why(kind: str, options: dict[str, Any], reason: str) -> None:
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip("this version of the library has no such model")
+    classes: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        empty = classes.from_config(AutoConfig.for_model(kind, num_hidden_layers=4, **options))
+    with pytest.raises(ConfigError, match=f"^a model of type {kind} cannot read memories: {reason}$"):
+        AttentionLayout.of(empty)

@@ -9,7 +9,7 @@ from torch import Tensor
 from m3model.engine.session import Session
 from m3model.transformers import TransformersAdapter
 from m3runtime.errors import ConfigError
-from tests.model.families import ALIKE, REFERENCE_TOKENS, make_adapter, make_model, random_text
+from tests.model.families import FAMILIES, OTHERS, REFERENCE_TOKENS, make_adapter, make_model, random_text
 
 BY = -REFERENCE_TOKENS
 
@@ -30,7 +30,7 @@ def logits(adapter: TransformersAdapter, memories: list[tuple[Tensor, Tensor]]) 
     return session.all_logits(torch.tensor([ids]))[0]
 
 
-@pytest.mark.parametrize("family", ALIKE)
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_a_moved_key_is_the_key_of_a_token_that_stands_there(family: str) -> None:
     adapter = make_adapter(family, positions="sequential")
     tokens = torch.tensor([adapter.tokenizer(random_text(adapter.tokenizer, 11, seed=1))["input_ids"]])
@@ -38,7 +38,8 @@ def test_a_moved_key_is_the_key_of_a_token_that_stands_there(family: str) -> Non
     def keys_at(offset: int) -> Tensor:
         session = Session(adapter.model, batch=1, offset=offset)
         session.feed(tokens)
-        return torch.stack([session.cache.context(layer)[0][0] for layer in range(adapter.layout.layers)])
+        of = range(adapter.layout.layers)
+        return torch.stack([adapter.layout.packed(session.cache.context(layer))[0][0] for layer in of])
 
     arrange = adapter.session(1).arrange
     assert arrange is not None

@@ -1,13 +1,11 @@
 """Layers of several shapes: their memories are one tensor, and come out of it as they went in."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from m3model.attention.layout import AttentionLayout, LayerShape
 from m3runtime.codecs.product.codec import ProductCodec
-from m3runtime.errors import ConfigError
 from tests.model.families import REFERENCE_TOKENS, make_adapter, random_text
 
 sizes = st.sampled_from([1, 2, 3, 4, 6, 8])
@@ -66,9 +64,3 @@ def test_a_codec_keeps_what_is_filled_up() -> None:
     back = codec.decode(codec.encode(memories), memories.tokens, torch.float32)
     assert float(back.keys[:, filled].abs().max()) < 1e-6
     assert float((back.keys - memories.keys).norm() / memories.keys.norm()) < 0.3
-
-
-@pytest.mark.parametrize(("key", "value"), [("tokens_per_head", 8), ("positions", "sequential")])
-def test_what_takes_pieces_for_heads_is_refused(key: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=rf"^memory\.{key} must be .* of several shapes$"):
-        make_adapter("gemma4_text", **{key: value})

@@ -9,7 +9,7 @@ import torch
 from m3model.attention.cache import MemoryCache
 from m3model.engine import encoding
 from m3model.transformers import TransformersAdapter
-from tests.model.families import ALIKE, LAYERS, make_adapter
+from tests.model.families import FAMILIES, LAYERS, make_adapter
 
 TEXTS = ["walnut oil", "the old town burns walnut oil and turns once an hour", "a heron"]
 
@@ -27,7 +27,7 @@ def layers_run(adapter: TransformersAdapter) -> list[int]:
     return run
 
 
-@pytest.mark.parametrize("family", ALIKE)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layers", ["all", "first-half", [0]])
 @pytest.mark.parametrize("tokens", ["all", 3])
 def test_memories_are_those_of_a_whole_pass(

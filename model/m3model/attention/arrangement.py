@@ -4,6 +4,7 @@ Memories are computed and kept for parallel positions, with one sink before all 
 The other arrangements are made of those when a stream reads them, so that a bank serves all.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3model.attention.layout import Pair
+from m3model.attention.layout import AttentionLayout, Pair, unpack
 from m3runtime.config.schema import MemoryConfig
 from m3runtime.errors import ConfigError
 
@@ -19,14 +20,17 @@ from m3runtime.errors import ConfigError
 class Arrangement:
     """Arranges the memories of one sequence. Thread-safe."""
 
-    def __init__(self, model: Any, memory: MemoryConfig, layers: Sequence[int], sink: Pair, width: int) -> None:
-        """``sink`` is of all layers; ``width`` is the interval of positions that a memory was computed in.
+    def __init__(
+        self, model: Any, layout: AttentionLayout, memory: MemoryConfig, layers: Sequence[int], sink: Pair
+    ) -> None:
+        """``layers`` are the memory layers, and ``sink`` is of all layers.
 
         Memories and sink are ``[layers, kv_heads, tokens, head_dim]``. Raises `ConfigError` for a model whose keys
         cannot be moved to other positions.
         """
         self._layers = tuple(layers)
-        self._width = width
+        self._layout = layout
+        self._width = memory.reference_tokens  # of the interval of positions that a memory was computed in
         chosen = list(self._layers)
         self._sink = (sink[0][chosen], sink[1][chosen]) if memory.sinks == "each" else None
         self._rotate = _rotation(model) if memory.positions == "sequential" else None
@@ -55,7 +59,11 @@ class Arrangement:
         if not by:
             return keys
         assert self._rotate is not None
-        return torch.stack([self._rotate(one, layer, by) for one, layer in zip(keys, self._layers, strict=True)])
+        turned = []
+        for one, layer in zip(keys, self._layers, strict=True):
+            shape = self._layout.shapes[layer]
+            turned.append(self._layout.pack(self._rotate(unpack(one, shape.kv_heads, shape.key_dim), layer, by)))
+        return torch.stack(turned)
 
 
 def _rotation(model: Any) -> Callable[[Tensor, int, int], Tensor]:
@@ -67,10 +75,12 @@ def _rotation(model: Any) -> Callable[[Tensor, int, int], Tensor]:
     apply: Any = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
     embed: Any = getattr(decoder, "rotary_emb", None)
     config = model.config.get_text_config()
-    if apply is None or embed is None or getattr(config, "no_rope_layers", None):
+    again = getattr(config, "n_recurrent_loops", 1) > 1
+    if apply is None or embed is None or again or getattr(config, "no_rope_layers", None):
         raise ConfigError(
             f"memory.positions must be parallel: the keys of a model of type {config.model_type} cannot be moved"
         )
+    alone = next(iter(inspect.signature(apply).parameters)) == "x"  # of Gemma 3n and 4: not queries and keys at once
     # Gemma 3 has other frequencies in layers with a sliding window.
     kinds = config.layer_types if hasattr(embed, "full_attention_inv_freq") else None
 
@@ -79,6 +89,9 @@ def _rotation(model: Any) -> Callable[[Tensor, int, int], Tensor]:
         at = torch.tensor([[by]], device=keys.device)
         cos, sin = embed(keys.float(), at, kinds[layer]) if kinds else embed(keys.float(), at)
         scale = (cos.square() + sin.square()).sqrt()  # YaRN's, which is in the keys already
-        return apply(keys[None].float(), keys[None].float(), cos / scale, sin / scale)[1][0].to(keys.dtype)  # type: ignore[no-any-return]
+        x = keys[None].float()
+        cos, sin = cos / scale, sin / scale
+        turned: Tensor = apply(x, cos, sin) if alone else apply(x, x, cos, sin)[1]
+        return turned[0].to(keys.dtype)
 
     return rotate

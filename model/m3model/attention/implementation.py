@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from m3model.attention.versions import CACHE_NAMES
 from m3runtime.errors import ConfigError
 
 IMPLEMENTATION = "m3_memory"
+_SILENT = {"nemotron"}
+"""Types of models whose layers hand none of their keyword arguments to attention."""
 
 
 def prepare(model: Any) -> None:
@@ -29,7 +32,17 @@ def prepare(model: Any) -> None:
     text = model.config.get_text_config()
     if getattr(text, "use_bidirectional_attention", None) == "vision":  # of pictures (Gemma 4), and here are none
         text.use_bidirectional_attention = None
+    if text.model_type in _SILENT:
+        for layer in model.get_decoder().layers:
+            if _hand_down not in layer.self_attn._forward_pre_hooks.values():
+                layer.self_attn.register_forward_pre_hook(_hand_down, with_kwargs=True)
     model.set_attn_implementation(IMPLEMENTATION)
+
+
+def _hand_down(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Hand our cache, which attention has as the library's alone, to `memory_attention` too."""
+    cache = next((kwargs[name] for name in CACHE_NAMES if name in kwargs), None)
+    return args, {**kwargs, "m3_cache": cache} if hasattr(cache, "attend") else kwargs
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +186,7 @@ def memory_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if m3_observer is not None:
         m3_observer(query, key, scale, softcap)
-        return query.transpose(1, 2), None
+        return query.new_zeros(*query.shape[:3], value.shape[3]).transpose(1, 2), None
     read = m3_cache.attend(query, key, value, attention_mask.tokens, Weighing(scale, softcap, s_aux))
     return read.transpose(1, 2).contiguous(), None
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from m3model.attention.rope import fixed_positions
-from m3runtime.config.schema import MemoryConfig
 from m3runtime.errors import ConfigError
 
 Pair = tuple[Tensor, Tensor]
@@ -55,13 +54,18 @@ class AttentionLayout:
     """Shape, dtype and device of the keys that a model keeps."""
 
     shapes: tuple[LayerShape, ...]
-    """Of each layer that keeps keys and values. Further layers may read those of others, as Gemma 4's last ones do."""
+    """Of each layer that keeps keys and values. Further layers may read those of others, as Gemma 4's last ones do.
+
+    A layer that runs several times (Dory) counts as several layers. Those of its later runs stand at the end.
+    """
     dtype: torch.dtype
     device: torch.device
     positions: int | None = None
     """The number of positions within which keys can be read; None for any number. See `m3model.attention.rope`."""
     shares: bool = False
     """Are there layers that read other layers' keys?"""
+    again: int = 0
+    """The number of layers, at the end, that are later runs of earlier ones."""
 
     @classmethod
     def of(cls, model: Any) -> "AttentionLayout":
@@ -74,13 +78,16 @@ class AttentionLayout:
         if (reason := _reason(config, model)) is not None:
             raise ConfigError(f"a model of type {config.model_type} cannot read memories: {reason}")
         shared = getattr(config, "num_kv_shared_layers", None) or 0
+        once = config.num_hidden_layers - shared
+        again = (getattr(config, "n_recurrent_loops", 1) - 1) * getattr(config, "n_recurrent_layers", 0)
         parameter = next(model.parameters())
         return cls(
-            shapes=tuple(_shape(config, layer) for layer in range(config.num_hidden_layers - shared)),
+            shapes=tuple(_shape(config, layer) for layer in range(once + again)),
             dtype=parameter.dtype,
             device=parameter.device,
             positions=fixed_positions(config),
             shares=shared > 0,
+            again=again,
         )
 
     @property
@@ -104,6 +111,11 @@ class AttentionLayout:
         """Pieces of the layer with most of them; its KV heads where layers are alike."""
         return max(shape.kv_heads * max(shape.key_dim, shape.value_dim) for shape in self.shapes) // self.head_dim
 
+    def last(self, layers: Sequence[int]) -> int | None:
+        """The one of these layers that runs last; None if that may be any."""
+        last = max(layers)
+        return last if last < self.layers - self.again else None
+
     def groups(self, memory_layers: Sequence[int]) -> list[LayerGroup]:
         """All layers in groups, those with memories first."""
         place = {layer: at for at, layer in enumerate(memory_layers)}
@@ -121,18 +133,35 @@ class AttentionLayout:
 
         The result is ``[..., kv_heads, tokens, head_dim]`` of this layout.
         """
-        return self._packed(pair[0]), self._packed(pair[1])
+        return self.pack(pair[0]), self.pack(pair[1])
 
     def unpacked(self, pair: Pair, shape: LayerShape) -> Pair:
         """`packed` undone, for one layer or several of one shape. Without a copy where layers are alike."""
         keys, values = pair
-        return _unpacked(keys, shape.kv_heads, shape.key_dim), _unpacked(values, shape.kv_heads, shape.value_dim)
+        return unpack(keys, shape.kv_heads, shape.key_dim), unpack(values, shape.kv_heads, shape.value_dim)
 
     def of_group(self, pair: Pair, group: LayerGroup) -> Pair:
         """What a memory, ``[memory layers, kv_heads, tokens, head_dim]``, has for a group's layers, unpacked."""
         return self.unpacked((pair[0][group.places], pair[1][group.places]), group.shape)
 
-    def _packed(self, x: Tensor) -> Tensor:
+    def heads_of_pieces(self, memory_layers: Sequence[int]) -> Pair:
+        """The KV head that each piece of keys, and of values, is a part of.
+
+        ``int64[memory layers, kv_heads]`` on the CPU, of no meaning for pieces that are filled up.
+        """
+        shapes = [self.shapes[layer] for layer in memory_layers]
+        pieces = torch.arange(self.kv_heads)
+        keys, values = (
+            torch.stack([(pieces // (dim // self.head_dim)).clamp_max(shape.kv_heads - 1) for shape, dim in each])
+            for each in (
+                [(shape, shape.key_dim) for shape in shapes],
+                [(shape, shape.value_dim) for shape in shapes],
+            )
+        )
+        return keys, values
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`packed` for keys or values alone."""
         heads, tokens, dim = x.shape[-3:]
         if (heads, dim) == (self.kv_heads, self.head_dim):
             return x
@@ -148,21 +177,12 @@ def _places(places: list[int]) -> list[int] | slice:
     return slice(first, end) if places == list(range(first, end)) else places
 
 
-def _unpacked(x: Tensor, heads: int, dim: int) -> Tensor:
+def unpack(x: Tensor, heads: int, dim: int) -> Tensor:
+    """`AttentionLayout.pack` undone, for a layer of so many KV heads of this size."""
     if (heads, dim) == (x.shape[-3], x.shape[-1]):
         return x
     pieces = dim // x.shape[-1]
     return torch.unflatten(x[..., : heads * pieces, :, :], -3, (heads, pieces)).movedim(-3, -2).flatten(-2)
-
-
-def check_settings(memory: MemoryConfig, *, dense: bool) -> None:
-    """Raise `ConfigError` for settings that take the pieces of a memory for heads, where layers are not alike."""
-    for key, needed, holds in (
-        ("tokens_per_head", "all", dense),
-        ("positions", "parallel", memory.positions == "parallel"),
-    ):
-        if not holds:
-            raise ConfigError(f"memory.{key} must be {needed}: the layers of this model have heads of several shapes")
 
 
 def _shape(config: Any, layer: int) -> LayerShape:
@@ -176,6 +196,13 @@ def _shape(config: Any, layer: int) -> LayerShape:
     return LayerShape(kv_heads, head_dim, getattr(config, "v_head_dim", None) or head_dim)
 
 
+_REASONS = {
+    "doge": "each layer weighs and hides keys by their values, in masks of its own",
+    "minimax": "it takes no cache but its own",
+}
+"""Reasons that the code of a type of models alone says."""
+
+
 def _reason(config: Any, model: Any) -> str | None:
     """Why no memories can be made of a model's keys and values; None if they can."""
     if getattr(config, "kv_lora_rank", None):
@@ -187,6 +214,8 @@ def _reason(config: Any, model: Any) -> str | None:
         return "its positions are not rotary, or it has no attention"
     if getattr(config, "global_head_dim", None) and not getattr(config, "is_heterogeneous", False):
         return "this version of the transformers library does not tell the shape of each layer: install a newer one"
+    if getattr(config, "recurrent_kv_cache_mode", "per_loop") != "per_loop":
+        return "a layer that runs several times keeps the keys of the last time alone"
     if not model._supports_attention_backend:
         return "the transformers library does not let its attention be replaced"
-    return None
+    return _REASONS.get(config.model_type)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from m3model.attention.layout import Pair
 from m3model.attention.versions import CACHE_NAMES
 from m3runtime.errors import ConfigError
 from m3runtime.memory.tensors import MemoryTensors
@@ -56,29 +57,40 @@ def most_attended(scores: Tensor, tokens: Tensor, count: int) -> Tensor:
     return kept.sort(dim=3).values
 
 
-def select(memories: MemoryTensors, scores: Tensor, count: int) -> MemoryTensors:
+def select(memories: MemoryTensors, scores: Tensor, count: int, heads: Pair | None = None) -> MemoryTensors:
     """Memories of the ``count`` best scored tokens of each layer and KV head, in order, out of memories of all tokens.
 
     ``scores`` is ``[n, layers, kv_heads, T]`` on the memories' device, as of `encode_scored`. Keys keep the positions
-    that they had in the reference. Memories of no more than ``count`` tokens stay as they are.
+    that they had in the reference. Memories of no more than ``count`` tokens stay as they are. ``heads`` says which
+    head's tokens a piece has (`AttentionLayout.heads_of_pieces`), where heads of a memory are pieces.
     """
     if memories.keys.shape[3] <= count:
         return memories
-    kept = most_attended(scores, memories.tokens, count)[..., None]
-    index = kept.expand(-1, -1, -1, -1, memories.keys.shape[4])
+    kept = most_attended(scores, memories.tokens, count)
+
+    of_keys, of_values = (None, None) if heads is None else heads
     return MemoryTensors(
-        keys=memories.keys.gather(3, index),
-        values=memories.values.gather(3, index),
+        keys=_chosen(memories.keys, kept, of_keys),
+        values=_chosen(memories.values, kept, of_values),
         tokens=memories.tokens.clamp_max(count),
     )
+
+
+def _chosen(x: Tensor, kept: Tensor, heads: Tensor | None) -> Tensor:
+    """The tokens of ``x``, ``[n, layers, pieces, T, dim]``, that each piece's head keeps."""
+    if heads is not None:
+        kept = kept.gather(2, heads.to(kept.device)[None, :, :, None].expand(len(kept), -1, -1, kept.shape[3]))
+    return x.gather(3, kept[..., None].expand(-1, -1, -1, -1, x.shape[4]))
 
 
 def attention_modules(model: Any, layers: Sequence[int]) -> dict[int, nn.Module]:
     """The self-attention of these layers. Raises `ConfigError` if it cannot be run without rotation."""
     decoder = model.get_decoder()
     found = {}
+    again = getattr(model.config.get_text_config(), "n_recurrent_loops", 1) > 1  # each time with other queries (Dory)
     for index in layers:
-        attention = getattr(decoder.layers[index], "self_attn", None) if hasattr(decoder, "layers") else None
+        own = None if again or not hasattr(decoder, "layers") else decoder.layers[index]
+        attention = getattr(own, "self_attn", None)
         if attention is None or "position_embeddings" not in inspect.signature(attention.forward).parameters:
             raise ConfigError(
                 f"memory.tokens_per_head must be all: a model of type {model.config.model_type} does not let "

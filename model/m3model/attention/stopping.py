@@ -46,12 +46,15 @@ class StoringLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __i
 
 
 @contextmanager
-def stopping_after(cache: Any, layer: int) -> Iterator[None]:
-    """End the forward pass within as soon as ``layer`` of a `MemoryCache` has its keys and values.
+def stopping_after(cache: Any, layer: int | None) -> Iterator[None]:
+    """End the forward pass within as soon as ``layer`` of a `MemoryCache` has its keys and values; None: at its end.
 
     Neither its attention nor any later layer is computed. The cache is as after a whole pass, but that it holds nothing
     of later layers. Only for the session's last pass, which returns nothing.
     """
+    if layer is None:
+        yield
+        return
     cache.layers[layer].is_last = True
     try:
         yield

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from m3model.attention.selection import observed
 from m3model.attention.stopping import stopping_after
@@ -33,7 +34,7 @@ def encode_dense(model: Any, ids: Sequence[list[int]], sink: Sink, spec: MemoryS
     width = max(counts)
     # No room for the context before the sink is in, or it would be made twice.
     session = Session(model, batch=len(ids), sink=sink, offset=sink[0].shape[2], context=0)
-    with stopping_after(session.cache, spec.layers[-1]):
+    with stopping_after(session.cache, session.layout.last(spec.layers)):
         session.feed(torch.tensor([row + [0] * (width - len(row)) for row in ids]), counts)
     parts = [session.layout.packed(session.cache.context(layer)) for layer in spec.layers]
     return MemoryTensors(
@@ -46,10 +47,12 @@ def encode_dense(model: Any, ids: Sequence[list[int]], sink: Sink, spec: MemoryS
 def encode_scored(model: Any, ids: Sequence[list[int]], sink: Sink, spec: MemorySpec) -> tuple[MemoryTensors, Tensor]:
     """Memories of all tokens, and the scores by which `m3model.attention.selection.select` chooses among them.
 
-    The scores are ``float32[n, layers, kv_heads, T]`` on the model's device, zero beyond a memory's tokens: several
-    counts of tokens can be tried after one encoding. Raises `ConfigError` as `observed` does.
+    The scores are ``float32[n, layers, kv_heads, T]`` on the model's device, zero beyond a memory's tokens and a
+    layer's heads: several counts of tokens can be tried after one encoding. Raises `ConfigError` as `observed` does.
     """
     with observed(model, spec.layers) as scores:
         memories = encode_dense(model, ids, sink, spec)
     device = memories.keys.device
-    return memories, torch.stack([scores[layer].to(device) for layer in spec.layers], dim=1)
+    most = max(scores[layer].shape[1] for layer in spec.layers)
+    by_layer = [pad(scores[layer].to(device), (0, 0, 0, most - scores[layer].shape[1])) for layer in spec.layers]
+    return memories, torch.stack(by_layer, dim=1)

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from m3model.attention.layout import AttentionLayout, check_settings
+from m3model.attention.layout import AttentionLayout
 from m3model.loading.fingerprint import tokenizer_fingerprint
 from m3model.loading.models import (
     configuration_of,
@@ -154,8 +154,13 @@ def memory3_config(model: Any, tokenizer: Any, config: Config) -> Memory3Config:
     if (memory.place, memory.sinks, memory.positions) != ("start", "once", "parallel"):
         raise ConfigError("memory: a model is trained with place start, sinks once and positions parallel")
     layout = AttentionLayout.of(model)
-    if not layout.alike:
-        check_settings(memory, dense=kept_tokens(memory) == memory.reference_tokens)
+    if layout.again:
+        raise ConfigError("model.path: a model whose layers run several times cannot be trained")
+    if not layout.alike and kept_tokens(memory) < memory.reference_tokens:
+        raise ConfigError(
+            "memory.tokens_per_head must be all: the layers of this model have heads of several shapes, and it is "
+            "not trained to choose tokens"
+        )
     bos = tokenizer.bos_token_id
     sink = tokenizer(memory.sink, add_special_tokens=False)["input_ids"]
     sink_ids = [*([] if bos is None else [bos]), *sink]
