@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from m3runtime.serve import (
     chat,
@@ -19,6 +19,7 @@ from m3runtime.serve import (
     responses,
 )
 from m3runtime.serve.access import Guard
+from m3runtime.serve.fields import check_query
 from m3runtime.serve.logs import Trace
 from m3runtime.serve.served import Served
 
@@ -37,7 +38,14 @@ def make_app(served: Served) -> FastAPI:
             cancel("stopped")
         await asyncio.to_thread(served.adapter.engine.close)
 
-    app = FastAPI(title="m3runtime", docs_url=None, redoc_url=None, lifespan=lifespan, responses=errors.RESPONSES)
+    app = FastAPI(
+        title="m3runtime",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        responses=errors.RESPONSES,
+        dependencies=[Depends(check_query)],
+    )
     errors.install(app)
     for part in (models, chat, completions, responses, embeddings, health, corpus, observing, page):
         app.include_router(part.router(served))

@@ -20,7 +20,7 @@ from m3runtime.documents.reference import Place, Reference
 from m3runtime.retrieval.restriction import Restriction
 from m3runtime.serve.access import writer
 from m3runtime.serve.changes import Forget, Verify
-from m3runtime.serve.errors import ApiError
+from m3runtime.serve.errors import ApiError, unsupported
 from m3runtime.serve.fields import asked_where
 from m3runtime.serve.jobs import Job, Jobs, JobsFullError
 from m3runtime.serve.origin import same_site
@@ -116,7 +116,7 @@ def router(served: Served) -> APIRouter:
         if kind == "multipart/form-data":
             async with request.form(max_files=1, max_fields=1) as form:
                 if more := form.keys() - {"file"}:
-                    raise _unsupported(min(more))
+                    raise unsupported(min(more))
                 file = form.get("file")
                 if not isinstance(file, UploadFile):
                     raise ApiError(400, "the form has no file in its field file", param="file")
@@ -242,7 +242,7 @@ def _named_text(body: bytes) -> tuple[str, str]:
     if not isinstance(given, dict):
         raise ApiError(400, "the body must be an object with name and text")
     if more := given.keys() - {"name", "text"}:
-        raise _unsupported(min(more))
+        raise unsupported(min(more))
     for field in ("name", "text"):
         value = given.get(field)
         if not isinstance(value, str) or not value.strip():
@@ -255,7 +255,3 @@ def _named_text(body: bytes) -> tuple[str, str]:
         raise ApiError(400, "text has a NUL character", param="text")
     name = given["name"].strip()
     return name if "." in name else f"{name}.txt", given["text"]
-
-
-def _unsupported(field: str) -> ApiError:
-    return ApiError(400, f"{field[:80]} is not supported", param=field[:80], code="unsupported_parameter")

@@ -110,7 +110,7 @@ def refused(details: Sequence[dict[str, Any]]) -> ApiError:
     first = min(details, key=lambda one: one["type"] != "extra_forbidden")
     param = ".".join(str(part) for part in first["loc"][1:] if not _BRANCH.match(str(part)))
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{param} is not supported", param=param, code="unsupported_parameter")
+        return unsupported(param)
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not JSON", code="invalid_json")
     if first["type"] == "model_attributes_type" and not param:  # curl sends a form unless it is told otherwise
@@ -118,6 +118,11 @@ def refused(details: Sequence[dict[str, Any]]) -> ApiError:
         return ApiError(400, message, code="invalid_value")
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{param or 'the body'}: {message}"[:_LONGEST], param=param or None, code="invalid_value")
+
+
+def unsupported(field: str) -> ApiError:
+    """The refusal of a field that the API does not have."""
+    return ApiError(400, f"{field[:80]} is not supported", param=field[:80], code="unsupported_parameter")
 
 
 def install(app: FastAPI) -> None:

@@ -15,7 +15,8 @@ from pydantic_core import PydanticCustomError
 from m3runtime.config.schema import GenerateConfig
 from m3runtime.config.where import Where, conditions, in_sources
 from m3runtime.retrieval.restriction import Restriction
-from m3runtime.serve.errors import ApiError
+from m3runtime.serve.access import OPEN, OPEN_FOLDER
+from m3runtime.serve.errors import ApiError, unsupported
 from m3runtime.serve.served import Served
 
 Count = Annotated[int, Field(ge=1)]
@@ -51,6 +52,21 @@ class Fields(BaseModel):
             if not all(is_text(one) for one in [name, *inner]):
                 raise PydanticCustomError("no_text", "a text is not valid Unicode: it has half of a surrogate pair")
         return kept
+
+
+def check_query(request: Request) -> None:
+    """A dependency of all routes. Raises `ApiError` for a query that a route does not take, or a name given twice.
+
+    A route that takes a query has a model of it, which refuses unknown fields. Paths that need no key take any query:
+    monitors and links bring their own, and nothing there could be chosen by one.
+    """
+    names = [name for name, _ in request.query_params.multi_items()]
+    if not names or request.url.path in OPEN or request.url.path.startswith(OPEN_FOLDER):
+        return
+    if not request.scope["route"].dependant.query_params:
+        raise unsupported(min(names))
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ApiError(400, f"{twice[0][:80]} is given twice", param=twice[0][:80])
 
 
 def asked_where(sources: Sequence[str] | None, where: Mapping[str, Any] | None, param: str) -> Where:

@@ -1,4 +1,4 @@
-"""Structured logs: each line is one object of JSON. `Trace` gives every request an id and a line.
+"""Structured logs: each line is one object of JSON. `Trace` gives every request an id and a line, and answers HEAD.
 
 A line has no query string, header or body, so no key and no text of a user or of a document.
 """
@@ -61,6 +61,9 @@ class Trace:
             await self._app(scope, receive, send)
             return
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        method = scope["method"]
+        if method == "HEAD":  # answered as GET is; uvicorn, whose own scope stays as it is, leaves the body out
+            scope = {**scope, "method": "GET"}
         id = given if _ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
         scope.setdefault("state", {})["request_id"] = id
         began, status = time.perf_counter(), 0
@@ -83,7 +86,7 @@ class Trace:
             self._meter.count_request(route, status)
             fields = {
                 "request_id": id,
-                "method": scope["method"],
+                "method": method,
                 "route": route,
                 "status": status,
                 "seconds": round(time.perf_counter() - began, 4),

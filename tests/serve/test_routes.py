@@ -138,6 +138,35 @@ def test_responses_refuse_by_name(serving: Serving, field: str) -> None:
         assert http.post("/v1/responses", json=body).json()["error"]["param"] == field
 
 
+def test_head_is_answered_as_get_is_but_for_the_body(serving: Serving) -> None:
+    with serving.http() as http:
+        described = http.get("/openapi.json").json()["paths"]
+        paths = [path for path, methods in described.items() if "get" in methods and "{" not in path]
+        for path in (*paths, "/", "/assets/main.js", "/v1/models/tiny", "/v1/models/none", "/openapi.json"):
+            got, told = http.get(path), http.head(path)
+            assert (told.status_code, told.content) == (got.status_code, b""), path
+            assert told.headers["content-type"] == got.headers["content-type"]
+        assert "/health" in paths
+        assert http.head("/v1/completions").status_code == 405
+
+
+def test_a_query_that_a_route_does_not_take_is_refused_by_name(serving: Serving) -> None:
+    with serving.http() as http:
+        described = http.get("/openapi.json").json()["paths"]
+        routes = [(path, method) for path, methods in described.items() for method in methods]
+        for path, method in routes:
+            told = http.request(method, path, params={"colour": "blue"}, json={})
+            if path.startswith("/health"):  # monitors bring their own
+                assert told.status_code == 200
+            else:
+                assert (told.status_code, told.json()["error"]["param"]) == (400, "colour"), (path, told.text)
+        assert len(routes) > 15
+        assert http.get("/?from=mail").status_code == 200
+        twice = http.delete("/v1/corpus/sources?source=owl.txt&source=lamp.txt")
+        assert (twice.status_code, twice.json()["error"]["message"]) == (400, "source is given twice")
+        assert http.get("/v1/corpus/sources").json()["total"] == len(TOPICS)
+
+
 def test_metrics_tell_of_the_server_and_of_its_recalls(serving: Serving) -> None:
     def read() -> dict[str, float]:
         with serving.http() as http:
