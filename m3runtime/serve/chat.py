@@ -63,8 +63,10 @@ def router(served: Served) -> APIRouter:
             memory.refresh,
         )
         written = [Written(Reads(restriction, memory.text)) for _ in range(request.n)]
-        in_prompt = written[0].reads.in_prompt(asked.references) if memory.as_text else None
-        chat = _Chat(served, request, answering, written, in_prompt)
+        if memory.as_text:
+            for one in written:
+                one.reads.put_in_prompt(asked.references)
+        chat = _Chat(served, request, answering, written)
         if request.stream:
             return stream(chat.chunks())
         await collect(answering, written)
@@ -76,20 +78,11 @@ def router(served: Served) -> APIRouter:
 class _Chat:
     """The objects of one request."""
 
-    def __init__(
-        self,
-        served: Served,
-        request: ChatRequest,
-        answering: Answering,
-        written: Sequence[Written],
-        in_prompt: Sequence[Data] | None,
-    ) -> None:
-        """``in_prompt`` are the references that stand in the prompt as text, if that was asked for."""
+    def __init__(self, served: Served, request: ChatRequest, answering: Answering, written: Sequence[Written]) -> None:
         self._served = served
         self._request = request
         self._answering = answering
         self._written = written
-        self._references = {} if in_prompt is None else {"references": in_prompt}
         self._head = {"id": new_id("chatcmpl"), "created": now(), "model": served.name}
 
     def completion(self) -> Data:
@@ -102,8 +95,7 @@ class _Chat:
                     "content": one.text,
                     "refusal": None,
                     "annotations": one.reads.url_citations(),
-                    "memories": one.reads.memories,
-                    **self._references,
+                    **one.reads.told(),
                 },
                 "logprobs": chat_log_probs(self._served.adapter, one.log_probs) if self._request.logprobs else None,
                 "finish_reason": one.finish_reason,
@@ -114,12 +106,12 @@ class _Chat:
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usages}
 
     async def chunks(self) -> AsyncIterator[Data]:
-        """The answer bit by bit. Memories come when they begin to be read, citations with the end of an answer.
+        """The answer bit by bit. Memories come when they begin to be read, citations and ``found`` with its end.
 
         An empty list of memories says that none are read any more.
         """
-        for index in range(len(self._written)):
-            yield self._chunk(index, {"role": "assistant", "content": "", **self._references})
+        for index, one in enumerate(self._written):
+            yield self._chunk(index, {"role": "assistant", "content": "", **one.reads.in_prompt})
         async for index, event in self._answering:
             one = self._written[index]
             before = one.reads.now
@@ -129,8 +121,9 @@ class _Chat:
             elif isinstance(event, Piece) and (text or event.log_probs):
                 yield self._chunk(index, {"content": text}, event.log_probs)
             elif isinstance(event, End):
-                cited = one.reads.url_citations()
-                yield self._chunk(index, {"annotations": cited} if cited else {}, finished=one.finish_reason)
+                cited, found = one.reads.url_citations(), {"found": one.reads.found}
+                delta = {"annotations": cited, **found} if cited else found
+                yield self._chunk(index, delta, finished=one.finish_reason)
         if self._request.stream_options is not None and self._request.stream_options.include_usage:
             yield {**self._chunk(0, {}), "choices": [], "usage": usage(self._answering, self._written)}
 

@@ -23,6 +23,8 @@ class Reads:
     ``end_index`` in the answer, and more; ``share`` of attention and ``spans`` that it led, where that is known."""
     now: list[dict[str, Any]] = field(default_factory=list)
     """The entries of `memories` that are read now."""
+    in_prompt: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """``references`` if such stand in the prompt as text: like `memories`, without places."""
     tokens: dict[int, int] = field(default_factory=dict)
     """The tokens of each memory, by its id."""
     _cited: list[tuple[dict[str, Any], str]] = field(default_factory=list)
@@ -55,9 +57,18 @@ class Reads:
             one["share"] = round(part.memories.get(one["id"], 0.0), 4)
             one["spans"] = [[max(start, span.start - before), span.end - before] for span in spans]
 
-    def in_prompt(self, references: Iterable[tuple[int, float, Reference]]) -> list[dict[str, Any]]:
-        """References that stand in the prompt as text, by id and score: like `memories`, without places."""
-        return [self._facts(*one) for one in references]
+    def put_in_prompt(self, references: Iterable[tuple[int, float, Reference]]) -> None:
+        """These stand in the prompt as text: id, score and reference of each."""
+        self.in_prompt = {"references": [self._facts(*one) for one in references]}
+
+    @property
+    def found(self) -> bool:
+        """Was anything recalled? If not, the answer is the model's own."""
+        return bool(self.memories or self.in_prompt.get("references"))
+
+    def told(self) -> dict[str, Any]:
+        """The fields of an answer that are ours."""
+        return {"found": self.found, "memories": self.memories, **self.in_prompt}
 
     def url_citations(self) -> list[dict[str, Any]]:
         """The annotations of chat completions, of those memories that a part of the answer was written with."""

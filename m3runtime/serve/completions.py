@@ -77,7 +77,7 @@ class _Text:
     def completion(self) -> Data:
         """The whole answer."""
         choices = [
-            self._choice(index, one.text, one.log_probs, one.finish_reason, memories=one.reads.memories)
+            self._choice(index, one.text, one.log_probs, one.finish_reason, **one.reads.told())
             for index, one in enumerate(self._written)
         ]
         return {**self._head, "choices": choices, "usage": usage(self._answering, self._written)}
@@ -94,7 +94,7 @@ class _Text:
             elif isinstance(event, Piece) and (event.text or event.log_probs):
                 choice = self._choice(index, event.text, event.log_probs)
             elif isinstance(event, End):
-                choice = self._choice(index, "", finished=one.finish_reason)
+                choice = self._choice(index, "", finished=one.finish_reason, found=one.reads.found)
             if choice is not None:
                 yield {**self._head, "choices": [choice]}
         if self._request.stream_options is not None and self._request.stream_options.include_usage:
@@ -106,10 +106,8 @@ class _Text:
         text: str,
         log_probs: Sequence[Any] = (),
         finished: str | None = None,
-        *,
-        memories: Sequence[Data] | None = None,
+        **ours: Any,
     ) -> Data:
         asked = self._request.logprobs is not None and log_probs
         told = self._log_probs[index].told(log_probs) if asked else None
-        choice = {"index": index, "text": text, "logprobs": told, "finish_reason": finished}
-        return choice if memories is None else {**choice, "memories": memories}
+        return {"index": index, "text": text, "logprobs": told, "finish_reason": finished, **ours}

@@ -36,11 +36,14 @@ class Message(Fields):
     annotations: Told = ()
     memories: Told = ()
     references: Told = ()
+    found: bool | None = None
+    """Told with an earlier answer, as well."""
 
     @model_validator(mode="after")
     def _tells_of_answers_only(self) -> Self:
-        if self.role != "assistant" and (self.annotations or self.memories or self.references):
-            raise PydanticCustomError("no_answer", "only an answer has annotations, memories or references")
+        told = self.annotations or self.memories or self.references or self.found is not None
+        if self.role != "assistant" and told:
+            raise PydanticCustomError("no_answer", "only an answer has annotations, memories, references or found")
         return self
 
     @property

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -84,8 +84,9 @@ def router(served: Served) -> APIRouter:
         reads = None if memory.off or memory.as_text else restriction
         answering = await Answering.begin(served, http, [asked.prompt], [settings], reads, memory.refresh)
         written = Written(Reads(restriction, memory.text))
-        in_prompt = written.reads.in_prompt(asked.references) if memory.as_text else None
-        response = _Response(served, request, settings, answering, written, in_prompt)
+        if memory.as_text:
+            written.reads.put_in_prompt(asked.references)
+        response = _Response(served, request, settings, answering, written)
         if request.stream:
             return stream(response.events(), done=False)
         await collect(answering, [written])
@@ -104,20 +105,17 @@ class _Response:
         settings: GenerateConfig,
         answering: Answering,
         written: Written,
-        in_prompt: Sequence[Data] | None,
     ) -> None:
-        """``in_prompt`` are the references that stand in the prompt as text, if that was asked for."""
         self._request = request
         self._settings = settings
         self._answering = answering
         self._written = written
-        self._references = {} if in_prompt is None else {"references": in_prompt}
         self._item = new_id("msg")
         self._head = {"id": new_id("resp"), "object": "response", "created_at": now(), "model": served.name}
 
     def whole(self) -> Data:
         """The response, as far as it has come."""
-        answer = self._written.answer
+        answer, reads = self._written.answer, self._written.reads
         cut = answer is not None and answer.stopped_by == "length"
         status = "in_progress" if answer is None else "incomplete" if cut else "completed"
         return {
@@ -150,8 +148,7 @@ class _Response:
             "truncation": "disabled",
             "usage": None if answer is None else self._usage(),
             "user": self._request.user,
-            "memories": self._written.reads.memories,
-            **self._references,
+            **({"memories": reads.memories, **reads.in_prompt} if answer is None else reads.told()),
         }
 
     async def events(self) -> AsyncIterator[tuple[str, Data]]:

@@ -81,6 +81,25 @@ def test_a_stream_says_what_the_answer_says_at_once(serving: Serving) -> None:
     assert chunks[-2]["choices"][0]["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize(
+    ("memory", "found"),
+    [
+        ({}, True),
+        ({"as_text": True}, True),
+        ({"off": True}, False),
+        ({"min_score": 1}, False),
+        ({"sources": ["nowhere.txt"], "as_text": True}, False),
+    ],
+)
+def test_an_answer_says_whether_anything_was_recalled(serving: Serving, memory: dict[str, object], found: bool) -> None:
+    fields = {"memory": memory, "max_tokens": 2, "n": 2}
+    whole = serving.chat(QUESTION, **fields).json()
+    assert [one["message"]["found"] for one in whole["choices"]] == [found, found]
+    *chunks, _ = data_of(iter(serving.chat(QUESTION, stream=True, **fields).text.split("\n")))
+    told = [chunk["choices"][0] for chunk in chunks if "found" in chunk["choices"][0]["delta"]]
+    assert [(one["delta"]["found"], one["finish_reason"]) for one in told] == [(found, "length")] * 2
+
+
 def test_a_stream_says_when_no_memories_are_read_any_more(serving: Serving) -> None:
     best = serving.chat(QUESTION).json()["choices"][0]["message"]["memories"][0]["score"]
     memory = {"min_score": best - 0.01}  # the answer's own words are further from all memories

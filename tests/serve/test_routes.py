@@ -54,6 +54,7 @@ def test_completions_continue_texts_as_they_are(serving: Serving) -> None:
     log_probs = both.choices[0].logprobs
     assert len(log_probs.tokens) == len(log_probs.text_offset) == 12
     assert both.choices[0].memories[0]["source"] == "lamp.txt"
+    assert both.choices[0].found
     with client.completions.create(model="tiny", prompt=prompts[1], max_tokens=12, stream=True) as stream:
         assert "".join(chunk.choices[0].text for chunk in stream) == alone.text
 
@@ -91,6 +92,7 @@ def test_responses_cite_files_and_addresses(serving: Serving) -> None:
     annotations = given.output[0].content[0].annotations
     assert {one.type for one in annotations} == {"url_citation", "file_citation"}
     assert {one.filename for one in annotations if one.type == "file_citation"} <= {f"{name}.txt" for name in TOPICS}
+    assert given.found
 
 
 def test_an_earlier_response_may_be_given_back_as_it_came(serving: Serving) -> None:
@@ -129,6 +131,8 @@ def test_responses_stream_the_events_that_clients_expect(serving: Serving) -> No
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
     assert "response.output_text.annotation.added" in names
     assert events[-1].response.output_text == whole.output_text
+    assert events[-1].response.found
+    assert not hasattr(events[0].response, "found")  # nobody knows yet
 
 
 @pytest.mark.parametrize("field", ["previous_response_id", "tools", "reasoning", "background", "include"])
