@@ -12,16 +12,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from m3model.loading import gguf
 from m3model.loading.fingerprint import ModelIdentity
 from m3model.vllm.recalls import Memories, Recalls
-from m3model.vllm.settings import slots_of
+from m3model.vllm.settings import checkpoint_of, slots_of
 from m3model.vllm.slots import Slots, Turn
 from m3model.vllm.wish import Head, Wish
 from m3model.vllm.words import Words
 from m3runtime.bank.bias import BiasDirections, BiasFacts
 from m3runtime.config.schema import Config
 from m3runtime.config.where import as_mappings, conditions, in_sources
-from m3runtime.errors import InputError
+from m3runtime.errors import ConfigError, InputError
 from m3runtime.retrieval.restriction import Restriction
 from tests.model.banks import make_runtime
 from tests.model.families import make_adapter, make_model
@@ -220,6 +221,21 @@ def test_sink_and_slots_fill_whole_blocks() -> None:
         assert 5 * WIDTH <= slots < 5 * WIDTH + block
     sparse = config.model_copy(update={"memory": config.memory.model_copy(update={"tokens_per_head": 4})})
     assert slots_of(sparse, bias(), 16) == 32 - SINK
+
+
+def test_a_converted_file_is_served_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "lamp.gguf"
+    config = Config.model_validate({"bank": tmp_path, "model": {"path": str(file)}, "embedder": {"path": "none"}})
+    with pytest.raises(ConfigError, match=r"no such file: .*lamp\.gguf"):
+        checkpoint_of(config)
+    file.write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match=r"lamp\.gguf is not converted yet; `m3 init` and `m3 write` do it"):
+        checkpoint_of(config)
+    gguf.folder_of(file).mkdir(parents=True)
+    assert checkpoint_of(config) == str(gguf.folder_of(file))
+    other = config.model.model_copy(update={"path": "of/the-hub"})
+    assert checkpoint_of(config.model_copy(update={"model": other})) == "of/the-hub"
 
 
 def test_a_checkpoint_is_known_by_its_files(tmp_path: Path) -> None:

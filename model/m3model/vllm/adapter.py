@@ -8,6 +8,7 @@ import torch
 from m3model.vllm import compat, hosting
 from m3model.vllm.core import LocalCore
 from m3model.vllm.front import FrontAdapter
+from m3model.vllm.settings import checkpoint_of
 from m3runtime.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -19,12 +20,12 @@ class VllmAdapter(FrontAdapter):
 
     def __init__(self, runtime: Runtime, options: Mapping[str, Any]) -> None:
         """``options`` are arguments of vLLM's ``EngineArgs``, and what `Settings` has beside the configuration."""
-        config = runtime.config
+        config, model = runtime.config, checkpoint_of(runtime.config)
         ours = {name: options[name] for name in ("slots", "placeholder", "cache", "check_weights") if name in options}
         theirs = {name: value for name, value in options.items() if name not in ours}
         theirs = {"max_num_seqs": config.model.rows, "dtype": config.model.dtype, **theirs}
         extra = {"config": config.model_dump(mode="json"), "hosted": True, **ours}
-        core = LocalCore(lambda: hosting.open_engine(config.model.path, theirs, extra), runtime)
+        core = LocalCore(lambda: hosting.open_engine(model, theirs, extra), runtime)
         self._shape = compat.shape_of(core.config)
         super().__init__(
             runtime,

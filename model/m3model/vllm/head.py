@@ -2,7 +2,7 @@
 
     python -m m3model.vllm.head --config m3.yaml --block-size 128 --chat-template chat.jinja
 
-prints it as JSON, and writes a chat template that begins with it. In Python::
+prints it as JSON, with the model's folder, and writes a chat template that begins with it. In Python::
 
     head = load_head("m3.yaml", block=128)
     client.completions.create(model=..., prompt=head.ids + tokens, extra_body={"kv_transfer_params": {"m3": {}}})
@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from m3model.vllm.settings import bias_of, placeholder_of, slots_of
+from m3model.vllm.settings import bias_of, checkpoint_of, placeholder_of, slots_of
 from m3model.vllm.wish import Head
 from m3runtime.bank.bias import BiasDirections
 from m3runtime.config.schema import Config
@@ -33,7 +33,7 @@ def tokenizer_of(config: Config) -> Any:
     """The tokenizer of the model."""
     from vllm.tokenizers.registry import get_tokenizer
 
-    return get_tokenizer(config.model.path)
+    return get_tokenizer(checkpoint_of(config))
 
 
 def text_of(head: Head, tokenizer: Any) -> str:
@@ -74,7 +74,8 @@ def main() -> None:
             given.chat_template.write_text(f"{{{{- {json.dumps(text)} -}}}}{tokenizer.chat_template}", "utf-8")
     except M3Error as error:
         parser.exit(1, f"{error}\n")
-    print(json.dumps({"slots": head.slots, "placeholder": head.placeholder, "tokens": head.ids, "text": text}))  # noqa: T201
+    served = {"model": checkpoint_of(config), "slots": head.slots, "placeholder": head.placeholder}
+    print(json.dumps({**served, "tokens": head.ids, "text": text}))  # noqa: T201
 
 
 if __name__ == "__main__":

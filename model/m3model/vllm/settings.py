@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from m3model.loading import gguf
 from m3model.loading.fingerprint import ModelIdentity
 from m3model.vllm.slots import CACHE_BYTES
 from m3model.vllm.wish import Head
@@ -49,6 +50,22 @@ class Settings(Section):
         if isinstance(self.config, Path):
             return Config.load(self.config)
         return Config.model_validate(self.config)
+
+
+def checkpoint_of(config: Config) -> str:
+    """The folder or name of the model for vLLM: of a GGUF file, the folder that it was converted into.
+
+    Raises `ConfigError` if it was not converted yet.
+    """
+    path = config.model.path
+    if not path.endswith(".gguf"):
+        return path
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"model.path: no such file: {path}")
+    if not (folder := gguf.folder_of(file)).is_dir():
+        raise ConfigError(f"model.path: {path} is not converted yet; `m3 init` and `m3 write` do it")
+    return str(folder)
 
 
 def head_of(settings: Settings, config: Config, bias: BiasDirections, shape: "compat.Shape", tokenizer: Any) -> Head:
