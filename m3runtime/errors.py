@@ -18,6 +18,7 @@ what to do about it. A cache miss is never an error; it is a value (see `m3runti
     ├── ForkedError             a runtime is used in a process that was forked after it was opened
     ├── StoreFullError          leased memories fill the memory store
     ├── EngineClosedError       a request to an engine after `close`
+    ├── EncoderError            processes that encode for a writer die again and again
     ├── RemoteError             an engine at a URL is not reached, refuses us, or breaks off
     ├── CodecError              a codec is untrained, unreadable or does not fit
     ├── IndexFileError          an index file cannot be used
@@ -86,6 +87,10 @@ class StoreFullError(M3Error):
 
 class EngineClosedError(M3Error):
     """A request is submitted to an engine that has been closed."""
+
+
+class EncoderError(M3Error):
+    """Processes that encode for a writer died again and again over the same references."""
 
 
 class RemoteError(M3Error):

@@ -27,6 +27,7 @@ from m3runtime.observe.figures import show_size
 if TYPE_CHECKING:
     from m3runtime.documents.expiry import Expiry
     from m3runtime.documents.survey import Survey
+    from m3runtime.writing.encoders.pool import EncoderPool
     from m3runtime.writing.mirror import MirrorReport
 
 Paths = Annotated[
@@ -74,6 +75,25 @@ def write(
     no_tags: NoTags = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List the files that changed.")] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            metavar="N",
+            min=1,
+            help="Processes that encode, each on a GPU of its own if there are several; this one commits. Default: "
+            "this one does both; with --ray an actor for each GPU, or for each machine if there is none.",
+            show_default=False,
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Encode by actors of a Ray cluster: auto, HOST:PORT, ray://HOST:PORT, or local to start one here.",
+        ),
+    ] = None,
     set: Set = None,
     json: Json = False,
 ) -> None:
@@ -91,7 +111,7 @@ def write(
 
     fields = documents_fields(settings, text_field)
     reading = Reading(fields, whole, catalogue, expiry_of(expires), tags_of(tag, none=no_tags))
-    with closing(Mirror(settings, reading, keep_missing=keep_missing)) as mirror:
+    with closing(Mirror(settings, reading, keep_missing=keep_missing, pool=pool_of(workers, ray))) as mirror:
         if dry_run:
             survey = mirror.survey(paths)
             if json:
@@ -109,6 +129,20 @@ def write(
     named = {mirror.names.name(path) for path in paths if not path.is_dir()}
     if named & report.survey.unread.keys():
         raise typer.Exit(1)
+
+
+def pool_of(workers: int | None, ray: str | None) -> "EncoderPool | None":
+    """The encoders of ``--workers`` and ``--ray``; None: the writer encodes. Raises `PluginError`."""
+    if ray is not None:
+        from m3runtime.plugins.loading import load
+
+        pool: EncoderPool = load("pools", "ray")(address=ray, size=workers)
+        return pool
+    if workers is None or workers == 1:
+        return None
+    from m3runtime.writing.encoders.processes import ProcessPool  # loads torch
+
+    return ProcessPool(workers)
 
 
 def expiry_of(expires: str | None) -> "Expiry | None":

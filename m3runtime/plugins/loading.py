@@ -16,6 +16,7 @@ _GROUPS = {
     "embedders": "embedder",
     "adapters": "adapter",
     "trainers": "trainer",
+    "pools": "pool",
 }
 _EXTRAS = {
     "faiss": ("train",),
@@ -34,6 +35,7 @@ _EXTRAS = {
     "openpyxl": ("documents",),
     "pyarrow": ("parquet",),
     "lance": ("lance",),
+    "ray": ("ray",),
     "watchfiles": ("sync",),
     "valkey": ("valkey",),
     "langchain_core": ("langchain",),
@@ -47,8 +49,8 @@ _EXTRAS = {
 def load(group: str, name: str) -> type[Any]:
     """The class that a plug-in's name, or an import path ``package.module:Name``, stands for.
 
-    ``group`` is one of ``tiers``, ``codecs``, ``indexes``, ``embedders``, ``adapters`` and ``trainers``. Raises
-    `PluginError` if the name is not known, or its module cannot be imported.
+    ``group`` is one of ``tiers``, ``codecs``, ``indexes``, ``embedders``, ``adapters``, ``trainers`` and ``pools``.
+    Raises `PluginError` if the name is not known, or its module cannot be imported.
     """
     what = f"{_GROUPS[group]} {name}"
     module, _, attribute = name.partition(":") if ":" in name else _find(group, name)

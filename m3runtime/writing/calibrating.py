@@ -66,7 +66,7 @@ def calibrate_bias(
                 "give more text by --text"
             )
         steps = partial(progress or (lambda *_: None), "Reading text for bias directions")
-        found = adapter.calibrate_bias(read_texts(bank, adapter, chosen), wanted, steps)
+        found = adapter.calibrate_bias(read_texts(bank.manifest, adapter, chosen), wanted, steps)
     found = replace(found, facts=replace(found.facts, model=manifest.model, model_name=manifest.model_name))
     if dry_run:
         return BiasReport(found, None)

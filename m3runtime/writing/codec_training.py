@@ -154,7 +154,7 @@ def train_planned(
     steps = Steps(bank.path / TRAINING, training_key(bank, codec, chosen))
     ids = known_ids(bank, chosen)
     memories = stored_memories(bank, ids, 1)
-    texts = read_texts(bank, adapter, chosen)
+    texts = read_texts(bank.manifest, adapter, chosen)
     found = train(codec, adapter, texts, memories, len(ids), config.memory.batch_size, steps, progress)
     if not found.is_good:
         total = memory_tokens(encoded(bank), bank.manifest.spec)

@@ -1,4 +1,4 @@
-"""`Group`: references on their way into a home, with their blocks and embeddings."""
+"""`Encoding`: references with their blocks and embeddings; `Group`: an encoding on its way into a home."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from m3runtime.adapters.base import Adapter
 from m3runtime.bank.bank import Bank
+from m3runtime.bank.codecs import BankCodecs
+from m3runtime.bank.manifest import Manifest
 from m3runtime.documents.reference import Reference
 from m3runtime.memory.block import HEADER_BYTES, Ids, headers
 from m3runtime.memory.tensors import MemoryTensors
@@ -20,29 +22,28 @@ GROUP = 64
 
 
 @dataclass(eq=False)
-class Group:
+class Encoding:
     """References with their ids; blocks and embeddings are filled in. For one thread at a time."""
 
-    bank: Bank
+    codecs: BankCodecs
+    slot_bytes: int
     ids: Ids
     references: Sequence[Reference]
-    changes: Changes = field(default_factory=Changes)
-    """Changes of other references, made in the same transaction."""
     vectors: Embeddings = field(init=False)
     """The embeddings of all references, ``float32[n, dim]``, after `embed`."""
 
     @cached_property
     def blocks(self) -> Tensor:
         """The encoded blocks of all references, ``uint8[n, slot_bytes]``; zeros before `put`."""
-        return torch.zeros(len(self.ids), self.bank.home.slot_bytes, dtype=torch.uint8)
+        return torch.zeros(len(self.ids), self.slot_bytes, dtype=torch.uint8)
 
     def texts(self, rows: Sequence[int], adapter: Adapter) -> list[str]:
         """The texts of these rows, as the model reads them."""
-        return read_texts(self.bank, adapter, [self.references[row] for row in rows])
+        return read_texts(self.codecs.manifest, adapter, [self.references[row] for row in rows])
 
     def put(self, rows: Sequence[int], memories: MemoryTensors) -> None:
         """Encode and seal the memories of these rows."""
-        self.blocks[rows] = self.bank.blocks(self.ids[rows], memories)
+        self.blocks[rows] = self.codecs.seal(self.ids[rows], memories, self.slot_bytes)
 
     def encode(self, adapter: Adapter, batch_size: int, done: Callable[[int], None] = lambda _: None) -> None:
         """Compute, encode and seal all memories. ``done`` is called with their number after each batch of the model."""
@@ -59,6 +60,16 @@ class Group:
     def embed(self, embedder: Embedder) -> None:
         """Embed all references, each with its heading."""
         self.vectors = embedder.embed_references([reference.headed for reference in self.references])
+
+
+class Group(Encoding):
+    """References of a bank, and the transactions that may store them."""
+
+    def __init__(self, bank: Bank, ids: Ids, references: Sequence[Reference], changes: Changes | None = None) -> None:
+        """``changes`` of other references are made in the same transaction."""
+        super().__init__(bank.codecs, bank.home.slot_bytes, ids, references)
+        self.bank = bank
+        self.changes = changes or Changes()
 
     def batch(self) -> Batch:
         """The batch for `Home.commit`, after `put` for every row and `embed`."""
@@ -85,9 +96,9 @@ Store = Callable[[Group], None]
 """A transaction of `Group`: `Group.commit`, `Group.catalogue`, `Group.fill` or `Group.change`."""
 
 
-def read_texts(bank: Bank, adapter: Adapter, references: Iterable[Reference]) -> list[str]:
+def read_texts(manifest: Manifest, adapter: Adapter, references: Iterable[Reference]) -> list[str]:
     """The texts that the model reads of references: below their headings, if the bank's are (`Manifest.headings`)."""
-    if not bank.manifest.headings:
+    if not manifest.headings:
         return [one.text for one in references]
     return [one.headed_within(adapter.spec.reference_tokens, adapter.count_tokens) for one in references]
 

@@ -25,6 +25,7 @@ from m3runtime.writing import scripts
 from m3runtime.writing.moving import Moves
 
 if TYPE_CHECKING:
+    from m3runtime.writing.encoders.pool import EncoderPool
     from m3runtime.writing.writer import Writer, WriteReport
 
 OnProgress = Callable[[str, int, int], None]
@@ -82,9 +83,10 @@ class Mirror:
         *,
         keep_missing: bool = False,
         writer: "Writer | None" = None,
+        pool: "EncoderPool | None" = None,
         today: Callable[[], str] = expiry.today,
     ) -> None:
-        """Without a ``writer`` one is opened when there is something to read."""
+        """Without a ``writer`` one is opened when there is something to read, which encodes by ``pool`` if given."""
         self.config = config
         self.reading = reading
         self.keep_missing = keep_missing
@@ -92,6 +94,9 @@ class Mirror:
         self.names = SourceNames(config.bank)
         self._opened = ExitStack()
         self._given = writer
+        self._pool = pool
+        if pool is not None:
+            self._opened.callback(pool.close)
         self._settings = fingerprint(
             [getattr(config, name).model_dump(mode="json") for name in ("model", "memory", "codec", "embedder")]
         ).encode()
@@ -295,7 +300,7 @@ class Mirror:
         self._opened.callback(adapter.close)
         embedder = assembly.open_embedder(self.config)
         self._opened.callback(embedder.close)
-        return Writer(self.config, adapter, embedder)
+        return Writer(self.config, adapter, embedder, pool=self._pool)
 
     @property
     def _home_folder(self) -> Path:

@@ -1,7 +1,7 @@
 """`Pipeline`: takes groups of references through model, codec, embedder and home, in up to three threads."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from m3runtime.adapters.base import Adapter
 from m3runtime.device.side_stream import SideStream
 from m3runtime.retrieval.embedder import Embedder
-from m3runtime.writing.encoding import Group, Store, batches
+from m3runtime.writing.encoding import Encoding, Group, Store, batches
 from m3runtime.writing.worker import Job, Worker
 
 if TYPE_CHECKING:
@@ -37,6 +37,11 @@ class Clock:
         finally:
             self.seconds[name] += time.perf_counter() - began
 
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Add the seconds of another clock."""
+        for name, more in seconds.items():
+            self.seconds[name] += more
+
 
 class Pipeline:
     """Runs groups through the phases from ``model`` to ``commit``. A few groups are in memory at a time.
@@ -62,25 +67,55 @@ class Pipeline:
         model). Raises what a phase raises; groups are stored in order, and none after one that failed.
         """
         count = 0
+
+        def passed(more: int) -> None:
+            nonlocal count
+            computed(count := count + more)
+
         with ExitStack() as workers:
             commits = workers.enter_context(Worker(ahead=1))
-            encode: Callable[[Job], object] = lambda job: job()  # noqa: E731 - in turn, in this thread
-            if self._parallel:
-                encode = workers.enter_context(Worker(ahead=_BATCHES_AHEAD)).do
+            encode = self._encoding(workers)
             for store, group in groups:
-                computed(count)
-                if group.references and store is not Group.fill:
-                    encode(self._timed("embed", partial(group.embed, self._embedder)))
-                for rows in batches(group.references, self._batch_size) if store is not Group.catalogue else ():
-                    with self.clock.phase("model"):
-                        memories = self._adapter.encode(group.texts(rows, self._adapter))
-                    put = partial(group.put, rows, memories)
-                    encode(self._timed("encode", put, (memories.keys, memories.values)))
-                    del put, memories  # the worker's now, or gone: the model needs the room
-                    computed(count := count + len(rows))
-                encode(partial(commits.do, partial(self._store, store, group)))
-                if store is Group.catalogue:
-                    computed(count := count + len(group.references))
+                passed(0)
+                embed, read = store is not Group.fill, store is not Group.catalogue
+                self._compute(group, encode, passed, embed=embed, read=read)
+                encode(partial(commits.do, partial(self.store, store, group)))
+
+    def compute(self, encoding: Encoding, *, embed: bool = True, read: bool = True) -> None:
+        """Compute one group that another process will store; ``read``: by the model."""
+        with ExitStack() as workers:
+            self._compute(encoding, self._encoding(workers), lambda _: None, embed=embed, read=read)
+
+    def store(self, store: Store, group: Group) -> None:
+        """Make the transaction of a computed group. For one thread at a time."""
+        with self.clock.phase("commit"):
+            store(group)
+        self.bytes += 0 if store is Group.catalogue else group.bytes
+
+    def _encoding(self, workers: ExitStack) -> Callable[[Job], object]:
+        """Does jobs of encoding and embedding: in turn, or in a thread that ends with ``workers``."""
+        return workers.enter_context(Worker(ahead=_BATCHES_AHEAD)).do if self._parallel else lambda job: job()
+
+    def _compute(
+        self,
+        group: Encoding,
+        encode: Callable[[Job], object],
+        passed: Callable[[int], None],
+        *,
+        embed: bool,
+        read: bool,
+    ) -> None:
+        if group.references and embed:
+            encode(self._timed("embed", partial(group.embed, self._embedder)))
+        for rows in batches(group.references, self._batch_size) if read else ():
+            with self.clock.phase("model"):
+                memories = self._adapter.encode(group.texts(rows, self._adapter))
+            put = partial(group.put, rows, memories)
+            encode(self._timed("encode", put, (memories.keys, memories.values)))
+            del put, memories  # the worker's now, or gone: the model needs the room
+            passed(len(rows))
+        if not read:
+            passed(len(group.references))
 
     def _timed(self, phase: str, work: Job, tensors: "Sequence[Tensor]" = ()) -> Job:
         """A job that does the work once the device has computed ``tensors``."""
@@ -92,8 +127,3 @@ class Pipeline:
                 work()
 
         return job
-
-    def _store(self, store: Store, group: Group) -> None:
-        with self.clock.phase("commit"):
-            store(group)
-        self.bytes += 0 if store is Group.catalogue else group.bytes

@@ -150,7 +150,7 @@ def _read(bank: Bank, ids: Ids, adapter: Adapter | None, but: bytes = b"") -> li
             log.warning("not encoded anew: %s; run `m3 verify --repair`", error)
     lacking = [one for one in stored if one.memory is None]
     if lacking and adapter is not None:
-        memories = adapter.encode(read_texts(bank, adapter, [one.reference for one in lacking]))
+        memories = adapter.encode(read_texts(bank.manifest, adapter, [one.reference for one in lacking]))
         for row, one in enumerate(lacking):
             one.memory = memories.rows(slice(row, row + 1))
     return stored

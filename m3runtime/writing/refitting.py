@@ -95,7 +95,7 @@ class _Refit:
             memories = stored_memories(self.bank, ids, self._size, self.adapter)
             steps = Steps(self.bank.path / TRAINING, training_key(self.bank, codec, chosen))
             progress = partial(self._progress, "Training the codec")
-            texts = read_texts(self.bank, self.adapter, chosen)
+            texts = read_texts(self.bank.manifest, self.adapter, chosen)
             found = train(codec, self.adapter, texts, memories, len(ids), self._size, steps, progress)
             if found.is_good:
                 new = manifest.with_codec(codec.kind, codec.options, codec.fingerprint)

@@ -20,6 +20,9 @@ from m3runtime.errors import InputError
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.storage.home import Home
 from m3runtime.writing import codec_files, codec_training, erasure, reencoding
+from m3runtime.writing.encoders.distribution import distribute
+from m3runtime.writing.encoders.encoder import Setup
+from m3runtime.writing.encoders.pool import EncoderPool
 from m3runtime.writing.grouping import Groups
 from m3runtime.writing.pipeline import Clock, Pipeline
 from m3runtime.writing.reencoding import Reencoded
@@ -61,13 +64,24 @@ class Writer:
 
     The model runs in the caller's thread. While it computes a group, the one before is committed by another thread;
     with ``parallel``, a third one encodes and embeds at the same time the last batches of the model. That is the
-    default where the model is not on a CPU. On a CPU, encoding would take its cores from the model.
+    default where the model is not on a CPU. On a CPU, encoding would take its cores from the model. With a pool of
+    encoders, this process reads only the references that a codec is trained on, and commits.
     """
 
-    def __init__(self, config: Config, adapter: Adapter, embedder: Embedder, *, parallel: bool | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        adapter: Adapter,
+        embedder: Embedder,
+        *,
+        parallel: bool | None = None,
+        pool: EncoderPool | None = None,
+    ) -> None:
+        """With a ``pool`` its encoders read and embed the references; they load their models by the configuration."""
         self.config = config
         self.adapter = adapter
         self.embedder = embedder
+        self.pool = pool
         self.parallel = adapter.device.type != "cpu" if parallel is None else parallel
         self.splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
 
@@ -103,10 +117,12 @@ class Writer:
         `BankFullError`.
         """
         began, clock = time.perf_counter(), Clock()
+        if self.pool is not None:
+            self.pool.open(self.config, self.adapter.device)
         with clock.phase("split"):
             spool = ReferenceSpool(documents, self.splitter, added, whole=whole, may_be_empty=True)
             mirrored = states()
-        with closing(spool) as references:
+        with self.pool or nullcontext(), closing(spool) as references:
             assembly.make_index(self.config, self.embedder.dim)  # a mistake there should not show only at the end
             with clock.phase("codec"):
                 bank = self._open(references)
@@ -130,7 +146,10 @@ class Writer:
                     if progress:
                         progress(title, groups.known + count, len(references))
 
-                pipeline.run(groups, computed)
+                if self.pool is None:
+                    pipeline.run(groups, computed)
+                else:
+                    distribute(self.pool, Setup.of(self.config, bank), pipeline, groups, computed)
                 if groups.stored:
                     computed(groups.stored)  # known references may have followed the last group
                 with clock.phase("index"):

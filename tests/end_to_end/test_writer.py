@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from m3backends.lmdb.home import LmdbHome
 from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
-from m3runtime.bank.bank import Bank
+from m3runtime.bank.codecs import BankCodecs
 from m3runtime.bank.manifest import Manifest
 from m3runtime.config.schema import Config
 from m3runtime.documents.document import Document
@@ -336,7 +336,7 @@ def test_an_error_in_any_phase_comes_out_and_leaves_whole_groups(
 ) -> None:
     owner, name = {
         "model": (desk.adapter, "encode"),
-        "codec": (Bank, "blocks"),
+        "codec": (BankCodecs, "seal"),
         "embedder": (desk.embedder, "embed_references"),
         "home": (LmdbHome, "commit"),
     }[where]

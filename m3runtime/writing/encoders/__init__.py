@@ -1,0 +1,1 @@
+"""Encoders: processes with a model each, on this machine or on others, that encode what one writer commits."""

