@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from m3backends.lmdb.records import digest
+from m3backends.records import digest
 from m3runtime import assembly
 from m3runtime.config.schema import Config
 from m3runtime.memory import block

@@ -11,7 +11,7 @@ from m3backends.lance.library import reason
 from m3backends.lance.reader import REFERENCE, as_reference, as_vectors
 from m3backends.lance.schema import ANCHOR, HEAD, META, STATE, escaped, opened, seal_embedding, text_key
 from m3backends.lance.snapshot import Snapshot
-from m3backends.lmdb.records import unpack_state
+from m3backends.records import unpack_state
 from m3runtime.errors import RecordError
 from m3runtime.storage.home import Damage
 

@@ -21,7 +21,7 @@ from m3backends.lance.schema import (
     unescaped,
 )
 from m3backends.lance.snapshot import Change, Snapshot
-from m3backends.lmdb.records import pack_state, unpack_state
+from m3backends.records import pack_state, unpack_state
 from m3runtime.documents.reference import Place, Reference
 from m3runtime.documents.sources import SourceState
 from m3runtime.errors import InputError, RecordError

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
+from m3backends.batches import checked_embeddings, without_padding
 from m3backends.lance.audit import audit
 from m3backends.lance.edit import Edit
 from m3backends.lance.location import Location
@@ -18,7 +19,6 @@ from m3backends.lance.reader import LanceReader, cold_among
 from m3backends.lance.schema import META, Head, block_row, mark_row, named, record_row
 from m3backends.lance.snapshot import Change, Snapshot
 from m3backends.lance.table import LanceTable
-from m3backends.lmdb.compression import without_padding
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import BankError, BankMismatchError, InputError
 from m3runtime.memory.block import Found, Ids
@@ -173,15 +173,7 @@ class LanceHome(LanceReader):
     ) -> None:
         """Add references with their blocks; without those they are cold."""
         count = len(ids)
-        vectors = np.ascontiguousarray(embeddings, np.float32)
-        if len(references) != count or vectors.ndim != 2 or len(vectors) != count:
-            raise InputError(f"a batch of {count} ids has {len(references)} references, embeddings {vectors.shape}")
-        if not np.isfinite(vectors).all():
-            raise InputError("a batch has embeddings that are not finite")
-        if len(np.unique(ids)) != count:
-            raise InputError("a batch has an id twice")
-        if not all(reference.places for reference in references):
-            raise InputError("a batch has a reference without a place")
+        vectors = checked_embeddings(ids, references, embeddings)
         changes = changes or Changes()
 
         def work(snapshot: Snapshot) -> tuple[Change, None]:

@@ -23,7 +23,7 @@ from m3backends.lance.schema import (
 )
 from m3backends.lance.snapshot import Snapshot
 from m3backends.lance.table import LanceTable
-from m3backends.lmdb.records import digest, unpack_reference, unpack_state
+from m3backends.records import digest, unpack_reference, unpack_state
 from m3runtime.documents.reference import Reference
 from m3runtime.documents.sources import SourceState
 from m3runtime.errors import RecordError

@@ -26,7 +26,7 @@ import pyarrow as pa
 import xxhash
 
 from m3backends.lance.library import lance
-from m3backends.lmdb.records import identity, pack_reference, pack_text, unpack_text
+from m3backends.records import identity, pack_reference, pack_text, unpack_text
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import BankFormatError, RecordError
 

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from m3backends.lance.schema import HEAD, Head, Row, dim_of, opened
-from m3backends.lmdb.records import unpack_text
+from m3backends.records import unpack_text
 from m3runtime.errors import TierError
 from m3runtime.memory.block import Ids
 

@@ -10,19 +10,15 @@ from m3backends.lmdb.environment import Environment, ReadTransaction
 from m3backends.lmdb.forgetting import expiries, members_of
 from m3backends.lmdb.records import (
     SEAL_BYTES,
-    digest,
-    identity,
     pack_id,
     unpack_id,
     unpack_number,
-    unpack_reference,
     unpack_source,
-    unpack_state,
-    unpack_text,
 )
 from m3backends.lmdb.schema import Databases, above_all
 from m3backends.lmdb.structure import structure_problems
 from m3backends.lmdb.table import RecordTable, go_behind
+from m3backends.records import digest, identity, unpack_reference, unpack_state, unpack_text
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import RecordError
 from m3runtime.storage.home import Damage

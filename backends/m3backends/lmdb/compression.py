@@ -5,17 +5,12 @@ The first blocks of a home decide how its blocks are packed, once: see `decide`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import zstandard
 
-from m3runtime.errors import InputError
-from m3runtime.memory.block import HEADER_BYTES, Ids, Rows, headers
-from m3runtime.storage.tier import check_rows
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from m3runtime.memory.block import Rows
 
 Compression = Literal["none", "zstd"]
 Method = Literal["none", "zstd", "dictionary"]
@@ -54,22 +49,6 @@ class Packing:
 
 PLAIN = Packing("none")
 ZSTD = Packing("zstd")
-
-
-def without_padding(ids: Ids, blocks: "Tensor", slot_bytes: int) -> list[Rows]:
-    """The bytes of each block, ``uint8[n, slot_bytes]``, on the CPU. Raises `InputError` if its header does not fit."""
-    check_rows(ids, blocks, slot_bytes)
-    if not len(ids):
-        return []
-    if slot_bytes < HEADER_BYTES:
-        raise InputError(f"slots of {slot_bytes} bytes hold no block")
-    rows = blocks.cpu().contiguous().numpy()
-    header = headers(rows)
-    ends = HEADER_BYTES + header["payload"].astype(np.int64)
-    wrong = np.flatnonzero((header["id"] != ids) | (ends > slot_bytes))
-    if len(wrong):
-        raise InputError(f"id {ids[wrong[0]]} comes with bytes that are not its block")
-    return [row[:end] for row, end in zip(rows, ends.tolist(), strict=True)]
 
 
 def decide(blocks: Sequence[Rows]) -> Packing:

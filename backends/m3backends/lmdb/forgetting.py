@@ -11,19 +11,15 @@ from m3backends.lmdb.environment import ReadTransaction, WriteTransaction
 from m3backends.lmdb.records import (
     SEAL_BYTES,
     Source,
-    digest,
-    identity,
     pack_expiry,
     pack_ids,
     pack_source,
-    pack_state,
     unpack_id,
     unpack_ids,
-    unpack_reference,
     unpack_source,
-    unpack_state,
 )
 from m3backends.lmdb.schema import Databases
+from m3backends.records import digest, identity, pack_state, unpack_reference, unpack_state
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import RecordError
 from m3runtime.memory.block import Ids

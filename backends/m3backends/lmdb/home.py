@@ -11,6 +11,7 @@ import lmdb
 import numpy as np
 import numpy.typing as npt
 
+from m3backends.batches import checked_embeddings, without_padding
 from m3backends.lmdb.audit import audit
 from m3backends.lmdb.compaction import copy_records, repacked
 from m3backends.lmdb.compression import (
@@ -21,13 +22,12 @@ from m3backends.lmdb.compression import (
     Packing,
     decide,
     load_dictionary,
-    without_padding,
 )
 from m3backends.lmdb.environment import Durability, Environment, ReadTransaction, WriteTransaction
 from m3backends.lmdb.forgetting import expiries, forget
 from m3backends.lmdb.placing import join, move, state
 from m3backends.lmdb.reader import LmdbReader
-from m3backends.lmdb.records import identity, pack_id, pack_ids, pack_reference, pack_text
+from m3backends.lmdb.records import pack_id, pack_ids
 from m3backends.lmdb.schema import (
     Databases,
     create_folder,
@@ -36,6 +36,7 @@ from m3backends.lmdb.schema import (
     state_schema,
     store_packing,
 )
+from m3backends.records import identity, pack_reference, pack_text
 from m3runtime.config.units import Size
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError, TierReadOnlyError
@@ -183,15 +184,7 @@ class LmdbHome(LmdbReader):
     ) -> None:
         """Add references with the stored form of their blocks, ``size`` bytes; without it they are cold."""
         count = len(ids)
-        vectors = np.ascontiguousarray(embeddings, "<f4")
-        if len(references) != count or vectors.ndim != 2 or len(vectors) != count:
-            raise InputError(f"a batch of {count} ids has {len(references)} references, embeddings {vectors.shape}")
-        if not np.isfinite(vectors).all():
-            raise InputError("a batch has embeddings that are not finite")
-        if len(np.unique(ids)) != count:
-            raise InputError("a batch has an id twice")
-        if not all(reference.places for reference in references):
-            raise InputError("a batch has a reference without a place")
+        vectors = checked_embeddings(ids, references, embeddings)
         changes = changes or Changes()
 
         def work(txn: WriteTransaction) -> None:

@@ -7,15 +7,12 @@ from m3backends.lmdb.environment import WriteTransaction
 from m3backends.lmdb.forgetting import expiries, forget, leave, void
 from m3backends.lmdb.records import (
     Source,
-    digest,
     pack_id,
-    pack_reference,
     pack_source,
-    pack_state,
-    unpack_reference,
     unpack_source,
 )
 from m3backends.lmdb.schema import Databases
+from m3backends.records import digest, pack_reference, pack_state, unpack_reference
 from m3runtime.documents.reference import Place
 from m3runtime.documents.sources import SourceState
 from m3runtime.errors import InputError

@@ -14,20 +14,16 @@ from m3backends.lmdb.compression import dictionary_of, load_dictionary, unpack
 from m3backends.lmdb.environment import Environment, ReadTransaction, WriteTransaction
 from m3backends.lmdb.records import (
     Source,
-    digest,
     pack_ids,
-    pack_text,
     unpack_count,
     unpack_expiry,
     unpack_id,
     unpack_ids,
     unpack_number,
-    unpack_reference,
     unpack_source,
-    unpack_state,
-    unpack_text,
 )
 from m3backends.lmdb.schema import Databases
+from m3backends.records import digest, pack_text, unpack_reference, unpack_state, unpack_text
 from m3runtime.documents.reference import Reference
 from m3runtime.documents.sources import SourceState
 from m3runtime.errors import RecordError

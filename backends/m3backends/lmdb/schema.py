@@ -40,8 +40,9 @@ import lmdb
 
 from m3backends.lmdb.compression import Method, Packing, load_dictionary
 from m3backends.lmdb.environment import Environment, ReadTransaction, WriteTransaction
-from m3backends.lmdb.records import unpack_id, unpack_number, unpack_text
+from m3backends.lmdb.records import unpack_id, unpack_number
 from m3backends.lmdb.table import RecordTable
+from m3backends.records import unpack_text
 from m3runtime.errors import (
     BankError,
     BankFormatError,
