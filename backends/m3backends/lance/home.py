@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from m3backends.batches import checked_embeddings, without_padding
 from m3backends.lance.audit import audit
+from m3backends.lance.block_files import BlockFiles
 from m3backends.lance.edit import Edit
 from m3backends.lance.location import Location
 from m3backends.lance.naming import name_table, named_table
@@ -80,6 +81,7 @@ class LanceHome(LanceReader):
         if slot_bytes not in (None, self.slot_bytes):
             raise BankMismatchError(f"bank {self.path} has slots of {self.slot_bytes} bytes, not {slot_bytes}")
         self._places = BlockPlaces()
+        self._files = BlockFiles(location.folder.path) if location.folder else None
         self._reserved: list[range] = []
         self._reserving = threading.Lock()
 

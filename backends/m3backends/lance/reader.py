@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from m3backends.lance.places import BlockPlaces, search
+from m3backends.lance.block_files import BlockFiles
+from m3backends.lance.places import BlockPlaces, RowIds, search
 from m3backends.lance.schema import (
     META,
     STATE,
@@ -27,7 +28,7 @@ from m3backends.records import digest, unpack_reference, unpack_state
 from m3runtime.documents.reference import Reference
 from m3runtime.documents.sources import SourceState
 from m3runtime.errors import RecordError
-from m3runtime.memory.block import Found, Ids, as_ids
+from m3runtime.memory.block import Found, Ids, Rows, as_ids
 from m3runtime.storage.home import Home
 from m3runtime.storage.tier import check_ids, check_rows, read_by_host
 
@@ -46,6 +47,8 @@ class LanceReader(Home):
 
     _table: LanceTable
     _places: BlockPlaces
+    _files: BlockFiles | None
+    """None in an object store."""
 
     @property
     def capacity(self) -> None:
@@ -57,15 +60,12 @@ class LanceReader(Home):
         check_rows(ids, out, self.slot_bytes)
         if out.device.type != "cpu":
             return read_by_host(self, ids, out)
-        wanted, place = np.unique(ids, return_inverse=True)
-        blocks = self._table.read(lambda snapshot: self._blocks(snapshot, wanted))
-        found, rows_out = np.zeros(len(ids), np.bool_), out.numpy()
-        for row, block in enumerate([blocks[at] for at in place.tolist()]):
-            if block is not None:
-                own = np.frombuffer(block, np.uint8)[: self.slot_bytes]
-                rows_out[row, : len(own)] = own
-                rows_out[row, len(own) :] = 0  # or bytes of a former read would stand there
-                found[row] = True
+        wanted, first, place = np.unique(ids, return_index=True, return_inverse=True)
+        rows_out = out.numpy()
+        held = self._table.read(lambda snapshot: self._fill_rows(snapshot, wanted, rows_out, first))
+        for row in np.flatnonzero(held[place] & (first[place] != np.arange(len(ids)))).tolist():
+            rows_out[row] = rows_out[first[place[row]]]
+        found: Found = held[place]
         return found
 
     def contains(self, ids: Ids) -> Found:
@@ -212,26 +212,28 @@ class LanceReader(Home):
         """Let go of the table. Running calls end as they should. Closing twice is fine."""
         self._table.close()
 
-    def _blocks(self, snapshot: Snapshot, ids: Ids) -> list[bytes | None]:
-        """The blocks of ids, each once, None for a miss."""
+    def _fill_rows(self, snapshot: Snapshot, ids: Ids, out: Rows, into: npt.NDArray[np.intp]) -> Found:
+        """Copy the block of each id, given once, into its row of ``out``. True where there is one."""
         rows = self._places.find(snapshot, ids)
         try:
-            return _read_blocks(snapshot, ids, rows)
+            return self._read_rows(snapshot, ids, rows, out, into)
         except ValueError:  # some were forgotten
             there = search(snapshot, ids)
             self._places.forget(ids[[id not in there for id in ids.tolist()]])
-            return _read_blocks(snapshot, ids, np.array([there.get(id, -1) for id in ids.tolist()], np.int64))
+            rows = np.array([there.get(id, -1) for id in ids.tolist()], np.int64)
+            return self._read_rows(snapshot, ids, rows, out, into)
 
-
-def _read_blocks(snapshot: Snapshot, ids: Ids, rows: npt.NDArray[np.int64]) -> list[bytes | None]:
-    """The blocks in these rows, None where there is no row. Raises `ValueError` if a row is gone."""
-    blocks: list[bytes | None] = [None] * len(ids)
-    held = [at for at, id in enumerate(ids.tolist()) if rows[at] >= 0 and id not in snapshot.marks]
-    if held:
-        read = snapshot.dataset.read_blobs("block", ids=rows[held].tolist(), preserve_order=True)
-        for at, (_, block) in zip(held, read, strict=True):
-            blocks[at] = block
-    return blocks
+    def _read_rows(self, snapshot: Snapshot, ids: Ids, rows: RowIds, out: Rows, into: npt.NDArray[np.intp]) -> Found:
+        """Copy the blocks in these rows, where there is a row. Raises `ValueError` if a row is gone."""
+        held = np.array([rows[at] >= 0 and id not in snapshot.marks for at, id in enumerate(ids.tolist())], np.bool_)
+        some, targets = rows[held].tolist(), into[held].tolist()
+        if some and not (self._files and self._files.read(snapshot, some, out, targets)):
+            blobs = snapshot.dataset.read_blobs("block", ids=some, preserve_order=True)
+            for row, (_, block) in zip(targets, blobs, strict=True):
+                own = np.frombuffer(block, np.uint8)[: out.shape[1]]
+                out[row, : len(own)] = own
+                out[row, len(own) :] = 0  # or bytes of a former read would stand there
+        return held
 
 
 def as_reference(bank: str, row: Mapping[str, Any]) -> Reference:

@@ -48,10 +48,20 @@ class Snapshot:
         """The length of embeddings, or None for a table that has had none."""
         return dim_of(self.dataset.schema)
 
+    @cached_property
+    def row_count(self) -> int:
+        """The number of rows of all kinds."""
+        return int(self.dataset.count_rows())
+
     @property
     def is_empty(self) -> bool:
         """Has nothing been stored yet?"""
-        return int(self.dataset.count_rows()) == 2  # the anchor and the head
+        return self.row_count == 2  # the anchor and the head
+
+    @cached_property
+    def block_field(self) -> int:
+        """The number of the column of blocks in data files."""
+        return next(int(field.id()) for field in self.dataset.lance_schema.fields() if field.name() == "block")
 
     @property
     def head(self) -> Head:
