@@ -13,13 +13,14 @@ from m3backends.batches import checked_embeddings, without_padding
 from m3backends.lance.audit import audit
 from m3backends.lance.block_files import BlockFiles
 from m3backends.lance.edit import Edit
-from m3backends.lance.location import Location
+from m3backends.lance.location import INDEX_CACHE, Location
 from m3backends.lance.naming import name_table, named_table
 from m3backends.lance.places import BlockPlaces, search
 from m3backends.lance.reader import LanceReader, cold_among
 from m3backends.lance.schema import META, Head, block_row, mark_row, named, record_row
 from m3backends.lance.snapshot import Change, Snapshot
 from m3backends.lance.table import LanceTable
+from m3runtime.config.units import Size
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import BankError, BankMismatchError, InputError
 from m3runtime.memory.block import Found, Ids
@@ -47,7 +48,7 @@ class LanceHome(LanceReader):
 
     ``durability`` is what a call survives once it returned: with ``full`` a power cut, with ``commit`` that the process
     is killed; a power cut may then undo the last calls, or lose the bank. A home must not be used across a fork: it
-    raises `TierError` then.
+    raises `TierError` then. ``index_cache`` is the most bytes of indexes that are held in memory.
 
     Raises `BankMissingError` if there is nothing to open, `BankFormatError` if another version wrote it,
     `BankMismatchError` if its slots are of another size, and `BankError` if it is no bank or is damaged.
@@ -63,6 +64,7 @@ class LanceHome(LanceReader):
         url: str | None = None,
         fresh: float = 1.0,
         durability: Durability = "full",
+        index_cache: Size = INDEX_CACHE,
         read_only: bool = False,
     ) -> None:
         self.path = Path(path)
@@ -73,7 +75,7 @@ class LanceHome(LanceReader):
             if url is None
             else named_table(self.path, url, make=slot_bytes is not None and not read_only)
         )
-        location = Location(uri, durable=durability == "full")
+        location = Location(uri, durable=durability == "full", index_cache=index_cache)
         self._table = LanceTable(location, slot_bytes=slot_bytes, read_only=read_only, fresh=fresh)
         if url is not None and not read_only:
             name_table(self.path, url, self._table)

@@ -31,13 +31,15 @@ _TRIES = 20
 
 
 _INDEXED = ("key", "id", "block_id")
+_INDEXED_AT_LEAST = 16
+"""At most one row in so many is not indexed yet: bringing an index up to date writes all of it anew."""
 
 
 class LanceTable:
     """The table at a location. Thread-safe; several processes may write it."""
 
     index_each = 20_000
-    """Rows after which columns that are searched are indexed. A search compares rows that no index has yet."""
+    """Least rows after which columns that are searched are indexed. A search compares rows that no index has yet."""
 
     def __init__(self, location: Location, *, slot_bytes: int | None, read_only: bool, fresh: float = 0.0) -> None:
         """Open the table, or make it with slots of ``slot_bytes``. Raises the errors of `Location.open`.
@@ -106,7 +108,7 @@ class LanceTable:
         self._check_writable()
         with self._writing, faults(self._bank):
             result = self._write(work, self.location.changing)
-            if self._added >= self.index_each:
+            if self._added >= max(self.index_each, self._newest.row_count // _INDEXED_AT_LEAST):
                 self._added = 0
                 with self.upkeep():
                     self._index_columns(anew=False)
