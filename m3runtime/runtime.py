@@ -34,6 +34,7 @@ from m3runtime.recall.memory_store import MemoryStore
 from m3runtime.recall.recall import Recall
 from m3runtime.recall.recalled import Recalled
 from m3runtime.recall.refresh import Refresh
+from m3runtime.retrieval.duplicates import Duplicates
 from m3runtime.retrieval.match import Match
 from m3runtime.retrieval.query import Text
 from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
@@ -69,6 +70,8 @@ class Runtime:
         self.hierarchy = hierarchy
         self.retriever = retriever
         retriever.members = Members(bank.home)
+        if config.recall.distinct:
+            retriever.duplicates = Duplicates(self._texts)
         self.where = conditions(config.recall.where)
         """The conditions of ``recall.where``, which every stream and search has."""
         self.device = device
@@ -290,6 +293,10 @@ class Runtime:
         found = self._loader.references(ids)
         return [found.get(id) for id in ids]
 
+    def cited(self, matches: Sequence[Match]) -> list[Reference | None]:
+        """The reference of each match, with the places of those that it stands for; None where it is not remembered."""
+        return self._loader.cited(matches)
+
     def refresh(self) -> None:
         """See now what other processes changed in the bank, whatever ``recall.refresh`` says.
 
@@ -348,6 +355,9 @@ class Runtime:
                 closing.callback(self._trace.close)
             closing.callback(self.hierarchy.close)
             closing.callback(self._stop)
+
+    def _texts(self, ids: Sequence[int]) -> dict[int, str]:
+        return {id: one.text for id, one in self._loader.references(ids).items()}
 
     def _save_indexes(self) -> None:
         assembly.bank_index(self.config, self.bank).save(self.retriever.index)

@@ -33,7 +33,7 @@ def search(
 
     with Runtime.open(settings, read_only=True) as runtime:
         (matches,) = runtime.search([text], k, limits)
-        references = runtime.references([match.id for match in matches])
+        references = runtime.cited(matches)
     found = [(match, one) for match, one in zip(matches, references, strict=True) if one is not None]
     if json:
         print_json([{"id": match.id, "score": round(match.score, 4), **citation(one)} for match, one in found])

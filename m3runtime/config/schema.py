@@ -180,6 +180,8 @@ class RecallConfig(Section):
     """Recall only memories with a place whose metadata is so: ``{lang: en, year: {at_least: 2020}, source: docs/}``."""
     margin: Annotated[float, Field(ge=0)] | None = None
     """Memories that score lower than the best by more than this are not recalled; null: no such limit."""
+    distinct: bool = True
+    """Recall once what several references say in the same sentences; all of their places are cited."""
     score_temperature: Annotated[float, Field(gt=0)] | None = 0.03
     """Attention weighs memories by ``exp((score - best) / this)``; null: all alike, as a Memory³ model is trained."""
     lookahead_tokens: Annotated[Whole, Field(ge=0)] = 16

@@ -1,7 +1,7 @@
 """`Reference`: a text that is remembered, the unit of memory; and the `Place`s that it stands at."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from m3runtime.documents.expiry import EXPIRES, is_over
 
@@ -54,6 +54,12 @@ class Reference:
     def living(self, today: str) -> tuple[Place, ...]:
         """The places that have not expired. Without any the reference counts as forgotten."""
         return tuple(place for place in self.places if not is_over(place.expires, today))
+
+    def joined(self, others: "Sequence[Reference]") -> "Reference":
+        """This reference with the places of others that say the same behind its own."""
+        if not others:
+            return self
+        return replace(self, places=self.places + tuple(place for one in others for place in one.places))
 
     @property
     def headed(self) -> str:

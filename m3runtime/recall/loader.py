@@ -17,6 +17,7 @@ from m3runtime.memory.block import Ids, as_ids
 from m3runtime.observe.metrics import Phases
 from m3runtime.recall.lease import Entry, Lease, Loaded, Part
 from m3runtime.recall.memory_store import MemoryStore
+from m3runtime.retrieval.match import Match
 from m3runtime.storage.hierarchy import Hierarchy
 
 DECODE_BYTES = 256 * 1024**2
@@ -99,6 +100,14 @@ class Loader:
         today = self._today()
         living = {id: (one, one.living(today)) for id, one in zip(ids, found, strict=True) if one is not None}
         return {id: replace(one, places=places) for id, (one, places) in living.items() if places}
+
+    def cited(self, matches: Sequence[Match]) -> list[Reference | None]:
+        """The reference of each match, with the places of those that it stands for; None where it is not remembered."""
+        found = self.references([id for match in matches for id in (match.id, *match.stands_for)])
+        return [
+            found[match.id].joined([found[id] for id in match.stands_for if id in found]) if match.id in found else None
+            for match in matches
+        ]
 
     def forget_strangers(self, ids: Sequence[int]) -> None:
         """Remove those of these memories from the store that another process has forgotten."""

@@ -162,10 +162,15 @@ class Recall:
         loading = [delivered.pending[id] for id in late_ids if id in delivered.pending]
         self.hints.end_recall(stream.number, chosen=[*ids, *late_ids], late=loading)
         bank = self._loader.bank
+        others = [id for match in given for id in match.stands_for]
+        same = self._loader.references(others) if others else {}
         return Recalled(
             ids=ids,
             scores=tuple(match.score for match in given),
-            references=tuple(lease.loaded.reference for lease in leases),
+            references=tuple(
+                lease.loaded.reference.joined([same[id] for id in match.stands_for if id in same])
+                for lease, match in zip(leases, given, strict=True)
+            ),
             late=late_ids,
             spec=bank.manifest.spec,
             device=self._loader.device,

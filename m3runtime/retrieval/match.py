@@ -9,3 +9,5 @@ class Match:
 
     id: int
     score: float
+    stands_for: tuple[int, ...] = ()
+    """Ids of memories that say the same: they are not chosen, and their places are cited."""

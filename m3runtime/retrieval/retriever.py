@@ -12,6 +12,7 @@ from m3runtime.config.where import Where
 from m3runtime.errors import ConfigError
 from m3runtime.memory.block import Ids
 from m3runtime.retrieval.derived import Derived
+from m3runtime.retrieval.duplicates import Duplicates
 from m3runtime.retrieval.embedder import Embedder, Embeddings
 from m3runtime.retrieval.fusion import fused
 from m3runtime.retrieval.index import Index
@@ -30,6 +31,10 @@ Members = Callable[[Where], Ids]
 _RECENT = 64
 _DEPTH = 50
 """Least number of ids of each of two searches whose ranks are joined."""
+_CANDIDATES = 2
+"""Times as many ids are searched for as are wanted, because some may say the same; and again as many, and so on."""
+_MOST_CANDIDATES = 64
+"""Times as many that are searched for at last. A text that stands oftener takes further places."""
 
 
 class Retriever:
@@ -60,6 +65,8 @@ class Retriever:
         self.margin = margin
         self.members: Members | None = None
         """Finds the ids that meet conditions; without it no search has any."""
+        self.duplicates: Duplicates | None = None
+        """Joins matches that say the same; without it each is a match of its own."""
         # By all texts of a call: the last bits of an embedding may depend on the other texts of its batch.
         self._recent = Recent[tuple[str, ...], Embeddings](_RECENT)
 
@@ -71,7 +78,7 @@ class Retriever:
     def unlimited(self, k: int) -> Self:
         """The same search for ``k`` ids, whatever their scores."""
         other = copy(self)
-        other.memories, other.min_score, other.margin = k, -1.0, None
+        other.memories, other.min_score, other.margin, other.duplicates = k, -1.0, None, None
         return other
 
     def clear(self) -> None:
@@ -107,10 +114,15 @@ class Retriever:
         with timed("search"):
             for where in dict.fromkeys(limits[i].where for i in asked):
                 rows = [row for row, i in enumerate(asked) if limits[i].where == where]
-                given = [queries[asked[row]] for row in rows], vectors[rows], [contexts[row] for row in rows]
-                found = self._found(*given, wanted, where)
-                for row, nearest in zip(rows, found, strict=True):
-                    matches[asked[row]] = self._passing(nearest, limits[asked[row]])
+                depth = wanted if self.duplicates is None else _CANDIDATES * wanted
+                while rows:
+                    given = [queries[asked[row]] for row in rows], vectors[rows], [contexts[row] for row in rows]
+                    lacking = []
+                    for row, nearest in zip(rows, self._found(*given, depth, where), strict=True):
+                        matches[asked[row]], is_all = self._chosen(nearest, limits[asked[row]], wanted, depth)
+                        if not is_all and depth < _MOST_CANDIDATES * wanted:
+                            lacking.append(row)
+                    rows, depth = lacking, 2 * depth
         return matches
 
     def _with_context(
@@ -163,10 +175,17 @@ class Retriever:
             for row in zip(ids, scores, strict=True)
         ]
 
-    def _passing(self, matches: Sequence[Match], limits: Restriction) -> list[Match]:
+    def _chosen(
+        self, nearest: Sequence[Match], limits: Restriction, wanted: int, depth: int
+    ) -> tuple[list[Match], bool]:
+        """Those of the ``depth`` nearest that are recalled, and False if a longer list may have more of them."""
         floor = self.min_score if limits.min_score is None else limits.min_score
-        found = passing(matches, min_score=floor, margin=self.margin)
-        return found if limits.memories is None else found[: limits.memories]
+        found = passing(nearest, min_score=floor, margin=self.margin)
+        most = wanted if limits.memories is None else min(wanted, limits.memories)
+        if self.duplicates is None:
+            return found[:most], True
+        joined = self.duplicates.joined(found, most)
+        return joined, len(joined) == most or len(found) < depth
 
 
 def passing(matches: Sequence[Match], *, min_score: float, margin: float | None) -> list[Match]:

@@ -87,5 +87,5 @@ def prompt_of(served: Served, messages: Sequence[Message], restriction: Restrict
 
 def _search(served: Served, question: str, restriction: Restriction) -> tuple[tuple[int, float, Reference], ...]:
     (matches,) = served.runtime.search([question], restriction=restriction)
-    found = served.runtime.references([match.id for match in matches])
+    found = served.runtime.cited(matches)
     return tuple((match.id, match.score, one) for match, one in zip(matches, found, strict=True) if one is not None)

@@ -174,7 +174,7 @@ def router(served: Served) -> APIRouter:
         """The references nearest to a text, whatever their scores."""
         restriction = readable(request).within(asked_where(asked.sources, asked.where, "where"))
         (matches,) = runtime.search([asked.query], asked.k, restriction)
-        found = runtime.references([match.id for match in matches])
+        found = runtime.cited(matches)
         data = [
             {"score": round(match.score, 4), **cited(match.id, one, places)}
             for match, one in zip(matches, found, strict=True)

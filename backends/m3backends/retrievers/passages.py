@@ -36,7 +36,7 @@ def passages(runtime: Runtime, text: str, k: int | None, where: Mapping[str, Any
     (matches,) = runtime.search([text], k, restriction)
     readable = restriction.within(runtime.where)
     found = []
-    for match, reference in zip(matches, runtime.references([match.id for match in matches]), strict=True):
+    for match, reference in zip(matches, runtime.cited(matches), strict=True):
         places = [] if reference is None else [place for place in reference.places if readable.allows(place)]
         if reference is not None and places:
             metadata = {**_facts(places[0]), "heading": reference.heading, "score": match.score}
