@@ -177,6 +177,9 @@ def search(
     pairs: Annotated[
         list[Path] | None, typer.Option("--pairs", help="JSON lines with text and question; may be repeated.")
     ] = None,
+    copies: Annotated[
+        int, typer.Option("--copies", min=0, help="Search, too, where each text has so many copies.")
+    ] = 0,
     set: Set = None,
     json: Json = False,
 ) -> None:
@@ -188,7 +191,7 @@ def search(
     _require_libraries()
     from m3runtime.lab.evaluation.finding import SearchSettings, evaluate_search
 
-    asked = SearchSettings(seed, questions, texts, k, tuple(map(str, pairs or ())))
+    asked = SearchSettings(seed, questions, texts, k, tuple(map(str, pairs or ())), copies)
     with progress_bars(shown=not json) as progress:
         report = evaluate_search(settings, asked, progress)
     _finish(report, out, json=json)

@@ -72,3 +72,10 @@ def test_ranks_are_joined_and_scores_stay_in_order() -> None:
     assert joined[0].id == 2  # both found it
     assert {one.id for one in joined[1:3]} == {0, 7}
     assert [one.score for one in joined] == [one.score for one in nearest]
+
+
+def test_the_first_of_one_search_comes_before_what_both_find_late() -> None:
+    nearest = [Match(id, 0.9 - id / 100) for id in range(30)]
+    late = [*range(40, 59), 20]
+    assert next(one.id for one in fused(nearest, (list(range(30)), late), 2)) == 0
+    assert [one.id for one in fused(nearest, (list(range(30)), late), 4)][:2] == [0, 40]

@@ -16,11 +16,13 @@ from m3runtime.lab.evaluation.statistics import Estimate, difference, mean
 from m3runtime.lab.results import Spread
 from m3runtime.memory.block import as_ids
 from m3runtime.retrieval.bm25.index import Bm25Index
+from m3runtime.retrieval.duplicates import Duplicates
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.retrieval.retriever import Retriever
 from m3runtime.writing.writer import OnProgress
 
 KINDS = ("dense", "lexical", "hybrid")
+COPIED, DISTINCT = "dense, copies", "dense, copies once"
 _BATCH = 64
 
 
@@ -37,6 +39,8 @@ class SearchSettings:
     """Texts that one search may give."""
     pairs: tuple[str, ...] = ()
     """Further corpora: files of `corpora.pairs`."""
+    copies: int = 0
+    """Also search corpora in which each text stands so many times more, with copies each a match, and once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ def evaluate_search(config: Config, settings: SearchSettings, progress: OnProgre
     tried += [corpora.pairs(Path(path), *sizes) for path in settings.pairs]
     embedder = assembly.open_embedder(config)
     try:
-        found = {corpus.name: search_corpus(config, embedder, corpus, settings.k, progress) for corpus in tried}
+        found = {corpus.name: search_corpus(config, embedder, corpus, settings, progress) for corpus in tried}
         fingerprint = embedder.fingerprint
     finally:
         embedder.close()
@@ -83,21 +87,29 @@ def evaluate_search(config: Config, settings: SearchSettings, progress: OnProgre
 
 
 def search_corpus(
-    config: Config, embedder: Embedder, corpus: Corpus, k: int, progress: OnProgress
+    config: Config, embedder: Embedder, corpus: Corpus, settings: SearchSettings, progress: OnProgress
 ) -> Mapping[str, Found]:
-    """Ask all questions of a corpus by each of `KINDS`."""
-    index, lexical = assembly.make_index(config, embedder.dim), Bm25Index()
-    for start in range(0, len(corpus.texts), _BATCH):
+    """Ask all questions of a corpus by each of `KINDS`, and over copies by `COPIED` and `DISTINCT`."""
+    index, lexical, size, k = assembly.make_index(config, embedder.dim), Bm25Index(), len(corpus.texts), settings.k
+    copied = assembly.make_index(config, embedder.dim)
+    for start in range(0, size, _BATCH):
         some = corpus.texts[start : start + _BATCH]
-        ids = as_ids(range(start, start + len(some)))
-        index.add(ids, embedder.embed_references(some))
+        ids, vectors = as_ids(range(start, start + len(some))), embedder.embed_references(some)
+        index.add(ids, vectors)
         lexical.add(ids, some)
-        progress(f"Embedding {corpus.name}", start + len(some), len(corpus.texts))
+        for copy in range(settings.copies + 1 if settings.copies else 0):
+            copied.add(ids + as_ids([copy * size]), vectors)
+        progress(f"Embedding {corpus.name}", start + len(some), size)
     retrievers = {
         "dense": Retriever(embedder, index, memories=k),
         "lexical": Retriever(embedder, index, lexical, alone=True, memories=k),
         "hybrid": Retriever(embedder, index, lexical, memories=k),
     }
+    if settings.copies:
+        retrievers |= {kind: Retriever(embedder, copied, memories=k) for kind in (COPIED, DISTINCT)}
+    for kind, retriever in retrievers.items():
+        if kind != COPIED:  # as in a runtime
+            retriever.duplicates = Duplicates(lambda ids: {id: corpus.texts[id % size] for id in ids})
     return {kind: _ask(retriever, corpus) for kind, retriever in retrievers.items()}
 
 
@@ -108,7 +120,8 @@ def _ask(retriever: Retriever, corpus: Corpus) -> Found:
         began = time.perf_counter()
         (matches,) = retriever.search([question])
         seconds.append(time.perf_counter() - began)
-        places = [place for place, match in enumerate(matches, 1) if match.id == right]
+        given = [{id % len(corpus.texts) for id in (match.id, *match.stands_for)} for match in matches]
+        places = [place for place, ids in enumerate(given, 1) if right in ids]
         ranks.append(places[0] if places else 0)
     return Found(tuple(ranks), Spread.of(seconds))
 
