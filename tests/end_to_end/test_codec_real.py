@@ -11,7 +11,8 @@ from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
 from m3runtime.config.schema import Config
 from m3runtime.documents.document import Document
-from m3runtime.lab.evaluation.facts import FactsResults, FactsRun, FactsSettings
+from m3runtime.lab.evaluation.asking import AnswersResults
+from m3runtime.lab.evaluation.facts import FactsRun, FactsSettings
 from m3runtime.lab.evaluation.statistics import difference, mean
 from m3runtime.lab.evaluation.trials import changed
 from m3runtime.memory.tensors import MemoryTensors
@@ -44,7 +45,7 @@ def opened(smollm2_path: Path, minilm_path: Path) -> Iterator[tuple[Adapter, Con
     adapter.close()
 
 
-def asked(adapter: Adapter, config: Config, folder: Path, first: int) -> FactsResults:
+def asked(adapter: Adapter, config: Config, folder: Path, first: int) -> AnswersResults:
     """The answers from a bank that was begun with the ``first`` references."""
     run = FactsRun(config, SETTINGS, folder)
     if first:
@@ -54,23 +55,23 @@ def asked(adapter: Adapter, config: Config, folder: Path, first: int) -> FactsRe
     return run.run(adapter, modes=("memory",))
 
 
-def right(results: FactsResults) -> list[float]:
+def right(results: AnswersResults) -> list[float]:
     return [float(results.answers["memory"][item.key]["right"]) for item in results.items]
 
 
-def log_probs(results: FactsResults) -> list[float]:
+def log_probs(results: AnswersResults) -> list[float]:
     return [fmean(results.answers["memory"][item.key]["log_probs"]) for item in results.items]
 
 
 @pytest.fixture(scope="module")
-def in_int8(opened: tuple[Adapter, Config], tmp_path_factory: pytest.TempPathFactory) -> FactsResults:
+def in_int8(opened: tuple[Adapter, Config], tmp_path_factory: pytest.TempPathFactory) -> AnswersResults:
     adapter, config = opened
     return asked(adapter, changed(config, {"codec": {"kind": "scalar"}}), tmp_path_factory.mktemp("int8"), 0)
 
 
 @pytest.mark.parametrize("first", [1, 5, 17, 100])
 def test_a_bank_answers_alike_whatever_it_began_with(
-    opened: tuple[Adapter, Config], in_int8: FactsResults, tmp_path: Path, first: int
+    opened: tuple[Adapter, Config], in_int8: AnswersResults, tmp_path: Path, first: int
 ) -> None:
     results = asked(*opened, tmp_path, first)
     codecs = verify(opened[1].model_copy(update={"bank": tmp_path / "bank"})).codecs

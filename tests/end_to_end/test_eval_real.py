@@ -8,7 +8,8 @@ import pytest
 
 from m3runtime.adapters.base import Adapter
 from m3runtime.config.schema import Config
-from m3runtime.lab.evaluation.facts import FactsResults, FactsRun, FactsSettings
+from m3runtime.lab.evaluation.asking import AnswersResults
+from m3runtime.lab.evaluation.facts import FactsRun, FactsSettings
 from m3runtime.lab.evaluation.judging import is_right
 from m3runtime.lab.evaluation.statistics import mean
 from m3runtime.lab.evaluation.world import make_world
@@ -21,18 +22,18 @@ SETTINGS = FactsSettings(
 
 
 @pytest.fixture(scope="module")
-def results(real_model: tuple[Adapter, Config], tmp_path_factory: pytest.TempPathFactory) -> FactsResults:
+def results(real_model: tuple[Adapter, Config], tmp_path_factory: pytest.TempPathFactory) -> AnswersResults:
     adapter, config = real_model
     run = FactsRun(config, SETTINGS, tmp_path_factory.mktemp("facts"))
     return run.run(adapter, modes=("none", "memory", "memory-oracle"))
 
 
-def log_probs(results: FactsResults, mode: str) -> list[float]:
+def log_probs(results: AnswersResults, mode: str) -> list[float]:
     return [fmean(results.answers[mode][item.key]["log_probs"]) for item in results.items]  # type: ignore[index]
 
 
 def test_a_bank_with_the_answers_beats_one_without(
-    real_model: tuple[Adapter, Config], results: FactsResults, tmp_path: Path
+    real_model: tuple[Adapter, Config], results: AnswersResults, tmp_path: Path
 ) -> None:
     adapter, config = real_model
     assert all(item.right in [match.id for match in item.recalled] for item in results.items), "always recalled"
@@ -51,7 +52,7 @@ def test_a_bank_with_the_answers_beats_one_without(
     assert knew > guessed + 0.2, (knew, guessed)
 
 
-def test_shuffled_answers_score_like_chance(results: FactsResults) -> None:
+def test_shuffled_answers_score_like_chance(results: AnswersResults) -> None:
     right = [results.answers["memory"][item.key]["right"] for item in results.items]
     assert fmean(right) > 0.4, right
     answers = [item.question.answers for item in results.items]
@@ -63,7 +64,7 @@ def test_shuffled_answers_score_like_chance(results: FactsResults) -> None:
         assert sum(shuffled) <= 2, (shift, shuffled)
 
 
-def test_the_right_memory_alone_is_no_worse_than_what_is_recalled(results: FactsResults) -> None:
+def test_the_right_memory_alone_is_no_worse_than_what_is_recalled(results: AnswersResults) -> None:
     pairs = zip(log_probs(results, "memory-oracle"), log_probs(results, "memory"), strict=True)
     assert mean([oracle - recalled for oracle, recalled in pairs]).high > 0
     assert fmean(log_probs(results, "memory")) > fmean(log_probs(results, "none")) + 1

@@ -1,27 +1,18 @@
 """``m3 eval facts``: questions about invented facts, asked of one model in several modes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Literal
 
 from m3runtime import assembly
-from m3runtime.adapters.answers import Form
 from m3runtime.adapters.base import Adapter
-from m3runtime.config.schema import Config, GenerateConfig
+from m3runtime.config.schema import Config
 from m3runtime.documents.document import Document
+from m3runtime.lab.evaluation.asking import AnswersRun, one_line, searched
 from m3runtime.lab.evaluation.banks import write_bank
-from m3runtime.lab.evaluation.facts_grounding import grounded
-from m3runtime.lab.evaluation.journal import Journal, silent
-from m3runtime.lab.evaluation.judging import is_invented, is_right
-from m3runtime.lab.evaluation.modes import MODES, NEAREST, NEEDS_ANSWER, SEARCHING, Asker, Item, Mode
+from m3runtime.lab.evaluation.modes import Item
 from m3runtime.lab.evaluation.world import Question, make_world
-from m3runtime.memory.block import as_ids
-from m3runtime.memory.spec import fingerprint
-from m3runtime.observe.counts import TierStats
-from m3runtime.retrieval.retriever import passing
 from m3runtime.runtime import Runtime
 from m3runtime.writing.writer import OnProgress
 
@@ -54,46 +45,18 @@ class FactsSettings:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """The time of one question, asked alone in one mode."""
-
-    mode: Mode
-    first_token_s: float
-    """Seconds from the question to the first token, with search."""
-    tokens_per_s: float
-    bytes: dict[str, int]
-    """Bytes read from each tier, by its name."""
-
-
-@dataclass(frozen=True, slots=True)
-class FactsResults:
-    """The results of ``m3 eval facts``."""
-
-    items: tuple[Item, ...]
-    """Answerable and unanswerable ones."""
-    answers: dict[Mode, dict[str, dict[str, Any]]]
-    """By mode and key of the item: ``text``, ``right``, ``invented``, ``log_probs`` of the right answer's tokens."""
-    timings: tuple[Timing, ...]
-    fingerprints: dict[str, str]
-    """Fingerprints of everything that the bank was made with, by name."""
-
-
-class FactsRun:
-    """One evaluation in one folder, with its bank and its journal. It can be stopped at any moment and run again."""
+class FactsRun(AnswersRun):
+    """One evaluation in one folder, with a bank of its own."""
 
     def __init__(self, config: Config, settings: FactsSettings, folder: Path) -> None:
         """Raises `InputError` if the references cannot answer so many questions."""
         self.settings = settings
-        self.folder = folder
-        self.modes: tuple[Mode, ...] = ()
-        form: Form = "plain" if settings.ask == "statements" else config.generate.prompt
-        most = settings.max_new_tokens or (40 if form == "chat" else 16)  # in a chat models answer in whole sentences
-        generate: dict[str, Any] = {"max_new_tokens": most, "prompt": form, "stop": ("\n",), "temperature": 0.0}
-        generate |= {"grounding": True, "log_probs": 0}
-        # Every mode decodes in the same way: greedily, one line.
-        self.config = config.model_copy(
-            update={"bank": folder / "bank", "generate": GenerateConfig.model_validate(generate)}
+        form = "plain" if settings.ask == "statements" else config.generate.prompt
+        super().__init__(
+            one_line(config.model_copy(update={"bank": folder / "bank"}), form, settings.max_new_tokens),
+            folder / f"answers-{settings.ask}.jsonl",
+            batch=settings.batch,
+            timed=settings.timed,
         )
         self.world = make_world(
             settings.seed,
@@ -102,27 +65,8 @@ class FactsRun:
             unanswerable=settings.unanswerable,
         )
 
-    def run(self, adapter: Adapter, progress: OnProgress = silent, modes: Iterable[Mode] = MODES) -> FactsResults:
-        """Write the bank, ask all questions in all modes, and measure times. A stopped run resumes.
-
-        ``progress`` is called with the title of a task (a mode, for one), the steps done, and all
-        steps of the task.
-        """
-        self.modes = modes = tuple(modes)
-        self._write(adapter, progress)
-        with Runtime.open(self.config, encoder=adapter) as runtime:
-            items = self._items(runtime)
-            asker = asker_of(adapter, runtime, items)
-            with Journal(self.folder / f"answers-{self.settings.ask}.jsonl", self._fingerprint(runtime)) as journal:
-                for mode in modes:
-                    self._ask_all(asker, mode, items, journal, progress)
-                done = dict(journal.done)
-        answers = {mode: {item.key: done[f"{mode}/{item.key}"] for item in _asked(mode, items)} for mode in modes}
-        with Runtime.open(self.config, encoder=adapter) as runtime:  # anew: its tiers are cold
-            timings = self._time(asker_of(adapter, runtime, items), modes, items, progress)
-            return FactsResults(items, answers, timings, runtime.bank.manifest.fingerprints())
-
-    def _write(self, adapter: Adapter, progress: OnProgress) -> None:
+    def prepare(self, adapter: Adapter, progress: OnProgress) -> None:
+        """Write the world's references."""
         seed, references = self.world.seed, self.world.references
         documents = [Document(f"world-{seed}:{number}", text) for number, text in enumerate(references)]
         embedder = assembly.open_embedder(self.config)
@@ -131,118 +75,23 @@ class FactsRun:
         finally:
             embedder.close()
 
-    def _items(self, runtime: Runtime) -> tuple[Item, ...]:
+    def items(self, runtime: Runtime) -> tuple[Item, ...]:
+        """The world's questions."""
         ids = runtime.bank.home.find(self.world.references)
         questions = [(f"{number}", one) for number, one in enumerate(self.world.questions)]
         questions += [(f"nowhere-{number}", one) for number, one in enumerate(self.world.unanswerable)]
         asked = [asked_of(question, self.settings.ask) for _, question in questions]
-        recall, items = self.config.recall, []
-        for (key, question), text, matches in zip(questions, asked, runtime.search(asked, NEAREST), strict=True):
-            recalled = passing(matches[: recall.memories], min_score=recall.min_score, margin=recall.margin)
+        items = []
+        for (key, question), text, (nearest, recalled) in zip(questions, asked, searched(runtime, asked), strict=True):
             right = None if question.reference is None else ids[question.reference]
-            items.append(Item(key, question, text, tuple(matches), tuple(recalled), right))
+            items.append(Item(key, question, text, nearest, recalled, right))
         return tuple(items)
 
-    def _ask_all(self, asker: Asker, mode: Mode, items: Sequence[Item], journal: Journal, progress: OnProgress) -> None:
-        all_asked = _asked(mode, items)
-        journal.add(self._known(asker, mode, all_asked, journal))
-        # Items of similar length share a batch, so that little is padded.
-        asked = sorted(
-            (item for item in all_asked if not self._twin(asker, mode, item)),
-            key=lambda item: (asker.length(mode, item), item.key),
-        )
-        journal.fill(
-            asked,
-            self.settings.batch,
-            lambda item: f"{mode}/{item.key}",
-            lambda batch: ask(asker, mode, batch, self.config.generate),
-            partial(progress, mode),
-        )
-
-    def _known(self, asker: Asker, mode: Mode, items: Sequence[Item], journal: Journal) -> dict[str, Any]:
-        """Answers known from another mode, which gave the model the same references in the same prompt."""
-        twins = {item.key: self._twin(asker, mode, item) for item in items}
-        return {
-            f"{mode}/{key}": journal.done[f"{twin}/{key}"]
-            for key, twin in twins.items()
-            if twin and f"{mode}/{key}" not in journal.done
-        }
-
-    def _twin(self, asker: Asker, mode: Mode, item: Item) -> Mode | None:
-        """An earlier mode whose prompt is the same, or None."""
-        if asker.texts(mode, item) is None:
-            return None
-        earlier = self.modes[: self.modes.index(mode)]
-        return next((twin for twin in earlier if asker.texts(twin, item) == asker.texts(mode, item)), None)
-
-    def _time(
-        self, asker: Asker, modes: Sequence[Mode], items: Sequence[Item], progress: OnProgress
-    ) -> tuple[Timing, ...]:
-        """Time questions one by one; the modes take turns, so that changes of the machine's load affect all alike."""
-        chosen = [item for item in items if item.right is not None][: self.settings.timed]
-        timings = []
-        for number, item in enumerate(chosen):
-            progress("Measuring times", number, len(chosen))
-            timings += [time_one(asker, mode, item, self.config.generate) for mode in modes]
-        progress("Measuring times", len(chosen), len(chosen))
-        return tuple(timings)
-
-    def _fingerprint(self, runtime: Runtime) -> str:
-        """A fingerprint of everything that the answers depend on."""
-        depends = self.config.model_dump(mode="json", exclude={"bank", "tiers", "index"})
-        settings = {**asdict(self.settings), "timed": 0}
-        return fingerprint([depends, settings, runtime.bank.stamp.bank, runtime.bank.manifest.embedder])
-
-
-def asker_of(adapter: Adapter, runtime: Runtime, items: Iterable[Item]) -> Asker:
-    """An `Asker` with every reference that the items name."""
-    wanted = {match.id for item in items for match in item.nearest} | {
-        item.right for item in items if item.right is not None
-    }
-    ids = sorted(wanted)
-    references = {
-        id: one for id, one in zip(ids, runtime.bank.home.references(as_ids(ids)), strict=True) if one is not None
-    }
-    return Asker(adapter, runtime, references, runtime.config.generate.prompt)
+    def depends(self) -> Mapping[str, Any]:
+        """The settings, but for what is only measured."""
+        return {**asdict(self.settings), "timed": 0}
 
 
 def asked_of(question: Question, ask: Ask) -> str:
     """The text that the model is asked with."""
     return question.text if ask == "questions" else question.statement
-
-
-def ask(asker: Asker, mode: Mode, items: Sequence[Item], settings: GenerateConfig) -> list[dict[str, Any]]:
-    """Ask the model; the records have its answers, and the log-likelihood of the right ones."""
-    continuations = [None if item.right is None else f" {item.question.answers[0]}" for item in items]
-    with asker.ready(mode, items) as (prompts, streams):
-        found = asker.adapter.examine(prompts, continuations, streams, settings)
-    records = []
-    for item, (answer, score) in zip(items, found, strict=True):
-        record: dict[str, Any] = {"text": answer.text, "recalled": [list(chunk.ids) for chunk in answer.chunks]}
-        record |= grounded(answer)
-        if score is None:
-            record["invented"] = is_invented(answer.text)
-        else:
-            record |= {"right": is_right(answer.text, item.question.answers), "log_probs": list(score.log_probs)}
-        records.append(record)
-    return records
-
-
-def time_one(asker: Asker, mode: Mode, item: Item, settings: GenerateConfig) -> Timing:
-    """Ask for one item as a user would; the time includes search, in every mode that searches."""
-    before = asker.runtime.hierarchy.stats()
-    began = perf_counter()
-    if mode in SEARCHING:
-        asker.runtime.search([item.asked])
-    with asker.ready(mode, [item]) as (prompts, streams):
-        searched = perf_counter() - began
-        (answer,) = asker.adapter.generate(prompts, streams, settings)
-    return Timing(mode, searched + answer.first_token_s, answer.tokens_per_s, _read(before, asker.runtime))
-
-
-def _read(before: Sequence[TierStats], runtime: Runtime) -> dict[str, int]:
-    return {now.name: now.bytes - then.bytes for then, now in zip(before, runtime.hierarchy.stats(), strict=True)}
-
-
-def _asked(mode: Mode, items: Sequence[Item]) -> list[Item]:
-    return [item for item in items if item.right is not None or mode not in NEEDS_ANSWER]
