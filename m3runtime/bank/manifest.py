@@ -27,6 +27,8 @@ SEVERAL = 2
 """The format of a bank that has, or will have, blocks of several codecs. Its blocks are those of format 1."""
 HEADED = 3
 """The format of a bank whose texts the model has read below their headings. It has all that `SEVERAL` has."""
+SHAPED = 4
+"""The format of a bank whose spec has `MemorySpec.heads`. It has all that `HEADED` has."""
 _KEY = "manifest"
 Fingerprint = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 _RESTORE = "restore the bank from a copy, or write it anew"
@@ -91,6 +93,8 @@ class Manifest:
     @property
     def format(self) -> int:
         """`FORMAT`, or that of a bank which earlier releases must not touch."""
+        if self.spec.heads:
+            return SHAPED
         if self.headings:
             return HEADED
         return SEVERAL if self.others or self.planned or self.typical_errors else FORMAT
@@ -150,9 +154,9 @@ class Manifest:
         try:
             stated = from_json(value)
             if (version := stated["format"]) not in (FORMAT, *_SINCE):
-                mend = "install a newer m3runtime" if version > HEADED else "write the bank anew"
+                mend = "install a newer m3runtime" if version > SHAPED else "write the bank anew"
                 raise BankFormatError(
-                    f"{where}: bank of format {one_line(version)}, this release reads {FORMAT} to {HEADED}; {mend}"
+                    f"{where}: bank of format {one_line(version)}, this release reads {FORMAT} to {SHAPED}; {mend}"
                 )
             fields = {name: value for name, value in stated.items() if name != "format"}
             manifest = _MANIFEST.validate_json(to_json(fields))
@@ -201,7 +205,8 @@ class Manifest:
             raise BankMismatchError(f"{where}: the bank was written with another tokenizer; {_MEND}")
         if self.sink != sink:
             raise BankMismatchError(f"{where}: the bank was written with the sink {self.sink!r}, not {sink!r}; {_MEND}")
-        if differing := self.spec.difference(spec):
+        # An earlier release stored the zeros of heads that a layer does not have.
+        if differing := self.spec.difference(spec if self.spec.heads else replace(spec, heads=())):
             raise BankMismatchError(f"{where}: the bank was written with another spec: {differing}; {_MEND}")
 
     def check_codec(self, *, kind: str, options: Mapping[str, Any], where: Path) -> None:
@@ -222,5 +227,5 @@ class Manifest:
 
 
 _MANIFEST = TypeAdapter(Manifest)
-_SINCE = {SEVERAL: ("others", "planned", "typical_errors"), HEADED: ("headings",)}
+_SINCE = {SEVERAL: ("others", "planned", "typical_errors"), HEADED: ("headings",), SHAPED: ()}
 """The fields that each format added."""

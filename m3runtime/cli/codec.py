@@ -215,7 +215,7 @@ def _print(codec: "Codec", path: Path, *, json: bool) -> None:
 def _facts(codec: "Codec", path: Path) -> dict[str, Any]:
     """The facts about a codec, as JSON values."""
     spec, reference = codec.spec, codec.payload_bytes(codec.spec.tokens)
-    plain = 2 * 2 * spec.vectors_per_token * spec.head_dim * spec.tokens  # keys and values of two bytes each
+    plain = 2 * spec.numbers_per_token * spec.tokens  # of two bytes each
     return {
         "file": str(path),
         "kind": codec.kind,
@@ -239,6 +239,6 @@ def in_short(spec: "MemorySpec") -> str:
     named = f"{layers[0]}-{layers[-1]}" if run else ", ".join(map(str, layers))
     kept = "all" if spec.dense else f"{spec.tokens} of"
     return (
-        f"layers {named}; {spec.kv_heads} heads of {spec.head_dim}; "
+        f"layers {named}; {'up to ' if spec.heads else ''}{spec.kv_heads} heads of {spec.head_dim}; "
         f"{kept} {spec.reference_tokens} tokens of a reference; computed in {spec.dtype}"
     )

@@ -3,7 +3,7 @@
 ::
 
     payload: [fixed part] [token 0] [token 1] ...
-    token:   [key codes of all layers x KV heads] [value codes of all layers x KV heads]
+    token:   [codes of all its key vectors] [codes of all its value vectors]
 
 So the payload of a short memory is the beginning of a full one's layout.
 """
@@ -46,6 +46,26 @@ def vectors(memories: MemoryTensors, i: int, spec: MemorySpec) -> tuple[Tensor, 
     for x in (memories.keys, memories.values):
         x = x[i, :, :, :own].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         pair.append(x.view(spec.vectors_per_token, own, spec.head_dim))
+    return pair[0], pair[1]
+
+
+def existing(pair: tuple[Tensor, Tensor], spec: MemorySpec) -> tuple[Tensor, Tensor]:
+    """Those of `vectors` that a token has: see `MemorySpec.heads`."""
+    if not spec.heads:
+        return pair
+    keys, values = (x[places] for x, places in zip(pair, spec.places, strict=True))
+    return keys, values
+
+
+def filled_up(keys: Tensor, values: Tensor, spec: MemorySpec) -> tuple[Tensor, Tensor]:
+    """Undo `existing` for a batch, ``[n, vectors, tokens, head_dim]``, with zeros for what no token has."""
+    if not spec.heads:
+        return keys, values
+    pair = []
+    for x, places in zip((keys, values), spec.places, strict=True):
+        whole = x.new_zeros(len(x), spec.vectors_per_token, *x.shape[2:])
+        whole[:, places] = x
+        pair.append(whole)
     return pair[0], pair[1]
 
 

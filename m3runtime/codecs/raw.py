@@ -27,8 +27,8 @@ class RawCodec(Codec):
         if self.dtype not in DTYPES:
             raise CodecError(f"dtype of the raw codec must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         self._dtype: torch.dtype = getattr(torch, self.dtype)
-        # Of the keys of one token; the values take as many.
-        self._token_bytes: int = spec.vectors_per_token * spec.head_dim * self._dtype.itemsize
+        vector: int = spec.head_dim * self._dtype.itemsize
+        self._key_bytes, self._value_bytes = (len(places) * vector for places in spec.places)
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -37,7 +37,7 @@ class RawCodec(Codec):
 
     def payload_bytes(self, tokens: int) -> int:
         """Bytes of the payload of so many tokens: see `Codec.payload_bytes`."""
-        return tokens * 2 * self._token_bytes
+        return tokens * (self._key_bytes + self._value_bytes)
 
     def encode(self, memories: MemoryTensors) -> Tensor:
         """Payloads of memories, ``uint8[n, bytes]`` on the CPU: see `Codec.encode`.
@@ -47,10 +47,10 @@ class RawCodec(Codec):
         memories.check(self.spec)
         rows = torch.zeros(len(memories), self.payload_bytes(self.spec.tokens), dtype=torch.uint8)
         for i, row in enumerate(rows):
-            pair = torch.stack(layout.vectors(memories, i, self.spec)).to("cpu", self._dtype)
-            if not layout.finite(pair):
+            both = torch.cat(layout.existing(layout.vectors(memories, i, self.spec), self.spec)).to("cpu", self._dtype)
+            if not layout.finite(both):
                 raise CodecError(f"memory {i} of the batch has values too large for {self.dtype}")
-            payload = pair.permute(2, 0, 1, 3).contiguous().view(torch.uint8).flatten()
+            payload = both.transpose(0, 1).contiguous().view(torch.uint8).flatten()
             row[: len(payload)] = payload
         return rows
 
@@ -61,14 +61,15 @@ class RawCodec(Codec):
         """
         width = layout.width_of(payloads, tokens, self)
 
-        def values_of(codes: Tensor) -> Tensor:  # uint8[n, width, bytes] -> [n, layers * heads, width, dim]
+        def values_of(codes: Tensor) -> Tensor:  # uint8[n, width, bytes] -> [n, vectors, width, dim]
             # The clone is aligned, whatever the slot was; only aligned bytes can be viewed as floats.
             x = codes.clone(memory_format=torch.contiguous_format).view(self._dtype)
-            x = torch.unflatten(x, 2, (self.spec.vectors_per_token, self.spec.head_dim))
+            x = torch.unflatten(x, 2, (-1, self.spec.head_dim))
             x = x.transpose(1, 2).contiguous()
             if not layout.finite(layout.blank(x, tokens)):
                 raise BlockError("a payload of the raw codec holds values that are not finite")
             return x
 
-        keys, values = map(values_of, layout.split(payloads, width, 0, self._token_bytes, self._token_bytes))
+        keys, values = map(values_of, layout.split(payloads, width, 0, self._key_bytes, self._value_bytes))
+        keys, values = layout.filled_up(keys, values, self.spec)
         return layout.finish(keys, values, tokens, self.spec, dtype, torch.finfo(self._dtype).max)

@@ -22,7 +22,7 @@ class ScalarCodec(Codec):
     """Stores each channel of each layer and KV head in 4 or 8 bits, between its least and greatest value.
 
     The range is over the memory's own tokens and lies in the payload's fixed part as float16, rounded
-    outwards: ``[keys, values] x [low, step] x layers x KV heads x head_dim``. Two codes of four bits share a
+    outwards: ``[low, step] x vectors x head_dim`` of the keys, then of the values. Two codes of four bits share a
     byte, the even channel in its low half. ``key_bits`` and ``value_bits`` override ``bits``. Nothing is
     trained. Thread-safe.
     """
@@ -38,18 +38,23 @@ class ScalarCodec(Codec):
         for found in (self.key_bits, self.value_bits):
             if type(found) is not int or found not in (4, 8):
                 raise CodecError(f"bits of the scalar codec must be 4 or 8, not {found!r}")
-        self._range_bytes = 2 * spec.vectors_per_token * spec.head_dim * _HALF_BYTES
-        self._key_bytes = spec.vectors_per_token * _packed_bytes(spec.head_dim, self.key_bits)
-        self._value_bytes = spec.vectors_per_token * _packed_bytes(spec.head_dim, self.value_bits)
+        keys, values = map(len, spec.places)
+        self._ranges = [2 * keys * spec.head_dim, 2 * values * spec.head_dim]  # numbers of keys, and of values
+        self._key_bytes = keys * _packed_bytes(spec.head_dim, self.key_bits)
+        self._value_bytes = values * _packed_bytes(spec.head_dim, self.value_bits)
 
     @property
     def options(self) -> Mapping[str, Any]:
         """``key_bits`` and ``value_bits``."""
         return {"key_bits": self.key_bits, "value_bits": self.value_bits}
 
+    @property
+    def _fixed_bytes(self) -> int:
+        return sum(self._ranges) * _HALF_BYTES
+
     def payload_bytes(self, tokens: int) -> int:
         """Bytes of the payload of so many tokens: see `Codec.payload_bytes`."""
-        return 2 * self._range_bytes + tokens * (self._key_bytes + self._value_bytes)
+        return self._fixed_bytes + tokens * (self._key_bytes + self._value_bytes)
 
     def encode(self, memories: MemoryTensors) -> Tensor:
         """Payloads of memories, ``uint8[n, bytes]`` on the CPU: see `Codec.encode`.
@@ -60,7 +65,8 @@ class ScalarCodec(Codec):
         rows = torch.zeros(len(memories), self.payload_bytes(self.spec.tokens), dtype=torch.uint8)
         for i, row in enumerate(rows):
             ranges, codes = [], []
-            for x, bits in zip(layout.vectors(memories, i, self.spec), (self.key_bits, self.value_bits), strict=True):
+            pair = layout.existing(layout.vectors(memories, i, self.spec), self.spec)
+            for x, bits in zip(pair, (self.key_bits, self.value_bits), strict=True):
                 scale, code = _quantise(x.cpu(), bits)
                 if not layout.finite(scale):
                     raise CodecError(f"memory {i} of the batch has values too large for the scalar codec")
@@ -76,19 +82,19 @@ class ScalarCodec(Codec):
         Raises `BlockError` if a range is not finite.
         """
         width = layout.width_of(payloads, tokens, self)
-        fixed = payloads[:, : 2 * self._range_bytes].clone(memory_format=torch.contiguous_format)
-        shape = (2, 2, self.spec.vectors_per_token, 1, self.spec.head_dim)
-        ranges = torch.unflatten(fixed.view(torch.float16), 1, shape)
-        if not layout.finite(ranges):
+        fixed = payloads[:, : self._fixed_bytes].clone(memory_format=torch.contiguous_format).view(torch.float16)
+        if not layout.finite(fixed):
             raise BlockError("a payload of the scalar codec holds a range that is not finite")
-        both = layout.split(payloads, width, 2 * self._range_bytes, self._key_bytes, self._value_bytes)
+        both = layout.split(payloads, width, self._fixed_bytes, self._key_bytes, self._value_bytes)
         pair = []
-        for kind, (codes, bits) in enumerate(zip(both, (self.key_bits, self.value_bits), strict=True)):
-            codes = torch.unflatten(codes, 2, (self.spec.vectors_per_token, -1)).transpose(1, 2)
+        ranges = torch.split(fixed, self._ranges, 1)
+        for codes, scale, bits in zip(both, ranges, (self.key_bits, self.value_bits), strict=True):
+            low, step = torch.unflatten(scale, 1, (2, -1, 1, self.spec.head_dim)).to(torch.float32).unbind(1)
+            codes = torch.unflatten(codes, 2, (low.shape[1], -1)).transpose(1, 2)
             codes = _unpack(codes, bits)[..., : self.spec.head_dim]
-            low, step = ranges[:, kind].to(torch.float32).unbind(1)
             pair.append(codes.to(torch.float32, memory_format=torch.contiguous_format).mul_(step).add_(low))
-        return layout.finish(pair[0], pair[1], tokens, self.spec, dtype, _PEAK)
+        keys, values = layout.filled_up(pair[0], pair[1], self.spec)
+        return layout.finish(keys, values, tokens, self.spec, dtype, _PEAK)
 
 
 def _packed_bytes(channels: int, bits: int) -> int:

@@ -1,5 +1,6 @@
 """`ModelShape`: the sizes of a model that decide what its memories weigh and cost, without the model."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -83,15 +84,29 @@ def kept_tokens(memory: "MemoryConfig") -> int:
     return min(memory.tokens_per_head, memory.reference_tokens)
 
 
-def memory_spec(memory: "MemoryConfig", *, layers: int, kv_heads: int, head_dim: int, dtype: str) -> MemorySpec:
-    """The spec of a model's memories. Raises `ConfigError` for layers that the model does not have."""
+def memory_spec(
+    memory: "MemoryConfig",
+    *,
+    layers: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: str,
+    heads: Sequence[tuple[int, int]] = (),
+) -> MemorySpec:
+    """The spec of a model's memories. Raises `ConfigError` for layers that the model does not have.
+
+    ``heads`` are those of `MemorySpec`, of all layers of the model; if all have ``kv_heads``, it may say so.
+    """
+    chosen = memory_layers(memory, layers)
+    own = tuple(heads[layer] for layer in chosen) if heads else ()
     return MemorySpec(
-        layers=memory_layers(memory, layers),
+        layers=chosen,
         kv_heads=kv_heads,
         tokens=kept_tokens(memory),
         head_dim=head_dim,
         reference_tokens=memory.reference_tokens,
         dtype=dtype,
+        heads=own if any(pair != (kv_heads, kv_heads) for pair in own) else (),
     )
 
 

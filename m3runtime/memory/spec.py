@@ -35,6 +35,11 @@ class MemorySpec:
     """Most tokens of a reference; also the width of the interval of positions that memories share."""
     dtype: str
     """Dtype in which the model computed the memories: ``float32``, ``float16`` or ``bfloat16``."""
+    heads: tuple[tuple[int, int], ...] = ()
+    """By memory layer, how many of its ``kv_heads`` have keys, and how many have values; empty if all have both.
+
+    The first ones do. What the others hold is zero, and codecs need not store it.
+    """
 
     def __post_init__(self) -> None:
         if not self.layers or any(b <= a for a, b in zip(self.layers, self.layers[1:], strict=False)):
@@ -48,6 +53,12 @@ class MemorySpec:
                 f"tokens ({self.tokens}) must not exceed reference_tokens ({self.reference_tokens}), "
                 "which must not exceed 65535"
             )
+        if self.heads and (
+            len(self.heads) != len(self.layers)
+            or not all(1 <= count <= self.kv_heads for pair in self.heads for count in pair)
+            or all(count == self.kv_heads for pair in self.heads for count in pair)
+        ):
+            raise ConfigError(f"heads must be those of {len(self.layers)} layers that have at most {self.kv_heads}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
 
@@ -58,23 +69,39 @@ class MemorySpec:
 
     @property
     def vectors_per_token(self) -> int:
-        """Key vectors (and as many value vectors) that one token has: layers x KV heads."""
+        """Key vectors (and as many value vectors) that one token has room for: layers x KV heads."""
         return len(self.layers) * self.kv_heads
 
+    @property
+    def places(self) -> tuple[list[int], list[int]]:
+        """The places of the key vectors, and of the value vectors, that one token has, among layers x KV heads."""
+        heads = self.heads or ((self.kv_heads, self.kv_heads),) * len(self.layers)
+        firsts = range(0, self.vectors_per_token, self.kv_heads)
+        keys, values = zip(*heads, strict=True)
+        of_keys = [first + head for first, count in zip(firsts, keys, strict=True) for head in range(count)]
+        return of_keys, [first + head for first, count in zip(firsts, values, strict=True) for head in range(count)]
+
+    @property
+    def numbers_per_token(self) -> int:
+        """The numbers that the keys and values of one token are."""
+        return sum(map(len, self.places)) * self.head_dim
+
     def to_json(self) -> dict[str, Any]:
-        """The spec as plain JSON values; `from_json` reads it back."""
-        return {**asdict(self), "layers": list(self.layers)}
+        """The spec as plain JSON values; `from_json` reads it back. ``heads`` are left out if they are empty."""
+        stated = {**asdict(self), "layers": list(self.layers), "heads": [list(pair) for pair in self.heads]}
+        return {name: value for name, value in stated.items() if name != "heads" or value}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "MemorySpec":
         """Read what `to_json` wrote. Raises `ConfigError` if it does not describe a spec."""
         try:
             sizes = ("kv_heads", "tokens", "head_dim", "reference_tokens")
-            numbers = [*value["layers"], *(value[name] for name in sizes)]
+            heads = tuple((keys, values) for keys, values in value.get("heads", ()))
+            numbers = [*value["layers"], *(value[name] for name in sizes), *(count for pair in heads for count in pair)]
             if any(type(number) is not int for number in numbers):
                 raise ConfigError(f"not a memory spec: not all whole numbers: {str(numbers)[:200]}")
-            return cls(**{**value, "layers": tuple(value["layers"])})
-        except (KeyError, TypeError) as error:
+            return cls(**{**value, "layers": tuple(value["layers"]), "heads": heads})
+        except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"not a memory spec: {error}") from error
 
     def difference(self, other: "MemorySpec") -> str:

@@ -84,6 +84,7 @@ class TransformersAdapter(Adapter):
             kv_heads=self.layout.kv_heads,
             head_dim=self.layout.head_dim,
             dtype=str(self.layout.dtype).removeprefix("torch."),
+            heads=self.layout.pieces,
         )
         if not self.spec.dense:
             attention_modules(model, self.spec.layers)  # or the mistake would show only while a bank is written

@@ -1,11 +1,16 @@
 """Layers of several shapes: their memories are one tensor, and come out of it as they went in."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from m3model.attention.layout import AttentionLayout, LayerShape
+from m3model.transformers import MemoryModel
 from m3runtime.codecs.product.codec import ProductCodec
+from tests.model.banks import make_runtime
 from tests.model.families import REFERENCE_TOKENS, make_adapter, random_text
 
 sizes = st.sampled_from([1, 2, 3, 4, 6, 8])
@@ -64,3 +69,19 @@ def test_a_codec_keeps_what_is_filled_up() -> None:
     back = codec.decode(codec.encode(memories), memories.tokens, torch.float32)
     assert float(back.keys[:, filled].abs().max()) < 1e-6
     assert float((back.keys - memories.keys).norm() / memories.keys.norm()) < 0.3
+
+
+def test_a_bank_holds_what_layers_have_and_one_with_zeros_is_read_as_well(tmp_path: Path) -> None:
+    adapter = make_adapter("gemma4_text")
+    assert adapter.spec.heads == ((2, 2), (4, 4)) * 2
+    earlier = make_adapter("gemma4_text")
+    earlier.spec = replace(earlier.spec, heads=())
+    texts = [random_text(adapter.tokenizer, length, seed=length) for length in (REFERENCE_TOKENS, 9, 3)]
+    answers, sizes = [], []
+    for written_by, name in [(adapter, "bank"), (earlier, "earlier")]:
+        with make_runtime(written_by, tmp_path / name, texts) as runtime:
+            sizes.append(runtime.bank.home.slot_bytes - 64)  # without its header
+            answers.append(MemoryModel(adapter, runtime).generate(texts[0], prompt="plain", max_new_tokens=12))
+    assert answers[0].memories == answers[1].memories
+    assert answers[0].tokens == answers[1].tokens
+    assert sizes[0] * 4 == sizes[1] * 3

@@ -49,7 +49,7 @@ class TransformDesign(Design):
             raise CodecError(f"together of the product codec must be one of {', '.join(TOGETHER)}, not {together!r}")
         self.units = Units(spec, together)
         self.options = {"bytes": bytes, "together": together}
-        self.fixed_bytes, self.token_bytes = 0, bytes * self.units.heads
+        self.fixed_bytes, self.token_bytes = 0, -(-bytes * spec.numbers_per_token // (2 * spec.head_dim))
         n = self.units.channels
         self.learned_bytes = 4 * self.units.count * n * (1 + 2 * n + CENTROIDS)
 

@@ -109,12 +109,18 @@ class AttentionLayout:
     @property
     def kv_heads(self) -> int:
         """Pieces of the layer with most of them; its KV heads where layers are alike."""
-        return max(shape.kv_heads * max(shape.key_dim, shape.value_dim) for shape in self.shapes) // self.head_dim
+        return max(map(max, self.pieces))
 
     def last(self, layers: Sequence[int]) -> int | None:
         """The one of these layers that runs last; None if that may be any."""
         last = max(layers)
         return last if last < self.layers - self.again else None
+
+    @property
+    def pieces(self) -> list[tuple[int, int]]:
+        """By layer, how many pieces its keys are, and how many its values are."""
+        dim = self.head_dim
+        return [(s.kv_heads * s.key_dim // dim, s.kv_heads * s.value_dim // dim) for s in self.shapes]
 
     def groups(self, memory_layers: Sequence[int]) -> list[LayerGroup]:
         """All layers in groups, those with memories first."""
