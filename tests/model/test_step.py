@@ -20,7 +20,7 @@ from m3model.engine.staging import Staging
 from m3model.engine.step import Inputs, Shape, Step
 from m3model.transformers import TransformersAdapter
 from m3runtime.config.schema import GenerateConfig
-from tests.model.families import FAMILIES, make_adapter, random_text
+from tests.model.families import FAMILIES, OTHERS, make_adapter, random_text
 from tests.model.test_decode_step import WAITING, Operations
 
 EVERYTHING = GenerateConfig(
@@ -93,7 +93,7 @@ class Made(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_a_step_waits_for_nothing_and_keeps_nothing(family: str) -> None:
     ready = Ready(make_adapter(family))
     before = ready.addresses()
@@ -121,7 +121,7 @@ def test_a_step_waits_for_nothing_and_keeps_nothing(family: str) -> None:
 
 @pytest.mark.parametrize(
     "family",
-    [one if one in ("llama", "gemma3_text") else pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES],
+    [one if one in ("llama", "gemma3_text") else pytest.param(one, marks=pytest.mark.slow) for one in (*FAMILIES, *OTHERS)],
 )
 def test_a_step_is_one_graph(family: str) -> None:
     """No data-dependent Python: `torch.compile` follows the whole step, and gets what it gets without."""
