@@ -53,6 +53,8 @@ class TrainConfig(Section):
     """The share of a reference's words that the training text may hold in the same order; above it, it is dropped."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """The dtype of computation; weights and optimiser stay float32."""
+    compile: bool | None = None
+    """Compile layers and loss, which takes a minute or two at the start; null: on CUDA."""
     save_every: Count = 500
     """Steps between checkpoints, from which a stopped run resumes."""
     log_every: Count = 10

@@ -15,9 +15,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from m3model.attention.implementation import IMPLEMENTATION, prepare
 from m3model.attention.layout import Pair
-from m3model.attention.passes import EncodingPass, ReadingPass, ReadMemories
+from m3model.attention.passes import EncodingPass, Pass, ReadMemories, hand_out
 from m3model.attention.rope import check_positions, fixed_positions
-from m3model.attention.selection import most_attended, observed
+from m3model.attention.selection import most_attended, score_passes
 from m3model.attention.stopping import StoredError
 from m3model.attention.versions import CACHE_NAMES, cache_name
 
@@ -94,6 +94,9 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         classes: Any = AutoModelForCausalLM  # whose methods have no types
         self.language_model: Any = classes.from_config(config.text_config)
+        self._hands_out = self._scores = False
+        """Do its layers get their own parts of passes? Do its memory layers score tokens?"""
+        self._sinks: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
         self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -141,6 +144,7 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         references: Tensor | None = None,
         reference_counts: Tensor | None = None,
+        reference_places: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **rest: Any,
     ) -> CausalLMOutputWithPast:
@@ -148,10 +152,11 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
 
         ``references`` is int64 ``[B, chunks, R]``, padded on the right, and ``reference_counts`` int64 ``[B, chunks]``
         says how many tokens each has: what was retrieved for each chunk of ``config.chunk_tokens`` of the text, or 0
-        for nothing. ``input_ids`` ``[B, T]`` are then the text without BOS, which is the sink's; padding on the right,
-        as ``attention_mask`` has it. Each token sees the text before it, the sink, and the memories of its chunk and
-        of the ``config.memories - 1`` before it. Gradients flow through the memories' keys and values, not through
-        their selection.
+        for nothing. With ``reference_places``, int64 ``[B, chunks]``, they are ``[n, R]`` and ``[n]``: the distinct
+        references, and which of them each chunk retrieved. ``input_ids`` ``[B, T]`` are then the text without BOS,
+        which is the sink's; padding stands on the right. Each token sees the text before it, the sink, and the
+        memories of its chunk and of the ``config.memories - 1`` before it. Gradients flow through the memories' keys
+        and values, not through their selection.
         """
         if references is None or reference_counts is None:
             if labels is not None:
@@ -162,10 +167,8 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
             return self.language_model(input_ids=input_ids, attention_mask=attention_mask, **rest)  # type: ignore[no-any-return]
         if input_ids is None or _given(rest) is not None:
             raise ValueError("a text that reads references is given as a whole, by its input_ids")
-        if self.config._attn_implementation != IMPLEMENTATION:
-            prepare(self)
-        memories = self.encode(references, reference_counts)
-        logits = self._read(input_ids, attention_mask, memories)
+        memories = self.encode(references, reference_counts, reference_places)
+        logits = self._read(input_ids, memories)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -180,63 +183,63 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
         """The arguments of a forward pass without memories: no sink, and positions from 0."""
         if ids is None or past is not None:
             raise ValueError("once this model has read references, the adapter generates; `generate` does not")
-        valid = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        reading = ReadingPass(self.config.text_config.num_hidden_layers, 0, valid, self._places(ids, 0))
-        own = {cache_name(self): reading, "m3_cache": reading}
-        return {**own, "position_ids": reading.positions, "use_cache": True}
+        self._prepare()
+        valid = None if attention_mask is None else attention_mask.bool()
+        alone = Pass(self.config.text_config.num_hidden_layers, 0, self._places(ids, 0), valid=valid)
+        own = {cache_name(self): alone, "m3_cache": alone}
+        return {**own, "position_ids": alone.positions, "use_cache": True}
 
-    def encode(self, references: Tensor, counts: Tensor) -> "EncodedReferences":
+    def encode(self, references: Tensor, counts: Tensor, places: Tensor | None = None) -> "EncodedReferences":
         """The memories of references: keys and values of the tokens that each KV head of each memory layer keeps.
 
-        The same as `TransformersAdapter.encode` computes (section 3.3), but gradients flow through it. Equal
-        references of a batch are encoded once.
+        The same as `TransformersAdapter.encode` computes (section 3.3), but gradients flow through it. The arguments
+        are those of the forward pass. Equal references are encoded once.
         """
-        batch, chunks, width = references.shape
-        rows = torch.cat([counts.reshape(-1, 1), references.reshape(-1, width)], dim=1)
-        distinct, places = torch.unique(rows, dim=0, return_inverse=True)
-        lengths, ids = distinct[:, 0], distinct[:, 1:]
-        sink = self._sink(len(ids))
-        steps = torch.arange(width, device=ids.device)
-        valid = steps < lengths.clamp_min(1)[:, None]  # a missing reference is encoded as its padding
-        last = (lengths - 1).clamp_min(0)[:, None]
+        self._prepare()
+        if places is None:
+            batch, chunks, width = references.shape
+            rows = torch.cat([counts.reshape(-1, 1), references.reshape(-1, width)], dim=1)
+            distinct, flat = torch.unique(rows, dim=0, return_inverse=True)
+            references, counts, places = distinct[:, 1:], distinct[:, 0], flat.view(batch, chunks)
+        number, width = references.shape
+        sink = self._sink(number)
+        steps = torch.arange(width, device=references.device)
+        valid = steps < counts.clamp_min(1)[:, None]  # a missing reference is encoded as its padding
+        last = (counts - 1).clamp_min(0)[:, None]
         positions = torch.cat(
-            [self._places(sink, 0), sink.shape[1] + torch.minimum(steps.expand(len(ids), -1), last)], dim=1
+            [self._places(sink, 0), sink.shape[1] + torch.minimum(steps.expand(number, -1), last)], dim=1
         )
-        layers = self.config.memory_layers
-        encoding = EncodingPass(self.config.text_config.num_hidden_layers, sink.shape[1], valid, positions, layers)
-        selects = self.config.tokens_per_head < width
-        with observed(self, layers if selects else ()) as scores, suppress(StoredError):
-            self._run(torch.cat([sink, ids], dim=1), encoding, keep=1)
-        parts = encoding.kept
+        layers, most = self.config.memory_layers, self.config.tokens_per_head
+        if selects := most < width:
+            self._score()
+        encoding = EncodingPass(
+            self.config.text_config.num_hidden_layers, sink.shape[1], valid, positions, layers, scores=selects
+        )
+        with suppress(StoredError):
+            self._run(torch.cat([sink, references], dim=1), encoding, keep=1)
+        parts = dict(zip(layers, encoding.memories_of(layers), strict=True))
         if selects:
-            stacked = torch.stack([scores[layer][:, :, sink.shape[1] :] for layer in layers], dim=1)
-            kept = most_attended(stacked, lengths.clamp_min(1).cpu(), self.config.tokens_per_head)[..., None]
-            for place, layer in enumerate(layers):
-                keys, values = parts[layer]
-                index = kept[:, place].expand(-1, -1, -1, keys.shape[3])
-                parts[layer] = keys.gather(2, index), values.gather(2, index)
-        return EncodedReferences(parts, lengths.clamp_max(self.config.tokens_per_head), places.view(batch, chunks))
+            scores = torch.stack([encoding.scores_of(layer) for layer in layers], dim=1)
+            kept = most_attended(scores, counts.clamp_min(1), most).transpose(0, 1)[:, None, ..., None]
+            stacked = torch.stack([torch.stack(parts[layer]) for layer in layers])  # [layers, 2, n, kv_heads, R, D]
+            chosen = stacked.gather(4, kept.expand(-1, 2, -1, -1, -1, stacked.shape[5]))
+            parts = {layer: (pair[0], pair[1]) for layer, pair in zip(layers, chosen, strict=True)}
+        return EncodedReferences(parts, counts.clamp_max(most), places)
 
-    def _read(self, ids: Tensor, attention_mask: Tensor | None, memories: "EncodedReferences") -> Tensor:
+    def _read(self, ids: Tensor, memories: "EncodedReferences") -> Tensor:
         batch, length = ids.shape
-        chunk_of = torch.arange(length, device=ids.device) // self.config.chunk_tokens
-        chunks = memories.places.shape[1]
-        if int(chunk_of[-1]) >= chunks:
-            raise ValueError(f"a text of {length} tokens has {int(chunk_of[-1]) + 1} chunks, not {chunks}")
-        valid = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        chunks, needed = memories.places.shape[1], -(-length // self.config.chunk_tokens)
+        if needed > chunks:
+            raise ValueError(f"a text of {length} tokens has {needed} chunks, not {chunks}")
         sink = self._sink(batch)
         start = sink.shape[1] + self.config.reference_tokens
         check_positions(start + length, fixed_positions(self.config.get_text_config()))
         positions = torch.cat([self._places(sink, 0), self._places(ids, start)], dim=1)
-        age = chunk_of[:, None] - torch.arange(chunks, device=ids.device)  # [T, chunks]
-        near = (age >= 0) & (age < self.config.memories)
-        reading = ReadingPass(
-            self.config.text_config.num_hidden_layers, sink.shape[1], valid, positions, memories.seen_by(near)
-        )
-        keep = torch.arange(sink.shape[1], sink.shape[1] + length, device=ids.device)
-        return self._run(torch.cat([sink, ids], dim=1), reading, keep=keep)
+        read = memories.read(self.config.chunk_tokens, self.config.memories)
+        reading = Pass(self.config.text_config.num_hidden_layers, sink.shape[1], positions, memories=read)
+        return self._run(torch.cat([sink, ids], dim=1), reading, keep=length)
 
-    def _run(self, ids: Tensor, cache: EncodingPass | ReadingPass, keep: int | Tensor) -> Tensor:
+    def _run(self, ids: Tensor, cache: Pass, keep: int) -> Tensor:
         output = self.language_model(
             input_ids=ids,
             position_ids=cache.positions,
@@ -247,8 +250,25 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
         )
         return output.logits  # type: ignore[no-any-return]
 
+    def _prepare(self) -> None:
+        """Switch to this attention, at the first call."""
+        if self.config._attn_implementation != IMPLEMENTATION:
+            prepare(self)
+        if not self._hands_out:
+            hand_out(self)
+            self._hands_out = True
+
+    def _score(self) -> None:
+        """Let memory layers score tokens, at the first call."""
+        if not self._scores:
+            score_passes(self, self.config.memory_layers)
+            self._scores = True
+
     def _sink(self, rows: int) -> Tensor:
-        return torch.tensor(self.config.sink_ids, dtype=torch.int64, device=self.device).expand(rows, -1)
+        of = (self.device, tuple(self.config.sink_ids))
+        if of not in self._sinks:  # a copy to the device waits for all that is queued there
+            self._sinks[of] = torch.tensor(of[1], dtype=torch.int64, device=self.device)
+        return self._sinks[of].expand(rows, -1)
 
     @staticmethod
     def _places(ids: Tensor, start: int) -> Tensor:
@@ -267,18 +287,10 @@ class EncodedReferences:
         self.tokens = tokens
         self.places = places
 
-    def seen_by(self, near: Tensor) -> ReadMemories:
-        """For tokens that see the memories of some chunks, ``bool[T, chunks]``."""
-        batch, chunks = self.places.shape
-        parts = {layer: (self._by_row(keys), self._by_row(values)) for layer, (keys, values) in self.parts.items()}
+    def read(self, chunk_tokens: int, chunks: int) -> ReadMemories:
+        """What texts of chunks of so many tokens read, each token the memories of so many ``chunks``."""
         width = next(iter(self.parts.values()))[0].shape[2]
-        exists = torch.arange(width, device=near.device) < self.tokens[self.places][..., None]  # [B, chunks, K]
-        seen = near[None, :, :, None] & exists[:, None]
-        return ReadMemories(parts, seen.reshape(batch, near.shape[0], chunks * width))
-
-    def _by_row(self, one: Tensor) -> Tensor:
-        """``[n, kv_heads, K, D]`` to what each text reads, ``[B, kv_heads, chunks * K, D]``."""
-        return one[self.places].transpose(1, 2).flatten(2, 3)
+        return ReadMemories(self.parts, self.places, self.tokens[self.places], width, chunk_tokens, chunks)
 
 
 def _given(arguments: dict[str, Any]) -> Any:

@@ -279,13 +279,14 @@ def test_batches_hold_what_was_prepared(counts: list[int], retrieved: list[int],
     if not reading:
         assert set(batch) == {"input_ids", "attention_mask", "labels"}
         return
-    lengths = batch["reference_counts"]
+    assert len(batch["references"]) == len(set(chosen.flat))
     for row in range(2):
         for chunk in range(3):
-            one = int(chosen[row, chunk])
+            one, place = int(chosen[row, chunk]), batch["reference_places"][row, chunk]
             wanted = [] if one == NOTHING else [one + 1] * counts[one]
-            assert batch["references"][row, chunk, : lengths[row, chunk]].tolist() == wanted
-            assert not batch["references"][row, chunk, lengths[row, chunk] :].any()
+            assert batch["reference_counts"][place] == len(wanted)
+            assert batch["references"][place, : len(wanted)].tolist() == wanted
+            assert not batch["references"][place, len(wanted) :].any()
 
 
 def test_what_the_text_holds_is_not_retrieved(school: Place) -> None:

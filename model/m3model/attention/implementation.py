@@ -64,12 +64,17 @@ class Weighing:
     sinks: Tensor | None = None
     """A logit for each query head, ``[Hq]``, that takes its share of the weights and gives no value (gpt-oss)."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Is it a softmax of products, for which there are fused kernels?"""
+        return self.softcap is None and self.sinks is None
+
 
 class Attending(Protocol):
     """The cache of a forward pass, which knows what each query sees.
 
     It is a `m3model.engine.step.StepCache`, a `m3model.attention.cache.MemoryCache`, or for gradients a
-    `m3model.attention.passes.Pass`.
+    `m3model.attention.passes.PassLayer`.
     """
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, weighing: "Weighing") -> Tensor:
@@ -107,7 +112,7 @@ def attend(
     """
     batch, heads, length, dim = query.shape
     kv_heads = keys.shape[1]
-    if weighing.softcap is not None or weighing.sinks is not None:
+    if not weighing.is_plain:
         return _unfused(query, keys, values, mask, weighing)
     if heads == kv_heads or not _folds(query, kv_heads, mask, threads):
         return scaled_dot_product_attention(
@@ -118,6 +123,16 @@ def attend(
     folded = query.reshape(batch, kv_heads, -1, dim)  # [B, Hkv, G * Q, D]
     read = scaled_dot_product_attention(folded, keys, values, mask, scale=weighing.scale)
     return read.reshape(batch, heads, length, -1)
+
+
+def attend_causally(query: Tensor, keys: Tensor, values: Tensor, weighing: Weighing) -> Tensor:
+    """`attend` where each query sees its own column and all before it: plain weighing, as many queries as columns."""
+    groups = query.shape[1] // keys.shape[1]
+    if groups > 1 and query.is_cuda and query.dtype == torch.float32:
+        # Flash attention groups heads itself, but not in float32; and the kernel that takes float32 does not group.
+        keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
+    grouped = query.shape[1] != keys.shape[1]
+    return scaled_dot_product_attention(query, keys, values, is_causal=True, scale=weighing.scale, enable_gqa=grouped)
 
 
 def _unfused(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, weighing: Weighing) -> Tensor:

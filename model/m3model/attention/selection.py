@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from m3model.attention.layout import Pair
+from m3model.attention.passes import PassLayer
 from m3model.attention.versions import CACHE_NAMES
 from m3runtime.errors import ConfigError
 from m3runtime.memory.tensors import MemoryTensors
@@ -47,12 +48,12 @@ def attention_scores(
 def most_attended(scores: Tensor, tokens: Tensor, count: int) -> Tensor:
     """Positions of the tokens that each KV head keeps, ascending: ``int64[n, layers, kv_heads, min(count, T)]``.
 
-    ``scores`` is ``[n, layers, kv_heads, T]``, ``tokens`` ``int64[n]`` on the CPU: how many of the T exist. Of equal
+    ``scores`` is ``[n, layers, kv_heads, T]``, ``tokens`` ``int64[n]``: how many of the T exist. Of equal
     scores the earlier token is kept. A row of fewer than ``count`` tokens keeps all of them first, and then positions
     of tokens that do not exist.
     """
-    exists = torch.arange(scores.shape[3]) < tokens[:, None]
-    ranked = scores.masked_fill(~exists[:, None, None].to(scores.device), -torch.inf)
+    exists = torch.arange(scores.shape[3], device=scores.device) < tokens[:, None].to(scores.device)
+    ranked = scores.masked_fill(~exists[:, None, None], -torch.inf)
     kept = ranked.sort(dim=3, descending=True, stable=True).indices[..., :count]
     return kept.sort(dim=3).values
 
@@ -116,16 +117,37 @@ def observed(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
 
 
 def _observe(attention: nn.Module, index: int, scores: dict[int, Tensor]) -> Any:
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        def look(query: Tensor, key: Tensor, scale: float, softcap: float | None) -> None:
-            valid = kwargs["m3_cache"].query_valid
-            scores[index] = attention_scores(query, key, valid, scale=scale, softcap=softcap)
-
-        cos, sin = kwargs["position_embeddings"]
-        unrotated = (torch.ones_like(cos), torch.zeros_like(sin))
-        without = dict.fromkeys(name for name in CACHE_NAMES if name in kwargs)
-        # Without a cache, keys are those of this pass alone. And not by calling the module: that would call this hook.
-        with torch.no_grad():  # which tokens are kept is a choice: no gradient is asked of it
-            attention.forward(*args, **{**kwargs, **without, "position_embeddings": unrotated, "m3_observer": look})
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        scores[index] = _scored(module, args, kwargs, kwargs["m3_cache"].query_valid)
 
     return attention.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def score_passes(model: Any, layers: Sequence[int]) -> None:
+    """Let these layers score their tokens, from now on, in passes that ask for it: see `PassLayer.query_valid`.
+
+    Raises `ConfigError` as `observed` does.
+    """
+    for attention in attention_modules(model, layers).values():
+        attention.register_forward_pre_hook(_score, with_kwargs=True)
+
+
+def _score(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    own = kwargs.get("m3_cache")
+    if isinstance(own, PassLayer) and own.query_valid is not None:
+        own.scores = _scored(attention, args, kwargs, own.query_valid)
+
+
+def _scored(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], valid: Tensor) -> Tensor:
+    """Score the tokens of an attention by running it without rotation. Not by calling it: that would call its hooks."""
+    found: list[Tensor] = []
+
+    def look(query: Tensor, key: Tensor, scale: float, softcap: float | None) -> None:
+        found.append(attention_scores(query, key, valid, scale=scale, softcap=softcap))
+
+    cos, sin = kwargs["position_embeddings"]
+    unrotated = (torch.ones_like(cos), torch.zeros_like(sin))
+    without = dict.fromkeys(name for name in CACHE_NAMES if name in kwargs)  # so keys are those of this pass alone
+    with torch.no_grad():  # which tokens are kept is a choice: no gradient is asked of it
+        attention.forward(*args, **{**kwargs, **without, "position_embeddings": unrotated, "m3_observer": look})
+    return found[0]

@@ -38,7 +38,7 @@ from m3runtime.writing.writer import OnProgress
 
 _SETTINGS = "train.json"
 _LOSSES = "losses.json"
-_MAY_CHANGE = {"out", "save_every", "log_every"}
+_MAY_CHANGE = {"out", "save_every", "log_every", "compile"}
 """Settings of ``train`` that a run may go on with when they have changed."""
 
 

@@ -22,6 +22,8 @@ from m3runtime.errors import InputError
 Tokens = npt.NDArray[np.int32]
 NOTHING = -1
 """Stands for no reference, where a chunk retrieves none."""
+_GRAIN = 8
+"""References are padded to multiples of it: what is compiled for a length serves more batches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,34 +129,39 @@ class TrainingSequences(Dataset[dict[str, Any]]):
     def __init__(self, prepared: Prepared, *, reading: bool, begin: int | None) -> None:
         self.prepared = prepared
         self.reading = reading
-        self.begin = [] if begin is None or reading else [begin]
+        self.begin = np.array([] if begin is None or reading else [begin], np.int32)
 
     def __len__(self) -> int:
         return len(self.prepared.sequences)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        example: dict[str, Any] = {"ids": [*self.begin, *self.prepared.sequences.row(index).tolist()]}
+        example: dict[str, Any] = {"ids": np.concatenate([self.begin, self.prepared.sequences.row(index)])}
         if self.reading:
             example["retrieved"] = self.prepared.retrieved[index]
         return example
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """A batch as `Memory3ForCausalLM.forward` takes it, padded to the longest sequence and reference."""
+        """A batch as `Memory3ForCausalLM.forward` takes it, padded to the longest sequence and reference.
+
+        References that several chunks retrieved come once.
+        """
         ids, counts = _padded([example["ids"] for example in examples])
         there = torch.arange(ids.shape[1]) < counts[:, None]
         batch = {"input_ids": ids, "attention_mask": there.long(), "labels": ids.masked_fill(~there, NO_LABEL)}
         if not self.reading:
             return batch
         retrieved = np.stack([example["retrieved"] for example in examples])
-        rows = [[] if one == NOTHING else self.prepared.references.row(one).tolist() for one in retrieved.flat]
-        references, lengths = _padded(rows)
-        batch["references"] = references.reshape(*retrieved.shape, -1)
-        batch["reference_counts"] = lengths.reshape(retrieved.shape)
+        distinct, places = np.unique(retrieved, return_inverse=True)
+        rows = [np.zeros(0, np.int32) if one == NOTHING else self.prepared.references.row(one) for one in distinct]
+        batch["references"], batch["reference_counts"] = _padded(rows, _GRAIN)
+        batch["reference_places"] = torch.from_numpy(places.reshape(retrieved.shape))
         return batch
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Rows, padded with zeros to the longest (at least 1): int64 ``[rows, longest]``, and their lengths."""
-    width = max(1, *map(len, rows))
-    padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-    return padded, torch.tensor([len(row) for row in rows])
+def _padded(rows: Sequence[Tokens], grain: int = 1) -> tuple[Tensor, Tensor]:
+    """Rows, padded with zeros to the longest (at least 1) or more: int64 ``[rows, longest]``, and their lengths."""
+    lengths = np.array([len(row) for row in rows])
+    padded = np.zeros((len(rows), -(-max(1, *lengths) // grain) * grain), np.int64)
+    for place, row in zip(padded, rows, strict=True):
+        place[: len(row)] = row
+    return torch.from_numpy(padded), torch.from_numpy(lengths)

@@ -16,6 +16,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from m3model.loading.models import without_bars
 from m3model.memory3 import Memory3ForCausalLM
+from m3model.training.compiling import compile_training
 from m3model.training.sequences import TrainingSequences
 from m3runtime.config.train import StageConfig, TrainConfig
 from m3runtime.errors import ConfigError
@@ -50,6 +51,8 @@ def run_stage(
     Steps are the same whether or not the run was stopped in between: order of sequences, optimiser and random numbers
     are those of the checkpoint. Raises `ConfigError` for a precision that the device does not compute in.
     """
+    if settings.compile if settings.compile is not None else model.device.type == "cuda":
+        compile_training(model)
     checkpoints = settings.out / "checkpoints" / name
     last = last_checkpoint(checkpoints)
     trainer = Trainer(
@@ -102,6 +105,7 @@ def _arguments(folder: Path, settings: TrainConfig, stage: StageConfig, device: 
             save_total_limit=2,
             logging_steps=settings.log_every,
             logging_first_step=True,
+            logging_nan_inf_filter=False,  # which would wait for the device at every step
             seed=settings.seed,
             data_seed=settings.seed,
             use_cpu=device.type == "cpu",
