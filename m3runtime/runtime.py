@@ -223,6 +223,8 @@ class Runtime:
         Raises `TierClosedError` after `close`.
         """
         self._check(streams, texts)
+        if self._refresh.is_near:
+            self.background.submit(self._refresh.ahead)
         self._recall.hint([stream.state for stream in streams], texts)
 
     def release(self, stream: Stream) -> None:

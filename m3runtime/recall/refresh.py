@@ -64,6 +64,19 @@ class Refresh:
             finally:
                 self._lock.release()
 
+    @property
+    def is_near(self) -> bool:
+        """Has half of the time passed until the next look? Then `ahead` is for a thread in the background."""
+        return self._every is not None and time.monotonic() - self._looked >= self._every / 2
+
+    def ahead(self) -> None:
+        """Look before it is time, so that the next call need not: a home in an object store answers late."""
+        if self.is_near and self._lock.acquire(blocking=False):
+            try:
+                self._look()
+            finally:
+                self._lock.release()
+
     def now(self) -> None:
         """Look now, whatever ``every`` says: what was committed before the call counts when it returns."""
         with self._lock:

@@ -14,6 +14,8 @@ class TcpProxy:
         self.target = target
         self.delay = 0.0
         """Seconds before each piece of an answer."""
+        self.latency = 0.0
+        """Seconds before the first piece of an answer to what was sent since the last one."""
         self.cut: int | None = None
         """Bytes of answers that a connection gets before it is closed; None: all."""
         self.spoil: tuple[bytes, bytes] | None = None
@@ -57,14 +59,20 @@ class TcpProxy:
                 client.close()
                 continue
             self._open |= {client, server}
+            asked = threading.Event()
             for one, other, answers in ((client, server, False), (server, client, True)):
-                threading.Thread(target=self._forward, args=(one, other, answers), daemon=True).start()
+                threading.Thread(target=self._forward, args=(one, other, answers, asked), daemon=True).start()
 
-    def _forward(self, one: socket.socket, other: socket.socket, answers: bool) -> None:
+    def _forward(self, one: socket.socket, other: socket.socket, answers: bool, asked: threading.Event) -> None:
         sent = 0
         with contextlib.suppress(OSError):
             while piece := one.recv(1 << 16):
-                if answers:
+                if not answers:
+                    asked.set()
+                else:
+                    if asked.is_set():
+                        asked.clear()
+                        time.sleep(self.latency)
                     if self.delay:
                         time.sleep(self.delay)
                     if self.spoil is not None:

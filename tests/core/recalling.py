@@ -16,7 +16,7 @@ from m3backends.lmdb.home import LmdbHome
 from m3backends.slabs import PinnedTier
 from m3backends.usearch.index import UsearchIndex
 from m3runtime.adapters.base import Adapter
-from m3runtime.bank.bank import Bank
+from m3runtime.bank.bank import Bank, OpenHome
 from m3runtime.bank.manifest import Manifest
 from m3runtime.codecs.raw import RawCodec
 from m3runtime.config.schema import Config
@@ -182,6 +182,7 @@ def open_runtime(
     device: str = "cpu",
     cold: Collection[int] = (),
     encoder: Adapter | None = None,
+    home: OpenHome = LmdbHome,
     **recall: Any,
 ) -> Runtime:
     """A bank of `TEXTS` at ``path``, made if it is not there, under a tier with room for six blocks.
@@ -208,9 +209,9 @@ def open_runtime(
     )
     ids = as_ids(range(len(TEXTS)))
     if path.exists():
-        bank = Bank.open(path, LmdbHome, lambda *_: codec)
+        bank = Bank.open(path, home, lambda *_: codec)
     else:
-        bank = Bank.create(path, LmdbHome, manifest, codec)
+        bank = Bank.create(path, home, manifest, codec)
         blocks = bank.blocks(ids, memories())
         for is_cold, some in groupby(range(len(ids)), lambda id: id in cold):  # ids rise from call to call
             rows = list(some)

@@ -118,6 +118,34 @@ def test_what_another_process_forgot_is_recalled_no_more_after_the_next_hint(ope
         assert stream.recall("lamp oil harbour").ids == first.ids[1:]
 
 
+def test_a_hint_looks_for_changes_in_the_background_so_that_the_recall_need_not(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, looked = opened(refresh="1000s"), list[int]()
+    home = runtime.bank.home
+    revision = home.revision
+
+    def noted() -> int:
+        looked.append(threading.get_ident())
+        return revision()
+
+    monkeypatch.setattr(home, "revision", noted)
+    with runtime.stream() as stream:
+        stream.hint("lamp oil harbour")
+        drain(runtime)
+        assert not looked
+        runtime._refresh._looked -= 600  # it is time in 400 s
+        gone = stream.recall("lamp oil harbour").ids[0]
+        assert not looked
+        home.discard(np.array([gone], np.uint64))
+        stream.hint("lamp oil harbour")
+        drain(runtime)
+        assert len(looked) == 1
+        assert looked[0] != threading.get_ident()
+        assert gone not in stream.recall("lamp oil harbour").ids
+        assert len(looked) == 1
+
+
 def test_a_right_guess_leaves_nothing_to_read_or_decode(opened: Open) -> None:
     runtime, plain = opened(), opened("other")
     with runtime.stream() as stream, plain.stream() as other:
