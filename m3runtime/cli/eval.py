@@ -62,6 +62,43 @@ def facts(
 
 
 @app.command()
+def qa(
+    questions: Annotated[Path, typer.Option("--questions", help="File of questions: see above.")],
+    config: ConfigFile = None,
+    out: Out = Path("eval-qa"),
+    seed: Seed = 0,
+    most: Annotated[int, typer.Option("--most", min=1, help="Most questions, drawn by the seed.")] = 200,
+    texts: Annotated[
+        int | None,
+        typer.Option(
+            "--texts",
+            min=0,
+            help="Ask a bank of the file's own texts: those with answers, and others up to so many in all.",
+        ),
+    ] = None,
+    batch: Batch = 16,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Ask your own questions: without references, with them as text, and with memories.
+
+    A line of the file is JSON with question and answers: a text, a list of texts, or none where nothing answers it.
+    With source, a source in the bank, the right memory is known. Files of SQuAD, NQ-open, HotpotQA and MS MARCO are
+    read as they are. The configured bank is asked and not changed; with --texts, a new bank in --out has texts that
+    come with the questions. It can be stopped at any moment and run again with the same --out: it resumes.
+    """
+    settings = configuration(config, set)
+    _require_libraries()
+    from m3runtime.lab.evaluation.qa import QaSettings
+    from m3runtime.lab.evaluation.qa_report import evaluate_qa
+
+    asked = QaSettings(str(questions), seed, most, texts, batch)
+    with progress_bars(shown=not json) as progress:
+        report = evaluate_qa(settings, asked, out, progress)
+    _finish(report, out, json=json)
+
+
+@app.command()
 def sweep(
     config: ConfigFile = None,
     out: Out = Path("eval-sweep"),

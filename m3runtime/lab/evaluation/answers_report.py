@@ -13,6 +13,8 @@ from m3runtime.lab.evaluation.report import Table
 from m3runtime.lab.evaluation.statistics import Estimate, difference, mean, ratio
 from m3runtime.lab.results import Spread
 
+DEPTHS = (1, 2, 3, 5, 8)
+"""Numbers of nearest memories that are looked at."""
 PAIRS: tuple[tuple[Mode, Mode], ...] = (
     ("memory", "text"),
     ("memory", "text-5"),

@@ -84,15 +84,15 @@ class AnswersRun(ABC):
         """The settings that answers depend on, as JSON values."""
 
     def run(self, adapter: Adapter, progress: OnProgress = silent, modes: Iterable[Mode] = MODES) -> AnswersResults:
-        """Ask all questions in all modes, and measure times. A stopped run resumes.
+        """Ask all questions in all modes that they can be asked in, and measure times. A stopped run resumes.
 
         ``progress`` is called with the title of a task (a mode, for one), the steps done, and all
         steps of the task.
         """
-        self.modes = modes = tuple(modes)
         self.prepare(adapter, progress)
         with self._open(adapter) as runtime:
             items = self.items(runtime)
+            self.modes = modes = tuple(mode for mode in modes if _asked(mode, items))
             asker = asker_of(adapter, runtime, items)
             with Journal(self.journal, self._fingerprint(runtime)) as journal:
                 for mode in modes:

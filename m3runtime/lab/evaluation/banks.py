@@ -16,25 +16,29 @@ def write_bank(
     config: Config,
     adapter: Adapter,
     embedder: Embedder,
-    references: Sequence[Document],
+    documents: Sequence[Document],
     progress: OnProgress,
+    *,
+    whole: bool = True,
 ) -> None:
-    """Write references, each whole, into the bank; resumes where it was stopped.
+    """Write documents, each a reference if they are ``whole``, into the bank; resumes where it was stopped.
 
-    Raises `InputError` if the bank already holds any other text, such as a held-out text or the facts of another seed.
+    Raises `InputError` if the bank already holds any other text, such as a held-out text or the facts of another seed;
+    if documents are split, any other source.
     """
-    _check(config, references)
-    Writer(config, adapter, embedder).write(references, whole=True, progress=progress)
+    _check(config, documents, whole=whole)
+    Writer(config, adapter, embedder).write(documents, whole=whole, progress=progress)
 
 
-def _check(config: Config, references: Sequence[Document]) -> None:
+def _check(config: Config, documents: Sequence[Document], *, whole: bool) -> None:
     if not Bank.exists(config.bank, assembly.open_home(config)):
         return
     bank = assembly.open_bank(config, read_only=True)
     try:
-        there = bank.home.references(bank.home.ids())
+        there = (
+            {one.text for one in bank.home.references(bank.home.ids()) if one} if whole else set(bank.home.sources())
+        )
     finally:
         bank.close()
-    wanted = {reference.text for reference in references}
-    if any(reference is not None and reference.text not in wanted for reference in there):
+    if there - {document.text if whole else document.source for document in documents}:
         raise InputError(f"{config.bank} remembers other texts than these; choose another --out")

@@ -6,6 +6,7 @@ from pathlib import Path
 from m3runtime import assembly
 from m3runtime.config.schema import Config
 from m3runtime.lab.evaluation.answers_report import (
+    DEPTHS,
     Figures,
     answers_table,
     described,
@@ -22,8 +23,6 @@ from m3runtime.lab.evaluation.journal import silent
 from m3runtime.lab.evaluation.report import Report, Table
 from m3runtime.lab.evaluation.statistics import mean
 from m3runtime.writing.writer import OnProgress
-
-DEPTHS = (1, 2, 3, 5, 8)
 
 
 def evaluate_facts(config: Config, settings: FactsSettings, folder: Path, progress: OnProgress = silent) -> Report:
