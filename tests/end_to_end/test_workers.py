@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from m3runtime.config.schema import Config
 from m3runtime.documents.document import Document
 from m3runtime.errors import EncoderError, InputError
+from m3runtime.lab.bench.servers import BUCKET, s3_server, weed
 from m3runtime.memory.block import HEADER_BYTES
 from m3runtime.writing.encoders.encoder import Encoded, Encoder, Failed, Setup, Task
 from m3runtime.writing.encoders.pool import EncoderPool, Lost
 from m3runtime.writing.encoding import GROUP
 from m3runtime.writing.writer import Writer
-from tests.backends.s3_server import BUCKET, s3_server, weed
 from tests.end_to_end.commands import M3, Contents, Place, contents, environment, records
 from tests.end_to_end.embedders import HashedWords
 from tests.end_to_end.word_model import WordModel

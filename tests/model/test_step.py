@@ -121,7 +121,10 @@ def test_a_step_waits_for_nothing_and_keeps_nothing(family: str) -> None:
 
 @pytest.mark.parametrize(
     "family",
-    [one if one in ("llama", "gemma3_text") else pytest.param(one, marks=pytest.mark.slow) for one in (*FAMILIES, *OTHERS)],
+    [
+        one if one in ("llama", "gemma3_text") else pytest.param(one, marks=pytest.mark.slow)
+        for one in (*FAMILIES, *OTHERS)
+    ],
 )
 def test_a_step_is_one_graph(family: str) -> None:
     """No data-dependent Python: `torch.compile` follows the whole step, and gets what it gets without."""
