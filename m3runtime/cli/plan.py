@@ -52,6 +52,21 @@ def plan(
     speed: Annotated[
         float | None, typer.Option("--speed", metavar="N", help="Tokens per second that one stream decodes.")
     ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", metavar="N", min=1, help="Processes that write the bank, as of m3 write.")
+    ] = 1,
+    rate: Annotated[
+        float | None,
+        typer.Option("--rate", metavar="N", help="References a second that one of them writes; see m3 bench write."),
+    ] = None,
+    prices: Annotated[
+        str | None,
+        typer.Option(
+            "--prices",
+            metavar="NAME=N,...",
+            help="Dollars for a home in an object store: put=0.005,get=0.0004 per 1,000 requests, month=0.023 per GB.",
+        ),
+    ] = None,
     embedding_dim: Annotated[
         int | None, typer.Option(min=1, help="Dimensions of an embedding. Default: the configured embedder's.")
     ] = None,
@@ -84,8 +99,13 @@ def plan(
     if speed is not None and bandwidth is None and reads is None:
         raise InputError("--speed tells how many streams a drive serves: give its limits with --drive or --iops")
 
+    if rate is not None and not 0 < rate < float("inf"):
+        raise InputError(f"--rate must be above 0, not {rate}")
+
     from m3runtime.planning import bank as planning
     from m3runtime.planning.drive import Drive
+    from m3runtime.planning.store import Prices
+    from m3runtime.planning.workers import Workers
 
     if chosen is None:
         settings, chosen = planning.sized(settings)
@@ -96,6 +116,8 @@ def plan(
         dim=dim or _DIM_OF_BGE_M3,
         capacities=capacities,
         drive=Drive(bandwidth, reads, speed),
+        workers=Workers(workers, rate),
+        prices=Prices(**_prices(prices)),
     )
     found = planning.plan(settings, chosen, need, name or settings.model.path)
     if json:
@@ -104,7 +126,7 @@ def plan(
     assumed = "" if dim else ", assumed; --embedding-dim sets it"
     for line in [*_memories(found), *_bank(found, need.text_bytes, f"{need.dim} dimensions each{assumed}")]:
         say(line)
-    for line in [*_costs(found), *_reads(found)]:
+    for line in [*_costs(found), *_reads(found), *_store(found)]:
         say(line)
 
 
@@ -124,6 +146,20 @@ def _chosen(model: str | None, shape: str | None) -> "ModelShape | None":
         return described(shape, base)
     except ConfigError as error:
         raise InputError(f"--shape: {error}") from None
+
+
+def _prices(text: str | None) -> dict[str, float]:
+    """The prices that --prices names, in dollars. Raises `InputError`."""
+    found = dict[str, float]()
+    for part in filter(None, (text or "").split(",")):
+        name, _, value = part.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = -1.0
+        if name not in ("put", "get", "month") or not 0 <= found[name] < float("inf"):
+            raise InputError(f"--prices {part}: must be put=, get= or month= and dollars, such as get=0.0004")
+    return found
 
 
 def _above_zero(text: str) -> int:
@@ -193,9 +229,35 @@ def _costs(found: "Plan") -> list[str]:
         f"memory: {short(cost.write / tera)} TFLOP to write, {short(cost.read / tera)} to read in a chunk "
         f"({found.memories} add {short(100 * cost.read_share)} % to a chunk's work)",
         f"text: {short(cost.text / tera)} TFLOP to read; parameters: {short(cost.train / tera)} to train on once",
-        f"the whole bank: {short(cost.write * found.references / tera)} TFLOP to write",
+        _work(found),
         f"memory is cheaper than text from {over} uses on, and than parameters up to {short(cost.under_parameters)}",
     ]
+
+
+def _work(found: "Plan") -> str:
+    """A line about writing the whole bank."""
+    work, tera = found.work, 1e12
+    whole = f"the whole bank: {short(work.flop / tera)} TFLOP to write"
+    if work.workers > 1:
+        whole += f", {short(work.flop_of_each / tera)} by each of {work.workers} workers"
+    return whole if work.seconds is None else f"{whole}; {short(work.seconds / 3600)} hours"
+
+
+def _store(found: "Plan") -> list[str]:
+    """Lines about a home in an object store."""
+    store = found.store
+    if store is None:
+        return []
+    return [
+        "",
+        f"object store, to write the bank: {short(store.puts)} requests that write or list, {short(store.gets)} that "
+        f"read: {_dollars(store.write)}; its room: {_dollars(store.month)} a month",
+        f"a recall, nothing cached: {store.gets_of_a_recall} requests; a million recalls: {_dollars(store.recalls)}",
+    ]
+
+
+def _dollars(amount: float) -> str:
+    return f"{amount:,.2f} dollars"
 
 
 def _reads(found: "Plan") -> list[str]:

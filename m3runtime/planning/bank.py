@@ -16,6 +16,8 @@ from m3runtime.memory.shape import ModelShape, memory_spec
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.planning.cost import Cost, cost
 from m3runtime.planning.drive import Drive, Reads, reads
+from m3runtime.planning.store import Prices, StoreCost, store_cost
+from m3runtime.planning.workers import Work, Workers, work
 from m3runtime.plugins.loading import load
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.storage.defaults import default_tiers
@@ -44,6 +46,9 @@ class Need:
     capacities: tuple[int, ...] = ()
     """Capacities in bytes of further tiers, in addition to the configured ones."""
     drive: Drive = field(default_factory=Drive)
+    workers: Workers = field(default_factory=Workers)
+    prices: Prices = field(default_factory=Prices)
+    """For a home in an object store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,9 @@ class Plan:
     cost: Cost
     reads: Reads | None
     """None if the limits of the drive are not known."""
+    work: Work
+    store: StoreCost | None
+    """None if the configured home is not in an object store."""
 
     def to_json(self) -> dict[str, Any]:
         """All figures as JSON values, unrounded."""
@@ -162,6 +170,7 @@ def plan(config: "Config", shape: ModelShape, need: Need, name: str) -> Plan:
     beginning = n if n < sampled else 0
     blocks = beginning * first + (n - beginning) * block
     stored = (blocks, n * need.text_bytes, n * need.dim * _FLOAT32, 0 if beginning else codec.learned_bytes())
+    costs = cost(shape, spec, chunk_tokens=recall.chunk_tokens, memories=recall.memories)
     return Plan(
         model=name,
         shape=shape,
@@ -175,9 +184,18 @@ def plan(config: "Config", shape: ModelShape, need: Need, name: str) -> Plan:
         memory=memory,
         bank=BankBytes(*stored, total=sum(stored)),
         tiers=_rooms(config, need, block),
-        cost=cost(shape, spec, chunk_tokens=recall.chunk_tokens, memories=recall.memories),
+        cost=costs,
         reads=reads(need.drive, block, recall.memories, recall.chunk_tokens),
+        work=work(need.workers, n, costs.write * n),
+        store=store_cost(need.prices, references=n, stored=sum(stored), memories=recall.memories)
+        if _is_in_store(config)
+        else None,
     )
+
+
+def _is_in_store(config: "Config") -> bool:
+    """Is the configured home in an object store?"""
+    return bool(config.tiers) and "://" in str(config.tiers[-1].options.get("url", ""))
 
 
 def _rooms(config: "Config", need: Need, block: int) -> tuple[Room, ...]:

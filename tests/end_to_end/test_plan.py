@@ -116,6 +116,24 @@ class TestConfigured:
         assert (pinned["tier"], pinned["capacity"]) == ("pinned", 4 * 1024**2)
         assert pinned["memories"] == 4 * 1024**2 // found["memory"]["block"]
 
+    def test_workers_and_a_home_in_a_store(self, empty: Place) -> None:
+        home = 'tiers=[{kind: pinned, capacity: 1GiB}, {kind: lance, url: "s3://bucket/bank"}]'
+        arguments = ("--references", "64000", "--workers", 8, "--rate", 50, "--set", home)
+        result = empty.m3("plan", "--model", "memory3-2.4b", *arguments, "--prices", "put=0.01,month=1")
+        assert of_line(result.out, r"(the whole bank: .*)") == (
+            "the whole bank: 19,700 TFLOP to write, 2,470 by each of 8 workers; 0.0444 hours"
+        )
+        # 1,000 commits: 16 requests each, and 10 for each of 156 fragments on average.
+        assert of_line(result.out, r"object store, to write the bank: (.*); its room") == (
+            "16,000 requests that write or list, 1,560,000 that read: 0.78 dollars"
+        )
+        assert "a recall, nothing cached: 10 requests; a million recalls: 4.00 dollars\n" in result.out
+        found = empty.m3("plan", "--model", "memory3-2.4b", *arguments, "--json").json
+        assert found["store"]["month"] == found["bank"]["total"] / 1e9 * 0.023
+        assert found["work"] == {"workers": 8, "flop": 64000 * found["cost"]["write"], "seconds": 160.0} | {
+            "flop_of_each": 8000 * found["cost"]["write"]
+        }
+
     def test_without_weights(self, place: Place, model_path: Path) -> None:
         shutil.copy(model_path / "config.json", place.folder / "config.json")
         whole = place.m3("plan", "--json").json
@@ -150,6 +168,8 @@ class TestConfigured:
         (["--capacity", "much"], "m3: --capacity must be a size such as"),
         (["--speed", "3"], "m3: --speed tells how many streams a drive serves"),
         (["--speed", "0", "--iops", "9"], "m3: --speed must be above 0, not 0.0"),
+        (["--rate", "0"], "m3: --rate must be above 0, not 0.0"),
+        (["--prices", "put=0.1,gets=1"], "m3: --prices gets=1: must be put=, get= or month= and dollars"),
         (["--set", "memory.layers=0-4"], "m3: memory.layers: the model has layers 0 to 3, not [0, 1, 2, 3, 4]"),
         (["--set", "codec.bits=5"], "m3: codec.bits of the scalar codec must be 4 or 8, not 5"),
         (["--set", "model.path=./none"], "m3: model.path: no such folder: "),
