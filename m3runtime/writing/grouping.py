@@ -37,6 +37,7 @@ class Groups:
         self._catalogue = catalogue
         self._sources = dict.fromkeys(states, 0) | references.sources
         self._stated = bank.home.states().keys()
+        self._before = bank.home.sources().keys()
         self._new: list[Reference] = []
         self._cold: dict[int, Reference] = {}
         self._places: dict[int, tuple[Place, ...]] = {}
@@ -103,7 +104,8 @@ class Groups:
 
     def _finish(self, source: str) -> None:
         """Move and forget what a source had and has no more. All that it has is in a group."""
-        members = self._bank.home.ids_of(source).tolist()
+        # A search for each of many new files would cost a home in an object store hundreds of requests.
+        members = self._bank.home.ids_of(source).tolist() if source in self._before else []
         for start in range(0, len(members), GROUP):
             self._move(members[start : start + GROUP])
         state = self._states.get(source)
