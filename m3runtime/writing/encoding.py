@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,8 @@ from m3runtime.adapters.base import Adapter
 from m3runtime.bank.bank import Bank
 from m3runtime.bank.codecs import BankCodecs
 from m3runtime.bank.manifest import Manifest
-from m3runtime.documents.reference import Reference
+from m3runtime.documents.reference import Place, Reference
+from m3runtime.documents.sources import SourceState
 from m3runtime.memory.block import HEADER_BYTES, Ids, headers
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.retrieval.embedder import Embedder, Embeddings
@@ -70,6 +72,24 @@ class Group(Encoding):
         super().__init__(bank.codecs, bank.home.slot_bytes, ids, references)
         self.bank = bank
         self.changes = changes or Changes()
+
+    @classmethod
+    def joined(cls, groups: "Sequence[Group]") -> "Group":
+        """One group of several computed ones, to commit them in one transaction as they would be one by one."""
+        if len(groups) == 1:
+            return groups[0]
+        places: dict[int, tuple[Place, ...]] = {}
+        states: dict[str, SourceState | None] = {}
+        for group in groups:
+            places.update(group.changes.places)
+            states.update(group.changes.states)
+        references = [reference for group in groups for reference in group.references]
+        whole = cls(
+            groups[0].bank, np.concatenate([group.ids for group in groups]), references, Changes(places, states)
+        )
+        whole.blocks = torch.cat([group.blocks for group in groups])
+        whole.vectors = np.concatenate([group.vectors for group in groups])
+        return whole
 
     def batch(self) -> Batch:
         """The batch for `Home.commit`, after `put` for every row and `embed`."""

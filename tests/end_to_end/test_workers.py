@@ -90,43 +90,46 @@ def texts(count: int) -> list[str]:
     return [f"Keeper {n} lit the lamp {'again and ' * (n % 5)}on day {n * 37 % 1000}." for n in range(count)]
 
 
-def written(folder: Path, documents: Sequence[str], pool: EncoderPool | None, *, catalogue: bool = False) -> Contents:
-    """Write these texts, and return what the bank holds; progress counts each of them once."""
+def written(folder: Path, count: int, pool: EncoderPool | None, *, catalogue: bool = False) -> Contents:
+    """Write some files, of which the bank had others before; or has catalogued a part of them.
+
+    Returns what the bank holds. Progress counts each text once.
+    """
     file = configured(folder)
-    config = Config.load(file, environ={})
+    writer = Writer(Config.load(file, environ={}), WordModel(), HashedWords("", dim=DIM), pool=pool)
+    writer.write([Document(f"{n % 7}.txt", one) for n, one in enumerate(texts(count)[:9])], catalogue=catalogue)
     counts = [0]
 
     def progress(title: str, done: int, total: int) -> None:
-        assert counts[-1] <= done <= total == len(documents)
+        assert counts[-1] <= done <= total == count
         counts.append(done)
 
-    writer = Writer(config, WordModel(), HashedWords("", dim=DIM), pool=pool)
-    read = [Document(f"{n}.txt", one) for n, one in enumerate(documents)]
-    if catalogue:
-        writer.write(read, catalogue=True)
-    report = writer.write(read, progress=progress)
-    assert report.written == counts[-1] == len(documents)
-    assert report.phases["model"] > 0
+    report = writer.write([Document(f"{n % 8}.txt", one) for n, one in enumerate(texts(count))], progress=progress)
+    assert counts[-1] == count
+    assert report.written == (count if catalogue else max(0, count - 9))
     return contents(file)
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Contents]:
-    """The banks of a writer without encoders, by the number of texts."""
-    return {count: written(tmp_path_factory.mktemp("alone"), texts(count), None) for count in (1, GROUP, 3 * GROUP + 5)}
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, bool], Contents]:
+    """The banks of a writer without encoders, by the number of texts and whether some were catalogued before."""
+    return {
+        (count, catalogue): written(tmp_path_factory.mktemp("alone"), count, None, catalogue=catalogue)
+        for count in (10, 3 * GROUP + 5)
+        for catalogue in (False, True)
+    }
 
 
-@given(seed=st.integers(0, 1 << 30), size=st.integers(1, 4), catalogue=st.booleans(), data=st.data())
+@given(seed=st.integers(0, 1 << 30), size=st.integers(1, 4), data=st.data())
 @settings(max_examples=5, deadline=None)
 def test_whichever_encoders_die_the_bank_is_the_same(
     seed: int,
     size: int,
-    catalogue: bool,
     data: st.DataObject,
-    alone: dict[int, Contents],
+    alone: dict[tuple[int, bool], Contents],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    count = data.draw(st.sampled_from(list(alone)))
+    count, catalogue = data.draw(st.sampled_from(list(alone)))
     random, deaths = Random(seed), Counter[int]()
 
     def dies(first: int) -> bool:
@@ -135,15 +138,16 @@ def test_whichever_encoders_die_the_bank_is_the_same(
         return now
 
     pool = MortalPool(size, random, dies)
-    assert written(tmp_path_factory.mktemp("many"), texts(count), pool, catalogue=catalogue) == alone[count]
-    assert pool.closed == 1 + catalogue
+    there = written(tmp_path_factory.mktemp("many"), count, pool, catalogue=catalogue)
+    assert there == alone[count, catalogue]
+    assert pool.closed == 2
 
 
 def test_encoders_that_always_die_end_the_write(tmp_path: Path) -> None:
-    pool = MortalPool(3, Random(1), lambda first: first == GROUP)
-    with pytest.raises(EncoderError, match=r"^5 encoders died .* from 64\.txt on; the last: Killed\. Is there memory"):
-        written(tmp_path, texts(3 * GROUP), pool)
-    assert len(contents(tmp_path / "m3.yaml").blocks) == GROUP, "the groups before it"
+    pool = MortalPool(3, Random(1), lambda first: first == 9 + GROUP)
+    with pytest.raises(EncoderError, match=r"^5 encoders died .* from \d\.txt on; the last: Killed\. Is there memory"):
+        written(tmp_path, 3 * GROUP, pool)
+    assert len(contents(tmp_path / "m3.yaml").blocks) == 9 + GROUP, "the groups before it"
     assert pool.closed
 
 
@@ -153,7 +157,7 @@ def test_an_error_of_a_task_is_raised_in_the_writer(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(WordModel, "encode", broken)
     with pytest.raises(InputError, match=r"^this text has no words$"):
-        written(tmp_path, texts(1), MortalPool(2, Random(1), lambda _: False))
+        written(tmp_path, 1, MortalPool(2, Random(1), lambda _: False))
 
 
 @contextmanager
@@ -266,7 +270,7 @@ def test_workers_killed_a_hundred_times(store: None, tmp_path: Path) -> None:
     random, began = Random(11), time.monotonic()
     one = in_store(tmp_path / "one")
     assert write(one).wait() == 0
-    pause = 0.25 * (time.monotonic() - began)  # so much longer where the machine is slow
+    pause = 0.1 * (time.monotonic() - began)  # so much longer where the machine is slow
     whole, killed, runs, writers = one.contents(), 0, 0, 0
     while killed < KILLS:
         place, lives = in_store(tmp_path / f"many-{runs}"), 0
@@ -308,3 +312,34 @@ def test_an_interrupt_leaves_no_encoders(tmp_path: Path) -> None:
         assert (place.folder / "printed").read_text() == "m3: interrupted; nothing is half-written\n"
         assert all_ended(encoders)
         assert place.m3("verify", "--json").code == 0
+
+
+@pytest.mark.scale
+def test_actors_of_ray_write_the_bank_of_one(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    place = Place(configured(tmp_path / "ray").parent)
+    place.text("corpus.jsonl", records(texts(KILLED_TEXTS)))
+    process = write(place, "--ray", "local", "--workers", "2")
+    while not (actors := [one for one in of_ray(process.pid) if b"attempt" in command(one)]):
+        assert process.poll() is None, (place.folder / "printed").read_text()
+        time.sleep(0.01)
+    os.kill(actors[0], signal.SIGKILL)
+    assert process.wait() == 0, (place.folder / "printed").read_text()
+    one = Place(configured(tmp_path / "one").parent)
+    one.text("corpus.jsonl", records(texts(KILLED_TEXTS)))
+    assert one.m3("write", "corpus.jsonl", "--json").json["written"] == KILLED_TEXTS
+    assert place.contents() == one.contents()
+
+
+def of_ray(driver: int) -> list[int]:
+    """The actors of a cluster that this process started."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+
+    def ancestors(one: int) -> Iterator[int]:
+        while one := parents.get(one, 0):
+            yield one
+
+    return [one for one in parents if b"ray::Encoder" in command(one) and driver in ancestors(one)]

@@ -49,14 +49,15 @@ def distribute(
 ) -> None:
     """Encode and embed groups by the encoders of an open pool, and store each in one transaction of this process.
 
-    Groups are stored in order, under the ids that they came with. If an encoder dies, another one gets what it had, and
-    it is started again. ``computed`` is called with the references that have been encoded. Raises `EncoderError` if
-    encoders die over the same group again and again, and what a task or a transaction raises; no group is stored after
-    one that failed. Holds a few groups for each encoder.
+    Groups are stored in order, under the ids that they came with. New references that were encoded while a transaction
+    was made are committed together in the next one, since a store far away takes few large transactions better. If an
+    encoder dies, another one gets what it had, and it is started again. ``computed`` is called with the references that
+    have been encoded. Raises `EncoderError` if encoders die over the same group again and again, and what a task or a
+    transaction raises; no group is stored after one that failed. Holds a few groups for each encoder.
     """
     with Worker(ahead=1) as commits:
-        for job in _Distribution(pool, setup, pipeline.clock, computed).in_order(groups):
-            commits.do(partial(pipeline.store, job.store, job.group))
+        for store, some in _Distribution(pool, setup, pipeline.clock, computed).in_order(groups):
+            commits.do(partial(pipeline.store, store, Group.joined(some)))
 
 
 class _Distribution:
@@ -72,8 +73,8 @@ class _Distribution:
         self._ready = set[int]()
         """Encoders that have done a job."""
 
-    def in_order(self, groups: Iterable[tuple[Store, Group]]) -> Iterator[_Job]:
-        """The jobs of all groups, encoded."""
+    def in_order(self, groups: Iterable[tuple[Store, Group]]) -> Iterator[tuple[Store, list[Group]]]:
+        """All groups, encoded: those together that one transaction may store."""
         held: deque[_Job] = deque()
         coming = iter(groups)
         more = True
@@ -92,7 +93,11 @@ class _Distribution:
                 for number, answer in self._pool.wait():
                     self._heard(number, answer)
             while held and held[0].encoded:
-                yield held.popleft()
+                job = held.popleft()
+                some = [job.group]
+                while job.store is Group.commit and _can_follow(held):
+                    some.append(held.popleft().group)
+                yield job.store, some
 
     def _give(self) -> None:
         """Give waiting jobs to encoders that have room."""
@@ -152,3 +157,8 @@ class _Distribution:
                 f"{_MOST_DEATHS} encoders died over the same references, from {one.source} on; the last: "
                 f"{answer.reason}. Is there memory for {self._pool.size} models? All that was committed stays"
             )
+
+
+def _can_follow(held: deque[_Job]) -> bool:
+    """Is the first job to be committed as new, like the one before?"""
+    return bool(held) and held[0].encoded and held[0].store is Group.commit
