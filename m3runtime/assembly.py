@@ -22,6 +22,7 @@ from m3runtime.retrieval.bm25.index import Bm25Index
 from m3runtime.retrieval.embedder import Embedder
 from m3runtime.retrieval.index import Index
 from m3runtime.retrieval.lexical import LexicalIndex
+from m3runtime.retrieval.reranker import Reranker
 from m3runtime.storage import opening
 from m3runtime.storage.abilities import Persistent
 from m3runtime.storage.defaults import default_tiers
@@ -107,6 +108,17 @@ def open_embedder(config: Config, device: "torch.device | None" = None) -> Embed
         device = device or resolve(config.model.device)
         options["device"] = str(_same(options.get("device", "auto"), device, "embedder.device"))
     return construct(kind, options, "embedder", path=config.embedder.path)  # type: ignore[no-any-return]
+
+
+def open_reranker(config: Config, device: "torch.device") -> Reranker | None:
+    """Load the reranker of ``recall.reranker`` on ``device``, or on the CPU if its options say so; None without one."""
+    chosen = config.recall.reranker
+    if chosen is None:
+        return None
+    kind, options, where = load("rerankers", chosen.kind), chosen.options, "recall.reranker"
+    if "device" in signature(kind).parameters and options.get("device") != "cpu":
+        options["device"] = str(_same(options.get("device", "auto"), device, f"{where}.device"))
+    return construct(kind, options, where, path=chosen.path)  # type: ignore[no-any-return]
 
 
 def open_adapter(config: Config, device: "torch.device | None" = None) -> "Adapter":

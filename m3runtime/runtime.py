@@ -37,6 +37,8 @@ from m3runtime.recall.refresh import Refresh
 from m3runtime.retrieval.duplicates import Duplicates
 from m3runtime.retrieval.match import Match
 from m3runtime.retrieval.query import Text
+from m3runtime.retrieval.reranker import Reranker
+from m3runtime.retrieval.reranking import Reranking
 from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
 from m3runtime.retrieval.retriever import Retriever
 from m3runtime.storage.defaults import default_decoded
@@ -58,10 +60,13 @@ class Runtime:
         retriever: Retriever,
         device: torch.device,
         *,
+        reranker: Reranker | None = None,
         encoder: Adapter | None = None,
         today: Callable[[], str] = expiry.today,
     ) -> None:
-        """``encoder`` is needed to recall with ``recall.cold_start``, and may also be set later.
+        """``reranker`` orders the first ``recall.reranker.candidates`` of a search. It is closed with the runtime.
+
+        ``encoder`` is needed to recall with ``recall.cold_start``, and may also be set later.
 
         ``today`` gives the date in UTC, such as ``2027-01-31``: what has expired before is not recalled.
         """
@@ -70,8 +75,6 @@ class Runtime:
         self.hierarchy = hierarchy
         self.retriever = retriever
         retriever.members = Members(bank.home)
-        if config.recall.distinct:
-            retriever.duplicates = Duplicates(self._texts)
         self.where = conditions(config.recall.where)
         """The conditions of ``recall.where``, which every stream and search has."""
         self.device = device
@@ -82,6 +85,10 @@ class Runtime:
         self.store = MemoryStore(capacity, partial(part_bytes, bank), slots=max(1, capacity // largest))
         self.background = Background(config.threads.lookahead, partial(prepare, device, config.threads.cores))
         self._loader = Loader(bank, hierarchy, self.store, device, today)
+        if config.recall.distinct:
+            retriever.duplicates = Duplicates(self._loader.references)
+        if reranker is not None and config.recall.reranker is not None:
+            retriever.reranking = Reranking(reranker, self._loader.references, config.recall.reranker.candidates)
         self._cold_start = ColdStart(bank, self.stats, is_on=config.recall.cold_start)
         self._recall = Recall(
             config.recall, retriever, self._loader, self._cold_start, self.background, self.meter, self.stats
@@ -131,6 +138,9 @@ class Runtime:
             device = assembly.device(config)
             embedder = assembly.open_embedder(config, device)
             undo.callback(embedder.close)
+            reranker = assembly.open_reranker(config, device)
+            if reranker is not None:
+                undo.callback(reranker.close)
             bank.manifest.check_embedder(embedder=embedder.fingerprint, name=config.embedder.path, where=bank.path)
             tiers = assembly.open_tiers(config, bank.slot_bytes, device, identity=bank.identity)
             for tier in tiers:
@@ -157,7 +167,7 @@ class Runtime:
             )
             if read_only:
                 config = config.without_cold_start()
-            runtime = cls(config, bank, hierarchy, retriever, device, encoder=encoder, today=today)
+            runtime = cls(config, bank, hierarchy, retriever, device, reranker=reranker, encoder=encoder, today=today)
             runtime._index_changed = (changed or lexical_changed) and not read_only
             runtime._trace = trace
             undo.callback(runtime._stop)
@@ -351,15 +361,14 @@ class Runtime:
         with contextlib.ExitStack() as closing:  # whatever one of them raises, the others close; the last comes first
             closing.callback(self.bank.close)
             closing.callback(self.retriever.embedder.close)
+            if self.retriever.reranking is not None:
+                closing.callback(self.retriever.reranking.reranker.close)
             if self._index_changed:
                 closing.callback(self._save_indexes)
             if self._trace is not None:
                 closing.callback(self._trace.close)
             closing.callback(self.hierarchy.close)
             closing.callback(self._stop)
-
-    def _texts(self, ids: Sequence[int]) -> dict[int, str]:
-        return {id: one.text for id, one in self._loader.references(ids).items()}
 
     def _save_indexes(self) -> None:
         assembly.bank_index(self.config, self.bank).save(self.retriever.index)

@@ -156,6 +156,17 @@ class DocumentsConfig(Section):
         return self
 
 
+class RerankerConfig(PluginSection):
+    """The reranker, which reads a question together with each of the texts that a search found, and orders them."""
+
+    kind: Name = "cross-encoder"
+    """A plug-in's name or an import path; further keys are its options."""
+    path: FileOrHubName
+    """A local folder or a hub name. ``./``, ``../`` and ``~/`` mark a local path."""
+    candidates: Count = 20
+    """Texts that it reads, the nearest ones. The others stay behind them."""
+
+
 class RecallConfig(Section):
     """The choice of memories for a chunk, and the time that it waits for them."""
 
@@ -174,6 +185,8 @@ class RecallConfig(Section):
     about; 0: only the last message is searched by."""
     question_weight: Annotated[float, Field(ge=0, le=10)] = 0.0
     """The weight of the question in the search for a chunk of its answer; 0: only the chunk is searched by."""
+    reranker: RerankerConfig | None = None
+    """The order of the first memories that a search finds, by a model that reads them; null: as they are found."""
     min_score: Annotated[float, Field(ge=-1, le=1)] = 0.3
     """Memories that score lower are not recalled."""
     where: Annotated[Mapping[str, Any], BeforeValidator(_where)] = {}

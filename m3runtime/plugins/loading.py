@@ -14,6 +14,7 @@ _GROUPS = {
     "codecs": "codec",
     "indexes": "index",
     "embedders": "embedder",
+    "rerankers": "reranker",
     "adapters": "adapter",
     "trainers": "trainer",
     "pools": "pool",
@@ -49,8 +50,8 @@ _EXTRAS = {
 def load(group: str, name: str) -> type[Any]:
     """The class that a plug-in's name, or an import path ``package.module:Name``, stands for.
 
-    ``group`` is one of ``tiers``, ``codecs``, ``indexes``, ``embedders``, ``adapters``, ``trainers`` and ``pools``.
-    Raises `PluginError` if the name is not known, or its module cannot be imported.
+    ``group`` is a group of entry points, such as ``tiers``. Raises `PluginError` if the name is not known, or its
+    module cannot be imported.
     """
     what = f"{_GROUPS[group]} {name}"
     module, _, attribute = name.partition(":") if ":" in name else _find(group, name)

@@ -4,12 +4,9 @@ import re
 import threading
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from m3runtime.retrieval.match import Match
-
-Texts = Callable[[Sequence[int]], Mapping[int, str]]
-"""The texts of those ids that are remembered."""
+from m3runtime.retrieval.match import Match, References
 
 _LEAST = 0.8
 """A reference stands for another one if the other has this share of its words."""
@@ -31,8 +28,8 @@ class Duplicates:
     duplicate, and nothing is lost that any of them says.
     """
 
-    def __init__(self, texts: Texts) -> None:
-        self._texts = texts
+    def __init__(self, references: References) -> None:
+        self._references = references
         self._lock = threading.Lock()
         self._kept = OrderedDict[int, Mapping[int, int]]()
 
@@ -65,8 +62,7 @@ class Duplicates:
             for id in found:
                 self._kept.move_to_end(id)
         if missing := [id for id in ids if id not in found]:
-            texts = self._texts(missing)
-            new = {id: sentences(text) for id, text in texts.items()}
+            new = {id: sentences(one.text) for id, one in self._references(missing).items()}
             with self._lock:
                 self._kept.update(new)
                 while len(self._kept) > _KEPT:

@@ -1,6 +1,12 @@
 """`Match`: one memory that was chosen for a text."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from m3runtime.documents.reference import Reference
+
+References = Callable[[Sequence[int]], Mapping[int, Reference]]
+"""The references of those ids that are remembered."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,9 @@ class Query:
     turn_weight: float = 0.0
     """Without ``weights``: that of an earlier message which tells a subject; see `turn_weights`."""
 
+    answers: str = ""
+    """The question that the text is a part of the answer to."""
+
     @classmethod
     def of(cls, text: "str | Query") -> "Query":
         """A text alone as a query; a query as it is."""
@@ -34,6 +37,11 @@ class Query:
         """A message that follows earlier ones, the newest first. With weight 0 it is searched by alone."""
         context = tuple(one for one in earlier if one.strip())[:_MOST] if weight else ()
         return cls(text, context, turn_weight=weight if context else 0.0)
+
+    @property
+    def question(self) -> str:
+        """The question that a reranker judges by: the same for all chunks of an answer; else all texts in order."""
+        return self.answers or "\n".join((*reversed(self.context), self.text))
 
     @property
     def words(self) -> str:

@@ -20,6 +20,7 @@ from m3runtime.retrieval.lexical import LexicalIndex
 from m3runtime.retrieval.match import Match
 from m3runtime.retrieval.query import Query, Text, turn_weights
 from m3runtime.retrieval.recent import Recent
+from m3runtime.retrieval.reranking import Reranking
 from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
 
 Timed = Callable[[str], AbstractContextManager[object]]
@@ -67,6 +68,8 @@ class Retriever:
         """Finds the ids that meet conditions; without it no search has any."""
         self.duplicates: Duplicates | None = None
         """Joins matches that say the same; without it each is a match of its own."""
+        self.reranking: Reranking | None = None
+        """Orders the first matches; without it they stay in the order of the search."""
         # By all texts of a call: the last bits of an embedding may depend on the other texts of its batch.
         self._recent = Recent[tuple[str, ...], Embeddings](_RECENT)
 
@@ -115,10 +118,13 @@ class Retriever:
             for where in dict.fromkeys(limits[i].where for i in asked):
                 rows = [row for row, i in enumerate(asked) if limits[i].where == where]
                 depth = wanted if self.duplicates is None else _CANDIDATES * wanted
+                depth = depth if self.reranking is None else max(depth, self.reranking.candidates)
                 while rows:
                     given = [queries[asked[row]] for row in rows], vectors[rows], [contexts[row] for row in rows]
                     lacking = []
                     for row, nearest in zip(rows, self._found(*given, depth, where), strict=True):
+                        if self.reranking is not None:
+                            nearest = self.reranking.ordered(queries[asked[row]].question, nearest)
                         matches[asked[row]], is_all = self._chosen(nearest, limits[asked[row]], wanted, depth)
                         if not is_all and depth < _MOST_CANDIDATES * wanted:
                             lacking.append(row)

@@ -43,7 +43,7 @@ OTHER = [
 def joined(texts: Sequence[str], most: int = 9) -> list[tuple[int, ...]]:
     """The numbers of these texts, the best first, as they are recalled."""
     matches = [Match(number, 0.9 - number / 100) for number in range(len(texts))]
-    found = Duplicates(lambda ids: {id: texts[id] for id in ids}).joined(matches, most)
+    found = Duplicates(lambda ids: {id: Reference(texts[id], 1) for id in ids}).joined(matches, most)
     assert [match.score for match in found] == sorted((match.score for match in found), reverse=True)
     return [(match.id, *match.stands_for) for match in found]
 

@@ -28,8 +28,12 @@ PROBE = "The Quick brown-fox's naïve CAFÉ,  3.14\tand 2,048!\nΓιώργος �
 """Case, accents, white space, other scripts: tokenizers that agree on it and on their vocabulary are the same."""
 
 
-# The extra of m3runtime that installs an embedder's packages.
-_EXTRAS = {"sentence-transformers": "sentence-transformers", "flag-embedding": "bge"}
+# The plug-in as messages name it, and the extra of m3runtime that installs its packages.
+_NAMED = {
+    "sentence-transformers": ("embedder sentence-transformers", "sentence-transformers"),
+    "flag-embedding": ("embedder flag-embedding", "bge"),
+    "cross-encoder": ("reranker cross-encoder", "sentence-transformers"),
+}
 
 
 class LocalEmbedder(Embedder):
@@ -71,9 +75,8 @@ def import_extra(module: str, kind: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise PluginError(
-            f"embedder {kind} needs {module} ({_line(error)}): pip install 'm3runtime[{_EXTRAS[kind]}]'"
-        ) from error
+        name, extra = _NAMED[kind]
+        raise PluginError(f"{name} needs {module} ({_line(error)}): pip install 'm3runtime[{extra}]'") from error
 
 
 def find_model(path: str | Path, kind: str) -> Path:
@@ -87,14 +90,14 @@ def find_model(path: str | Path, kind: str) -> Path:
         return folder
     name = str(path)
     if isinstance(path, Path) or name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1:
-        raise ConfigError(f"embedder {kind}: there is no model folder {path}")
+        raise ConfigError(f"{_NAMED[kind][0]}: there is no model folder {path}")
     client, reachable = import_extra("huggingface_hub", kind), hub.is_reachable()
     try:
         return Path(client.snapshot_download(name, ignore_patterns=_NOT_FETCHED, local_files_only=not reachable))
     except (OSError, ValueError) as error:
         reason = _line(error) if reachable else f"the hub cannot be reached; {hub.ADVICE}"
         raise ConfigError(
-            f"embedder {kind}: {name} is neither a folder nor a model that could be fetched from the hub ({reason})"
+            f"{_NAMED[kind][0]}: {name} is neither a folder nor a model that could be fetched from the hub ({reason})"
         ) from error
 
 
@@ -127,10 +130,10 @@ def quietly(path: str | Path, kind: str) -> Iterator[None]:
     except (UnpicklingError, EOFError) as error:
         # torch's own message tells how to load such a file in spite of the danger.
         raise ConfigError(
-            f"embedder {kind}: {path} cannot be loaded: its weights are damaged, or more than weights"
+            f"{_NAMED[kind][0]}: {path} cannot be loaded: its weights are damaged, or more than weights"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
-        raise ConfigError(f"embedder {kind}: {path} cannot be loaded: {_line(error)}") from error
+        raise ConfigError(f"{_NAMED[kind][0]}: {path} cannot be loaded: {_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:
@@ -174,7 +177,7 @@ def unit_rows(rows: Sequence[Embeddings] | Embeddings, dim: int, kind: str) -> E
     vectors = np.asarray(rows, np.float64).reshape(-1, dim)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not (np.isfinite(lengths) & (lengths > 0)).all():
-        raise ConfigError(f"embedder {kind}: a vector without direction; the model's weights are damaged")
+        raise ConfigError(f"{_NAMED[kind][0]}: a vector without direction; the model's weights are damaged")
     unit: Embeddings = (vectors / lengths).astype(np.float32)
     return unit
 
@@ -183,7 +186,7 @@ def check_counts(kind: str, **counts: int) -> None:
     """Raise `ConfigError` unless every option is at least 1."""
     for name, count in counts.items():
         if count < 1:
-            raise ConfigError(f"embedder {kind}: {name} must be at least 1, not {count}")
+            raise ConfigError(f"{_NAMED[kind][0]}: {name} must be at least 1, not {count}")
 
 
 def _line(error: BaseException) -> str:

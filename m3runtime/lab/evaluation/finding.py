@@ -9,6 +9,7 @@ import numpy as np
 
 from m3runtime import assembly
 from m3runtime.config.schema import Config
+from m3runtime.documents.reference import Reference
 from m3runtime.lab.evaluation import corpora
 from m3runtime.lab.evaluation.corpora import Corpus
 from m3runtime.lab.evaluation.report import Report, Table
@@ -109,7 +110,7 @@ def search_corpus(
         retrievers |= {kind: Retriever(embedder, copied, memories=k) for kind in (COPIED, DISTINCT)}
     for kind, retriever in retrievers.items():
         if kind != COPIED:  # as in a runtime
-            retriever.duplicates = Duplicates(lambda ids: {id: corpus.texts[id % size] for id in ids})
+            retriever.duplicates = Duplicates(lambda ids: {id: Reference(corpus.texts[id % size], 0) for id in ids})
     return {kind: _ask(retriever, corpus) for kind, retriever in retrievers.items()}
 
 

@@ -97,8 +97,12 @@ class Recaller:
     def _of_answer(self, job: Job, chunk: str) -> Text:
         """A chunk of an answer, to search by together with the question."""
         assert job.request.stream
-        weight, query = job.request.stream.runtime.config.recall.question_weight, job.request.prompt.query
-        return Query(chunk, (query,), (weight,)) if weight and query else chunk
+        prompt, recall_config = job.request.prompt, job.request.stream.runtime.config.recall
+        weight, query = recall_config.question_weight, prompt.query
+        if not query or not (weight or recall_config.reranker):
+            return chunk
+        asked = Query.following(query, prompt.context, recall_config.turn_weight).question
+        return Query(chunk, (query,), (weight,), answers=asked) if weight else Query(chunk, answers=asked)
 
     def _next_text(self, job: Job) -> Text | None:
         """The text of the chunk so far, where it is time to look ahead for the recall at its end."""

@@ -83,6 +83,15 @@ CAUGHT_BY = {
         "RemovesOnItsOwn": "test_the_victim_is_held_and_is_not_gone_before_removed",
         "LooksAtTheOldestAlone": "test_passes_over_what_is_not_evictable",
     },
+    "rerankers": {
+        "GivesShares": "test_a_score_depends_on_no_other_text",
+        "SortsByLength": "test_a_score_depends_on_no_other_text",
+        "ReadsTheTextAlone": "test_it_reads_the_question",
+        "LeavesOutBlankTexts": "test_each_text_has_a_finite_score",
+        "GivesItsOwnCache": "test_equal_texts_have_equal_scores_at_any_time",
+        "HasNoNumberForABlankQuestion": "test_each_text_has_a_finite_score",
+        "IsTrainedWhileItReads": "test_a_score_depends_on_no_other_text",
+    },
     "slabs": {
         "CapacityOffByOne": "test_capacity_is_exact",
         "AnotherIdsBytesOnceInAThousand": "test_never_gives_another_id_s_bytes",

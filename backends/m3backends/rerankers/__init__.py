@@ -1,0 +1,1 @@
+"""Rerankers: models that read a question together with a text."""
