@@ -38,6 +38,10 @@ class Program:
         code: int = self._process.exitcode
         return code
 
+    def terminate(self) -> None:
+        """Ask it to end, by SIGTERM."""
+        self._process.terminate()
+
     def kill(self) -> None:
         self._process.kill()
 

@@ -4,18 +4,24 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 from openai import OpenAI
 
-from m3model.transformers import TransformersAdapter
+from m3runtime import assembly
+from m3runtime.adapters.base import Adapter
+from m3runtime.cli.demo import HANDBOOK
+from m3runtime.config.schema import Config
+from m3runtime.documents.reading import read_documents
 from m3runtime.runtime import Runtime
 from m3runtime.serve.keys import Keys
 from m3runtime.serve.served import Served
 from m3runtime.serve.server import Server
+from m3runtime.writing.writer import Writer
+from tests.end_to_end.commands import Place
 from tests.model.banks import make_runtime
 from tests.model.families import make_adapter, make_tokenizer
 
@@ -68,7 +74,7 @@ def data_of(lines: Iterator[str]) -> list[Any]:
 
 
 @contextmanager
-def running(runtime: Runtime, adapter: TransformersAdapter, environ: dict[str, str] | None = None) -> Iterator[Serving]:
+def running(runtime: Runtime, adapter: Adapter, environ: dict[str, str] | None = None) -> Iterator[Serving]:
     """Serve until the end of the block."""
     server = Server(Served.of(runtime, adapter, Keys.load(runtime.config.serve.keys_file, environ or {})))
     thread = threading.Thread(target=server.serve_until_stopped, name="server")
@@ -78,6 +84,36 @@ def running(runtime: Runtime, adapter: TransformersAdapter, environ: dict[str, s
     finally:
         server.should_exit = True
         thread.join()
+
+
+FUEL = "What is the harbour lamp's fuel?"
+"""A question that `smollm2` answers from memory, by the word *walnut*, and not without."""
+
+
+@contextmanager
+def smollm2(path: Path, model: Path) -> Iterator[Serving]:
+    """A server over SmolLM2-135M, and a bank of the beginning of the demo's handbook."""
+    place = Place(path)
+    place.configure(
+        bank="./bank",
+        model={"path": str(model)},
+        memory={"attention_temperature": 0.9},
+        codec={"kind": "scalar"},
+        embedder={"kind": "tests.end_to_end.embedders:HashedWords", "path": "hashed"},  # a real one takes seconds
+        recall={"min_score": 0.1, "when_late": "wait"},
+        generate={"prompt": "reference", "max_new_tokens": 24, "stop": ["\n"]},
+        serve={"name": "smollm2", "port": 0},
+    )
+    config = Config.load(place.file, environ={})
+    (handbook,) = read_documents([HANDBOOK])
+    beginning = replace(handbook, content=handbook.text.partition("## Bridges")[0])
+    adapter = assembly.open_adapter(config)
+    try:
+        Writer(config, adapter, assembly.open_embedder(config)).write([beginning])
+        with Runtime.open(config, read_only=True) as runtime, running(runtime, adapter) as serving:
+            yield serving
+    finally:
+        adapter.close()
 
 
 @contextmanager

@@ -1,59 +1,58 @@
 """``m3 serve`` as a process."""
 
+import re
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 from openai import OpenAI
 
-from m3runtime import assembly
 from m3runtime.cli import demo
-from m3runtime.config.schema import Config
-from m3runtime.documents.reading import read_documents
 from m3runtime.errors import InputError
 from m3runtime.plugins import installed
-from m3runtime.writing.writer import Writer
 from tests.end_to_end.commands import Place
+from tests.end_to_end.conftest import model_path, new_place, written_once  # noqa: F401 - fixtures
+from tests.forked import Program
 from tests.serve.process import served
-from tests.yaml_text import dumped
+from tests.serve.serving import FUEL, smollm2
+
+SERVE = """
+import os
+os.environ["M3_KEYS"] = "read:key-of-a-test"
+from m3runtime import cli
+cli.main()
+"""
+
+
+def test_the_command_serves_until_it_is_asked_to_end(written_once: Place) -> None:  # noqa: F811
+    with Program(SERVE, "serve", "--port", "0", folder=written_once.folder) as process:
+        told = (re.search(r"serving tiny-llama at (http\S+)", line) for line in process.stdout)
+        url = next(found[1] for found in told if found)
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        client = OpenAI(base_url=f"{url}/v1", api_key="key-of-a-test", max_retries=0)
+        question = [{"role": "user", "content": "How long does the crossing of the ferry to Brannoch take?"}]
+        answer = client.chat.completions.create(model="tiny-llama", messages=question)  # type: ignore[arg-type]
+        assert "facts/ferry.md" in [one["source"] for one in answer.choices[0].message.memories]  # type: ignore[attr-defined]
+        process.terminate()
+        said = process.stdout.read()
+        assert process.wait() == 0
+    assert '"stopping"' in said
+    assert "key-of-a-test" not in said
 
 
 @pytest.mark.real_model
-def test_a_real_model_answers_from_memory_over_http(smollm2_path: Path, minilm_path: Path, tmp_path: Path) -> None:
-    settings = {
-        "bank": str(tmp_path / "bank"),
-        "model": {"path": str(smollm2_path)},
-        "memory": {"attention_temperature": 0.9},
-        "codec": {"kind": "scalar"},
-        "embedder": {"path": str(minilm_path)},
-        "recall": {"when_late": "wait"},
-        "generate": {"prompt": "reference", "max_new_tokens": 24, "stop": ["\n"]},
-        "serve": {"name": "smollm2"},
-    }
-    (tmp_path / "m3.yaml").write_text(dumped(settings))
-    config = Config.load(tmp_path / "m3.yaml", {})
-    adapter = assembly.open_adapter(config)
-    (handbook,) = read_documents([demo.HANDBOOK])
-    beginning = replace(handbook, content=handbook.text.partition("## Bridges")[0])  # the whole takes ten seconds
-    Writer(config, adapter, assembly.open_embedder(config)).write([beginning])
-    adapter.close()
-    question = [{"role": "user", "content": "What is the harbour lamp's fuel?"}]
-    with served(tmp_path, M3_KEYS="read:real-model-key") as (url, process):
-        assert httpx.get(f"{url}/v1/models").status_code == 401
-        client = OpenAI(base_url=f"{url}/v1", api_key="real-model-key", max_retries=0)
-        answer = client.chat.completions.create(model="smollm2", messages=question)
-        assert "walnut" in answer.choices[0].message.content
-        assert answer.choices[0].message.annotations[0].url_citation.title
-        forgetful = client.chat.completions.create(
-            model="smollm2", messages=question, extra_body={"memory": {"off": True}}
-        )
+def test_a_real_model_answers_from_memory_over_http(smollm2_path: Path, tmp_path: Path) -> None:
+    question = [{"role": "user", "content": FUEL}]
+    with smollm2(tmp_path, smollm2_path) as serving:
+        create = serving.openai().chat.completions.create
+        message = create(model="smollm2", messages=question).choices[0].message
+        assert "walnut" in message.content
+        assert message.annotations[0].url_citation.title
+        forgetful = create(model="smollm2", messages=question, extra_body={"memory": {"off": True}})
         assert "walnut" not in forgetful.choices[0].message.content
-        with client.chat.completions.create(model="smollm2", messages=question, stream=True) as stream:
-            assert "walnut" in "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        with create(model="smollm2", messages=question, stream=True) as stream:
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == message.content
 
 
 @pytest.mark.parametrize(
@@ -85,7 +84,7 @@ def test_the_demo_names_the_packages_that_it_misses(missing: tuple[str, ...], mo
 @pytest.mark.real_model
 @pytest.mark.timeout(1200)
 def test_the_demo_is_written_once_and_answers(smollm2_path: Path, minilm_path: Path, tmp_path: Path) -> None:
-    question = [{"role": "user", "content": "What is the harbour lamp's fuel?"}]
+    question = [{"role": "user", "content": FUEL}]
     for _ in range(2):
         with served(tmp_path, "--demo") as (url, process):
             client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
