@@ -76,6 +76,24 @@ def test_a_client_that_vanishes_while_it_waits_for_a_whole_answer_frees_its_row(
     assert answers["cancel"] == 1
 
 
+def test_a_client_that_does_not_read_holds_no_row(small: Serving) -> None:
+    fields = {"max_tokens": 200, "stream": True, "logprobs": True, "top_logprobs": 20}
+    body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "lamp"}], **fields}).encode()
+    kind = "Content-Type: application/json\r\nConnection: close"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n{kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    gate = small.server.served.gate
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", small.server.port))
+        connection.sendall(head.encode() + body)
+        until(lambda: gate.taken == 1)
+        until(lambda: gate.taken == 0)
+        assert small.chat("lamp", max_tokens=2).status_code == 200
+        told = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert told.count(b"top_logprobs") > 100  # the answer waited for its reader
+    assert b"data: [DONE]" in told
+
+
 def test_a_request_that_takes_too_long_is_cancelled(tmp_path: Path) -> None:
     with tiny(tmp_path, serve={"timeout": 0.2}) as serving:
         late = serving.chat("lamp", max_tokens=SLOW)
