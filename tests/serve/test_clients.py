@@ -3,11 +3,12 @@
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.serve.serving import Serving, tiny
+from tests.serve.serving import FUEL, Serving, smollm2, tiny
 
 pytestmark = pytest.mark.clients
 
@@ -15,34 +16,39 @@ PYTHON = Path(os.environ.get("M3_CLIENTS", ".venv-clients/bin/python")).absolute
 """The interpreter of an environment that has them."""
 LANGCHAIN = """
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
-options = {"model": "tiny", "base_url": base, "api_key": "none", "max_retries": 0}
-chat = ChatOpenAI(**options, max_tokens=12, temperature=0)
-answer = chat.invoke("lamp")
-assert answer.content == "".join(chunk.content for chunk in chat.stream("lamp")) != ""
+options = {"model": "smollm2", "base_url": base, "api_key": "none", "max_retries": 0}
+chat = ChatOpenAI(**options, temperature=0)
+answer = chat.invoke(question)
+assert answer.content == "".join(chunk.content for chunk in chat.stream(question))
+assert "walnut" in answer.content
 assert answer.usage_metadata["input_token_details"]["cache_read"] > 0
-assert len(chat.batch(["lamp", "owl", "wall"])) == 3
-cited = ChatOpenAI(**options, max_tokens=20, use_responses_api=True).invoke("lamp").content[0]["annotations"]
-assert {one["type"] for one in cited} == {"url_citation", "file_citation"}
+assert [one.content for one in chat.batch([question] * 3)] == [answer.content] * 3
+cited = ChatOpenAI(**options, use_responses_api=True).invoke(question).content[0]
+assert "walnut" in cited["text"]
+assert {one["type"] for one in cited["annotations"]} == {"url_citation", "file_citation"}
 assert OpenAIEmbeddings(**options, check_embedding_ctx_length=False).embed_query("lamp")
 """
 LLAMA_INDEX = """
 from llama_index.core.llms import ChatMessage
 from llama_index.llms.openai_like import OpenAILike
-options = {"model": "tiny", "api_base": base, "api_key": "none", "max_tokens": 12, "temperature": 0, "max_retries": 0}
-question = [ChatMessage(role="user", content="lamp")]
+options = {"model": "smollm2", "api_base": base, "api_key": "none", "max_tokens": 24, "temperature": 0}
+messages = [ChatMessage(role="user", content=question)]
 chat = OpenAILike(**options, is_chat_model=True)
-assert chat.chat(question).message.content == "".join(piece.delta for piece in chat.stream_chat(question)) != ""
-assert OpenAILike(**options, is_chat_model=False).complete("the lamp").text
+answer = chat.chat(messages).message.content
+assert answer == "".join(piece.delta for piece in chat.stream_chat(messages))
+assert "walnut" in answer
+assert OpenAILike(**options, is_chat_model=False).complete("The harbour lamp burns").text
 """
 LITELLM = """
 import os
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 import litellm
-options = {"model": "openai/tiny", "api_base": base, "api_key": "none", "max_tokens": 12, "temperature": 0}
-question = [{"role": "user", "content": "lamp"}]
-answer = litellm.completion(**options, messages=question)
-pieces = litellm.completion(**options, messages=question, stream=True)
-assert answer.choices[0].message.content == "".join(piece.choices[0].delta.content or "" for piece in pieces) != ""
+options = {"model": "openai/smollm2", "api_base": base, "api_key": "none", "max_tokens": 24, "temperature": 0}
+messages = [{"role": "user", "content": question}]
+answer = litellm.completion(**options, messages=messages)
+pieces = litellm.completion(**options, messages=messages, stream=True)
+assert answer.choices[0].message.content == "".join(piece.choices[0].delta.content or "" for piece in pieces)
+assert "walnut" in answer.choices[0].message.content
 assert answer.usage.prompt_tokens_details.cached_tokens > 0
 """
 
@@ -55,9 +61,16 @@ def run(*command: object) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def real(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    with smollm2(tmp_path_factory.mktemp("real"), smollm2_path) as serving:
+        yield serving
+
+
+@pytest.mark.real_model
 @pytest.mark.parametrize("script", [LANGCHAIN, LLAMA_INDEX, LITELLM], ids=["langchain", "llama-index", "litellm"])
-def test_a_client_asks_and_streams(serving: Serving, script: str) -> None:
-    run(PYTHON, "-c", f"base = {serving.url!r} + '/v1'\n{script}")
+def test_a_client_asks_a_real_model_and_streams(real: Serving, script: str) -> None:
+    run(PYTHON, "-c", f"base, question = {real.url + '/v1'!r}, {FUEL!r}\n{script}")
 
 
 UNSUPPORTED = {
