@@ -59,11 +59,12 @@ def test_whoever_syncs_has_heard_all_that_was_told_before(teller: Telling) -> No
             for number in range(500):
                 teller.tell({"request": f"cmpl-{mark}-0-{number:08x}", "read": {"tokens": number}})
                 teller.tell({"request": f"1_cmpl-mine-{other}-2-0000abcd", "read": {"tokens": number}})
+            teller.tell({"request": f"cmpl-{other}-1-8f3a9c-beam-0-0000abcd", "read": {"tokens": 0}})
             teller.tell({"request": f"cmpl-{new_mark()}-0-00000000", "error": "another's", "status": 400})
             await hearing.sync()
             assert [one["tokens"] for one in told.take()] == [*range(500)]
             assert told.take() == []
-            assert {(one["prompt"], one["answer"]) for one in theirs.take()} == {(2, 1)}
+            assert {(one["prompt"], one["answer"]) for one in theirs.take()} == {(2, 1), (1, 0)}
             assert told.error is None
         teller.tell({"request": f"cmpl-{mark}-0-00000000", "read": {"tokens": 1}})  # nobody waits for it any more
         await hearing.sync()

@@ -108,6 +108,7 @@ def test_a_refused_request_has_its_reason(plain: Plain, said: Any, reason: str, 
         ({"extra_body": {**wish(ids=[3]), "prompt_logprobs": 1}}, "prompt_logprobs"),
         ({"echo": True, "logprobs": 1, "extra_body": wish(ids=[3])}, "echo with logprobs"),
         ({"prompt": [100, 200, 300], "extra_body": wish()}, "begins with 672 tokens"),
+        ({"n": 2, "extra_body": {**wish(ids=[3]), "use_beam_search": True}}, "beam search"),
     ],
 )
 def test_what_memories_cannot_be_read_with_is_refused_by_name(plain: Plain, more: Any, reason: str) -> None:

@@ -25,6 +25,9 @@ MINOR = "0.32"
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
+_BEAM = re.compile(r"-beam-\d+-")
+"""In the names of requests that vLLM's server makes of one by beam search."""
+
 # Families whose keys are rotated in halves, by one set of frequencies in all layers, and read in full by each of them.
 # `tests/vllm/test_families.py` tries each.
 _FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "olmo2", "granite"}
@@ -161,6 +164,8 @@ def unserved(request: Any) -> str | None:
         return "pooling: memories are read by generating requests alone"
     if request.lora_request is not None:
         return "LoRA: memories were computed by the model without it"
+    if _BEAM.search(request.request_id):
+        return "beam search: vLLM does not hand on what its request says of memories"
     if request.sampling_params.prompt_logprobs is not None or request.skip_reading_prefix_cache:
         return "prompt_logprobs (and echo with logprobs): the prompt begins with memories, which have no tokens"
     return None

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
 
-_NAME = re.compile(r"(?:(\d+)_)?.*(m3-[0-9a-f]{32})(?:-(\d+))?-[^-]*")
-"""vLLM's name of a request with a mark: the number of its answer, the mark, the number of its prompt, and a suffix."""
+_NAME = re.compile(r"(?:(\d+)_)?.*(m3-[0-9a-f]{32})(?:-(\d+))?(?:-[^-]*-beam-\d+)?-[^-]*")
+"""vLLM's name of a request with a mark: number of its answer, mark, number of its prompt, beam, and a suffix."""
 
 
 def new_mark() -> str:
