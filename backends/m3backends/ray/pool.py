@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,6 +19,9 @@ from m3runtime.errors import ConfigError
 from m3runtime.plugins.messages import one_line
 from m3runtime.writing.encoders.encoder import Encoded, Encoder, Failed, Setup, Task
 from m3runtime.writing.encoders.pool import EncoderPool, Lost
+
+_PATIENCE = 10.0
+"""Seconds for a connection to a cluster."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class RayPool(EncoderPool):
         if not ray.is_initialized():
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or a new cluster would report to its makers
             try:
+                _reach(self._address)
                 ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
             except (RayError, OSError, ValueError, RuntimeError) as error:
                 raise ConfigError(f"--ray {self._address}: {one_line(error)}") from error
@@ -105,3 +110,10 @@ class RayPool(EncoderPool):
         if isinstance(answer, Encoded) and answer.blocks is not None:
             return replace(answer, blocks=np.array(answer.blocks))  # what lies in Ray's store cannot be written
         return answer
+
+
+def _reach(address: str) -> None:
+    """Raise `OSError` if nothing answers at a host and port. Ray itself would try for minutes, and then abort."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
