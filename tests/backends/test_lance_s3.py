@@ -137,6 +137,13 @@ def test_the_index_is_searched_in_the_bucket(tmp_path: Path) -> None:
         index.hold(batch.ids)
         index.update()
         assert index.search(batch.embeddings, 1)[0][:, 0].tolist() == list(range(20))
+        assert not index._warm
+        again = LanceIndex(dim=8, exact_below=10)
+        again.attach(home)
+        home.revision()  # looks
+        again.hold(batch.ids)
+        assert len(again._warm) == 1
+        assert again.search(batch.embeddings, 1)[0][:, 0].tolist() == list(range(20))
 
 
 def test_a_folder_names_its_table(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ with Runtime.open(Config.load("m3.yaml", environ={}), read_only=True) as runtime
                 say(wrong=f"memory {id} is torn")
         say(began=began, ids=found.ids)
         time.sleep(random.uniform(0, 0.3))
+    sys.stdin.readline()  # the writer has ended
     runtime.refresh()
     say(recalls=recalls, held=sorted(runtime.retriever.index.ids().tolist()), bad=runtime.bank.home.quarantined())
 """
@@ -101,7 +102,7 @@ WRITE = (
 with Runtime.open(Config.load("m3.yaml", environ={})) as runtime:
     bank, turn = runtime.bank, 0
     say(ready=True)
-    while time.time() < end - 3:
+    while time.time() < end:
         turn += 1
         count = random.randrange(1, 6)
         first = bank.home.reserve(count)
@@ -146,7 +147,11 @@ def share(place: Place, variables: dict[str, str], seconds: int) -> None:
         listening = [Thread(target=listen, args=both) for both in zip(programs, said, strict=True)]
         for thread in listening:
             thread.start()
-        for thread in listening:
+        listening[0].join()
+        for reader in programs[1:]:
+            reader.stdin.write("\n")
+            reader.stdin.flush()
+        for thread in listening[1:]:
             thread.join()
     check(said[0], said[1:])
     report = place.m3("verify", "--json")

@@ -51,6 +51,7 @@ class LanceIndex(HomeIndex):
         self._nearest_options = {"minimum_nprobes": probes, "maximum_nprobes": probes, "refine_factor": refine}
         self._table: LanceTable | None = None
         self._held: Ids = as_ids(())
+        self._warm = frozenset[str]()
         self._lock = threading.Lock()
 
     def attach(self, home: Home) -> None:
@@ -63,9 +64,11 @@ class LanceIndex(HomeIndex):
         self._table = table
 
     def hold(self, ids: Ids) -> None:
-        """Find these ids from now on."""
+        """Find these ids from now on. In an object store the index is loaded into memory, if it is not there."""
         with self._lock:
             self._held = np.union1d(self._held, ids.astype(np.uint64))
+        if self._table is not None and self._table.location.folder is None:
+            self._table.read(self._load)
 
     def remove(self, ids: Ids) -> None:
         """Do not find these ids any more; unknown ones are passed over."""
@@ -131,6 +134,14 @@ class LanceIndex(HomeIndex):
         dataset.create_index(
             "embedding", "IVF_RQ", name=_NAME, metric="cosine", num_partitions=lists, num_bits=1, replace=True
         )
+
+    def _load(self, snapshot: Snapshot) -> None:
+        """Load the parts of the index that are new, so that a search asks the store for its candidates alone."""
+        indexed = next((one for one in snapshot.dataset.describe_indices() if one.name == _NAME), None)
+        parts = frozenset(str(part.uuid) for part in indexed.segments) if indexed else frozenset()
+        if new := parts - self._warm:
+            snapshot.dataset.prewarm_index(_NAME, index_segments=sorted(new))
+        self._warm = parts
 
     def _nearest(self, snapshot: Snapshot, held: Ids, vector: Embeddings, wanted: int) -> tuple[Ids, Scores]:
         """The nearest ``wanted`` of the ids held, or all of them that the table has."""

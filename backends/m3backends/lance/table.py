@@ -29,6 +29,10 @@ _PAUSE = 0.05
 _TRIES = 20
 """Times that a read is tried again while the version that it reads is cleaned up."""
 
+_FRAGMENT_BYTES = 1 << 30
+_TEXT_BYTES = 1024
+"""Bytes of a reference's text and places, for choosing the size of fragments."""
+_MOST_ROWS = 1 << 20
 
 _INDEXED = ("key", "id", "block_id")
 _INDEXED_AT_LEAST = 16
@@ -191,7 +195,7 @@ class LanceTable:
             fragments = dataset.get_fragments()
             try:
                 dataset.optimize.compact_files(
-                    target_rows_per_fragment=ROWS,
+                    target_rows_per_fragment=_rows_of_fragment(Snapshot(self._bank, dataset)),
                     materialize_deletions_threshold=0.0,
                     excluded_fragment_ids=[fragments[0].fragment_id, fragments[-1].fragment_id],  # anchor and head
                 )
@@ -244,3 +248,13 @@ class LanceTable:
             raise TierClosedError(f"bank {self._bank} is closed")
         if os.getpid() != self._process:
             raise TierError(f"bank {self._bank} was opened before this process forked; open it anew in this one")
+
+
+def _rows_of_fragment(snapshot: Snapshot) -> int:
+    """The rows of a fragment after compaction, so many that it has about `_FRAGMENT_BYTES` if every slot is full.
+
+    A search reads its candidates from all fragments, and each fragment costs time. One with large blocks has fewer
+    rows, for it is written anew as a whole.
+    """
+    per_reference = snapshot.head.slot_bytes + 4 * (snapshot.dim or 0) + _TEXT_BYTES
+    return min(max(ROWS, 2 * _FRAGMENT_BYTES // per_reference), _MOST_ROWS)
