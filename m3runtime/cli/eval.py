@@ -235,6 +235,33 @@ def search(
 
 
 @app.command()
+def floor(
+    config: ConfigFile = None,
+    out: Out = Path("eval-floor"),
+    seed: Seed = 0,
+    questions: Annotated[int, typer.Option("--questions", min=1, help="Most questions of each kind.")] = 150,
+    texts: Annotated[int, typer.Option("--texts", min=1, help="Most texts of each corpus.")] = 400,
+    pairs: Annotated[
+        list[Path] | None, typer.Option("--pairs", help="JSON lines with text and question; may be repeated.")
+    ] = None,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Measure how well the nearest text's score tells whether a question can be answered, and floors for it.
+
+    The corpora are those of m3 eval search. No model is needed, and no bank.
+    """
+    settings = configuration(config, set)
+    _require_libraries()
+    from m3runtime.lab.evaluation.floor import FloorSettings, evaluate_floor
+
+    asked = FloorSettings(seed, questions, texts, tuple(map(str, pairs or ())))
+    with progress_bars(shown=not json) as progress:
+        report = evaluate_floor(settings, asked, progress)
+    _finish(report, out, json=json)
+
+
+@app.command()
 def conversations(
     config: ConfigFile = None,
     out: Out = Path("eval-conversations"),

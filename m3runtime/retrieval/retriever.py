@@ -117,18 +117,39 @@ class Retriever:
         with timed("search"):
             for where in dict.fromkeys(limits[i].where for i in asked):
                 rows = [row for row, i in enumerate(asked) if limits[i].where == where]
-                depth = wanted if self.duplicates is None else _CANDIDATES * wanted
-                depth = depth if self.reranking is None else max(depth, self.reranking.candidates)
-                while rows:
-                    given = [queries[asked[row]] for row in rows], vectors[rows], [contexts[row] for row in rows]
-                    lacking = []
-                    for row, nearest in zip(rows, self._found(*given, depth, where), strict=True):
-                        if self.reranking is not None:
-                            nearest = self.reranking.ordered(queries[asked[row]].question, nearest)
-                        matches[asked[row]], is_all = self._chosen(nearest, limits[asked[row]], wanted, depth)
-                        if not is_all and depth < _MOST_CANDIDATES * wanted:
-                            lacking.append(row)
-                    rows, depth = lacking, 2 * depth
+                found = self._matches(
+                    [queries[asked[row]] for row in rows],
+                    vectors[rows],
+                    [contexts[row] for row in rows],
+                    [limits[asked[row]] for row in rows],
+                    wanted,
+                )
+                for row, chosen in zip(rows, found, strict=True):
+                    matches[asked[row]] = chosen
+        return matches
+
+    def _matches(
+        self,
+        queries: Sequence[Query],
+        vectors: Embeddings,
+        contexts: Sequence[Sequence[Embeddings]],
+        limits: Sequence[Restriction],
+        wanted: int,
+    ) -> list[list[Match]]:
+        """The matches of queries whose limits have the same conditions."""
+        matches: list[list[Match]] = [[] for _ in queries]
+        depth = wanted if self.duplicates is None else _CANDIDATES * wanted
+        depth = depth if self.reranking is None else max(depth, self.reranking.candidates)
+        rows = list(range(len(queries)))
+        while rows:
+            given = [queries[row] for row in rows], vectors[rows], [contexts[row] for row in rows]
+            lacking = []
+            for row, found in zip(rows, self._found(*given, depth, limits[0].where), strict=True):
+                ordered = found if self.reranking is None else self.reranking.ordered(queries[row].question, found)
+                matches[row], is_all = self._chosen(ordered, limits[row], wanted, depth)
+                if not is_all and depth < _MOST_CANDIDATES * wanted:
+                    lacking.append(row)
+            rows, depth = lacking, 2 * depth
         return matches
 
     def _with_context(

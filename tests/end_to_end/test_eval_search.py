@@ -23,17 +23,26 @@ def pairs(place: Place) -> Place:
 @pytest.mark.slow
 def test_kinds_of_search_are_compared(pairs: Place) -> None:
     sizes = ("--questions", 5, "--texts", 12)
-    report = pairs.m3("eval", "search", "--pairs", "units.jsonl", *sizes, "--out", "out", "--json").json
+    more = ("--pairs", "units.jsonl", "--out", "out", "--json")
+    report = pairs.m3("eval", "search", *sizes, "--copies", 6, *more).json
     (table,) = report["tables"]
     rows = {(row[0], row[3]): row for row in table["rows"]}
     assert {corpus for corpus, _ in rows} == {"facts", "manual", "code", "units"}
-    assert {kind for _, kind in rows} == {"dense", "lexical", "hybrid"}
+    copied = {"dense, copies", "dense, copies once"}
+    assert {kind for _, kind in rows} == {"dense", "lexical", "hybrid"} | copied
+    for corpus, _ in rows:  # seven copies of the first fill the five places, unless they are recalled once
+        first, fifth = (rows[corpus, "dense"][place]["value"] for place in (5, 4))
+        assert [rows[corpus, kind][4]["value"] for kind in sorted(copied)] == [first, fifth]
     assert rows["units", "lexical"][1:3] == ["10", 5]
     assert rows["units", "lexical"][4]["value"] == 1.0
     assert len(report["summary"]) == 4
     assert len(report["results"]["facts"]["hybrid"]) == 5
     assert (pairs.folder / "out/report.md").exists()
     assert not pairs.bank.exists()
+
+    (table,) = pairs.m3("eval", "floor", *sizes, *more).json["tables"]
+    assert [row[0] for row in table["rows"][::3]] == ["facts", "manual", "code", "units"]
+    assert all(row[4]["count"] == 5 for row in table["rows"])
 
 
 def test_conversations_are_asked_with_every_weight(pairs: Place) -> None:

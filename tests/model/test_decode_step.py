@@ -197,3 +197,15 @@ def test_an_answer_is_searched_by_together_with_its_question(runtime_of: Callabl
     first, second = (call.args[1][0] for call in recall.call_args_list)
     assert first == "a map"
     assert (second.context, second.weights) == (("a map",), (0.5,))
+
+
+def test_a_reranker_judges_an_answer_by_its_question(runtime_of: Callable[..., Runtime]) -> None:
+    adapter = make_adapter(tokenizer=make_tokenizer(eos=False))
+    runtime = runtime_of(adapter, reranker={"path": "given"}, turn_weight=0.7)
+    prompt = Prompt("a map and a bell", query="where", context=("a heron", "a map"))
+    with runtime.stream(adapter.dtype) as stream, patch.object(runtime, "recall", wraps=runtime.recall) as recall:
+        adapter.generate([prompt], [stream], GenerateConfig(max_new_tokens=CHUNK + 1))
+    first, second = (call.args[1][0] for call in recall.call_args_list)
+    assert first.question == second.question == "a map\na heron\nwhere"
+    assert (second.context, second.weights) == ((), ())
+    assert second.text != first.text

@@ -24,13 +24,16 @@ class Corpus:
     name: str
     texts: Sequence[str]
     questions: Sequence[tuple[str, int]]
+    unanswerable: Sequence[str] = ()
+    """Questions that none of the texts answers, though they are of the same kind."""
 
 
 def facts(seed: int, questions: int) -> Corpus:
     """Questions about invented facts, whose references come in near misses."""
-    world = make_world(seed, references=max(4, questions * 8 // 5), questions=questions, unanswerable=0)
+    size = max(4, questions * 8 // 5)
+    world = make_world(seed, references=size, questions=questions, unanswerable=min(questions, size))
     asked = [(one.text, one.reference) for one in world.questions if one.reference is not None]
-    return Corpus("facts", world.references, asked)
+    return Corpus("facts", world.references, asked, [one.text for one in world.unanswerable])
 
 
 def docstrings(seed: int, questions: int, texts: int) -> Corpus:
@@ -68,7 +71,9 @@ def _sampled(name: str, pairs: Sequence[tuple[str, str]], seed: int, questions: 
     first = {question: text for question, text in asked if question}  # one text for each question
     if not first:
         raise InputError(f"{name}: there is no question")
-    return Corpus(name, tuple(numbers), rng.sample(sorted(first.items()), min(questions, len(first))))
+    chosen = rng.sample(sorted(first.items()), min(questions, len(first)))
+    others = sorted({question for question, text in pairs if question and text not in numbers} - first.keys())
+    return Corpus(name, tuple(numbers), chosen, rng.sample(others, min(questions, len(others))))
 
 
 @cache
