@@ -108,6 +108,8 @@ class QaRun(AnswersRun):
     def items(self, runtime: Runtime) -> tuple[Item, ...]:
         """The drawn questions. Raises `InputError` for a source that the bank does not have."""
         asked = [one.question for one in self.questions.values()]
+        if not self.changes_bank:
+            self._check_sources(runtime)
         items: list[Item] = []
         for (key, one), (nearest, recalled) in zip(self.questions.items(), searched(runtime, asked), strict=True):
             named = self._named(runtime, one)
@@ -130,13 +132,17 @@ class QaRun(AnswersRun):
         questions = {key: asdict(one) for key, one in self.questions.items()}
         return {"questions": fingerprint(questions), "nearest": fingerprint(self._nearest), "batch": self.batch}
 
+    def _check_sources(self, runtime: Runtime) -> None:
+        known = runtime.bank.home.sources().keys()
+        for one in self.questions.values():
+            for source in one.sources:
+                if source not in known:
+                    raise InputError(f"{one.where}: the bank {runtime.bank.path} has no source {source!r}")
+
     def _named(self, runtime: Runtime, one: Asked) -> tuple[frozenset[int], ...]:
         home = runtime.bank.home
         if self.changes_bank:
             return tuple(frozenset(map(int, home.ids_of(self.texts[text]))) for text in one.right)
-        for source in one.sources:
-            if source not in home.sources():
-                raise InputError(f"{one.where}: the bank {runtime.bank.path} has no source {source!r}")
         return tuple(frozenset(map(int, home.ids_of(source))) for source in one.sources)
 
     def _texts_of(self, runtime: Runtime, ids: set[int]) -> dict[int, str]:
