@@ -37,12 +37,14 @@ RUNS: dict[str, tuple[str, ...]] = {
     "conversations": ("conversations",),
     "codec": (),
     "headings": (),
+    "tokens": (),
     "chunks": ("sweep", "--questions", "20", "--axis", "memories", "--corpus", str(CORPUS)),
 }
 
 STUDIES = {
     "codec": "codec_study",  # what goes on inside attention, no command of ours sees
     "headings": "headings_study",
+    "tokens": "tokens_study",
 }
 """Programs of their own, by name."""
 

@@ -12,6 +12,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "memory": {
             "layers": "first-half",
             "tokens_per_head": 8,
+            "select_by": "attention",
             "reference_tokens": 128,
             "sink": "Reference:",
             "place": "start",

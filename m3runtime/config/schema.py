@@ -75,6 +75,9 @@ class MemoryConfig(Section):
     """The memory layers: ``all``, ``first-half``, ``middle-half``, a range such as ``8-23`` or a list of numbers."""
     tokens_per_head: TokensPerHead = "all"
     """Tokens of a reference that each KV head keeps: ``all``, or that many of those that receive most attention."""
+    select_by: Literal["attention", "repeat"] = "attention"
+    """The attention that tokens are kept by: within the reference, as in Memory³; or that they receive from a model
+    which reads the text a second time with all of the memory (``repeat``), which takes twice the time to write."""
     reference_tokens: Annotated[Whole, Field(ge=1, le=65_535)] = 128
     """Most tokens of a reference; longer texts are cut into several."""
     sink: str = "Reference:"

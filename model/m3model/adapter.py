@@ -23,7 +23,7 @@ from m3model.bias.verdict import judged
 from m3model.engine.baseline import TransformersBaseline
 from m3model.engine.buffers import RowBuffers
 from m3model.engine.cutting import cut
-from m3model.engine.encoding import encode_dense, encode_scored, reference_ids
+from m3model.engine.encoding import encode_dense, encode_repeated, encode_scored, reference_ids
 from m3model.engine.engine import MemoryEngine
 from m3model.engine.importance import importance
 from m3model.engine.job import Words
@@ -86,8 +86,10 @@ class TransformersAdapter(Adapter):
             dtype=str(self.layout.dtype).removeprefix("torch."),
             heads=self.layout.pieces,
         )
-        if not self.spec.dense:
+        if not self.spec.dense and memory.select_by == "attention":
             attention_modules(model, self.spec.layers)  # or the mistake would show only while a bank is written
+        elif not self.spec.dense and (self.layout.shares or not self.layout.alike):
+            raise ConfigError("memory.select_by must be attention: layers of this model are not alike, or share keys")
         self.identity = ModelIdentity.of(model)
         self.model_fingerprint, self.model_settings = self.identity.fingerprint, self.identity.settings
         self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
@@ -170,12 +172,15 @@ class TransformersAdapter(Adapter):
         return select(memories, scores, self.spec.tokens, heads)
 
     def encode_scored(self, references: Sequence[str]) -> tuple[MemoryTensors, torch.Tensor]:
-        """Memories of all tokens and the scores to select by; see `m3model.engine.encoding.encode_scored`.
+        """Memories of all tokens and the scores to select by, as ``memory.select_by`` says.
 
-        Raises `InputError` as `Adapter.encode` does.
+        See `m3model.engine.encoding.encode_scored`. Raises `InputError` as `Adapter.encode` does.
         """
+        ids = self._reference_ids(references)
         with self._busy:  # meanwhile every forward pass of these layers is looked at
-            return encode_scored(self.model, self._reference_ids(references), self._sink, self.spec)
+            if self.memory.select_by == "repeat":
+                return encode_repeated(self.model, ids, self._sink, self.spec)
+            return encode_scored(self.model, ids, self._sink, self.spec)
 
     def importance(self, references: Sequence[str]) -> torch.Tensor:
         """The cost of errors in keys and values; see `Adapter.importance` and `m3model.engine.importance`."""

@@ -164,9 +164,42 @@ def test_logits_are_scaled_as_the_model_scales_them() -> None:
     assert gap(wanted, expected_scores(make_model("gemma2"), adapter.sink_ids, ids_of(adapter, text))) > 0.1
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
-def test_a_batch_keeps_what_each_reference_keeps_alone(family: str) -> None:
-    adapter = make_adapter(family, tokens_per_head=4)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("layers", ["all", (1, 3)])
+def test_scores_of_repeating_are_what_the_text_gives_to_its_memory(family: str, layers: Any) -> None:
+    """Read off the stock model, which has sink, reference and the same text again as one text."""
+    adapter, model = make_adapter(family, select_by="repeat", layers=layers), make_model(family)
+    texts = texts_of(adapter)
+    memories, scores = adapter.encode_scored(texts)
+    plain, _ = make_adapter(family, layers=layers).encode_scored(texts)
+    assert torch.equal(memories.keys, plain.keys)
+    sink, shared = len(adapter.sink_ids), model.config.num_attention_heads // model.config.num_key_value_heads
+    for row, text in enumerate(texts):
+        ids = ids_of(adapter, text)
+        count = len(ids)
+        starts = [(0, sink), (sink, sink + count), (adapter.offset, adapter.offset + count)]
+        positions = torch.cat([torch.arange(*one) for one in starts])
+        hidden = torch.full((len(positions), len(positions)), torch.finfo(torch.float32).min).triu(1)
+        if layers == "all":
+            with torch.no_grad():
+                read = model(
+                    torch.tensor([[*adapter.sink_ids, *ids, *ids]]),
+                    attention_mask=hidden[None, None],
+                    position_ids=positions[None],
+                    output_attentions=True,
+                )
+            given = torch.stack(read.attentions)[:, 0, :, -count:, sink : sink + count].sum(2)
+            assert gap(scores[row, :, :, :count], torch.unflatten(given, 1, (-1, shared)).sum(2)) < TOLERANCE
+        assert not scores[row, :, :, count:].any()
+        assert float(scores[row, :, :, :count].sum(-1).max()) <= shared * count
+    assert float(scores[0, 0, 0, : LENGTHS[0]].std()) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("family", "method"), [*((one, "attention") for one in (*FAMILIES, *OTHERS)), ("llama", "repeat")]
+)
+def test_a_batch_keeps_what_each_reference_keeps_alone(family: str, method: str) -> None:
+    adapter = make_adapter(family, tokens_per_head=4, select_by=method)
     assert adapter.spec.tokens == 4
     texts = texts_of(adapter)
     together = adapter.encode(texts)
@@ -328,6 +361,7 @@ def test_models_built_in_another_way_keep_all_tokens() -> None:
     config = AutoConfig.for_model("gpt_neox", vocab_size=320, bos_token_id=0, eos_token_id=1, pad_token_id=2, **size)
     model = AutoModelForCausalLM.from_config(config)
     make_adapter(model=model)
+    make_adapter(model=model, tokens_per_head=4, select_by="repeat").encode(["walnut oil of the lamp"])
     with pytest.raises(ConfigError, match=r"^memory\.tokens_per_head must be all: a model of type gpt_neox ") as caught:
         make_adapter(model=model, tokens_per_head=4)
     assert "\n" not in str(caught.value)

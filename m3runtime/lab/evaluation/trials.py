@@ -4,7 +4,7 @@ References are encoded once for all settings that read the same memories, and co
 written: the quality of memories is measured, not their storage.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -97,19 +97,11 @@ class Trials:
         """Ask all questions in one mode, under the configuration with ``changes``."""
         config = changed(self.config, changes)
         adapter = self._adapter_of(config)
-        rules = config.recall
-        matches = [
-            passing(nearest[: rules.memories], min_score=rules.min_score, margin=rules.margin)
-            for nearest in self._nearest
-        ]
+        matches = self._recalled(config)
         size, laboratory = 0.0, None
         if mode == "memory":
             parts, size = self._parts(config, adapter)
-            choices = {
-                question.text: weighted(found, rules.score_temperature)
-                for question, found in zip(self.world.questions, matches, strict=True)
-            }
-            laboratory = Laboratory(config, adapter.spec, parts, self._references, choices)
+            laboratory = self._laboratory(config, adapter, parts, matches)
         texts = [[self._references[match.id].text for match in found] if mode == "text" else None for found in matches]
         prompts = [
             adapter.render(question.text, config.generate.prompt, given)
@@ -119,16 +111,53 @@ class Trials:
         recalled = 0.0 if mode == "none" else float(np.mean([len(found) for found in matches]))
         return Trial(tuple(right), tuple(log_probs), size, recalled)
 
+    def likelihoods(self, parts: Mapping[int, Part], changes: Mapping[str, Any] | None = None) -> list[float]:
+        """The log-likelihood of each right answer, mean over its tokens, from memories that the caller made.
+
+        Nothing is generated.
+        """
+        config = changed(self.config, changes or {})
+        adapter = self._adapter_of(config)
+        laboratory = self._laboratory(config, adapter, parts, self._recalled(config))
+        questions, found = self.world.questions, [0.0] * len(self.world.questions)
+        prompts = [adapter.render(question.text, config.generate.prompt) for question in questions]
+        for rows in self._batches(adapter, prompts):
+            streams = [laboratory.stream(adapter.dtype) for _ in rows]
+            wanted = [f" {questions[row].answers[0]}" for row in rows]
+            for row, score in zip(rows, adapter.score([prompts[row] for row in rows], wanted, streams), strict=True):
+                found[row] = float(np.mean(score.log_probs))
+        return found
+
+    def _recalled(self, config: Config) -> list[list[Match]]:
+        rules = config.recall
+        return [
+            passing(nearest[: rules.memories], min_score=rules.min_score, margin=rules.margin)
+            for nearest in self._nearest
+        ]
+
+    def _laboratory(
+        self, config: Config, adapter: Adapter, parts: Mapping[int, Part], matches: Sequence[Sequence[Match]]
+    ) -> Laboratory:
+        choices = {
+            question.text: weighted(found, config.recall.score_temperature)
+            for question, found in zip(self.world.questions, matches, strict=True)
+        }
+        return Laboratory(config, adapter.spec, parts, self._references, choices)
+
+    def _batches(self, adapter: Adapter, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+        """The rows of prompts in batches of similar lengths."""
+        lengths = [adapter.count_tokens(prompt.text) for prompt in prompts]
+        order = sorted(range(len(prompts)), key=lambda row: (lengths[row], row))
+        for start in range(0, len(order), self.batch):
+            self.progress("Asking questions", start, len(order))
+            yield order[start : start + self.batch]
+
     def _ask(
         self, config: Config, adapter: Adapter, prompts: Sequence[Prompt], laboratory: Laboratory | None
     ) -> tuple[list[float], list[float]]:
         questions = self.world.questions
         right, log_probs = [0.0] * len(questions), [0.0] * len(questions)
-        lengths = [adapter.count_tokens(prompt.text) for prompt in prompts]
-        order = sorted(range(len(questions)), key=lambda row: (lengths[row], row))
-        for start in range(0, len(order), self.batch):
-            rows = order[start : start + self.batch]
-            self.progress("Asking questions", start, len(order))
+        for rows in self._batches(adapter, prompts):
             batch = [prompts[row] for row in rows]
             wanted = [f" {questions[row].answers[0]}" for row in rows]
             streams = None if laboratory is None else [laboratory.stream(adapter.dtype) for _ in rows]
@@ -166,7 +195,9 @@ class Trials:
 
     def _parts(self, config: Config, adapter: Adapter) -> tuple[dict[int, Part], float]:
         """The memories after encoding and decoding by the codec, and the mean size of a block in bytes."""
-        shape = config.memory.model_dump(mode="json", include={"layers", "tokens_per_head", "sink", "place"})
+        shape = config.memory.model_dump(
+            mode="json", include={"layers", "tokens_per_head", "select_by", "sink", "place"}
+        )
         encoded = canonical_json(shape)
         if self._encoded[0] != encoded:
             self._coded = ("", {}, 0.0)  # so that RAM holds two sets of memories at most

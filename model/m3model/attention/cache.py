@@ -14,14 +14,15 @@ Partial attentions over memories and context in buffers of their own, merged by 
 at batch 8, for the merging alone costs half a dozen small operations.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from m3model.attention.buffers import BufferLayer, LayerStack
-from m3model.attention.implementation import Masked
+from m3model.attention.implementation import Masked, Weighing, attention_weights
 from m3model.attention.layout import AttentionLayout, Pair
 from m3model.attention.slots import Slot, distinct, place
 
@@ -61,6 +62,7 @@ class MemoryCache(Masked, Cache):
         self._bias = torch.zeros(batch, context, dtype=layout.dtype, device=layout.device)
         self._positions = torch.zeros(batch, context, dtype=torch.int64, device=layout.device)  # of context columns
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
+        self._received: list[Tensor] | None = None
         self._stacks = [LayerStack(group) for group in layout.groups(memory_layers)]
         stack_of = {layer: stack for stack in self._stacks for layer in stack.layers}
         super().__init__(layers=[BufferLayer(stack_of[i]) for i in range(layout.layers)])
@@ -152,6 +154,28 @@ class MemoryCache(Masked, Cache):
             self._bias[:, start : start + self._pending].masked_fill_(~self.query_valid, -torch.inf)
         self.columns += self._pending
         self._pending = 0
+
+    @contextmanager
+    def receiving(self) -> Iterator[list[Tensor]]:
+        """Look at the attention that memories receive meanwhile.
+
+        The list gets, from each attention that reads memories in turn, the weights of each used memory column, summed
+        over the pass' tokens and over the query heads of a KV head: ``float32[B, kv_heads, used]``.
+        """
+        self._received = []
+        try:
+            yield self._received
+        finally:
+            self._received = None
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, weighing: Weighing) -> Tensor:
+        """See `m3model.attention.implementation.Attending`."""
+        if self._received is not None and keys.shape[2] > self.sink_tokens + self.columns + self._pending:
+            mask = self.mask(keys.shape[2], window)
+            weights = attention_weights(query, keys, mask, weighing)[..., : self.used]
+            weights = weights.masked_fill(~self.query_valid[:, None, :, None], 0).sum(2)  # [B, Hq, used]
+            self._received.append(torch.unflatten(weights, 1, (keys.shape[1], -1)).sum(2))
+        return super().attend(query, keys, values, window, weighing)
 
     @property
     def query_valid(self) -> Tensor:

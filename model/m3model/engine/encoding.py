@@ -56,3 +56,25 @@ def encode_scored(model: Any, ids: Sequence[list[int]], sink: Sink, spec: Memory
     most = max(scores[layer].shape[1] for layer in spec.layers)
     by_layer = [pad(scores[layer].to(device), (0, 0, 0, most - scores[layer].shape[1])) for layer in spec.layers]
     return memories, torch.stack(by_layer, dim=1)
+
+
+@torch.inference_mode()
+def encode_repeated(model: Any, ids: Sequence[list[int]], sink: Sink, spec: MemorySpec) -> tuple[MemoryTensors, Tensor]:
+    """`encode_scored` with other scores: the attention that a model which repeats the text gives to its tokens.
+
+    The model reads each reference a second time, with the memory of all its tokens. That takes twice the time, and
+    needs nothing of how the model's layers are built, but that they are alike and each has keys of its own.
+    """
+    memories = encode_dense(model, ids, sink, spec)
+    counts = [len(row) for row in ids]
+    width = max(counts)
+    offset = sink[0].shape[2] + spec.reference_tokens
+    session = Session(model, batch=len(ids), memory_layers=spec.layers, sink=sink, offset=offset, context=width)
+    pairs = zip(memories.keys, memories.values, counts, strict=True)
+    session.read([[(keys[:, :, :count], values[:, :, :count])] for keys, values, count in pairs])
+    with session.cache.receiving() as received:
+        session.feed(torch.tensor([row + [0] * (width - len(row)) for row in ids]), counts)
+    scores = torch.stack(received, dim=1)  # [n, layers, kv_heads, T]; a memory is at the right end of its row
+    for row, count in enumerate(counts):
+        scores[row] = scores[row].roll(count - width, -1)
+    return memories, scores
