@@ -203,6 +203,32 @@ def calibrate(
     say(text if dry_run else f"written into {file.path}", nl=not dry_run)
 
 
+@app.command("calibrate-attention")
+def calibrate_attention(
+    config: ConfigFile = None,
+    out: Out = Path("eval-calibrate-attention"),
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the statements.")] = 0,
+    statements: Annotated[int, typer.Option("--statements", min=16, help="Number of statements to continue.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Statements in one batch.")] = 16,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Choose how attention reads memories: memory.attention_temperature, attention_weight, recall.score_temperature.
+
+    Answers from memory shall be as near as can be to answers from the same text in the prompt. It takes statements of
+    your bank and no questions; half of them judge what the others choose. It says what to set, and changes nothing.
+    """
+    settings = configuration(config, set)
+    _require_libraries()
+    from m3runtime.lab.evaluation.attention import AttentionSettings
+    from m3runtime.lab.evaluation.attention_report import evaluate_attention
+
+    asked = AttentionSettings(seed, statements, batch)
+    with progress_bars(shown=not json) as progress:
+        report = evaluate_attention(settings, asked, progress)
+    _finish(report, out, json=json)
+
+
 @app.command()
 def search(
     config: ConfigFile = None,

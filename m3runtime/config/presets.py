@@ -19,6 +19,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "sinks": "once",
             "positions": "parallel",
             "attention_temperature": 1.0,
+            "attention_weight": 1.0,
         },
         "codec": {"kind": "product", "preset": "memory3"},
         "embedder": {"kind": "flag-embedding", "path": "BAAI/bge-m3"},

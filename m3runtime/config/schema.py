@@ -90,6 +90,8 @@ class MemoryConfig(Section):
     """Positions of memories: all in one interval, or in a row of intervals with the best memory last."""
     attention_temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
     """The divisor of attention logits between queries and memory keys: below 1 it sharpens attention to memories."""
+    attention_weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """The factor by which attention weighs memories against sink and context, before it is normalised."""
     batch_size: Count = 16
     """References in one forward pass of the model while memories are written."""
 

@@ -4,6 +4,7 @@ Any architecture whose layers keep plain rotary keys and values works, if it ask
 its keyword arguments down to attention. `tests/model/test_architectures.py` tries all that the library has.
 """
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -231,6 +232,7 @@ class TransformersAdapter(Adapter):
             offset=self.offset,
             context=context,
             temperature=self.memory.attention_temperature,
+            log_weight=math.log(self.memory.attention_weight),
             arrange=self._arrange,
         )
 
@@ -243,7 +245,8 @@ class TransformersAdapter(Adapter):
             return self._engine
 
     def _open_engine(self) -> MemoryEngine:
-        buffers = RowBuffers(self.layout, self.spec.layers, self._sink, self.memory.attention_temperature)
+        reading = self.memory.attention_temperature, math.log(self.memory.attention_weight)
+        buffers = RowBuffers(self.layout, self.spec.layers, self._sink, *reading)
         words = Words(
             lambda prompt, sink: self._prompt_ids([prompt], sink=sink)[0],
             lambda tokens: decode(self.tokenizer, tokens),

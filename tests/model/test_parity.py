@@ -361,6 +361,16 @@ def test_log_weights_are_added_to_the_logits(family: str) -> None:
         assert gap(read(adapter, texts, way, log_weights=[weights]), wanted) < TOLERANCE
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_weight_multiplies_what_memories_get(family: str) -> None:
+    adapter, model = make_adapter(family, attention_weight=5.0), make_model(family)
+    texts = [random_text(adapter.tokenizer, length, seed=length) for length in (REFERENCE_TOKENS, 9)]
+    wanted = expect(adapter, texts, model, log_weights=[math.log(5), math.log(5) - 2.5])
+    for way in (whole, token_by_token):
+        assert gap(read(adapter, texts, way, log_weights=[[0.0, -2.5]]), wanted) < TOLERANCE
+    assert gap(read(make_adapter(family), texts, log_weights=[[0.0, -2.5]]), wanted) > 100 * TOLERANCE
+
+
 def test_log_weights_of_rows_are_their_own() -> None:
     adapter = make_adapter()
     texts = [random_text(adapter.tokenizer, length, seed=length) for length in (REFERENCE_TOKENS, 9)]

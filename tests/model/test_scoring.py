@@ -86,7 +86,13 @@ def test_a_score_is_what_decoding_the_continuation_gives(
 
 @pytest.mark.parametrize(
     "memory",
-    [{"sink": "one two three lamps"}, {"attention_temperature": 0.5}, {"sinks": "each"}, {"positions": "sequential"}],
+    [
+        {"sink": "one two three lamps"},
+        {"attention_temperature": 0.5},
+        {"attention_weight": 5.0},
+        {"sinks": "each"},
+        {"positions": "sequential"},
+    ],
     ids=lambda memory: next(iter(memory)),
 )
 def test_memories_are_read_alike_whatever_their_settings(

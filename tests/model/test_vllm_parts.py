@@ -51,7 +51,7 @@ def bias(memory_layers: tuple[int, ...] = (0, 2)) -> BiasDirections:
 
 
 def make_slots(count: int, by: int = 0, heads: slice = slice(None), **options: Any) -> Slots:
-    given = {"temperature": 1.0, "dtype": torch.float32, "device": torch.device("cpu"), **options}
+    given = {"temperature": 1.0, "log_weight": 0.0, "dtype": torch.float32, "device": torch.device("cpu"), **options}
     return Slots(bias(), count, turn(by), heads=heads, **given)
 
 

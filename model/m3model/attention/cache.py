@@ -34,14 +34,21 @@ class MemoryCache(Masked, Cache):
     """Keys and values of a batch of sequences, with the memories each of them holds now. Not thread-safe."""
 
     def __init__(
-        self, layout: AttentionLayout, memory_layers: Sequence[int], batch: int, context: int, temperature: float = 1.0
+        self,
+        layout: AttentionLayout,
+        memory_layers: Sequence[int],
+        batch: int,
+        context: int,
+        temperature: float = 1.0,
+        log_weight: float = 0.0,
     ) -> None:
         """``context`` is how many columns are allocated at first; the buffers grow when they must.
 
-        ``temperature`` divides the logits between queries and the keys of memories.
+        ``temperature`` divides the logits between queries and the keys of memories; ``log_weight`` is added to them.
         """
         self.layout = layout
         self.temperature = temperature
+        self.log_weight = log_weight
         self.batch = batch
         self.columns = 0
         """Columns of context that are filled."""
@@ -109,7 +116,7 @@ class MemoryCache(Masked, Cache):
             slots = place(held, list(zip(named, lengths[row], strict=True)), used)
             for name, (keys, values), weight in zip(named, parts, weights[row], strict=True):
                 slot = slots[name]
-                bias[row, used - slot.end : used - slot.start] = weight
+                bias[row, used - slot.end : used - slot.start] = weight + self.log_weight
                 if held.get(name) != slot:
                     self._write(row, slot, (keys, values))
             self._slots[row] = slots

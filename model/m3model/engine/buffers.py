@@ -44,11 +44,20 @@ class RowBuffers:
     """Keys, values and biases of all rows. Not thread-safe."""
 
     def __init__(
-        self, layout: AttentionLayout, memory_layers: Sequence[int], sink: Pair | None, temperature: float = 1.0
+        self,
+        layout: AttentionLayout,
+        memory_layers: Sequence[int],
+        sink: Pair | None,
+        temperature: float = 1.0,
+        log_weight: float = 0.0,
     ) -> None:
-        """``sink`` is ``[layers, kv_heads, tokens, head_dim]``; ``temperature`` divides the logits of memories."""
+        """``sink`` is ``[layers, kv_heads, tokens, head_dim]``.
+
+        ``temperature`` divides the logits of memories, and ``log_weight`` is added to them.
+        """
         self.layout = layout
         self.temperature = temperature
+        self.log_weight = log_weight
         self.rows = self.region = self.context = 0
         """Rows, columns of memories and columns of context that are allocated."""
         self.sink = 0 if sink is None else rounded(sink[0].shape[2], _ALIGNED)
@@ -188,7 +197,7 @@ class RowBuffers:
         bias = torch.full((self.region,), -torch.inf, dtype=self.layout.dtype)
         for name, memory, weight in zip(named, memories, log_weights, strict=True):
             slot = slots[name]
-            bias[self.region - slot.end : self.region - slot.start] = weight
+            bias[self.region - slot.end : self.region - slot.start] = weight + self.log_weight
             if held.get(name) != slot:
                 self._write(row, slot, memory)
         self._slots[row], self._used[row] = slots, used

@@ -36,18 +36,20 @@ class Session:
         offset: int = 0,
         context: int = 256,
         temperature: float = 1.0,
+        log_weight: float = 0.0,
         arrange: Arrangement | None = None,
     ) -> None:
         """``offset`` is the position of the first context token; ``context`` how many tokens to allocate for at first.
 
-        ``temperature`` divides the logits between queries and memories; ``arrange`` places those (default: as is).
+        ``temperature`` divides the logits between queries and memories, ``log_weight`` is added to them, and
+        ``arrange`` places memories (default: as they are).
         Raises `InputError` if the context would need more positions than the model's RoPE keeps fixed.
         """
         self.model = model
         self.layout = AttentionLayout.of(model)
         self._offset = offset
         check_positions(offset + context, self.layout.positions)
-        self.cache = MemoryCache(self.layout, memory_layers, batch, context, temperature)
+        self.cache = MemoryCache(self.layout, memory_layers, batch, context, temperature, log_weight)
         if sink is not None:
             self.cache.put_sink(*sink)
         self._cache_name = cache_name(model)

@@ -6,6 +6,7 @@
 vLLM makes one in the scheduler and one in each worker. Both only hand on what they are called with.
 """
 
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +91,7 @@ class MemoryConnector(compat.ConnectorBase):
             compat.turn(self._vllm, self.head.slots - width_of(self._bias)),
             heads=heads,
             temperature=self.config.memory.attention_temperature,
+            log_weight=math.log(self.config.memory.attention_weight),
             dtype=dtype,
             device=device,
             cache_bytes=self._settings.cache,

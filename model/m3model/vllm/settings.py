@@ -121,10 +121,11 @@ def check(config: Config, bias: BiasDirections, shape: "compat.Shape") -> None:
             f"{config.bank}: the bank is of a model with {ours[0]} layers, {ours[1]} KV heads and head_dim {ours[2]}; "
             f"vLLM serves one with {theirs[0]}, {theirs[1]} and {theirs[2]}"
         )
-    if not bias.facts.weights and config.recall.score_temperature is not None:
+    if not bias.facts.weights and (config.recall.score_temperature is not None or memory.attention_weight != 1):
         raise ConfigError(
             f"{config.bank}: this model's queries are too different for weights (see `m3 calibrate-bias`); set "
-            "recall.score_temperature to null, and recall.margin to leave out memories that match less"
+            "recall.score_temperature to null, and recall.margin to leave out memories that match less; and "
+            "memory.attention_weight to 1"
         )
 
 

@@ -30,6 +30,7 @@ class Slots:
         *,
         heads: slice,
         temperature: float,
+        log_weight: float,
         dtype: torch.dtype,
         device: torch.device,
         cache_bytes: int = CACHE_BYTES,
@@ -38,6 +39,7 @@ class Slots:
         self._heads, self._dtype, self._device = heads, dtype, device
         self._layers = list(bias.facts.layers)
         self._temperature = temperature
+        self._log_weight = log_weight
         self._turn = (turn[0].to(device), turn[1].to(device))
         keys, values = (self._own(one) for one in (bias.sink_keys, bias.sink_values))
         self.sink = keys.shape[1]
@@ -64,7 +66,8 @@ class Slots:
         for id, part, weight in zip(ids, parts, log_weights, strict=True):
             keys, values = self._moved(id, part)
             end = at + keys.shape[1]
-            biased = keys if weight == 0 else (keys.float() + weight * self._direction).to(self._dtype)
+            added = weight + self._log_weight
+            biased = keys if added == 0 else (keys.float() + added * self._direction).to(self._dtype)
             self._keys[self._rows, at:end] = biased
             self._values[self._rows, at:end] = values
             at = end
