@@ -38,6 +38,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "codec": (),
     "headings": (),
     "tokens": (),
+    "hops": (),
     "attention": (),
     "chunks": ("sweep", "--questions", "20", "--axis", "memories", "--corpus", str(CORPUS)),
 }
@@ -46,6 +47,7 @@ STUDIES = {
     "codec": "codec_study",  # what goes on inside attention, no command of ours sees
     "headings": "headings_study",
     "tokens": "tokens_study",
+    "hops": "hops_study",
     "attention": "attention_study",
 }
 """Programs of their own, by name."""
