@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from m3runtime.codecs.base import Codec
+from m3runtime.device.copies import to_host
 from m3runtime.errors import BlockError, CodecError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
@@ -66,6 +67,34 @@ def filled_up(keys: Tensor, values: Tensor, spec: MemorySpec) -> tuple[Tensor, T
         whole = x.new_zeros(len(x), spec.vectors_per_token, *x.shape[2:])
         whole[:, places] = x
         pair.append(whole)
+    return pair[0], pair[1]
+
+
+def on_cpu(memories: MemoryTensors) -> MemoryTensors:
+    """Memories on the CPU, copied at once: each copy of a part, and each look at a number, waits for the device."""
+    if memories.keys.device.type == "cpu":
+        return memories
+    return MemoryTensors(to_host(memories.keys), to_host(memories.values), memories.tokens)
+
+
+def all_vectors(memories: MemoryTensors, spec: MemorySpec) -> tuple[Tensor, Tensor]:
+    """Keys and values of all memories, own tokens only: ``float32[layers * kv_heads, all tokens, head_dim]``.
+
+    They are fresh and contiguous, and lie on the memories' device, which is waited for once. Raises `CodecError` if a
+    value is not finite.
+    """
+    pair, faults = [], []
+    exists = memories.exists()
+    places = exists.flatten().nonzero()[:, 0].to(memories.keys.device)  # of `exists`, which lies on the CPU
+    for x in (memories.keys, memories.values):
+        x = x.permute(1, 2, 0, 3, 4).reshape(spec.vectors_per_token, -1, spec.head_dim)
+        own = x.index_select(1, places).to(torch.float32)
+        faults.append(~own.isfinite().all(2).all(0))
+        pair.append(own)
+    fault = torch.stack(faults).any(0).cpu()
+    if fault.any():
+        of = torch.repeat_interleave(torch.arange(len(memories)), memories.tokens)
+        raise CodecError(f"memory {int(of[fault][0])} of the batch has values that are not finite")
     return pair[0], pair[1]
 
 

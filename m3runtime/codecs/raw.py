@@ -45,6 +45,7 @@ class RawCodec(Codec):
         Raises `CodecError` also for a value too large for ``dtype``.
         """
         memories.check(self.spec)
+        memories = layout.on_cpu(memories)
         rows = torch.zeros(len(memories), self.payload_bytes(self.spec.tokens), dtype=torch.uint8)
         for i, row in enumerate(rows):
             both = torch.cat(layout.existing(layout.vectors(memories, i, self.spec), self.spec)).to("cpu", self._dtype)

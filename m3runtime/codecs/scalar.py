@@ -62,6 +62,7 @@ class ScalarCodec(Codec):
         Raises `CodecError` also for a value too large for a float16.
         """
         memories.check(self.spec)
+        memories = layout.on_cpu(memories)
         rows = torch.zeros(len(memories), self.payload_bytes(self.spec.tokens), dtype=torch.uint8)
         for i, row in enumerate(rows):
             ranges, codes = [], []

@@ -16,6 +16,19 @@ def copy_rows(target: Tensor, into: Sequence[int], source: Tensor, of: Sequence[
         torch._foreach_copy_([target[row] for row in into], [source[row] for row in of], non_blocking=True)
 
 
+def to_host(x: Tensor) -> Tensor:
+    """``x`` on the CPU, out of an accelerator by way of page-locked RAM, at its full speed. Waits for no other stream.
+
+    That RAM is torch's to reuse when the result is gone, so the result is for the moment.
+    """
+    if x.device.type != "cuda":
+        return x.cpu()
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host.copy_(x, non_blocking=True)
+    torch.cuda.current_stream(x.device).synchronize()
+    return host
+
+
 class Copies:
     """Events of the copies that are under way into and out of the slots of a slab. Its owner holds a lock.
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from m3runtime.codecs import layout
 from m3runtime.codecs.base import Codec, Distortion
 from m3runtime.codecs.product.codec import ProductCodec
 from m3runtime.codecs.product.kernels import look_up
@@ -189,6 +190,20 @@ def test_decoding_is_the_same_with_and_without_numba(monkeypatch: pytest.MonkeyP
     with_it = codec.decode(payloads, memories.tokens, torch.float32)
     monkeypatch.setattr(look_up, "compiled", lambda: False)
     assert identical(codec.decode(payloads, memories.tokens, torch.float32), with_it)
+
+
+@pytest.mark.parametrize("of", [TestTwoLevelsRotated, TestCodesOfFaiss])
+def test_a_batch_is_encoded_as_each_memory_alone(of: type[CodecContract]) -> None:
+    """As a device encodes it, in one call."""
+    codec, memories = of.fitted(), make_memories([12, 5, 9])
+    assert isinstance(codec, ProductCodec)
+    wanted = codec.encode(memories)
+    found = torch.zeros_like(wanted)
+    codec.quantiser.encode_all(layout.all_vectors(memories, SPEC), memories.tokens.tolist(), found)
+    assert torch.equal(found, wanted)
+    memories.values[1, :, :, 4] = torch.nan
+    with pytest.raises(CodecError, match="memory 1 of the batch has values that are not finite"):
+        layout.all_vectors(memories, SPEC)
 
 
 def test_importing_the_codec_imports_neither_numba_nor_faiss() -> None:

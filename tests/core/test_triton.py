@@ -23,6 +23,9 @@ from m3runtime.testing.codec import OUT, identical, noise
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton when it is imported, so before any test
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 TRITON = importlib.util.find_spec("triton") is not None
+if TRITON:
+    from m3runtime.codecs.product.kernels import by_triton
+    from m3runtime.codecs.product.kernels.by_triton import UNITS_TOLERANCE, Tile
 
 needs_triton = pytest.mark.skipif(not TRITON, reason="needs Triton")
 outside = pytest.mark.skipif(INTERPRETED, reason="not in the interpreter")
@@ -94,6 +97,13 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and bool((a - b).abs().max() <= 1e-6 * a.abs().max())
 
 
+def near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal to what matrix units round, and the type."""
+    type_rounds = torch.finfo(b.dtype).eps / 2
+    a, b = a.cpu().float(), b.cpu().float()
+    return bool((a - b).norm() <= (UNITS_TOLERANCE + type_rounds) * a.norm())
+
+
 SHAPES = [(2, 1, 16, "layer"), (2, 3, 24, "layer"), (2, 1, 64, "layer"), (1, 2, 80, "head"), (2, 2, 16, "head")]
 
 
@@ -121,12 +131,26 @@ def test_a_tile_of_many_coordinates(together: str) -> None:
 
 
 @on_device
-def test_a_memory_decodes_alike_in_any_batch_and_width() -> None:
+@pytest.mark.parametrize("together", ["layer", "head"])
+def test_matrix_units_are_within_their_tolerance(together: str) -> None:
+    """Of tiles with many coordinates, and of units that are wider than a tile."""
+    plain, other = pair(2, 4, 64, together, 30)
+    payloads = noise(2, 70 * plain.token_bytes, seed=5)
+    wanted, found = plain.decode(payloads, 70), other.decode(payloads.to(DEVICE), 70, torch.bfloat16)
+    for a, b in zip(wanted, found, strict=True):
+        assert b.dtype == torch.bfloat16
+        assert near(a, b)
+        assert not close(a, b.float())
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_memory_decodes_alike_in_any_batch_and_width(dtype: torch.dtype) -> None:
     _, other = pair(2, 3, 24, "layer")
     payloads = noise(3, 64 * other.token_bytes, seed=1).to(DEVICE)
-    together = other.decode(payloads, 64)
+    together = other.decode(payloads, 64, dtype)
     for row, width in ((0, 64), (1, 1), (1, 33), (2, 32)):
-        alone = other.decode(payloads[row : row + 1], width)
+        alone = other.decode(payloads[row : row + 1], width, dtype)
         for a, b in zip(together, alone, strict=True):
             assert torch.equal(a[row, :, :width], b[0])
 
@@ -175,16 +199,31 @@ def test_the_codec_decodes_alike(dtype: torch.dtype) -> None:
     wanted, found = plain.decode(payloads, tokens, dtype), other.decode(payloads.to(DEVICE), tokens, dtype)
     for a, b in ((wanted.keys, found.keys), (wanted.values, found.values)):
         assert b.dtype == dtype
-        if dtype == torch.float32:
-            assert close(a, b)
-        else:  # a number between two of a smaller type may be rounded either way
-            eps = torch.finfo(dtype).eps
-            torch.testing.assert_close(a.float(), b.cpu().float(), rtol=eps, atol=eps)
+        assert close(a, b) if dtype == torch.float32 else near(a, b)
         assert not b[0, :, :, 5:].any()
     again = other.decode(payloads.to(DEVICE), tokens, dtype)
     assert identical(found, again)
     with pytest.raises(BlockError):
         other.decode(payloads[:, :-1].to(DEVICE), tokens, dtype)
+
+
+@on_device
+@pytest.mark.parametrize("shape", [(2, 3, 24, "layer"), (2, 2, 16, "head")])
+def test_a_batch_is_encoded_as_each_memory_alone(shape: tuple[object, ...]) -> None:
+    """To rounding: where two centroids are as near as float32 can tell, either is right."""
+    plain, other = pair(*shape)
+    counts, units = (5, 1, 70), plain.transform.units
+    random = torch.Generator().manual_seed(6)
+    heads = (units.heads, sum(counts), units.spec.head_dim)
+    keys, values = (torch.randn(heads, generator=random) for _ in range(2))
+    found = torch.zeros(3, 70 * plain.token_bytes, dtype=torch.uint8, device=DEVICE)
+    other.encode_all((keys.clone().to(DEVICE), values.clone().to(DEVICE)), counts, found)
+    wanted = torch.zeros(3, 70 * plain.token_bytes, dtype=torch.uint8)
+    plain.encode_all((keys.clone(), values.clone()), counts, wanted)
+    assert (found.cpu() != wanted).float().mean() < 1e-3
+    alone = torch.zeros(70 * plain.token_bytes, dtype=torch.uint8, device=DEVICE)
+    other.encode_all((keys[:, 6:].to(DEVICE), values[:, 6:].to(DEVICE)), counts[2:], alone[None])
+    assert torch.equal(found[2], alone)
 
 
 # -- without a GPU --------------------------------------------------------------------------------------------------
@@ -198,7 +237,7 @@ def test_in_the_interpreter() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "19 passed" in done.stdout
+    assert "24 passed" in done.stdout
 
 
 @outside
@@ -222,24 +261,43 @@ def test_a_triton_that_is_missing_is_not(caplog: pytest.LogCaptureFixture, monke
     assert not caplog.text
 
 
-@needs_triton
-@outside
-@pytest.mark.parametrize("capability", [80, 90])
-def test_it_compiles_to_sums_of_float32(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For GPUs that are not here; tensor cores would round to TF32."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def ptx(capability: int, kind: str, tile: Tile, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernel compiled for a GPU that is not here, with numbers of this kind."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     import triton
     from triton.backends.compiler import GPUTarget
 
     from m3runtime.codecs.product.kernels.by_triton import decode_tile
 
-    kinds = {"payloads": "*u8", "row_bytes": "i32", "width": "i32", "keys": "*fp32", "values": "*fp32"}
+    kinds = {"payloads": "*u8", "row_bytes": "i32", "width": "i32", "keys": kind, "values": kind, "mean": "*fp32"}
     kinds |= dict.fromkeys(("bounds", "positions", "sizes", "starts", "target"), "*i32")
-    kinds |= dict.fromkeys(("table", "inverse", "mean"), "*fp32")
+    kinds |= dict.fromkeys(("table", "inverse"), kind)
     constants = {"TOKEN_BYTES": 123, "HEADS": 90, "HEAD_DIM": 64, "CHANNELS": 384}
-    constants |= {"TILE_TOKENS": 32, "TILE_CHANNELS": 128, "STEP": 16}
+    constants |= {"TILE_TOKENS": tile.tokens, "TILE_CHANNELS": tile.channels, "STEP": tile.coordinates, "WIDENS": False}
     signature = {name: kinds.get(name, "constexpr") for name in decode_tile.arg_names}
     source = triton.compiler.ASTSource(fn=decode_tile, signature=signature, constexprs=constants)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True})
-    assert "fma.rn.f32" in made.asm["ptx"]
-    assert "mma" not in made.asm["ptx"]
+    options = {"enable_fp_fusion": True, "num_warps": tile.warps}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return str(made.asm["ptx"])
+
+
+@needs_triton
+@outside
+def test_it_compiles_to_sums_of_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrix units would round to TF32."""
+    made = ptx(90, "*fp32", by_triton._PLAIN, tmp_path, monkeypatch)
+    assert "fma.rn.f32" in made
+    assert "mma" not in made
+
+
+@needs_triton
+@outside
+@pytest.mark.parametrize(("capability", "units"), [(80, "mma.sync"), (90, "wgmma")])
+def test_it_compiles_to_matrix_units(
+    capability: int, units: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their sums are of float32."""
+    made = ptx(capability, "*bf16", by_triton._WIDE_UNITS, tmp_path, monkeypatch)
+    found = [line for line in made.splitlines() if units in line and "bf16" in line]
+    assert found
+    assert all(".f32.bf16.bf16" in line for line in found)

@@ -15,6 +15,7 @@ from m3runtime.codecs.product.quantiser import Design, Quantiser
 from m3runtime.codecs.product.residual_design import ResidualDesign
 from m3runtime.codecs.product.transform_design import TransformDesign
 from m3runtime.codecs.steps import Steps
+from m3runtime.device.copies import to_host
 from m3runtime.errors import CodecError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
@@ -130,18 +131,24 @@ class ProductCodec(Codec):
         device = memories.keys.device
         quantiser = self._on(device)
         memories.check(self.spec)
-        rows = torch.zeros(len(memories), self.payload_bytes(self.spec.tokens), dtype=torch.uint8, device=device)
+        size = (len(memories), self.payload_bytes(self.spec.tokens))
+        rows = torch.zeros(size, dtype=torch.uint8, device=device)
+        if device.type != "cpu":  # in one go: each copy, and each look at a number, would wait for the device
+            quantiser.encode_all(layout.all_vectors(memories, self.spec), memories.tokens.tolist(), rows)
+            return to_host(rows)
         for i, row in enumerate(rows):
             # One memory at a time: a matrix product may round otherwise in a larger batch.
             vectors = layout.vectors(memories, i, self.spec)
             quantiser.encode(vectors, row[: self.payload_bytes(vectors[0].shape[1])])
-        return rows.cpu()
+        return rows
 
     def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> MemoryTensors:
         """Decode payloads on their device; refuses no bytes and never waits for it: see `Codec.decode`."""
         quantiser = self._on(payloads.device)
         width = layout.width_of(payloads, tokens, self)
-        keys, values = quantiser.decode(payloads, width)
+        # Rounded products may exceed the peak a little.
+        fits = quantiser.peak * 1.01 <= torch.finfo(dtype).max
+        keys, values = quantiser.decode(payloads, width, dtype if fits else torch.float32)
         return layout.finish(keys, values, tokens, self.spec, dtype, quantiser.peak)
 
     def tensors(self) -> Mapping[str, Tensor]:

@@ -1,7 +1,7 @@
 """`Design` and `Quantiser`: the two states of the `product` codec, before and after training."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -43,11 +43,22 @@ class Quantiser(ABC):
         device, and nothing is copied to the host.
         """
 
+    def encode_all(self, vectors: Vectors, counts: Sequence[int], payloads: Tensor) -> None:
+        """Write the codes of several memories to ``uint8[n, at least their bytes]``, as `encode` does those of one.
+
+        Their tokens follow one another in ``vectors``, ``float32[layers * kv_heads, sum(counts), head_dim]``.
+        """
+        pairs = zip(*(torch.split(x, list(counts), 1) for x in vectors), strict=True)
+        for (keys, values), count, payload in zip(pairs, counts, payloads, strict=True):
+            own = payload[: self.fixed_bytes + count * self.token_bytes]
+            self.encode((keys.contiguous(), values.contiguous()), own)
+
     @abstractmethod
-    def decode(self, payloads: Tensor, width: int) -> Vectors:
+    def decode(self, payloads: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Vectors:
         """The vectors of ``uint8[n, at least fixed_bytes + width * token_bytes]`` on this quantiser's device.
 
-        Two contiguous ``float32[n, layers * kv_heads, width, head_dim]`` of the caller's own. What a memory decodes to
+        Two contiguous ``[n, layers * kv_heads, width, head_dim]`` of the caller's own, of float32 or of ``dtype``, if
+        that is faster; all values, and a hundredth more, are in its range. What a memory decodes to
         depends neither on the others of the batch nor on ``width``. Where a memory has fewer tokens, what follows its
         own is of no meaning. Nothing waits for the device.
         """

@@ -1,6 +1,6 @@
 """`ResidualQuantiser`: the trained state of a `ResidualDesign`. It encodes single vectors and decodes them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -172,8 +172,22 @@ class ResidualQuantiser(Quantiser):
         self.keys.encode(keys, key_codes[0])
         self.values.encode(values, value_codes[0])
 
-    def decode(self, payloads: Tensor, width: int) -> Vectors:
-        """Vectors of payloads, on their device: see `Quantiser.decode`."""
+    def encode_all(self, vectors: Vectors, counts: Sequence[int], payloads: Tensor) -> None:
+        """Write the codes of several memories: see `Quantiser.encode_all`.
+
+        All at once where they are chosen in float64, and so by nothing but their own vectors.
+        """
+        if self.offset is not None or self.keys.centroids[0].shape[0] != 1:
+            super().encode_all(vectors, counts, payloads)
+            return
+        together = torch.empty(sum(counts) * self.token_bytes, dtype=torch.uint8, device=payloads.device)
+        self.encode(vectors, together)
+        split = torch.split(together, [count * self.token_bytes for count in counts])
+        for codes, payload in zip(split, payloads, strict=True):
+            payload[: len(codes)] = codes
+
+    def decode(self, payloads: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Vectors:  # noqa: ARG002
+        """Vectors of payloads, in float32 on their device: see `Quantiser.decode`."""
         key_codes, value_codes = self._codes(payloads, width)
         add = None
         if self.offset is not None:

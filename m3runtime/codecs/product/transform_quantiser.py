@@ -2,7 +2,7 @@
 
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from m3runtime.codecs.product.kernels.by_triton import TritonDecoder
 
 log = logging.getLogger("m3runtime")
+
+Finder = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""Finds nearest centroids: see `m3runtime.codecs.product.kernels.nearest_by_triton.nearest`."""
 
 _TILE = 32
 """Rows of a matrix product. Always as many, because a product may round otherwise in another shape."""
@@ -69,11 +72,36 @@ class TransformQuantiser(Quantiser):
             at += len(places)
         payload.view(numbers.shape).copy_(numbers)
 
-    def decode(self, payloads: Tensor, width: int) -> Vectors:
-        """Vectors of payloads, on their device: see `Quantiser.decode`."""
+    def encode_all(self, vectors: Vectors, counts: Sequence[int], payloads: Tensor) -> None:
+        """Write the codes of several memories, with the kernel all at once: see `Quantiser.encode_all`."""
+        if self._finder is None:
+            super().encode_all(vectors, counts, payloads)
+            return
+        codes = self._codes(self.transform.units.joined(*vectors), self._finder)
+        for own, payload in zip(torch.split(codes, list(counts)), payloads, strict=True):
+            payload[: own.numel()] = own.flatten()
+
+    def _codes(self, x: Tensor, finder: "Finder") -> Tensor:
+        """The codes of ``[units, tokens, channels]``, ``uint8[tokens, parts]``; each depends on its token alone."""
+        x -= self.transform.mean[:, None]
+        count = x.shape[1]
+        tiles = torch.unflatten(torch.nn.functional.pad(x, (0, 0, 0, -count % _TILE)), 1, (-1, _TILE))
+        coordinates = x.new_empty(*tiles.shape[:3], self._gather.shape[1])
+        for own, forward, out in zip(tiles, self._padded_forward, coordinates, strict=True):
+            torch.bmm(own, forward.expand(len(own), -1, -1), out=out)
+        codes = torch.empty(count, self.token_bytes, dtype=torch.uint8, device=x.device)
+        at = 0
+        for places, against in self._search:
+            finder(coordinates.flatten(1, 2), places, against, codes[:, at : at + len(places)])
+            at += len(places)
+        return codes
+
+    def decode(self, payloads: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Vectors:
+        """Vectors of payloads, on their device: see `Quantiser.decode`. The kernel gives them in ``dtype``."""
         units = self.transform.units
         shape = (len(payloads), units.heads, width, units.spec.head_dim)
-        keys, values = (torch.empty(shape, device=payloads.device) for _ in range(2))
+        made = torch.float32 if self._kernel is None else dtype
+        keys, values = (torch.empty(shape, dtype=made, device=payloads.device) for _ in range(2))
         if self._kernel is None:
             self._decode(payloads, keys, values)
         else:
@@ -203,6 +231,15 @@ class TransformQuantiser(Quantiser):
     def _kernel(self) -> "TritonDecoder | None":
         """The kernel that decodes on a CUDA device, where Triton compiles it."""
         return kernel_of(self.transform) if self.transform.mean.device.type == "cuda" else None
+
+    @cached_property
+    def _finder(self) -> "Finder | None":
+        """The kernel that finds codes on a CUDA device, where Triton compiles it."""
+        if self._kernel is None:
+            return None
+        from m3runtime.codecs.product.kernels.nearest_by_triton import nearest
+
+        return nearest
 
 
 def kernel_of(transform: Transform) -> "TritonDecoder | None":

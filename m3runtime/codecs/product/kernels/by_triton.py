@@ -2,9 +2,14 @@
 
 A program makes one tile: some tokens of one memory, by some channels of one unit. It gathers the coordinates that codes
 stand for, a few at a time, and multiplies them by the inverse transform. Tiles are always of the same shape, and sums
-are of float32 in one order (never of TF32, which tensor cores would take), so what a token decodes to depends neither
-on the batch nor on the width, and is what torch makes of it, to rounding.
+are of float32 in one order, so what a token decodes to depends neither on the batch nor on the width.
+
+To float32, products are of float32 (never of TF32), and the result is what torch makes of it, to rounding. To a smaller
+type, matrix units multiply numbers that are rounded to bfloat16 (`UNITS_TOLERANCE`): ten times as fast, and as exact as
+the type of the result.
 """
+
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -13,14 +18,33 @@ from torch import Tensor
 
 from m3runtime.codecs.product.transform import CENTROIDS, Transform, kept_by
 
-_TOKENS = 32
-"""Tokens of a tile."""
-_CHANNELS = 128
-"""Channels of a tile, at most."""
-_COORDINATES = 16
-"""Multiplied at a time. For twice as many, Triton 3.9 takes 255 registers a thread instead of 128."""
+UNITS_TOLERANCE = 2**-8
+"""The most that a memory by matrix units differs from one of float32, as a share of its norm, before it is rounded to
+its own type: both numbers of each product are off by up to 2**-9 of themselves. Seen: 0.0023."""
 _LEAST = 16
 """Rows and columns of the smallest product that Triton makes."""
+_UNITS_SINCE = (8, 0)
+"""The compute capability from which matrix units multiply bfloat16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one program makes."""
+
+    tokens: int
+    channels: int
+    coordinates: int
+    """Multiplied at a time."""
+    warps: int
+
+
+# For twice as many coordinates, Triton 3.9 takes 255 registers a thread instead of 128.
+_PLAIN = Tile(32, 128, 16, 4)
+_UNITS = Tile(64, 128, 64, 4)
+_WIDE_UNITS = Tile(64, 256, 64, 8)
+"""Gathers coordinates half as often; for units that it cuts without a rest."""
+_SHORT_UNITS = Tile(16, 128, 64, 4)
+"""For memories of few tokens."""
 
 
 class TritonDecoder:
@@ -47,22 +71,30 @@ class TritonDecoder:
             place[row] = found.int()
         self._bounds = bounds.int().to(device)
         self._bytes, self._sizes, self._starts = places.to(device)
-        self._table = torch.cat([table.flatten() for table in transform.tables])
-        self._inverse, self._mean = transform.inverse.contiguous(), transform.mean.contiguous()
+        self._mean = transform.mean.contiguous()
+        table, inverse = torch.cat([table.flatten() for table in transform.tables]), transform.inverse.contiguous()
+        most = max(_LEAST, triton.next_power_of_2(units.channels))
+        self._plain = (table, inverse, replace(_PLAIN, channels=min(_PLAIN.channels, most)))
+        self._units_of = None
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) >= _UNITS_SINCE:
+            tile = _WIDE_UNITS if units.channels % _WIDE_UNITS.channels == 0 else _UNITS
+            tile = _SHORT_UNITS if units.spec.tokens <= _SHORT_UNITS.tokens else tile
+            small = replace(tile, channels=min(tile.channels, most))
+            self._units_of = (table.bfloat16(), inverse.bfloat16(), small)
         # Of each channel of a unit, where it belongs among a token's keys of all heads and then its values.
         one = (units.heads, 1, units.spec.head_dim)
         target = torch.arange(units.count * units.channels, dtype=torch.int32).view(2, *one)
         self._target = units.joined(target[0], target[1]).contiguous().to(device)
         self._units, self._channels, self._token_bytes = units.count, units.channels, len(transform.parts)
-        self._tile = min(_CHANNELS, max(_LEAST, triton.next_power_of_2(self._channels)))
 
-        keys, values = (torch.empty(1, *one, device=device) for _ in range(2))
-        self(torch.zeros(1, self._token_bytes, dtype=torch.uint8, device=device), keys, values)
+        for dtype in (torch.float32, torch.bfloat16):
+            keys, values = (torch.empty(1, *one, device=device, dtype=dtype) for _ in range(2))
+            self(torch.zeros(1, self._token_bytes, dtype=torch.uint8, device=device), keys, values)
 
     def __call__(self, payloads: Tensor, keys: Tensor, values: Tensor) -> None:
         """Decode ``uint8[n, at least width * token_bytes]`` into two contiguous ``[n, heads, width, head_dim]``.
 
-        These are of any floating type, and all on the transform's device. Payloads need not be aligned. Nothing waits
+        These are of one floating type, and all on the transform's device. Payloads need not be aligned. Nothing waits
         for the device.
         """
         n, heads, width, head_dim = keys.shape
@@ -70,7 +102,9 @@ class TritonDecoder:
             return
         if payloads.stride(1) != 1:
             payloads = payloads.contiguous()
-        grid = (n * triton.cdiv(width, _TOKENS), self._units * triton.cdiv(self._channels, self._tile))
+        use = self._plain if keys.dtype == torch.float32 else self._units_of or self._plain
+        table, inverse, tile = use
+        grid = (n * triton.cdiv(width, tile.tokens), self._units * triton.cdiv(self._channels, tile.channels))
         with torch.cuda.device(payloads.get_device()):  # Triton launches on the current one
             decode_tile[grid](
                 payloads,
@@ -80,8 +114,8 @@ class TritonDecoder:
                 self._bytes,
                 self._sizes,
                 self._starts,
-                self._table,
-                self._inverse,
+                table,
+                inverse,
                 self._mean,
                 self._target,
                 keys,
@@ -90,9 +124,11 @@ class TritonDecoder:
                 HEADS=heads,
                 HEAD_DIM=head_dim,
                 CHANNELS=self._channels,
-                TILE_TOKENS=_TOKENS,
-                TILE_CHANNELS=self._tile,
-                STEP=_COORDINATES,
+                TILE_TOKENS=tile.tokens,
+                TILE_CHANNELS=tile.channels,
+                STEP=tile.coordinates,
+                WIDENS=not payloads.is_cuda,
+                num_warps=tile.warps,
                 enable_fp_fusion=True,
             )
 
@@ -108,8 +144,8 @@ def decode_tile(  # type: ignore[no-untyped-def] # what is written as a type is 
     positions,  # int32[rows]: the byte of a token that is the row's code
     sizes,  # int32[rows]: floats of a centroid; 0 for a coordinate that is always zero
     starts,  # int32[rows]: where the coordinate of centroid 0 is in the table
-    table,  # float32
-    inverse,  # float32[rows, CHANNELS]
+    table,  # float32, or bfloat16 for matrix units
+    inverse,  # of the same type, [rows, CHANNELS]
     mean,  # float32[units, CHANNELS]
     target,  # int32[units, CHANNELS]: place among keys, then values, HEADS * HEAD_DIM of each
     keys,  # [n, HEADS, width, HEAD_DIM]
@@ -121,6 +157,7 @@ def decode_tile(  # type: ignore[no-untyped-def] # what is written as a type is 
     TILE_TOKENS: tl.constexpr,  # noqa: N803
     TILE_CHANNELS: tl.constexpr,  # noqa: N803
     STEP: tl.constexpr,  # noqa: N803
+    WIDENS: tl.constexpr,  # noqa: N803 - in Triton's interpreter, which multiplies no bfloat16; the products are equal
 ):
     """Programs: tiles of all memories' tokens, by tiles of all units' channels."""
     tiles = tl.cdiv(width, TILE_TOKENS)
@@ -144,6 +181,8 @@ def decode_tile(  # type: ignore[no-untyped-def] # what is written as a type is 
         coordinates = tl.load(table + first[None, :] + code * size[None, :], mask=coded, other=0.0)
         rows = inverse + row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
         transform = tl.load(rows, mask=kept[:, None] & channel_exists[None, :], other=0.0)
+        if WIDENS:
+            coordinates, transform = coordinates.to(tl.float32), transform.to(tl.float32)
         total = tl.dot(coordinates, transform, total, input_precision="ieee")
     total += tl.load(mean + unit * CHANNELS + channel, mask=channel_exists, other=0.0)[None, :]
 
