@@ -1,8 +1,9 @@
-"""`Pipeline`: takes groups of references through model, codec, embedder and home, in up to three threads."""
+"""`Pipeline`: takes groups of references through model, codec, embedder and home, in up to four threads."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -43,11 +44,22 @@ class Clock:
             self.seconds[name] += more
 
 
+@dataclass(frozen=True, slots=True)
+class _Threads:
+    """Where jobs are done: each function gives one away, or does it."""
+
+    encode: Callable[[Job], object]
+    embed: Callable[[Job], object]
+    embedded: Callable[[], None]
+    """Waits until all is embedded."""
+
+
 class Pipeline:
     """Runs groups through the phases from ``model`` to ``commit``. A few groups are in memory at a time.
 
     The model runs in the caller's thread. While it computes a group, another thread commits the one before. With
-    ``parallel`` a third thread encodes and embeds the last batches of the model in the meantime.
+    ``parallel`` a third thread encodes the last batches of the model in the meantime, and a fourth embeds the group: on
+    an accelerator each on a stream of its own.
     """
 
     def __init__(self, adapter: Adapter, embedder: Embedder, clock: Clock, *, batch_size: int, parallel: bool) -> None:
@@ -74,17 +86,17 @@ class Pipeline:
 
         with ExitStack() as workers:
             commits = workers.enter_context(Worker(ahead=1))
-            encode = self._encoding(workers)
+            threads = self._threads(workers)
             for store, group in groups:
                 passed(0)
                 embed, read = store is not Group.fill, store is not Group.catalogue
-                self._compute(group, encode, passed, embed=embed, read=read)
-                encode(partial(commits.do, partial(self.store, store, group)))
+                self._compute(group, threads, passed, embed=embed, read=read)
+                threads.encode(partial(commits.do, partial(self.store, store, group)))
 
     def compute(self, encoding: Encoding, *, embed: bool = True, read: bool = True) -> None:
         """Compute one group that another process will store; ``read``: by the model."""
         with ExitStack() as workers:
-            self._compute(encoding, self._encoding(workers), lambda _: None, embed=embed, read=read)
+            self._compute(encoding, self._threads(workers), lambda _: None, embed=embed, read=read)
 
     def store(self, store: Store, group: Group) -> None:
         """Make the transaction of a computed group. For one thread at a time."""
@@ -92,30 +104,34 @@ class Pipeline:
             store(group)
         self.bytes += 0 if store is Group.catalogue else group.bytes
 
-    def _encoding(self, workers: ExitStack) -> Callable[[Job], object]:
-        """Does jobs of encoding and embedding: in turn, or in a thread that ends with ``workers``."""
-        return workers.enter_context(Worker(ahead=_BATCHES_AHEAD)).do if self._parallel else lambda job: job()
+    def _threads(self, workers: ExitStack) -> _Threads:
+        """In turn, or in threads that end with ``workers``."""
+        if not self._parallel:
+            return _Threads(lambda job: job(), lambda job: job(), lambda: None)
+        embeds = workers.enter_context(Worker(ahead=1))
+        return _Threads(workers.enter_context(Worker(ahead=_BATCHES_AHEAD)).do, embeds.do, embeds.finish)
 
     def _compute(
         self,
         group: Encoding,
-        encode: Callable[[Job], object],
+        threads: _Threads,
         passed: Callable[[int], None],
         *,
         embed: bool,
         read: bool,
     ) -> None:
         if group.references and embed:
-            encode(self._timed("embed", partial(group.embed, self._embedder)))
+            threads.embed(self._timed("embed", partial(group.embed, self._embedder)))
         for rows in batches(group.references, self._batch_size) if read else ():
             with self.clock.phase("model"):
                 memories = self._adapter.encode(group.texts(rows, self._adapter))
             put = partial(group.put, rows, memories)
-            encode(self._timed("encode", put, (memories.keys, memories.values)))
+            threads.encode(self._timed("encode", put, (memories.keys, memories.values)))
             del put, memories  # the worker's now, or gone: the model needs the room
             passed(len(rows))
         if not read:
             passed(len(group.references))
+        threads.embedded()  # in this thread, whose waiting an interrupt may end
 
     def _timed(self, phase: str, work: Job, tensors: "Sequence[Tensor]" = ()) -> Job:
         """A job that does the work once the device has computed ``tensors``."""

@@ -63,9 +63,9 @@ class Writer:
     """Writes into one bank with one model and one embedder. One call at a time.
 
     The model runs in the caller's thread. While it computes a group, the one before is committed by another thread;
-    with ``parallel``, a third one encodes and embeds at the same time the last batches of the model. That is the
-    default where the model is not on a CPU. On a CPU, encoding would take its cores from the model. With a pool of
-    encoders, this process reads only the references that a codec is trained on, and commits.
+    with ``parallel``, a third one encodes the last batches of the model at the same time, and a fourth embeds the
+    group. That is the default where the model is not on a CPU. On a CPU, they would take its cores from the model. With
+    a pool of encoders, this process reads only the references that a codec is trained on, and commits.
     """
 
     def __init__(

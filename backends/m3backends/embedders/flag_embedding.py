@@ -10,6 +10,7 @@ import torch
 from m3backends.embedders.loading import (
     PROBE,
     LocalEmbedder,
+    batch_of,
     check_counts,
     find_model,
     import_extra,
@@ -54,12 +55,12 @@ class FlagEmbedder(LocalEmbedder):
         path: str | Path,
         *,
         device: str = "cpu",
-        batch_size: int = 32,
+        batch_size: int | None = None,
         max_length: int = 512,
         query_instruction: str | None = None,
         model_class: str | None = None,
     ) -> None:
-        check_counts(_KIND, batch_size=batch_size, max_length=max_length)
+        check_counts(_KIND, batch_size=1 if batch_size is None else batch_size, max_length=max_length)
         if model_class not in (None, M3, BASE):
             raise ConfigError(f"embedder {_KIND}: model_class must be {M3} or {BASE}, not {model_class!r}")
         folder = find_model(path, _KIND)
@@ -73,7 +74,7 @@ class FlagEmbedder(LocalEmbedder):
             self._flag = load(str(folder), pooling_method=pooling, use_fp16=self._device != "cpu", devices=self._device)
             self._flag.model.to(self._device).eval()
         self._encoder: torch.nn.Module = self._flag.model.model if self._class == M3 else self._flag.model
-        self._batch_size = batch_size
+        self._batch_size = batch_of(batch_size, self._device)
         self._max_length = min(max_length, _positions(self._encoder))
         self._instruction = _instruction(name) if query_instruction is None else query_instruction
         settings = {

@@ -182,6 +182,11 @@ def unit_rows(rows: Sequence[Embeddings] | Embeddings, dim: int, kind: str) -> E
     return unit
 
 
+def batch_of(batch_size: int | None, device: str) -> int:
+    """Texts of one forward pass: as is said, or as many as the device takes without a loss."""
+    return batch_size or (32 if device == "cpu" else 256)
+
+
 def check_counts(kind: str, **counts: int) -> None:
     """Raise `ConfigError` unless every option is at least 1."""
     for name, count in counts.items():

@@ -12,6 +12,7 @@ from m3backends.embedders.bert import MeanOfTokens
 from m3backends.embedders.loading import (
     PROBE,
     LocalEmbedder,
+    batch_of,
     check_counts,
     find_model,
     import_extra,
@@ -46,13 +47,13 @@ class SentenceTransformersEmbedder(LocalEmbedder):
         path: str | Path,
         *,
         device: str = "cpu",
-        batch_size: int = 32,
+        batch_size: int | None = None,
         query_prompt: str | None = None,
         reference_prompt: str | None = None,
     ) -> None:
-        check_counts(self.kind, batch_size=batch_size)
+        check_counts(self.kind, batch_size=1 if batch_size is None else batch_size)
         folder, device = find_model(path, self.kind), str(resolve(device, "embedder.device"))
-        self._batch_size = batch_size
+        self._batch_size = batch_of(batch_size, device)
         self._prompts = {"query": query_prompt, "reference": reference_prompt}
         self._light = MeanOfTokens.of(folder, device)
         if self._light is not None:
