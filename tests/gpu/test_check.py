@@ -13,7 +13,7 @@ from tests.gpu import install, report
 from tests.gpu.report import Check, Figure
 
 ROOT = Path(__file__).parents[2]
-CHECKS = ("suite", "write", "decode", "codec", "tiers", "recall", "sharing", "preset")
+CHECKS = ("suite", "write", "decode", "codec", "train", "tiers", "recall", "sharing", "preset")
 
 
 def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
