@@ -14,8 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from m3model.attention.implementation import prepare
 from m3model.memory3 import NO_LABEL, Memory3Config, Memory3ForCausalLM, register
+from m3model.training.run import memory3_config
 from m3model.transformers import TransformersAdapter
-from m3runtime.config.schema import MemoryConfig, ModelConfig
+from m3runtime.config.schema import Config, MemoryConfig, ModelConfig
+from m3runtime.errors import ConfigError
 from tests.model.families import ALIKE, LAYERS, REFERENCE_TOKENS, make_model, make_tokenizer, windows, with_masks
 
 CPU = torch.device("cpu")
@@ -292,6 +294,15 @@ def test_specs_that_no_model_has_are_refused() -> None:
     with pytest.raises(ValueError, match="tokens_per_head"):
         Memory3Config(text_config=text, tokens_per_head=9, reference_tokens=8)
     assert Memory3Config(text_config=text).memory_layers == [0, 1]
+
+
+def test_heads_of_several_shapes_are_not_trained_to_choose_tokens() -> None:
+    config = Config.model_validate(
+        {"bank": "bank", "model": {"path": "m"}, "embedder": {"path": "e"}, "memory": {"tokens_per_head": 4}}
+    )
+    with pytest.raises(ConfigError, match=r"^memory\.tokens_per_head must be all: the layers of this model have"):
+        memory3_config(make_model("gemma4_text"), make_tokenizer(), config)
+    assert memory3_config(make_model("llama"), make_tokenizer(), config).tokens_per_head == 4
 
 
 def test_more_text_than_chunks_is_refused() -> None:
