@@ -4,23 +4,16 @@ Run it in the environment of `make test-vllm`, with nothing else on the machine:
 
     OMP_NUM_THREADS=1 .venv-vllm/bin/python demo/vllm_cost.py m3.yaml
 
-With ``--unused 20`` it only compares a connector that nothing uses with none: two engines, each in its own process,
-answer the same 20 times, in turns, and the ratio of their CPU seconds is given with its 95 % interval. A loaded machine
-does that no harm.
+`vllm_unused.py` has what a connector costs that nothing uses.
 """
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import resource
-import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
+from typing import Any
 
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -78,57 +71,15 @@ def opened(config: str, connector: bool) -> Any:
     """VLLM's engine, with the connector or without."""
     from vllm import LLM
 
+    from m3model.vllm.settings import checkpoint_of
     from m3runtime.config.schema import Config
 
-    model = Config.load(config).model.path
+    model = checkpoint_of(Config.load(config))
     if not connector:
         return LLM(model=model, **OPTIONS)
     transfer = {"kv_connector": "MemoryConnector", "kv_connector_module_path": "m3model.vllm.connector",
                 "kv_role": "kv_both", "kv_connector_extra_config": {"config": config}}  # fmt: skip
     return LLM(model=model, kv_transfer_config=transfer, async_scheduling=False, **OPTIONS)
-
-
-def unused(config: str, connector: bool, pipe: "Connection") -> None:
-    """Answer when told to, and tell CPU seconds: first tokens and further ones, of 1 request and of 8."""
-    llm = opened(config, connector)
-    tokenizer = llm.get_tokenizer()
-
-    def asked(number: int, run: str) -> tuple[list[int], None]:
-        text = f"Request {run}-{number}." + QUESTION.format(TOPICS[number])
-        return [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]], None
-
-    while (run := pipe.recv()) is not None:
-        found = {}
-        for batch in (1, 8):
-            firsts = [timed(llm, [asked(number, f"{run}.{each}") for number in range(batch)], 1) for each in range(3)]
-            whole = timed(llm, [asked(number, f"{run}.all") for number in range(batch)], TOKENS + 1)
-            found[f"first token, batch {batch}"] = statistics.fmean(firsts)
-            found[f"decoding, batch {batch}"] = whole - min(firsts)
-        pipe.send(found)
-
-
-def compare_unused(config: str, rounds: int) -> None:
-    """Print how much a connector that nothing uses costs, in per cent."""
-    spawn = multiprocessing.get_context("spawn")
-    pipes = []
-    for connector in (False, True):
-        ours, theirs = spawn.Pipe()
-        spawn.Process(target=unused, args=(config, connector, theirs), daemon=True).start()
-        pipes.append(ours)
-    found: list[tuple[dict[str, float], dict[str, float]]] = []
-    for run in range(rounds + 1):
-        pair: list[Any] = [None, None]
-        for which in (0, 1) if run % 2 else (1, 0):
-            pipes[which].send(run)
-            pair[which] = pipes[which].recv()
-        if run:  # the first one warms up
-            found.append((pair[0], pair[1]))
-    for name in found[0][0]:
-        ratios = [math.log(with_it[name] / without[name]) for without, with_it in found]
-        middle, error = statistics.fmean(ratios), 1.96 * statistics.stdev(ratios) / math.sqrt(rounds)
-        lost = [round(100 * math.expm1(middle + one * error), 2) for one in (0, -1, 1)]
-        seconds = [round(statistics.fmean(one[which][name] for one in found), 4) for which in (0, 1)]
-        print(json.dumps({"what": name, "lost_percent": lost[0], "interval": lost[1:], "cpu_s": seconds}), flush=True)
 
 
 def work(config: str, connector: bool) -> None:
@@ -179,13 +130,8 @@ def work(config: str, connector: bool) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
-    parser.add_argument("--unused", type=int, metavar="ROUNDS")
-    given = parser.parse_args()
-    file = str(given.config.resolve())
-    if given.unused:
-        compare_unused(file, given.unused)
-    else:
-        for with_connector in (False, True):
-            process = multiprocessing.get_context("spawn").Process(target=work, args=(file, with_connector))
-            process.start()
-            process.join()
+    file = str(parser.parse_args().config.resolve())
+    for with_connector in (False, True):
+        process = multiprocessing.get_context("spawn").Process(target=work, args=(file, with_connector))
+        process.start()
+        process.join()
