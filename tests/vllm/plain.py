@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import pytest
 from openai import OpenAI
 
 from m3model.vllm.head import load_head
@@ -79,13 +80,15 @@ def plain_server(config: Config, folder: Path, *more: str) -> Iterator[Plain]:
     )
     url = f"http://127.0.0.1:{port}/v1"
     try:
-        for _ in range(300):
+        for _ in range(900):  # a machine that does much else takes minutes
             try:
                 if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
                     break
             except httpx.TransportError:
                 assert server.poll() is None
             time.sleep(1)
+        else:
+            pytest.fail("the server does not start")
         client = OpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=300)
         yield Plain(url, client, load_head(file, block=32), file, server)
     finally:
