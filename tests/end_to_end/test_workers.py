@@ -11,19 +11,26 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from m3backends.lmdb.home import LmdbHome
+from m3runtime import assembly
+from m3runtime.cli.write import pool_of
 from m3runtime.config.schema import Config
 from m3runtime.documents.document import Document
+from m3runtime.documents.sources import SourceState
 from m3runtime.errors import EncoderError, InputError
 from m3runtime.lab.bench.servers import BUCKET, s3_server, weed
 from m3runtime.memory.block import HEADER_BYTES
+from m3runtime.storage.home import Batch
 from m3runtime.writing.encoders.encoder import Encoded, Encoder, Failed, Setup, Task
 from m3runtime.writing.encoders.pool import EncoderPool, Lost
+from m3runtime.writing.encoders.processes import ProcessPool
 from m3runtime.writing.encoding import GROUP
 from m3runtime.writing.writer import Writer
 from tests.end_to_end.commands import M3, Contents, Place, contents, environment, records
@@ -96,16 +103,22 @@ def written(folder: Path, count: int, pool: EncoderPool | None, *, catalogue: bo
     Returns what the bank holds. Progress counts each text once.
     """
     file = configured(folder)
-    writer = Writer(Config.load(file, environ={}), WordModel(), HashedWords("", dim=DIM), pool=pool)
-    writer.write([Document(f"{n % 7}.txt", one) for n, one in enumerate(texts(count)[:9])], catalogue=catalogue)
+    config = Config.load(file, environ={})
+    model, embedder = WordModel(), HashedWords("", dim=DIM)
+    before = Writer(config, model, embedder)
+    before.write([Document(f"{n % 7}.txt", one) for n, one in enumerate(texts(count)[:9])], catalogue=catalogue)
     counts = [0]
 
     def progress(title: str, done: int, total: int) -> None:
         assert counts[-1] <= done <= total == count
         counts.append(done)
 
-    report = writer.write([Document(f"{n % 8}.txt", one) for n, one in enumerate(texts(count))], progress=progress)
+    states = {f"{n}.txt": SourceState(1, n, "0" * 32, "") for n in range(min(8, count))}
+    documents = [Document(f"{n % 8}.txt", one) for n, one in enumerate(texts(count))]
+    report = Writer(config, model, embedder, pool=pool).write(documents, progress=progress, states=lambda: states)
     assert counts[-1] == count
+    with assembly.open_home(config, read_only=True)(path=config.bank / "home") as home:
+        assert home.states() == states
     assert report.written == (count if catalogue else max(0, count - 9))
     return contents(file)
 
@@ -115,13 +128,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, bool], Co
     """The banks of a writer without encoders, by the number of texts and whether some were catalogued before."""
     return {
         (count, catalogue): written(tmp_path_factory.mktemp("alone"), count, None, catalogue=catalogue)
-        for count in (10, 3 * GROUP + 5)
+        for count in (10, 2 * GROUP)
         for catalogue in (False, True)
     }
 
 
 @given(seed=st.integers(0, 1 << 30), size=st.integers(1, 4), data=st.data())
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_whichever_encoders_die_the_bank_is_the_same(
     seed: int,
     size: int,
@@ -140,13 +153,36 @@ def test_whichever_encoders_die_the_bank_is_the_same(
     pool = MortalPool(size, random, dies)
     there = written(tmp_path_factory.mktemp("many"), count, pool, catalogue=catalogue)
     assert there == alone[count, catalogue]
-    assert pool.closed == 2
+    assert pool.closed == 1
+
+
+class Latest(Random):
+    """Chooses the last, so that the first group is the last one that is answered."""
+
+    def choice(self, seq: Sequence[Any]) -> Any:
+        return seq[-1]
+
+
+def test_groups_that_wait_for_the_first_are_committed_together(
+    alone: dict[tuple[int, bool], Contents], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committed = list[int]()
+    real = LmdbHome.commit
+
+    def commit(self: LmdbHome, batch: Batch, **more: Any) -> None:
+        committed.append(len(batch.ids))
+        real(self, batch, **more)
+
+    monkeypatch.setattr(LmdbHome, "commit", commit)
+    count = 2 * GROUP
+    assert written(tmp_path, count, MortalPool(4, Latest(), lambda _: False)) == alone[count, False]
+    assert committed == [9, count - 9]
 
 
 def test_encoders_that_always_die_end_the_write(tmp_path: Path) -> None:
     pool = MortalPool(3, Random(1), lambda first: first == 9 + GROUP)
     with pytest.raises(EncoderError, match=r"^5 encoders died .* from \d\.txt on; the last: Killed\. Is there memory"):
-        written(tmp_path, 3 * GROUP, pool)
+        written(tmp_path, 2 * GROUP + 9, pool)
     assert len(contents(tmp_path / "m3.yaml").blocks) in (9, 9 + GROUP), "none after it"
     assert pool.closed
 
@@ -199,20 +235,19 @@ def command(process: int) -> bytes:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_processes_write_the_bank_of_one(tmp_path: Path) -> None:
-    places = []
-    for name, more, kills in (("one", (), 0), ("two", ("--workers", 2), 1)):
-        place = Place(configured(tmp_path / name).parent)
-        place.text("corpus.jsonl", records(texts(3 * GROUP)))
-        with killer(os.getpid(), Random(1), kills, 0.01) as killed:
-            result = place.m3("write", "corpus.jsonl", *more, "--json")
-        assert result.json["written"] == 3 * GROUP
-        assert len(killed) == kills
-        places.append(place)
-        assert place.m3("write", "corpus.jsonl", "--json").json["sources"]["unchanged"] == ["corpus.jsonl"]
-    one, two = (place.contents() for place in places)
-    assert two == one
+def test_a_process_that_is_killed_is_started_again(alone: dict[tuple[int, bool], Contents], tmp_path: Path) -> None:
+    with killer(os.getpid(), Random(1), 1, 0.01) as killed:
+        there = written(tmp_path, 2 * GROUP, ProcessPool(1))
+    assert there == alone[2 * GROUP, False]
+    assert len(killed) == 1
     assert not children(os.getpid())
+
+
+def test_one_worker_is_the_writer_itself() -> None:
+    assert pool_of(None, None) is pool_of(1, None) is None
+    pool = pool_of(3, None)
+    assert isinstance(pool, ProcessPool)
+    assert pool.size == 3
 
 
 @pytest.fixture(scope="module")
@@ -290,6 +325,7 @@ def test_workers_killed_a_hundred_times(store: None, tmp_path: Path) -> None:
                 break
             writers += 1
         assert code == 0, (place.folder / "printed").read_text()
+        assert place.m3("write", "corpus.jsonl", "--json").json["sources"]["unchanged"] == ["corpus.jsonl"]
         there = place.contents()
         assert by_text(there) == by_text(whole)
         assert lives > 1 or there == whole, "the same ids, too"
