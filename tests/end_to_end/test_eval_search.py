@@ -40,7 +40,9 @@ def test_kinds_of_search_are_compared(pairs: Place) -> None:
     assert (pairs.folder / "out/report.md").exists()
     assert not pairs.bank.exists()
 
-    (table,) = pairs.m3("eval", "floor", *sizes, *more).json["tables"]
+    refused = pairs.m3("eval", "floor", *sizes, *more)
+    assert "units: no question is left that none of 10 texts answers; set --texts" in refused.err
+    (table,) = pairs.m3("eval", "floor", "--questions", 5, "--texts", 6, *more).json["tables"]
     assert [row[0] for row in table["rows"][::3]] == ["facts", "manual", "code", "units"]
     assert all(row[4]["count"] == 5 for row in table["rows"])
 

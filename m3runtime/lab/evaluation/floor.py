@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from m3runtime import assembly
 from m3runtime.config.schema import Config
+from m3runtime.errors import InputError
 from m3runtime.lab.evaluation import corpora
 from m3runtime.lab.evaluation.corpora import Corpus
 from m3runtime.lab.evaluation.report import Report, Table
@@ -68,10 +69,18 @@ class Nearest:
 
 
 def evaluate_floor(config: Config, settings: FloorSettings, progress: OnProgress) -> Report:
-    """Ask corpora that no bank holds what their texts answer, and what none of them answers. No model is loaded."""
+    """Ask corpora that no bank holds what their texts answer, and what none of them answers. No model is loaded.
+
+    Raises `InputError` for a corpus of which all questions are answered.
+    """
     sizes = (settings.seed, settings.questions, settings.texts)
     tried = [corpora.facts(*sizes[:2]), corpora.docstrings(*sizes), corpora.code(*sizes)]
     tried += [corpora.pairs(Path(path), *sizes) for path in settings.pairs]
+    for corpus in tried:
+        if not corpus.unanswerable:
+            raise InputError(
+                f"{corpus.name}: no question is left that none of {len(corpus.texts)} texts answers; set --texts"
+            )
     embedder = assembly.open_embedder(config)
     try:
         found = {corpus.name: nearest(embedder, corpus, settings.seed, progress) for corpus in tried}
