@@ -87,7 +87,7 @@ class TransformersAdapter(Adapter):
             dtype=str(self.layout.dtype).removeprefix("torch."),
             heads=self.layout.pieces,
         )
-        if not self.spec.dense and memory.select_by == "attention":
+        if not self.spec.dense and (memory.select_by == "attention" or self.layout.again):
             attention_modules(model, self.spec.layers)  # or the mistake would show only while a bank is written
         elif not self.spec.dense and (self.layout.shares or not self.layout.alike):
             raise ConfigError("memory.select_by must be attention: layers of this model are not alike, or share keys")

@@ -172,7 +172,7 @@ def carried_adapter(model: Any) -> TransformersAdapter:
 
 
 @pytest.mark.parametrize("tokens", [REFERENCE_TOKENS, 4], ids=["dense", "sparse"])
-@pytest.mark.parametrize("family", ALIKE)
+@pytest.mark.parametrize("family", [*ALIKE, "nemotron"])
 def test_the_adapter_reads_what_training_read(family: str, tokens: int) -> None:
     model = memory3(family, tokens=tokens)
     adapter = carried_adapter(model)

@@ -39,9 +39,14 @@ def prepare(model: Any) -> None:
     model.set_attn_implementation(IMPLEMENTATION)
 
 
-def _hand_down(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Hand our cache, which attention has as the library's alone, to `memory_attention` too."""
-    cache = next((kwargs[name] for name in CACHE_NAMES if name in kwargs), None)
+def _hand_down(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Hand our cache, which attention has as the library's alone, to `memory_attention` too.
+
+    In a training pass that is the layer of the cache.
+    """
+    cache: Any = next((kwargs[name] for name in CACHE_NAMES if name in kwargs), None)
+    if hasattr(cache, "layer"):
+        cache = cache.layer(attention.layer_idx)
     return args, {**kwargs, "m3_cache": cache} if hasattr(cache, "attend") else kwargs
 
 
