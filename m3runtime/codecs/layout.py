@@ -85,7 +85,8 @@ def all_vectors(memories: MemoryTensors, spec: MemorySpec) -> tuple[Tensor, Tens
     """
     pair, faults = [], []
     exists = memories.exists()
-    places = exists.flatten().nonzero()[:, 0].to(memories.keys.device)  # of `exists`, which lies on the CPU
+    places = exists.flatten().nonzero()[:, 0]  # of `exists`, which lies on the CPU
+    places = places.to(memories.keys.device, non_blocking=True)
     for x in (memories.keys, memories.values):
         x = x.permute(1, 2, 0, 3, 4).reshape(spec.vectors_per_token, -1, spec.head_dim)
         own = x.index_select(1, places).to(torch.float32)

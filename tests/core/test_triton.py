@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton when i
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 TRITON = importlib.util.find_spec("triton") is not None
 if TRITON:
-    from m3runtime.codecs.product.kernels import by_triton
+    from m3runtime.codecs.product.kernels import by_triton, nearest_by_triton
     from m3runtime.codecs.product.kernels.by_triton import UNITS_TOLERANCE, Tile
 
 needs_triton = pytest.mark.skipif(not TRITON, reason="needs Triton")
@@ -261,43 +262,66 @@ def test_a_triton_that_is_missing_is_not(caplog: pytest.LogCaptureFixture, monke
     assert not caplog.text
 
 
-def ptx(capability: int, kind: str, tile: Tile, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The kernel compiled for a GPU that is not here, with numbers of this kind."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+def compiled(
+    kernel: Any, kinds: dict[str, str], constants: dict[str, Any], capability: int = 90, warps: int = 4
+) -> str:
+    """A kernel in the language of a GPU that is not here."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from m3runtime.codecs.product.kernels.by_triton import decode_tile
+    signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    options = {"enable_fp_fusion": True, "num_warps": warps}
+    return str(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"])
 
+
+def ptx(capability: int, kind: str, tile: Tile) -> str:
+    """The kernel that decodes, with numbers of this kind."""
     kinds = {"payloads": "*u8", "row_bytes": "i32", "width": "i32", "keys": kind, "values": kind, "mean": "*fp32"}
     kinds |= dict.fromkeys(("bounds", "positions", "sizes", "starts", "target"), "*i32")
     kinds |= dict.fromkeys(("table", "inverse"), kind)
     constants = {"TOKEN_BYTES": 123, "HEADS": 90, "HEAD_DIM": 64, "CHANNELS": 384}
     constants |= {"TILE_TOKENS": tile.tokens, "TILE_CHANNELS": tile.channels, "STEP": tile.coordinates, "WIDENS": False}
-    signature = {name: kinds.get(name, "constexpr") for name in decode_tile.arg_names}
-    source = triton.compiler.ASTSource(fn=decode_tile, signature=signature, constexprs=constants)
-    options = {"enable_fp_fusion": True, "num_warps": tile.warps}
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return str(made.asm["ptx"])
+    return compiled(by_triton.decode_tile, kinds, constants, capability, tile.warps)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled is compiled anew."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 @needs_triton
 @outside
-def test_it_compiles_to_sums_of_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("own_cache")
+def test_it_compiles_to_sums_of_float32() -> None:
     """Matrix units would round to TF32."""
-    made = ptx(90, "*fp32", by_triton._PLAIN, tmp_path, monkeypatch)
+    made = ptx(90, "*fp32", by_triton._PLAIN)
     assert "fma.rn.f32" in made
     assert "mma" not in made
 
 
 @needs_triton
 @outside
+@pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize(("capability", "units"), [(80, "mma.sync"), (90, "wgmma")])
-def test_it_compiles_to_matrix_units(
-    capability: int, units: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_compiles_to_matrix_units(capability: int, units: str) -> None:
     """Their sums are of float32."""
-    made = ptx(capability, "*bf16", by_triton._WIDE_UNITS, tmp_path, monkeypatch)
+    made = ptx(capability, "*bf16", by_triton._WIDE_UNITS)
     found = [line for line in made.splitlines() if units in line and "bf16" in line]
     assert found
     assert all(".f32.bf16.bf16" in line for line in found)
+
+
+@needs_triton
+@outside
+@pytest.mark.usefixtures("own_cache")
+def test_the_search_of_centroids_compiles() -> None:
+    """And keeps its scores in registers: it stores codes alone."""
+    kinds = {"x": "*fp32", "places": "*i64", "against": "*fp32", "out": "*u8"}
+    kinds |= dict.fromkeys(("row_step", "token_step", "tokens", "out_step"), "i32")
+    made = compiled(nearest_by_triton.nearest_tile, kinds, {"SIZE": 8, "CENTROIDS": CENTROIDS, "TILE": 32})
+    assert "fma.rn.f32" in made
+    stored = [line for line in made.splitlines() if "st.global" in line]
+    assert stored
+    assert all(".b8" in line for line in stored)
