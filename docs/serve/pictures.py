@@ -38,6 +38,7 @@ def forget(page: Page) -> None:
     button.click()
     button.click()
     page.locator("#jobs li[data-kind=forget].done").wait_for()
+    page.evaluate("scrollTo(0, 0)")
 
 
 def main(address: str) -> None:

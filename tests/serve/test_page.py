@@ -127,6 +127,8 @@ def test_the_same_question_three_times(browser: "Browser", shared: str) -> None:
         first = memory.locator(".chunk").first  # recalled by the question
         assert text.locator(".source").all_inner_texts() == first.locator(".source").all_inner_texts() != []
         assert nothing.locator(".source").count() == 0
+        of_all = "lists => lists.map(one => getComputedStyle(one).listStyleType)"
+        assert set(page.locator("#columns ol").evaluate_all(of_all)) == {"none"}  # all are shown alike
         tokens = [re.search(r"(\d+) tokens of the prompt", one.inner_text()) for one in (text, nothing)]
         assert tokens[0]
         assert tokens[1]

@@ -83,7 +83,7 @@ function showMemories(into, read, said) {
 function referencesOf(references) {
   const title = `${references.length} ${references.length === 1 ? "reference" : "references"} in the prompt`;
   const items = references.map((one) => h("li", {}, memoryOf(one)));
-  return h("details", { class: "read", open: true }, h("summary", {}, title), h("ol", {}, items));
+  return h("details", { class: "read", open: true }, h("summary", {}, title), h("ol", { class: "results" }, items));
 }
 
 function chunkOf(number, memories, part, open) {
