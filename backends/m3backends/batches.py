@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError
-from m3runtime.memory.block import HEADER_BYTES, Ids, Rows, headers
+from m3runtime.memory.block import HEADER_BYTES, Ids, Rows, distinct, headers
 from m3runtime.storage.tier import check_rows
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def checked_embeddings(
         raise InputError(f"a batch of {count} ids has {len(references)} references, embeddings {vectors.shape}")
     if not np.isfinite(vectors).all():
         raise InputError("a batch has embeddings that are not finite")
-    if len(np.unique(ids)) != count:
+    if len(distinct(ids)) != count:
         raise InputError("a batch has an id twice")
     if not all(reference.places for reference in references):
         raise InputError("a batch has a reference without a place")

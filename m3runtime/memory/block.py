@@ -99,6 +99,18 @@ def as_ids(ids: Sequence[int] | Ids) -> Ids:
         raise InputError(f"there is no memory {max(ids, key=abs)}: ids lie between 0 and 2**64") from None
 
 
+def distinct(ids: Ids) -> Ids:
+    """The ids ascending, each once. `np.unique` takes 20 times as long for a million, since numpy 2.3 hashes them."""
+    ordered = np.sort(ids)
+    return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])] if len(ordered) else ordered
+
+
+def without(ids: Ids, others: Ids) -> Ids:
+    """The ids that are not among others. Each stands once in its array, which saves numpy seconds for a million."""
+    left: Ids = np.setdiff1d(ids, others, assume_unique=True)
+    return left
+
+
 def headers(blocks: Rows) -> npt.NDArray[np.void]:
     """The headers of ``uint8[n, slot]`` blocks as a structured array, field by field, without a copy when possible."""
     return np.ascontiguousarray(blocks[:, :HEADER_BYTES]).view(HEADER)[:, 0]

@@ -4,13 +4,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from m3runtime.bank import records
 from m3runtime.bank.bank import Bank
 from m3runtime.bank.index import catch_up
 from m3runtime.documents import expiry
-from m3runtime.memory.block import as_ids
+from m3runtime.memory.block import as_ids, without
 from m3runtime.recall.memory_store import MemoryStore
 from m3runtime.retrieval.derived import Derived
 from m3runtime.storage.hierarchy import Hierarchy
@@ -105,7 +103,7 @@ class Refresh:
         hidden = records.expired(self._bank.home, self._day)
         for index in self._indexes:
             catch_up(index, self._bank, cold=self._cold, hidden=hidden)
-        gone = np.setdiff1d(before, self._indexes[0].ids()).tolist()
+        gone = without(before, self._indexes[0].ids()).tolist()
         self._hierarchy.forget(gone)
         held = self._store.references()
         found = self._bank.home.references(as_ids(list(held)))

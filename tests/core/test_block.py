@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3runtime.errors import BlockError
-from m3runtime.memory.block import HEADER_BYTES, BlockStamp, Rows, check, headers, length, seal
+from m3runtime.memory.block import HEADER_BYTES, BlockStamp, Rows, check, distinct, headers, length, seal, without
 from m3runtime.testing.blocks import STAMP, make_blocks, make_ids
 
 ids = st.integers(0, 2**64 - 1)
@@ -78,3 +78,10 @@ def test_a_block_of_another_id_bank_or_codec_is_found() -> None:
         check(block, id=7, stamp=BlockStamp("0d" * 16, STAMP.codec))
     with pytest.raises(BlockError, match="another codec"):
         check(block, id=7, stamp=BlockStamp(STAMP.bank, "0d" * 16))
+
+
+@given(st.lists(ids), st.lists(ids))
+def test_sets_of_ids(some: list[int], others: list[int]) -> None:
+    one, other = (distinct(np.array(given, np.uint64)) for given in (some, others))
+    assert one.tolist() == sorted(set(some))
+    assert without(one, other).tolist() == sorted(set(some) - set(others))

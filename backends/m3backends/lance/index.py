@@ -13,7 +13,7 @@ from m3backends.lance.reader import embeddings_of
 from m3backends.lance.snapshot import Snapshot
 from m3backends.lance.table import LanceTable
 from m3runtime.errors import ConfigError, InputError, TierError
-from m3runtime.memory.block import Ids, as_ids
+from m3runtime.memory.block import Ids, as_ids, distinct, without
 from m3runtime.retrieval.embedder import Embeddings
 from m3runtime.storage.home import Home
 from m3runtime.storage.home_index import HomeIndex
@@ -66,14 +66,14 @@ class LanceIndex(HomeIndex):
     def hold(self, ids: Ids) -> None:
         """Find these ids from now on. In an object store the index is loaded into memory, if it is not there."""
         with self._lock:
-            self._held = np.union1d(self._held, ids.astype(np.uint64))
+            self._held = distinct(np.concatenate([self._held, ids.astype(np.uint64)]))
         if self._table is not None and self._table.location.folder is None:
             self._table.read(self._load)
 
     def remove(self, ids: Ids) -> None:
         """Do not find these ids any more; unknown ones are passed over."""
         with self._lock:
-            self._held = np.setdiff1d(self._held, ids.astype(np.uint64), assume_unique=False)
+            self._held = without(self._held, distinct(ids.astype(np.uint64)))
 
     def ids(self) -> Ids:
         """All ids held, ascending."""

@@ -54,7 +54,7 @@ class BlockPlaces:
 
     def _sorted(self, snapshot: Snapshot) -> tuple[Ids, RowIds]:
         if self._ids is None:
-            found = snapshot.table("block_id is not null", ["block_id"], with_row_id=True)
+            found = snapshot.table("block_id is not null", ["block_id"], with_row_id=True, use_scalar_index=False)
             self._join(found["block_id"].to_numpy(), found["_rowid"].to_numpy())
         elif len(self._late) > _LATE:
             self._join(as_ids(list(self._late)), np.array(list(self._late.values())))

@@ -28,7 +28,7 @@ from m3backends.records import digest, unpack_reference, unpack_state
 from m3runtime.documents.reference import Reference
 from m3runtime.documents.sources import SourceState
 from m3runtime.errors import RecordError
-from m3runtime.memory.block import Found, Ids, Rows, as_ids
+from m3runtime.memory.block import Found, Ids, Rows, as_ids, distinct, without
 from m3runtime.storage.home import Home
 from m3runtime.storage.tier import check_ids, check_rows, read_by_host
 
@@ -122,7 +122,7 @@ class LanceReader(Home):
 
         def work(snapshot: Snapshot) -> Ids:
             if ids is None:
-                return np.setdiff1d(remembered(snapshot, "id"), remembered(snapshot, "block_id"), assume_unique=True)
+                return without(remembered(snapshot, "id"), remembered(snapshot, "block_id"))
             return cold_among(snapshot, np.unique(ids))
 
         return self._table.read(work)
@@ -246,8 +246,8 @@ def as_reference(bank: str, row: Mapping[str, Any]) -> Reference:
 
 def remembered(snapshot: Snapshot, column: str) -> Ids:
     """The ids in a column, ascending, without quarantined ones."""
-    ids = np.unique(snapshot.table(f"{column} is not null", [column])[column].to_numpy())
-    return np.setdiff1d(ids, as_ids(list(snapshot.marks)), assume_unique=True)
+    ids = distinct(snapshot.table(f"{column} is not null", [column], use_scalar_index=False)[column].to_numpy())
+    return without(ids, as_ids(list(snapshot.marks)))
 
 
 def cold_among(snapshot: Snapshot, ids: Ids) -> Ids:

@@ -10,7 +10,7 @@ from usearch.index import BatchMatches
 from usearch.index import Index as NativeIndex
 
 from m3runtime.errors import ConfigError, IndexFileError, InputError
-from m3runtime.memory.block import Ids
+from m3runtime.memory.block import Ids, distinct
 from m3runtime.retrieval.embedder import Embeddings
 from m3runtime.retrieval.index import Index
 
@@ -91,7 +91,7 @@ class UsearchIndex(Index):
 
     def remove(self, ids: Ids) -> None:
         """Remove ids; unknown ones are passed over. The space is used again by later vectors."""
-        keys = np.unique(ids.astype(np.uint64)) ^ _FLIP
+        keys = distinct(ids.astype(np.uint64)) ^ _FLIP
         if len(keys):
             with self._lock:
                 self._native.remove(keys[np.asarray(self._native.contains(keys), np.bool_)])
