@@ -1,6 +1,8 @@
-# m3 serve over the folder that is mounted at /bank, which has an m3.yaml. For a CPU; --build-arg TORCH= takes the CUDA build.
+# m3 serve over the folder that is mounted at /bank, which has an m3.yaml. For a CPU; --build-arg TORCH= takes the CUDA build,
+# and EXTRAS=lance,valkey adds extras.
 FROM python:3.11-slim AS build
 ARG TORCH=https://download.pytorch.org/whl/cpu
+ARG EXTRAS=
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE CHANGELOG.md ./
 COPY m3runtime m3runtime
@@ -8,7 +10,7 @@ COPY backends backends
 COPY model model
 RUN python -m venv /venv \
     && /venv/bin/pip install --no-cache-dir ${TORCH:+--index-url "$TORCH"} torch \
-    && /venv/bin/pip install --no-cache-dir '.[fast,train,transformers,sentence-transformers,documents,serve]'
+    && /venv/bin/pip install --no-cache-dir ".[fast,train,transformers,sentence-transformers,documents,serve${EXTRAS:+,$EXTRAS}]"
 
 FROM python:3.11-slim
 RUN useradd --create-home --uid 1000 m3
