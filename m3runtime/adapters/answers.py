@@ -41,16 +41,6 @@ class TokenLogProb:
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
-    """The likelihood that a model gave a continuation."""
-
-    log_probs: tuple[float, ...]
-    """Natural logarithm of the probability of each of its tokens, given what stands before it."""
-    chunks: "tuple[Recalled, ...]" = field(repr=False)
-    """The recalls, as in `Answer.chunks`."""
-
-
-@dataclass(frozen=True, slots=True)
 class Answer:
     """The text generated after a prompt."""
 
@@ -68,8 +58,6 @@ class Answer:
     """One for each token, if ``generate.log_probs`` asks for them."""
     grounding: Grounding | None = field(default=None, repr=False)
     """The memories that each token was read from; None unless ``generate.grounding`` asks for it."""
-    score: Score | None = field(default=None, repr=False)
-    """The likelihood of what `m3runtime.adapters.engine.Request.given` asks for, if it does."""
 
     @property
     def found(self) -> bool:
@@ -84,6 +72,16 @@ class Answer:
             for id, score in zip(chunk.ids, chunk.scores, strict=True):
                 best[id] = max(score, best.get(id, -1.0))
         return best
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The likelihood that a model gave a continuation."""
+
+    log_probs: tuple[float, ...]
+    """Natural logarithm of the probability of each of its tokens, given what stands before it."""
+    chunks: "tuple[Recalled, ...]" = field(repr=False)
+    """The recalls, as in `Answer.chunks`."""
 
 
 OnText = Callable[[int, str], None]

@@ -27,11 +27,6 @@ class Request:
     """
     recall_every: int = 1
     """Chunks of the answer from one recall to the next; 0: the answer keeps the memories of the prompt's last chunk."""
-    given: tuple[int, ...] = ()
-    """Tokens whose likelihood after the prompt is told by `Answer.score`; the answer does not depend on them.
-
-    They may be no more than an answer has before its first recall. An engine that does not know them refuses them.
-    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,12 +36,12 @@ from m3model.loading.fingerprint import ModelIdentity, tokenizer_fingerprint
 from m3model.loading.models import configuration_of, load
 from m3model.loading.sizing import shape_of
 from m3model.loading.spec import carried
-from m3runtime.adapters.answers import Answer, Form, Prompt, Score
+from m3runtime.adapters.answers import Form, Prompt, Score
 from m3runtime.adapters.base import Adapter, check_streams
-from m3runtime.adapters.engine import Engine, Request, answers
+from m3runtime.adapters.engine import Engine
 from m3runtime.bank.bias import BiasDirections, BiasFacts
 from m3runtime.bank.manifest import Manifest
-from m3runtime.config.schema import GenerateConfig, MemoryConfig, ModelConfig
+from m3runtime.config.schema import MemoryConfig, ModelConfig
 from m3runtime.errors import BankMismatchError, ConfigError, InputError, PromptTooLongError
 from m3runtime.memory.shape import ModelShape, memory_spec
 from m3runtime.memory.tensors import MemoryTensors
@@ -283,30 +283,6 @@ class TransformersAdapter(Adapter):
         room = max(len(row.ids) for row in rows) + max(len(row.tokens) for row in rows)
         session = self.session(len(rows), memories=streams is not None, context=room)
         return Scoring(session, self.tokenizer, rows, streams).run()
-
-    def examine(
-        self,
-        prompts: Sequence[Prompt],
-        continuations: Sequence[str | None],
-        streams: Sequence[Stream] | None,
-        settings: GenerateConfig,
-    ) -> list[tuple[Answer, Score | None]]:
-        """Answers, and the likelihood of continuations; see `Adapter.examine`.
-
-        Prompts are read once, unless a continuation is so long that it would recall.
-        """
-        check_streams(prompts, streams)
-        given = [() if text is None else tuple(self.ids(text)) for text in continuations]
-        if any(text is not None and not tokens for text, tokens in zip(continuations, given, strict=True)):
-            raise InputError("a continuation needs at least one token")
-        most = streams[0].runtime.config.recall.chunk_tokens if streams else None
-        if not prompts or (most is not None and max(map(len, given)) > most):
-            return super().examine(prompts, continuations, streams, settings)
-        requests = [
-            Request(prompt, settings, streams[row] if streams else None, given=given[row])
-            for row, prompt in enumerate(prompts)
-        ]
-        return [(answer, answer.score) for answer in answers(self.engine, requests)]
 
     def with_memory(self, memory: MemoryConfig) -> Self:
         """An adapter of the same loaded model with other memory settings; see `Adapter.with_memory`."""

@@ -98,12 +98,10 @@ class Engines(EngineContract):
         drawn = {"temperature": 0.9, "seed": 5}
         return [
             Request(prompt(5), asks(grounding=True), self.stream()),
-            Request(prompt(3 * CHUNK + 1), asks(log_probs=3), self.stream(), recall_every=2, given=(5, 9, 300)),
+            Request(prompt(3 * CHUNK + 1), asks(log_probs=3), self.stream(), recall_every=2),
             Request(Prompt(prompt(2 * CHUNK).text, query="a map, a bell and a heron"), asks(**drawn), self.stream()),
             Request(prompt(CHUNK), asks(max_new_tokens=3 * CHUNK), None),
-            Request(
-                prompt(70), asks(**drawn, top_p=0.8, repetition_penalty=1.3, log_probs=0), None, given=tuple(range(9))
-            ),
+            Request(prompt(70), asks(**drawn, top_p=0.8, repetition_penalty=1.3, log_probs=0), None),
             Request(prompt(2), asks(frequency_penalty=1.5, max_new_tokens=1, grounding=True), self.stream()),
         ]
 

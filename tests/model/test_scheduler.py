@@ -167,23 +167,3 @@ def test_where_contexts_outgrow_their_room_the_youngest_waits() -> None:
         world.turn(lambda n: n)
     assert world.scheduler.preempted
     assert [len(one.answer) for one in world.all] == [30] * 3
-
-
-@pytest.mark.parametrize("prompt", [1, CHUNK, CHUNK + 1, 2 * CHUNK + 3])
-def test_whoever_is_rewound_reads_the_last_token_of_its_prompt_again_and_recalls_nothing(prompt: int) -> None:
-    world = World(rows=1, room=10**6, late=0)
-    world.add(prompt, CHUNK, CHUNK)
-    one = world.all[0]
-    world.scheduler.admit()
-    while one.drawn < one.limit:
-        for due in world.scheduler.due():
-            world.recall(due)
-        plan = world.scheduler.plan(most_reading=1)
-        world.scheduler.launched(plan)
-        one.answer += [0] * (one.drawn - len(one.answer))
-    recalls = list(world.recalls[id(one)])
-    assert recalls == expected_recalls(prompt, 1, CHUNK)
-    one.rewind(limit=3)
-    assert not world.scheduler.due()
-    (part,) = world.scheduler.plan(most_reading=1).reading
-    assert (part.start, part.end, part.draws) == (prompt - 1, prompt, True)

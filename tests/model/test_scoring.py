@@ -14,7 +14,6 @@ from m3model.engine.sampling import Chosen, Sampling
 from m3model.transformers import TransformersAdapter
 from m3runtime.adapters.answers import Prompt
 from m3runtime.adapters.base import Adapter
-from m3runtime.adapters.engine import Request, answers
 from m3runtime.config.schema import GenerateConfig, MemoryConfig
 from m3runtime.errors import InputError
 from m3runtime.runtime import Runtime
@@ -109,43 +108,26 @@ def test_memories_are_read_alike_whatever_their_settings(
     torch.testing.assert_close(torch.tensor(score.log_probs), torch.tensor(expected), atol=1e-4, rtol=1e-4)
 
 
-SAMPLED: dict[str, Any] = {"temperature": 1.0, "repetition_penalty": 1.5, "log_probs": 2}
-
-
-SHORT = [1, CHUNK - 1, CHUNK, 2, 5]
-"""No longer than an answer is before it recalls: their prompts are read once."""
-
-
 @pytest.mark.parametrize("with_memory", [False, True])
-@pytest.mark.parametrize(
-    ("family", "sampling", "lengths"),
-    [
-        ("llama", {}, LENGTHS),
-        ("llama", SAMPLED, SHORT),
-        ("mistral-sliding", {}, SHORT),
-        ("gemma3_text", {}, SHORT),
-    ],
-)
+@pytest.mark.parametrize("family", FEW_FAMILIES)
 def test_examining_is_generating_and_scoring(
-    family: str, sampling: dict[str, Any], lengths: list[int], with_memory: bool, runtime_of: Callable[..., Runtime]
+    family: str, with_memory: bool, runtime_of: Callable[..., Runtime]
 ) -> None:
     adapter = make_adapter(family)
     runtime = runtime_of(adapter) if with_memory else None
-    settings = GenerateConfig(max_new_tokens=CHUNK + 3, **sampling)
-    texts = [random_text(adapter.tokenizer, length, seed=50 + length) for length in lengths]
+    settings = GenerateConfig(max_new_tokens=CHUNK + 3)
+    texts = [random_text(adapter.tokenizer, length, seed=50 + length) for length in LENGTHS]
     wanted = [None if number == 2 else text for number, text in enumerate(texts)]
-    prompts = [
-        Prompt(random_text(adapter.tokenizer, 2 * length + 2, seed=row)) for row, length in enumerate(sorted(lengths))
-    ]
+    prompts = [Prompt(random_text(adapter.tokenizer, 2 * length + 2, seed=length)) for length in LENGTHS]
 
-    def streams(closing: ExitStack, count: int = len(lengths)) -> list[Stream] | None:
+    def streams(closing: ExitStack, count: int = len(LENGTHS)) -> list[Stream] | None:
         return [closing.enter_context(runtime.stream(adapter.dtype)) for _ in range(count)] if runtime else None
 
     with ExitStack() as closing:
         together = adapter.examine(prompts, wanted, streams(closing), settings)
-        generated = adapter.generate(prompts, streams(closing), settings)
+        answers = adapter.generate(prompts, streams(closing), settings)
         apart = Adapter.examine(adapter, prompts, wanted, streams(closing), settings)
-    for (answer, score), expected, (other, other_score) in zip(together, generated, apart, strict=True):
+    for (answer, score), expected, (other, other_score) in zip(together, answers, apart, strict=True):
         assert answer.tokens == expected.tokens == other.tokens
         assert [chunk.ids for chunk in answer.chunks] == [chunk.ids for chunk in expected.chunks]
         if other_score is None:
@@ -158,51 +140,6 @@ def test_examining_is_generating_and_scoring(
             assert [chunk.ids for chunk in score.chunks] == [chunk.ids for chunk in other_score.chunks]
     assert sum(score is None for _, score in together) == 1
     assert adapter.examine([], [], None, settings) == []
-
-
-@pytest.mark.parametrize("with_memory", [False, True])
-def test_examining_reads_a_prompt_once(with_memory: bool, runtime_of: Callable[..., Runtime]) -> None:
-    adapter = make_adapter()
-    runtime = runtime_of(adapter) if with_memory else None
-    settings = GenerateConfig(max_new_tokens=5)
-    prompts = [Prompt(random_text(adapter.tokenizer, 4 * CHUNK + row, seed=row)) for row in range(2)]
-    wanted = [random_text(adapter.tokenizer, length, seed=9) for length in (3, CHUNK)]
-    read: list[int] = []
-    adapter.model.get_input_embeddings().register_forward_hook(lambda *_: read.append(_[1][0].numel()))
-    counts = []
-    for continuations in ([None, None], wanted):
-        with ExitStack() as closing:
-            opened = [closing.enter_context(runtime.stream(adapter.dtype)) for _ in prompts] if runtime else None
-            read.clear()
-            adapter.examine(prompts, continuations, opened, settings)
-            counts.append(sum(read))
-    assert 0 < counts[1] - counts[0] <= 3 + CHUNK + len(prompts)  # padding of prompts apart
-
-
-def test_given_tokens_that_cannot_be_told_are_refused(runtime_of: Callable[..., Runtime]) -> None:
-    adapter = make_adapter()
-    prompt, settings = Prompt("a bell"), GenerateConfig(max_new_tokens=2)
-    with runtime_of(adapter).stream(adapter.dtype) as stream:
-        for given, stated in [((3,) * (CHUNK + 1), "9 given tokens are more"), ((320,), "given: 320 is no token")]:
-            with pytest.raises(InputError, match=stated):
-                adapter.engine.submit([Request(prompt, settings, stream, given=given)], lambda *_: None)
-        seldom = Request(prompt, settings, stream, recall_every=2, given=(3,) * 2 * CHUNK)
-        (answer,) = answers(adapter.engine, [seldom])
-    assert answer.score is not None
-    assert len(answer.score.log_probs) == 2 * CHUNK
-
-
-def test_a_token_that_cannot_be_is_no_likelihood() -> None:
-    """Its request fails; others go on."""
-    adapter = make_adapter()
-    adapter.model.get_output_embeddings().register_forward_hook(
-        lambda *one: one[2].index_fill(-1, torch.tensor(7), -torch.inf)
-    )
-    prompt, settings = Prompt("a bell"), GenerateConfig(max_new_tokens=2)
-    with pytest.raises(InputError, match="given: the model holds one of the tokens for impossible"):
-        answers(adapter.engine, [Request(prompt, settings, given=(3, 7, 4))])
-    (answer,) = answers(adapter.engine, [Request(prompt, settings, given=(3, 4))])
-    assert answer.score is not None
 
 
 def test_without_memories_a_score_is_the_stock_models() -> None:
@@ -222,9 +159,6 @@ def test_texts_that_cannot_be_scored_are_refused() -> None:
     assert adapter.score([], [], None) == []
     with pytest.raises(InputError, match="a continuation needs at least one token"):
         adapter.score([Prompt("a bell")], [""], None)
-    for text in ("", None):
-        with pytest.raises(InputError, match="a continuation needs at least one token"):
-            adapter.examine([Prompt("a bell")] * 2, ["", text], None, GenerateConfig())
     with pytest.raises(InputError, match="1 prompts, but 2 continuations"):
         adapter.score([Prompt("a bell")], ["a", "b"], None)
 

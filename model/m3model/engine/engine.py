@@ -16,7 +16,6 @@ from m3model.engine.running import Outcome, Runner
 from m3model.engine.sampling import NO_TOKEN
 from m3model.engine.scheduler import Plan, Scheduled, Scheduler
 from m3model.engine.writing import Reason
-from m3runtime.adapters.answers import TokenLogProb
 from m3runtime.adapters.engine import End, Engine, Failure, OnEvent, Read, Request, Ticket
 from m3runtime.config.schema import GenerateConfig
 from m3runtime.device.threads import prepare
@@ -129,13 +128,9 @@ class MemoryEngine(Engine):
         if not ids:
             raise InputError("a prompt needs at least one token")
         vocabulary = self._runner.sampling.vocabulary
-        for name, tokens in (("generate.logit_bias", request.settings.logit_bias), ("given", request.given)):
-            if strange := [token for token in tokens if not 0 <= token < vocabulary]:
-                raise InputError(f"{name}: {strange[0]} is no token; the model's are 0 to {vocabulary - 1}")
-        chunk = request.stream.runtime.config.recall.chunk_tokens if request.stream else 0
-        if len(request.given) > (chunk * request.recall_every or len(request.given)):
-            raise InputError(f"{len(request.given)} given tokens are more than an answer has before it recalls")
-        most = len(ids) + max(request.settings.max_new_tokens, len(request.given))
+        if strange := [token for token in request.settings.logit_bias if not 0 <= token < vocabulary]:
+            raise InputError(f"generate.logit_bias: {strange[0]} is no token; the model's are 0 to {vocabulary - 1}")
+        most = len(ids) + request.settings.max_new_tokens
         check_positions(most + self._start(request), self._buffers.layout.positions)
         if not self._fits(1, most):
             raise PromptTooLongError(
@@ -235,9 +230,9 @@ class MemoryEngine(Engine):
 
     def _begin(self, job: Job) -> None:
         """Prepare a row that a sequence was given, for the first time or again."""
-        row, settings = job.scheduled.row, job.settings
+        row, settings = job.scheduled.row, job.request.settings
         assert row is not None
-        self._reserve(settings, tokens=len(job.scheduled.prompt) + job.scheduled.limit)
+        self._reserve(settings, tokens=len(job.scheduled.prompt) + settings.max_new_tokens)
         self._buffers.begin(row, sink=job.request.stream is not None)
         job.slots = ()
         self._runner.sampling.begin(row, settings, job.scheduled.prompt, job.scheduled.answer)
@@ -268,10 +263,7 @@ class MemoryEngine(Engine):
     # -- steps --------------------------------------------------------------------------------------------------
 
     def _launch(self, plan: Plan) -> Outcome:
-        settings = [self._jobs[one].settings for one in plan.sequences]
-        for one, own in zip(plan.sequences, settings, strict=True):
-            if self._jobs[one].is_given and one.row is not None:
-                self._runner.sampling.begin(one.row, own, (), ())
+        settings = [self._jobs[one].request.settings for one in plan.sequences]
         if self._scheduler.tokens > self._buffers.context:
             self._reserve(GenerateConfig(), tokens=self._scheduler.tokens + self._buffers.context // 2)
         with self._busy:
@@ -286,7 +278,7 @@ class MemoryEngine(Engine):
         return outcome
 
     def _uniform(self, job: Job) -> float:
-        return 0.0 if job.uniforms is None or job.is_given else float(job.uniforms[job.scheduled.drawn])
+        return 0.0 if job.uniforms is None else float(job.uniforms[job.scheduled.drawn])
 
     def _finish(self, outcome: Outcome) -> None:
         """Take the tokens that a step drew."""
@@ -296,16 +288,13 @@ class MemoryEngine(Engine):
             job = self._jobs.get(sequence)
             if job is None:
                 continue  # it ended while the step was under way
-            token, log_prob = results.token(index, job.settings.log_probs)
+            token, log_prob = results.token(index, job.request.settings.log_probs)
             if token == NO_TOKEN:
                 assert sequence.row is not None
                 self._runner.wipe(sequence.row)
                 self._stop(job, ConfigError(_OVERFLOWED.format(dtype=str(self._buffers.layout.dtype)[6:])))
                 continue
             sequence.answer.append(token)
-            if job.is_given:
-                self._take_given(job, token, log_prob)
-                continue
             shares = results.shares_of(index, outcome.slots[sequence]) if job.request.settings.grounding else None
             job.tell(job.writing.take(token, log_prob, shares))
             if job.writing.stopped_by:
@@ -313,19 +302,6 @@ class MemoryEngine(Engine):
             else:
                 going_on.append(job)
         self._recaller.look_ahead(going_on, self._stop)
-
-    def _take_given(self, job: Job, token: int, told: TokenLogProb | None) -> None:
-        """Note how likely a given token was; after the last one the row begins its answer."""
-        assert told is not None
-        if token != job.request.given[len(job.scheduled.answer) - 1]:
-            self._stop(job, InputError("given: the model holds one of the tokens for impossible"))
-            return
-        job.take_given(told.log_prob)
-        if not job.is_given:
-            assert job.scheduled.row is not None
-            settings = job.request.settings
-            self._reserve(settings, tokens=len(job.scheduled.prompt) + settings.max_new_tokens)
-            self._runner.sampling.begin(job.scheduled.row, settings, job.scheduled.prompt, ())
 
     # -- memories -----------------------------------------------------------------------------------------------
 

@@ -9,12 +9,8 @@ from m3model.attention.slots import MemorySlots
 from m3model.engine.sampling import uniforms
 from m3model.engine.scheduler import Scheduled
 from m3model.engine.writing import Reason, Writing
-from m3runtime.adapters.answers import Prompt, Score
+from m3runtime.adapters.answers import Prompt
 from m3runtime.adapters.engine import End, Failure, OnEvent, Piece, Read, Request, Ticket
-from m3runtime.config.schema import GenerateConfig
-
-_CERTAIN = 1e9
-"""A logit's bias that no other logit makes up for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +41,7 @@ class Job(Ticket):
         settings, stream = request.settings, request.stream
         chunk = stream.runtime.config.recall.chunk_tokens if stream else None
         self.request = request
-        # Given tokens are drawn first, as if nothing else could be, and then the answer.
-        first = len(request.given) or settings.max_new_tokens
-        self.scheduled = Scheduled(ids, first, chunk, request.recall_every)
-        self._given: list[float] | None = [] if request.given else None
+        self.scheduled = Scheduled(ids, settings.max_new_tokens, chunk, request.recall_every)
         self.writing = Writing(settings, words.stop_tokens(), words.decode)
         self.uniforms = uniforms(settings.seed, settings.max_new_tokens) if settings.temperature > 0 else None
         self.slots: MemorySlots = ()
@@ -60,28 +53,6 @@ class Job(Ticket):
         self._cancel = cancel
         self._index = index
         self._on_event = on_event
-
-    @property
-    def settings(self) -> GenerateConfig:
-        """The settings that its next token is drawn by."""
-        if self._given is None:
-            return self.request.settings
-        wanted = self.request.given[min(self.scheduled.drawn, len(self.request.given) - 1)]
-        return GenerateConfig(logit_bias={wanted: _CERTAIN}, log_probs=0)
-
-    @property
-    def is_given(self) -> bool:
-        """Are its given tokens drawn, and not the answer?"""
-        return self._given is not None
-
-    def take_given(self, log_prob: float) -> None:
-        """Note how likely a given token was. After the last one the answer begins."""
-        assert self._given is not None
-        self._given.append(log_prob)
-        if len(self._given) == len(self.request.given):
-            self.writing.score = Score(tuple(self._given), tuple(self.writing.chunks))
-            self._given = None
-            self.scheduled.rewind(self.request.settings.max_new_tokens)
 
     def cancel(self) -> None:
         """See `Ticket.cancel`."""

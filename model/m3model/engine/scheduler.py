@@ -58,16 +58,6 @@ class Scheduled:
         """Must it recall before it reads on?"""
         return not self.recalling and self.recalled != self.read and self._begins_chunk(self.read)
 
-    def rewind(self, limit: int) -> None:
-        """Begin the answer anew, of at most so many tokens: the prompt's last token alone is read again.
-
-        Its memories must be those that it was read with. What was written after it is overwritten.
-        """
-        self.answer.clear()
-        self.drawn, self.read, self.limit = 0, len(self.prompt) - 1, limit
-        if self._begins_chunk(self.read):
-            self.recalled = self.read
-
     def tokens(self, start: int, end: int) -> list[int]:
         """The tokens of prompt and answer between two places."""
         prompt = len(self.prompt)

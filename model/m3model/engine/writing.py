@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from m3model.engine.detokenizing import Detokenizer
-from m3runtime.adapters.answers import Answer, Score, TokenLogProb
+from m3runtime.adapters.answers import Answer, TokenLogProb
 from m3runtime.adapters.engine import Piece
 from m3runtime.adapters.grounding import Grounding
 from m3runtime.config.schema import GenerateConfig
@@ -23,7 +23,6 @@ class Writing:
         self.tokens: list[int] = []
         self.chunks: list[Recalled] = []
         self.stopped_by: Reason | None = None
-        self.score: Score | None = None
         self._settings = settings
         self._stop_tokens = stop_tokens | frozenset(settings.stop_tokens)
         self._detokenizer = Detokenizer(decode)
@@ -81,7 +80,6 @@ class Writing:
             tokens_per_s=steps / elapsed if steps > 0 and elapsed > 0 else 0.0,
             log_probs=tuple(self._log_probs),
             grounding=self._grounding() if self._settings.grounding else None,
-            score=self.score,
         )
 
     def _grounding(self) -> Grounding:

@@ -89,8 +89,6 @@ class VllmEngine(Engine):
             raise InputError("a prompt needs at least one token")
         if request.settings.grounding:
             raise InputError("generate.grounding: vLLM's attention does not tell what it read; leave it off")
-        if request.given:
-            raise InputError("vLLM does not tell the likelihood of given tokens and go on without them")
         if strange := [token for token in request.settings.logit_bias if not 0 <= token < self._vocabulary]:
             raise InputError(
                 f"generate.logit_bias: {strange[0]} is no token; the model's are 0 to {self._vocabulary - 1}"
