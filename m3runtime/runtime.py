@@ -259,8 +259,12 @@ class Runtime:
 
     def _end_dropped(self) -> None:
         """Drop the hints of streams that were collected without being closed; their leases give themselves back."""
-        while self._dropped:
-            self._recall.hints.end(self._dropped.popleft())
+        while True:
+            try:
+                number = self._dropped.popleft()
+            except IndexError:  # none is left, though there was one before another thread looked
+                return
+            self._recall.hints.end(number)
 
     # -- metrics ------------------------------------------------------------------------------------------------
 
