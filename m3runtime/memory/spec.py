@@ -84,7 +84,8 @@ class MemorySpec:
     @property
     def numbers_per_token(self) -> int:
         """The numbers that the keys and values of one token are."""
-        return sum(map(len, self.places)) * self.head_dim
+        vectors = sum(map(sum, self.heads)) if self.heads else 2 * self.vectors_per_token
+        return vectors * self.head_dim
 
     def to_json(self) -> dict[str, Any]:
         """The spec as plain JSON values; `from_json` reads it back. ``heads`` are left out if they are empty."""

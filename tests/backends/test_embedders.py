@@ -252,6 +252,6 @@ def test_fingerprint_samples_large_parameters_evenly() -> None:
 
 def test_unit_rows_of_huge_and_tiny_vectors() -> None:
     rows = np.array([[3e30, 4e30], [3e-30, 4e-30]], np.float32)
-    assert unit_rows(rows, 2, "test") == pytest.approx(np.array([[0.6, 0.8]] * 2), abs=1e-6)
+    assert unit_rows(rows, 2, "flag-embedding") == pytest.approx(np.array([[0.6, 0.8]] * 2), abs=1e-6)
     with pytest.raises(ConfigError, match="without direction"):
-        unit_rows(np.zeros((1, 2), np.float32), 2, "test")
+        unit_rows(np.zeros((1, 2), np.float32), 2, "flag-embedding")

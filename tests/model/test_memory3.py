@@ -301,8 +301,9 @@ def test_heads_of_several_shapes_are_not_trained_to_choose_tokens() -> None:
         {"bank": "bank", "model": {"path": "m"}, "embedder": {"path": "e"}, "memory": {"tokens_per_head": 4}}
     )
     with pytest.raises(ConfigError, match=r"^memory\.tokens_per_head must be all: the layers of this model have"):
-        memory3_config(make_model("gemma4_text"), make_tokenizer(), config)
-    assert memory3_config(make_model("llama"), make_tokenizer(), config).tokens_per_head == 4
+        memory3_config(copy.deepcopy(make_model("gemma4_text")), make_tokenizer(), config)
+    model = copy.deepcopy(make_model("llama"))
+    assert memory3_config(model, make_tokenizer(), config).tokens_per_head == 4
 
 
 def test_more_text_than_chunks_is_refused() -> None:

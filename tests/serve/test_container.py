@@ -17,7 +17,7 @@ def test_an_image_has_all_that_the_wheel_is_built_from() -> None:
     folders = {package.partition("/")[0] for package in packages}
     assert copied >= {"pyproject.toml", PROJECT["project"]["readme"], *PROJECT["project"]["license-files"], *folders}
     assert [name for name in copied if not (REPOSITORY / name).exists()] == []
-    (extras,) = re.findall(r"'\.\[(.+)\]'", TEXT)
+    (extras,) = re.findall(r'"\.\[(.+)\$\{EXTRAS:\+,\$EXTRAS\}\]"', TEXT)
     assert {"serve", "transformers"} <= set(extras.split(",")) <= PROJECT["project"]["optional-dependencies"].keys()
 
 
