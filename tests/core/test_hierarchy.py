@@ -135,7 +135,7 @@ MACHINES: list[type[Machine]] = [
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.__name__)
 def test_a_hierarchy_is_a_dict_whatever_fails(machine: type[Machine]) -> None:
-    examples = max(20, settings.default.max_examples // 5)
+    examples = max(12, settings.default.max_examples // 5)
     run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=15))
 
 

@@ -19,8 +19,8 @@ from m3runtime.plugins import loading as plugins
 from tests.end_to_end.commands import Place
 from tests.end_to_end.conftest import NewPlace
 
-FEW = FactsSettings(seed=3, references=24, questions=6, unanswerable=3, batch=4, max_new_tokens=4, timed=2)
-ARGUMENTS = ("--seed", "3", "--references", "24", "--questions", "6", "--unanswerable", "3")
+FEW = FactsSettings(seed=3, references=14, questions=6, unanswerable=3, batch=4, max_new_tokens=4, timed=2)
+ARGUMENTS = ("--seed", "3", "--references", "14", "--questions", "6", "--unanswerable", "3")
 
 
 class Stopped(Exception):  # noqa: N818 - like KeyboardInterrupt

@@ -14,7 +14,7 @@ from m3runtime.lab.evaluation.trials import Trials
 from m3runtime.lab.evaluation.world import make_world
 from tests.end_to_end.commands import Place
 
-SIZES = ("--references", "12", "--questions", "4", "--batch", "4")
+SIZES = ("--references", "8", "--questions", "2", "--batch", "2")
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_every_setting_is_tried_and_one_of_each_is_recommended(place: Place) -> 
 
 
 def test_it_goes_on_from_where_it_was_and_ends_alike_from_the_start(place: Place) -> None:
-    sweep = ("eval", "sweep", *SIZES, "--axis", "memories", "--axis", "codec", "--json", "--out")
+    sweep = ("eval", "sweep", *SIZES, "--axis", "memories", "--axis", "margin", "--json", "--out")
     report = place.m3(*sweep, "report").json
     journal = (place.folder / "report/sweep.jsonl").read_bytes()
     assert place.m3(*sweep, "report").json == report

@@ -223,7 +223,7 @@ def test_a_real_model_knows_a_text_better_with_its_other_parts(
 ) -> None:
     adapter, config = real_model
     (document,) = read_documents([REPOSITORY / "docs/embed.md"])
-    document = replace(document, content=document.text[:4500])  # writing the whole takes a minute
+    document = replace(document, content=document.text[:2600])  # writing the whole takes a minute
     corpus = cut_up(adapter, [document], passages=1, continuation=2, chunk_tokens=config.recall.chunk_tokens)
     results = run_text(config, adapter, corpus, tmp_path)
     assert len(results.recall_scores()) > 4

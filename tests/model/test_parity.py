@@ -487,7 +487,7 @@ def test_layers_that_the_model_does_not_have_are_refused(layers: tuple[int, ...]
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize(("attention", "ways"), [("sdpa", WAYS), ("eager", [whole])])
+@pytest.mark.parametrize(("attention", "ways"), [("sdpa", [whole, chunked]), ("eager", [whole])])
 def test_smollm2(smollm2_path: Path, attention: str, ways: list[Way]) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         smollm2_path, dtype=torch.float32, attn_implementation=attention
