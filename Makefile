@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment would disturb each other
-.PHONY: help install test test-gpu test-slow test-lowest test-kill test-flips test-scale test-serve test-vllm demo serve quality train-small docs wheel-check format clean
+.PHONY: help install test test-long test-gpu test-slow test-lowest test-kill test-flips test-scale test-serve test-vllm demo serve quality train-small docs wheel-check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,9 @@ test: install  ## lint, check types and imports, run the tests; PYTEST_ARGS="-k 
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-long: install  ## run what make test leaves to CI: damaged files, kills, broken implementations, evaluations
+	$(BIN)/pytest -m "long and not slow and not flips" $(PYTEST_ARGS)
 
 test-slow: install  ## run the tests that take minutes, with more examples of each property
 	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-thorough} $(BIN)/pytest -m slow $(PYTEST_ARGS)
@@ -54,7 +57,7 @@ test-lowest: $(CONSTRAINTS)  ## run core, backend and hostile tests with the low
 	$(PYTHON) .ci/lowest.py >> $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet -c $(LOWEST)/constraints.txt -e ".[test]"
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(TEST_MODELS)
-	$(LOWEST)/bin/python -m pytest tests/core tests/backends tests/hostile $(PYTEST_ARGS)
+	$(LOWEST)/bin/python -m pytest -m "not (slow or kill or flips or scale)" tests/core tests/backends tests/hostile $(PYTEST_ARGS)
 
 test-serve: install  ## try m3 serve with client libraries and a fuzzer (from .venv-clients), hostile clients and load
 	$(PYTHON) -m venv .venv-clients

@@ -78,6 +78,7 @@ def own_prompts(folder: Path) -> None:
     (folder / "config_sentence_transformers.json").write_text('{"prompts": {"query": "ask: "}}')
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("change", "light"),
     [(None, True), (longer_texts, True), (newer_pooling, True)]

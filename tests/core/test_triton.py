@@ -230,6 +230,7 @@ def test_a_batch_is_encoded_as_each_memory_alone(shape: tuple[object, ...]) -> N
 # -- without a GPU --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @needs_triton
 @outside
 def test_in_the_interpreter() -> None:

@@ -14,7 +14,7 @@ from m3runtime.lab.evaluation.judging import is_right
 from m3runtime.lab.evaluation.statistics import mean
 from m3runtime.lab.evaluation.world import make_world
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.long]
 
 SETTINGS = FactsSettings(
     seed=6, references=12, questions=8, unanswerable=0, ask="statements", max_new_tokens=6, timed=0

@@ -14,6 +14,8 @@ from m3runtime.lab.evaluation.trials import Trials
 from m3runtime.lab.evaluation.world import make_world
 from tests.end_to_end.commands import Place
 
+pytestmark = pytest.mark.long
+
 SIZES = ("--references", "8", "--questions", "2", "--batch", "2")
 
 

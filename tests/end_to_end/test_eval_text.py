@@ -217,6 +217,7 @@ def test_an_adapter_that_scores_other_tokens_is_refused(
         run_text(config, careless, corpus, tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.real_model
 def test_a_real_model_knows_a_text_better_with_its_other_parts(
     real_model: tuple[Adapter, Config], tmp_path: Path

@@ -16,6 +16,8 @@ from tests.end_to_end.commands import Contents, Place, records
 from tests.end_to_end.conftest import NewPlace
 from tests.end_to_end.nursery import Nursery, errors
 
+pytestmark = pytest.mark.long
+
 COUNT = 3 * GROUP + 7
 CORPUS = records(f"Keeper {number} lit it on day {number * 37 % 1000}." for number in range(COUNT))
 PHASES = ("reading", "creation", "commits", "codec", "reencoding", "compacting", "index")

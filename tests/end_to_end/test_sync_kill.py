@@ -16,6 +16,8 @@ from m3runtime.writing.mirror import Mirror, MirrorReport
 from tests.end_to_end.commands import M3, Place, environment
 from tests.end_to_end.nursery import Nursery, errors
 
+pytestmark = pytest.mark.long
+
 NAMES = ("a.txt", "b.md", "c.txt", "deep/d.txt")
 TEXTS = [f"The lamp of house {number} is kept dry on day {number * 37 % 101}." for number in range(90)]
 WRITE = ("write", "docs", "--json")

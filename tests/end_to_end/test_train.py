@@ -168,6 +168,7 @@ def test_fresh_weights_are_the_seeds(school: Place) -> None:
     assert losses(school, "warmup", "one") != losses(school, "warmup", "three")
 
 
+@pytest.mark.long
 def test_killed_it_goes_on_to_the_same_losses(school: Place) -> None:
     """Killed in each stage, after a checkpoint and before the next; the losses are bit for bit those of one run."""
     with threads(1):  # as many as the processes have

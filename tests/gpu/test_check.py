@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 CHECKS = ("suite", "write", "decode", "codec", "train", "tiers", "recall", "sharing", "preset")
 
 
+@pytest.mark.long
 def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     ended = subprocess.run(

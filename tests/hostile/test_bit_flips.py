@@ -25,6 +25,8 @@ from tests.hostile.banks import Delivered, differs, serve
 from tests.hostile.cases import before
 from tests.hostile.nursery import Nursery
 
+pytestmark = pytest.mark.long
+
 TARGETS = {
     "blocks": 30,
     "manifest": 5,

@@ -13,6 +13,8 @@ from tests.hostile import raw
 from tests.hostile.cases import Case, check
 from tests.hostile.nursery import Nursery
 
+pytestmark = pytest.mark.long
+
 SHORT, LONG = 4, 12
 """The ids of blocks of 13 tokens, which lies in a page with others, and of 37, which has pages of its own."""
 ALONE = f"^missing: {LONG}$"

@@ -27,6 +27,8 @@ from tests.hostile.banks import SPEC
 from tests.hostile.cases import Case, check
 from tests.hostile.nursery import Nursery
 
+pytestmark = pytest.mark.long
+
 REFUSED = f"^refused: Bank(Mismatch)?Error: .*/{CODEC}: "
 Tensors = dict[str, Tensor]
 Record = dict[str, Any]

@@ -20,6 +20,8 @@ from tests.end_to_end.commands import Place
 from tests.hostile.cases import Case, before, check, outcome
 from tests.hostile.nursery import Nursery
 
+pytestmark = pytest.mark.long
+
 PAGE = 4096
 REFUSED = "^refused: Bank(Missing|Format)?Error: "
 ANY = f"{REFUSED}|^whole$|^missing|^less$"

@@ -19,6 +19,8 @@ from tests.hostile import raw
 from tests.hostile.cases import Case, check
 from tests.hostile.nursery import Nursery
 
+pytestmark = pytest.mark.long
+
 
 def file_of(place: Place) -> Path:
     return place.bank / INDEX

@@ -15,6 +15,8 @@ from tests.hostile.banks import serve
 from tests.hostile.cases import Case, check
 from tests.hostile.nursery import Nursery
 
+pytestmark = pytest.mark.long
+
 REFUSED = "^refused: Bank(Format|Mismatch|Missing)?Error: "
 DEEP = "[" * 100_000 + "]" * 100_000
 

@@ -14,6 +14,8 @@ from tests.hostile.banks import DIM, make_reference
 from tests.hostile.cases import Case, check
 from tests.hostile.nursery import Nursery
 
+pytestmark = pytest.mark.long
+
 ID, OTHER = 12, 4
 KEY = raw.key_of(ID)
 LESS = f"^less$|^missing: {ID}$"

@@ -63,6 +63,7 @@ def run_suites(files: list[str], report: Path) -> dict[str, Verdict]:
     return dict(verdicts)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_every_mistake_is_caught_and_nothing_else(tmp_path: Path) -> None:
     verdicts = run_suites(FILES, tmp_path / "report.xml")
