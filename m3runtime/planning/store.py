@@ -12,8 +12,8 @@ _PUTS_OF_A_COMMIT = 16
 """Requests that write or list, which cost the same: 7 that write a commit and reserve its ids, and 9 that list."""
 _GETS_OF_A_FRAGMENT = 10
 """Requests by which a commit looks for its texts in one fragment of the table that has no index yet."""
-_UNINDEXED = 20_000
-"""References after which the table's indexes are brought up to date. Each commit makes a fragment."""
+_UNINDEXED, _SHARE = 20_000, 16
+"""References, and one in how many, after which the table's indexes are brought up to date. A commit is a fragment."""
 _GETS_OF_A_BLOCK = 2
 
 
@@ -51,7 +51,8 @@ def store_cost(prices: Prices, *, references: int, stored: int, memories: int) -
     """The cost of a bank of so many references and ``stored`` bytes, of which a chunk reads ``memories``."""
     commits = -(-references // GROUP)
     puts = commits * _PUTS_OF_A_COMMIT
-    gets = commits * _GETS_OF_A_FRAGMENT * min(commits, _UNINDEXED // GROUP) // 2
+    most = max(min(commits, _UNINDEXED // GROUP), commits // (2 * _SHARE))  # the bank grows: half of it on average
+    gets = commits * _GETS_OF_A_FRAGMENT * most // 2
     of_a_recall = memories * _GETS_OF_A_BLOCK
     return StoreCost(
         puts=puts,

@@ -186,6 +186,6 @@ class Hints:
 
 def with_owed(matches: Sequence[Match], owed: Sequence[Match], most: int) -> list[Match]:
     """The best ``most`` of the matches and of what is owed from the last chunk, best first, each id once."""
-    found = {match.id for match in matches}
+    found = {id for match in matches for id in (match.id, *match.stands_for)}
     both = [*matches, *(match for match in owed if match.id not in found)]
     return sorted(both, key=lambda match: -match.score)[:most]

@@ -72,6 +72,9 @@ class Refresh:
         if self.is_near and self._lock.acquire(blocking=False):
             try:
                 self._look()
+            except BaseException:
+                self._looked = float("-inf")  # the next call looks itself, and raises
+                raise
             finally:
                 self._lock.release()
 

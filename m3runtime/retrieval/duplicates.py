@@ -16,7 +16,9 @@ _KEPT = 8192
 _LINE_MARK = re.compile(r"(?m)^[ \t]*(?:[-*+•>]|#{1,6})[ \t]+")  # of a list, a quotation or a heading
 _END = re.compile(r"(?<=[.!?])\s+|(?<=\u3002)|\n\s*\n")  # U+3002 ends a sentence in Chinese and Japanese
 _QUOTES = r"\"'\u2018\u2019\u201c-\u201e\u00ab\u00bb"
-_EMPHASIS = re.compile(rf"(?<!\S)[*_`{_QUOTES}]+(?=\w)|(?<=[\w.,!?])[*_`{_QUOTES}]+(?!\w)")
+_EMPHASIS = re.compile(  # in pairs alone: f'(x), 5" and z* keep their sign
+    rf"(?<!\S)(?:([*_`]+)(?=\w)([^*_`]*[\w.,!?])\1|[{_QUOTES}](?=\w)([^{_QUOTES}]*[\w.,!?])[{_QUOTES}])(?!\w)"
+)
 _AT_END = ".!?\u3002:;, "
 
 
@@ -25,7 +27,7 @@ class Duplicates:
 
     One reference stands for another if it has all sentences of it, and few more: lines, marks of emphasis and lists,
     case and the end of a sentence may differ, no word, number or sign within it. So a near miss is never taken for a
-    duplicate, and nothing is lost that any of them says.
+    duplicate, and nothing is lost that any of their texts says. Headings are not compared.
     """
 
     def __init__(self, references: References) -> None:
@@ -73,13 +75,17 @@ class Duplicates:
 
 def sentences(text: str) -> dict[int, int]:
     """The hash of each sentence of a text, and its number of words. Lines, emphasis and case make no difference."""
-    plain = _LINE_MARK.sub("", unicodedata.normalize("NFKC", text))
+    plain = _LINE_MARK.sub("", unicodedata.normalize("NFC", text))
     found: dict[int, int] = {}
     for sentence in _END.split(plain):
-        words = _EMPHASIS.sub("", sentence).casefold().rstrip(_AT_END).split()
+        words = _EMPHASIS.sub(_emphasised, sentence).casefold().rstrip(_AT_END).split()
         if words:
             found[hash(" ".join(words))] = len(words)
     return found
+
+
+def _emphasised(found: re.Match[str]) -> str:
+    return found[2] or found[3]
 
 
 def _is_in(some: Mapping[int, int], all: Mapping[int, int]) -> bool:

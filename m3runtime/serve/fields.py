@@ -54,7 +54,7 @@ class Fields(BaseModel):
         return kept
 
 
-def check_query(request: Request) -> None:
+async def check_query(request: Request) -> None:  # not in a thread: /health needs none
     """A dependency of all routes. Raises `ApiError` for a query that a route does not take, or a name given twice.
 
     A route that takes a query has a model of it, which refuses unknown fields. Paths that need no key take any query:

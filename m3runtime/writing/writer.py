@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -117,12 +117,15 @@ class Writer:
         `BankFullError`.
         """
         began, clock = time.perf_counter(), Clock()
-        if self.pool is not None:
-            self.pool.open(self.config, self.adapter.device)
-        with clock.phase("split"):
-            spool = ReferenceSpool(documents, self.splitter, added, whole=whole, may_be_empty=True)
-            mirrored = states()
-        with self.pool or nullcontext(), closing(spool) as references:
+        with ExitStack() as opened:
+            if self.pool is not None:
+                opened.enter_context(self.pool)
+                self.pool.open(self.config, self.adapter.device)
+            with clock.phase("split"):
+                references = opened.enter_context(
+                    closing(ReferenceSpool(documents, self.splitter, added, whole=whole, may_be_empty=True))
+                )
+                mirrored = states()
             assembly.make_index(self.config, self.embedder.dim)  # a mistake there should not show only at the end
             with clock.phase("codec"):
                 bank = self._open(references)

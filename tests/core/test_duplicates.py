@@ -58,6 +58,14 @@ def test_a_near_miss_is_recalled_too(other: str) -> None:
     assert joined([TEXT, other]) == [(0,), (1,)]
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("f'(x) = 2x", "f(x) = 2x"), ('a 5" pipe', "a 5' pipe"), ("z* = 3", "z = 3"), ("*p = 0", "p = 0"), ("10⁹", "109")],
+)
+def test_signs_that_are_not_in_pairs_make_a_difference(one: str, other: str) -> None:
+    assert joined([f"Here is {one}.", f"Here is {other}."]) == [(0,), (1,)]
+
+
 def test_signs_of_code_make_a_difference() -> None:
     code = "if x > 5:\n    total += read_file(name)\nreturn total"
     assert joined([code, code.replace(">", "<")]) == joined([code, code.replace("+=", "-=")]) == [(0,), (1,)]

@@ -15,7 +15,7 @@ import torch
 from ray.exceptions import RayError
 
 from m3runtime.config.schema import Config
-from m3runtime.errors import ConfigError
+from m3runtime.errors import ConfigError, EncoderError
 from m3runtime.plugins.messages import one_line
 from m3runtime.writing.encoders.encoder import Encoded, Encoder, Failed, Setup, Task
 from m3runtime.writing.encoders.pool import EncoderPool, Lost
@@ -64,7 +64,7 @@ class RayPool(EncoderPool):
         on_gpus = gpus > 0 and device.type != "cpu"
         most = gpus if on_gpus else cpus
         nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-        self.size = self._wanted or (gpus if on_gpus else sum(node["Alive"] for node in nodes))
+        self.size = self._wanted or (gpus if on_gpus else max(1, sum(_computes(node) for node in nodes)))
         if self.size > most:
             raise ConfigError(f"--ray {self._address} has {most} {'GPUs' if on_gpus else 'CPUs'}, not {self.size}")
         self._device = "auto" if on_gpus else "cpu"  # each actor sees its own GPU alone
@@ -76,6 +76,11 @@ class RayPool(EncoderPool):
         """Start an actor; see `EncoderPool.start`."""
         if self._setup is None or self._setup[0] is not setup:
             self._setup = setup, ray.put(setup)
+        kind = "CPU" if self._device == "cpu" else "GPU"
+        if len(self._actors) >= int(ray.cluster_resources().get(kind, 0)):  # type: ignore[no-untyped-call]
+            raise EncoderError(
+                f"--ray {self._address}: a machine was lost, and no {kind} is left for its encoder; write again"
+            )
         self._actors[number] = _Actor(self._kind.remote(self._setup[1], self._device, self._threads))
 
     def give(self, number: int, task: Task) -> None:
@@ -110,6 +115,11 @@ class RayPool(EncoderPool):
         if isinstance(answer, Encoded) and answer.blocks is not None:
             return replace(answer, blocks=np.array(answer.blocks))  # what lies in Ray's store cannot be written
         return answer
+
+
+def _computes(node: dict[str, Any]) -> bool:
+    """Is a machine of the cluster there, and for computing? The head of a cluster often is not."""
+    return bool(node["Alive"]) and node["Resources"].get("CPU", 0) > 0
 
 
 def _reach(address: str) -> None:

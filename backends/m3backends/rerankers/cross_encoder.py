@@ -30,7 +30,7 @@ class CrossEncoderReranker(Reranker):
     def __init__(
         self, path: str | Path, *, device: str = "cpu", batch_size: int = 16, max_tokens: int | None = None
     ) -> None:
-        check_counts(self.kind, batch_size=batch_size)
+        check_counts(self.kind, batch_size=batch_size, max_tokens=1 if max_tokens is None else max_tokens)
         folder, device = find_model(path, self.kind), str(resolve(device, "recall.reranker.device"))
         library = import_extra("sentence_transformers", self.kind)
         if not _is_cross_encoder(folder):

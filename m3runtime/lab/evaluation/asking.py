@@ -19,7 +19,6 @@ from m3runtime.memory.block import as_ids
 from m3runtime.memory.spec import fingerprint
 from m3runtime.observe.counts import TierStats
 from m3runtime.retrieval.match import Match
-from m3runtime.retrieval.retriever import passing
 from m3runtime.runtime import Runtime
 from m3runtime.writing.writer import OnProgress
 
@@ -158,16 +157,13 @@ class AnswersRun(ABC):
 
 def searched(runtime: Runtime, texts: Sequence[str]) -> list[tuple[tuple[Match, ...], tuple[Match, ...]]]:
     """For each text the nearest memories, and those of them that a recall would choose."""
-    recall = runtime.config.recall
-    return [
-        (tuple(near), tuple(passing(near[: recall.memories], min_score=recall.min_score, margin=recall.margin)))
-        for near in runtime.search(texts, max(NEAREST, recall.memories))
-    ]
+    nearest = runtime.search(texts, max(NEAREST, runtime.config.recall.memories))
+    return [(tuple(near), tuple(chosen)) for near, chosen in zip(nearest, runtime.search(texts), strict=True)]
 
 
 def asker_of(adapter: Adapter, runtime: Runtime, items: Iterable[Item]) -> Asker:
     """An `Asker` with every reference that the items name."""
-    wanted = {match.id for item in items for match in item.nearest} | {
+    wanted = {match.id for item in items for match in (*item.nearest, *item.recalled)} | {
         item.right for item in items if item.right is not None
     }
     ids = sorted(wanted)

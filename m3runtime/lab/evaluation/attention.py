@@ -25,7 +25,6 @@ from m3runtime.lab.evaluation.statements import FEWEST, Statement, make_statemen
 from m3runtime.memory.block import as_ids
 from m3runtime.recall.lease import Part
 from m3runtime.retrieval.match import Match
-from m3runtime.retrieval.retriever import passing
 from m3runtime.runtime import Runtime
 from m3runtime.writing.writer import OnProgress
 
@@ -145,8 +144,7 @@ def _continued(
     form = runtime.config.generate.prompt
     drawing = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": settings.seed, "max_new_tokens": _TOKENS}
     generate = runtime.config.generate.model_copy(update=drawing)
-    recall = runtime.config.recall
-    nearest = runtime.search([one.prompt for one in made], recall.memories)
+    chosen = runtime.search([one.prompt for one in made])
     cases = []
     for start in range(0, len(made), settings.batch):
         progress("Continuing statements", start, len(made))
@@ -160,8 +158,7 @@ def _continued(
         told = [row for row, text in enumerate(texts) if text.strip() and adapter.count_tokens(text)]
         scores = adapter.score([prompts[row] for row in told], [texts[row] for row in told], None)
         for row, score in zip(told, scores, strict=True):
-            found = passing(nearest[start + row], min_score=recall.min_score, margin=recall.margin)
-            cases.append(_Case(some[row].prompt, texts[row], score.log_probs, tuple(found)))
+            cases.append(_Case(some[row].prompt, texts[row], score.log_probs, tuple(chosen[start + row])))
     if len(cases) < FEWEST:
         raise InputError(f"the model continues {len(cases)} statements of this bank, and at least {FEWEST} are needed")
     return cases

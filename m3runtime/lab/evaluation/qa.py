@@ -113,10 +113,12 @@ class QaRun(AnswersRun):
         items: list[Item] = []
         for (key, one), (nearest, recalled) in zip(self.questions.items(), searched(runtime, asked), strict=True):
             named = self._named(runtime, one)
-            texts = self._texts_of(runtime, {match.id for match in nearest} | {id for some in named for id in some})
+            texts = self._texts_of(
+                runtime, {match.id for match in (*nearest, *recalled)} | {id for some in named for id in some}
+            )
             holding = frozenset(id for id, text in texts.items() if is_right(text, one.answers))
             # Of those that the file names and that have the answer, the nearest one.
-            order = [match.id for match in nearest]
+            order = list(dict.fromkeys(match.id for match in (*nearest, *recalled)))
             right = sorted(
                 (id for some in named for id in some & holding),
                 key=lambda id: (order.index(id) if id in order else len(order), id),

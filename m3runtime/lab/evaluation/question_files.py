@@ -64,7 +64,7 @@ def read_questions(path: Path) -> list[Asked]:
     for where, row in _rows(content, path):
         try:
             asked = _asked(row, where)
-            asked.question.encode()
+            json.dumps(row, ensure_ascii=False).encode()  # fails for half a character
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise InputError(
                 f"{where}: not a question of a format that is known (see `m3 eval qa --help`): "

@@ -17,7 +17,10 @@ log = logging.getLogger("m3runtime")
 
 
 class Compiled:
-    """A function that is compiled when it is first called, or runs as it is, with a warning, if that fails then."""
+    """A function that is compiled when it is first called, or runs as it is, with a warning, if that fails then.
+
+    What is compiled later, a backward pass or for other shapes, has no such way out: ``train.compile: false`` has.
+    """
 
     def __init__(self, plain: Any, backend: Any) -> None:
         """``backend`` is that of `torch.compile`."""
@@ -58,7 +61,7 @@ class _CompiledLayer:
 
 
 def compile_training(model: Memory3ForCausalLM, backend: Any = "inductor") -> None:
-    """Compile layers and loss of a model at their first use. Where that fails, they run as they are, with a warning.
+    """Compile layers and loss of a model at their first use. What fails in a first call runs as it is, with a warning.
 
     Calling it again is fine. ``backend`` is that of `torch.compile`.
     """

@@ -111,7 +111,7 @@ def _claim(config: Config, settings: TrainConfig, tokenizer: Any) -> None:
         **settings.model_dump(mode="json", exclude=_MAY_CHANGE),
         "model": config.model.path,
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "memory": config.memory.model_dump(mode="json", exclude={"batch_size"}),
+        "memory": config.memory.model_dump(mode="json", exclude={"batch_size", "attention_weight", "select_by"}),
         "chunk_tokens": config.recall.chunk_tokens,
         "memories": config.recall.memories,
         "embedder": config.embedder.model_dump(mode="json"),
@@ -153,6 +153,8 @@ def memory3_config(model: Any, tokenizer: Any, config: Config) -> Memory3Config:
     memory = config.memory
     if (memory.place, memory.sinks, memory.positions) != ("start", "once", "parallel"):
         raise ConfigError("memory: a model is trained with place start, sinks once and positions parallel")
+    if memory.select_by != "attention" and kept_tokens(memory) < memory.reference_tokens:
+        raise ConfigError("memory.select_by must be attention: by it a model is trained to choose tokens")
     layout = AttentionLayout.of(model)
     if layout.again:
         raise ConfigError("model.path: a model whose layers run several times cannot be trained")

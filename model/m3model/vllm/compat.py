@@ -25,7 +25,7 @@ MINOR = "0.32"
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
-_BEAM = re.compile(r"-beam-\d+-")
+_BEAM = re.compile(r"-beam-\d+-[^-]*$")
 """In the names of requests that vLLM's server makes of one by beam search."""
 
 # Families whose keys are rotated in halves, by one set of frequencies in all layers, and read in full by each of them.

@@ -6,7 +6,7 @@ are of float32 in one order, so what a token decodes to depends neither on the b
 
 To float32, products are of float32 (never of TF32), and the result is what torch makes of it, to rounding. To a smaller
 type, matrix units multiply numbers that are rounded to bfloat16 (`UNITS_TOLERANCE`): ten times as fast, and as exact as
-the type of the result.
+bfloat16.
 """
 
 from dataclasses import dataclass, replace
@@ -103,7 +103,7 @@ class TritonDecoder:
             return
         if payloads.stride(1) != 1:
             payloads = payloads.contiguous()
-        use = self._plain if keys.dtype == torch.float32 else self._units_of or self._plain
+        use = self._plain if keys.dtype.itemsize > 2 else self._units_of or self._plain
         table, inverse, tile = use
         grid = (n * triton.cdiv(width, tile.tokens), self._units * triton.cdiv(self._channels, tile.channels))
         with torch.cuda.device(payloads.get_device()):  # Triton launches on the current one
