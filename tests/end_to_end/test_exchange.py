@@ -167,7 +167,7 @@ def test_places_are_added(written: Place) -> None:
         ("a.jsonl", b'{"text": "a", "places": [{"source": 3}]}', "record 1: source must"),
         ("a.jsonl", b"\x89\0", "is a binary file"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 9)[:-9], "is damaged or no gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 9, mtime=0)[:-9], "is damaged or no gzip file"),
         ("a.jsonl.zst", zstandard.compress(b'{"text": "fine"}\n' * 9)[:-9], "is cut off"),
         ("a.parquet", b"PAR1 no", "is damaged or no Parquet file"),
         ("none.jsonl", None, "none.jsonl cannot be read"),
