@@ -24,9 +24,9 @@ from m3runtime.lab.evaluation.trials import Trial, Trials, changed
 from m3runtime.lab.evaluation.world import make_world
 
 SEED = 21
-"""Of the world whose references values are calibrated on."""
+"""The seed of the world whose references values are calibrated on."""
 OTHER_SEED = 22
-"""Of the world whose questions are asked. No value was chosen on either."""
+"""The seed of the world whose questions are asked. No value was chosen on either."""
 REFERENCES, STATEMENTS = 96, 64
 ASKED_REFERENCES, QUESTIONS = 64, 64
 

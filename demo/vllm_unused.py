@@ -1,4 +1,4 @@
-"""What a connector that nothing uses costs vLLM: the bound in docs/vllm.md.
+"""The cost of a connector that nothing uses in vLLM: the bound in docs/vllm.md.
 
 Run it in the environment of `make test-vllm`:
 
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 PROMPT = [1, *range(2000, 2023)]  # shorter than a block, so that no request finds it in the prefix cache
 TOKENS = 8
-"""Of an answer, where processes take turns."""
+"""The length of an answer, where processes take turns."""
 
 Seconds = Mapping[str, float]
-"""By what was done."""
+"""CPU seconds by what was done."""
 
 
 @contextmanager
@@ -130,7 +130,7 @@ class Engines:
         return self._pipes[name].recv()
 
     def by_processes(self, rounds: int, batch: int) -> list[dict[str, Seconds]]:
-        """What each took in its two turns of a round."""
+        """The seconds of each engine in its two turns of a round."""
         names = [*self._pipes]
         found = []
         for number in range(rounds + 1):

@@ -64,7 +64,7 @@ class Runtime:
         encoder: Adapter | None = None,
         today: Callable[[], str] = expiry.today,
     ) -> None:
-        """``reranker`` orders the first ``recall.reranker.candidates`` of a search. It is closed with the runtime.
+        """With ``recall.reranker``, ``reranker`` orders the first candidates of a search, and is closed in the end.
 
         ``encoder`` is needed to recall with ``recall.cold_start``, and may also be set later.
 

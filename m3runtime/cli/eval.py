@@ -1,16 +1,15 @@
 """``m3 eval``: the effect of memories on answers."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from m3runtime.cli import eval_search
+from m3runtime.cli.evaluating import Out, References, Seed, finish, require_libraries
 from m3runtime.cli.options import ConfigFile, Json, Set, configuration, load, overrides
 from m3runtime.cli.progress import progress_bars
 from m3runtime.cli.terminal import print_json, say
-
-if TYPE_CHECKING:
-    from m3runtime.lab.evaluation.report import Report
 
 app = typer.Typer(
     name="eval",
@@ -18,9 +17,6 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and the state of a stopped run.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the questions.")]
-References = Annotated[int, typer.Option("--references", min=1, help="Number of invented references.")]
 Questions = Annotated[int, typer.Option("--questions", min=1, help="Number of questions that the references answer.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Questions in one batch.")]
 Statements = Annotated[bool, typer.Option("--statements", help="Ask for the end of statements instead of questions.")]
@@ -44,7 +40,7 @@ def facts(
     It can be stopped at any moment and run again with the same --out: it resumes. The configured bank is not changed.
     """
     settings = configuration(config, set)
-    _require_libraries()
+    require_libraries()
     from m3runtime.lab.evaluation.facts import FactsSettings
     from m3runtime.lab.evaluation.facts_report import evaluate_facts
 
@@ -58,7 +54,7 @@ def facts(
     )
     with progress_bars(shown=not json) as progress:
         report = evaluate_facts(settings, asked, out, progress)
-    _finish(report, out, json=json)
+    finish(report, out, json=json)
 
 
 @app.command()
@@ -88,14 +84,14 @@ def qa(
     come with the questions. It can be stopped at any moment and run again with the same --out: it resumes.
     """
     settings = configuration(config, set)
-    _require_libraries()
+    require_libraries()
     from m3runtime.lab.evaluation.qa import QaSettings
     from m3runtime.lab.evaluation.qa_report import evaluate_qa
 
     asked = QaSettings(str(questions), seed, most, texts, batch)
     with progress_bars(shown=not json) as progress:
         report = evaluate_qa(settings, asked, out, progress)
-    _finish(report, out, json=json)
+    finish(report, out, json=json)
 
 
 @app.command()
@@ -119,7 +115,7 @@ def sweep(
     with `m3 eval facts` and another seed: on the questions that they were chosen by, they look better than they are.
     """
     settings = configuration(config, set)
-    _require_libraries()
+    require_libraries()
     from m3runtime.lab.evaluation.sweep import SweepSettings
     from m3runtime.lab.evaluation.sweep_report import evaluate_sweep
 
@@ -133,7 +129,7 @@ def sweep(
     )
     with progress_bars(shown=not json) as progress:
         report = evaluate_sweep(settings, tried, out, progress)
-    _finish(report, out, json=json)
+    finish(report, out, json=json)
 
 
 @app.command()
@@ -155,13 +151,13 @@ def text(
     same --out. The configured bank is not changed.
     """
     settings = configuration(config, set)
-    _require_libraries()
+    require_libraries()
     from m3runtime.lab.evaluation.text_report import TextSettings, evaluate_text
 
     scored = TextSettings(tuple(map(str, corpus)), seed, passages, chunks, share)
     with progress_bars(shown=not json) as progress:
         report = evaluate_text(settings, scored, out, batch, progress)
-    _finish(report, out, json=json)
+    finish(report, out, json=json)
 
 
 @app.command()
@@ -181,7 +177,7 @@ def calibrate(
     only these three values change, each with the evidence as a comment.
     """
     loaded = load(config, set)
-    _require_libraries()
+    require_libraries()
     from m3runtime.lab.evaluation import yaml_edit
     from m3runtime.lab.evaluation.calibrate import CalibrationSettings
     from m3runtime.lab.evaluation.calibrate_file import CalibratedFile
@@ -219,113 +215,15 @@ def calibrate_attention(
     your bank and no questions; half of them judge what the others choose. It says what to set, and changes nothing.
     """
     settings = configuration(config, set)
-    _require_libraries()
+    require_libraries()
     from m3runtime.lab.evaluation.attention import AttentionSettings
     from m3runtime.lab.evaluation.attention_report import evaluate_attention
 
     asked = AttentionSettings(seed, statements, batch)
     with progress_bars(shown=not json) as progress:
         report = evaluate_attention(settings, asked, progress)
-    _finish(report, out, json=json)
+    finish(report, out, json=json)
 
 
-@app.command()
-def search(
-    config: ConfigFile = None,
-    out: Out = Path("eval-search"),
-    seed: Seed = 0,
-    questions: Annotated[int, typer.Option("--questions", min=1, help="Most questions of each corpus.")] = 300,
-    texts: Annotated[int, typer.Option("--texts", min=1, help="Most texts of each corpus.")] = 2000,
-    k: Annotated[int, typer.Option("-k", min=1, help="Texts that one search may give.")] = 5,
-    pairs: Annotated[
-        list[Path] | None, typer.Option("--pairs", help="JSON lines with text and question; may be repeated.")
-    ] = None,
-    copies: Annotated[
-        int, typer.Option("--copies", min=0, help="Search, too, where each text has so many copies.")
-    ] = 0,
-    set: Set = None,
-    json: Json = False,
-) -> None:
-    """Compare search by embeddings, by words and by both: the right text among those found, and milliseconds.
-
-    The corpora are invented facts, Python's manual and code, and yours. No model is needed, and no bank.
-    """
-    settings = configuration(config, set)
-    _require_libraries()
-    from m3runtime.lab.evaluation.finding import SearchSettings, evaluate_search
-
-    asked = SearchSettings(seed, questions, texts, k, tuple(map(str, pairs or ())), copies)
-    with progress_bars(shown=not json) as progress:
-        report = evaluate_search(settings, asked, progress)
-    _finish(report, out, json=json)
-
-
-@app.command()
-def floor(
-    config: ConfigFile = None,
-    out: Out = Path("eval-floor"),
-    seed: Seed = 0,
-    questions: Annotated[int, typer.Option("--questions", min=1, help="Most questions of each kind.")] = 150,
-    texts: Annotated[int, typer.Option("--texts", min=1, help="Most texts of each corpus.")] = 400,
-    pairs: Annotated[
-        list[Path] | None, typer.Option("--pairs", help="JSON lines with text and question; may be repeated.")
-    ] = None,
-    set: Set = None,
-    json: Json = False,
-) -> None:
-    """Measure how well the nearest text's score tells whether a question can be answered, and floors for it.
-
-    The corpora are those of m3 eval search. No model is needed, and no bank.
-    """
-    settings = configuration(config, set)
-    _require_libraries()
-    from m3runtime.lab.evaluation.floor import FloorSettings, evaluate_floor
-
-    asked = FloorSettings(seed, questions, texts, tuple(map(str, pairs or ())))
-    with progress_bars(shown=not json) as progress:
-        report = evaluate_floor(settings, asked, progress)
-    _finish(report, out, json=json)
-
-
-@app.command()
-def conversations(
-    config: ConfigFile = None,
-    out: Out = Path("eval-conversations"),
-    seed: Seed = 0,
-    references: References = 320,
-    conversations: Annotated[int, typer.Option("--conversations", min=1, help="Number of conversations.")] = 100,
-    k: Annotated[int, typer.Option("-k", min=1, help="Memories that one search may give.")] = 5,
-    pairs: Annotated[
-        Path | None, typer.Option("--pairs", help="Talk about JSON lines with text and question, not about facts.")
-    ] = None,
-    set: Set = None,
-    json: Json = False,
-) -> None:
-    """Ask for invented facts in conversations with pronouns, ellipses and changes of subject.
-
-    It tries values of recall.turn_weight, and needs no model and no bank.
-    """
-    settings = configuration(config, set)
-    _require_libraries()
-    from m3runtime.lab.evaluation.conversations import ConversationSettings, evaluate_conversations
-
-    asked = ConversationSettings(seed, references, conversations, k, str(pairs or ""))
-    with progress_bars(shown=not json) as progress:
-        report = evaluate_conversations(settings, asked, progress)
-    _finish(report, out, json=json)
-
-
-def _require_libraries() -> None:
-    from m3runtime.plugins.loading import require
-
-    require("m3 eval", "eval")
-
-
-def _finish(report: "Report", out: Path, *, json: bool) -> None:
-    report.save(out)
-    if json:
-        print_json(report.to_json())
-        return
-    for line in report.summary:
-        say(line)
-    say(f"{out / 'report.md'}")
+for _command in (eval_search.search, eval_search.floor, eval_search.conversations):
+    app.command()(_command)

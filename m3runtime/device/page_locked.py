@@ -26,7 +26,7 @@ class PageLocked:
         self._is_registered = False
         if size:
             with torch.cuda.device(device):
-                result = torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0)  # type: ignore[no-untyped-call]
+                result = torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0)
                 torch.cuda.check_error(int(result))
             self._is_registered = True
 
@@ -35,7 +35,7 @@ class PageLocked:
         if self._is_registered:
             self._is_registered = False
             with torch.cuda.device(self._device):
-                torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())  # type: ignore[no-untyped-call]
+                torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
 
 
 def _mapped(size: int) -> mmap.mmap:

@@ -22,7 +22,7 @@ class SideStream:
             yield
             return
         if not hasattr(self._of, "stream"):
-            self._of.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._of.stream = torch.cuda.Stream(self._device)
         with torch.cuda.stream(self._of.stream):
             yield
 
@@ -30,7 +30,7 @@ class SideStream:
         """An event after all that the current stream has queued so far; None on a CPU, where nothing waits."""
         if self._device.type != "cuda":
             return None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return event
 

@@ -17,9 +17,9 @@ from m3runtime.storage.hierarchy import Hierarchy
 class Refresh:
     """Brings indexes, store and caching tiers in line with a home that another process changed. Thread-safe.
 
-    It looks at most once in ``every`` seconds, at the cost of reading a number. Only if the home has another revision
-    it compares ids, which takes about a tenth of a second for a million, in the thread that asked; other threads go on
-    with what they had. With None it never looks.
+    It looks every ``every`` seconds at the cost of reading a number: in the thread that asks then, or up to half of the
+    time earlier in the background, if hints come. Only if the home has another revision it compares ids, which takes
+    about half a second of CPU time for a million; other threads go on with what they had. With None it never looks.
 
     When a day has ended in UTC, what has expired leaves indexes, store and caching tiers before the next call returns,
     in whatever thread. The home keeps it until a process that writes forgets it.

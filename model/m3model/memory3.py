@@ -25,7 +25,7 @@ NO_LABEL = -100
 """The label of a token without a loss."""
 
 
-class Memory3Config(PreTrainedConfig):  # type: ignore[no-untyped-call]  # its __init_subclass__ is untyped
+class Memory3Config(PreTrainedConfig):
     """A causal language model's configuration, and what its memories are."""
 
     model_type = "memory3"
@@ -97,7 +97,7 @@ class Memory3ForCausalLM(PreTrainedModel, GenerationMixin):
         self._hands_out = self._scores = False
         """Do its layers get their own parts of passes? Do its memory layers score tokens?"""
         self._sinks: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()  # type: ignore[no-untyped-call]  # it has no types
 
     @classmethod
     def holding(cls, model: Any, config: Memory3Config) -> "Memory3ForCausalLM":

@@ -28,11 +28,11 @@ POSITIONS = 4096
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with its tokenizer, in a folder as the transformers library writes it."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     model = copy.deepcopy(make_model("llama"))
     model.config.max_position_embeddings = POSITIONS  # the evaluations have long prompts
     model.save_pretrained(folder)
-    logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.enable_progress_bar()
     make_tokenizer().save_pretrained(folder)
     return folder
 

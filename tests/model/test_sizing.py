@@ -56,9 +56,9 @@ def test_every_family_without_its_weights(family: str, tmp_path: Path) -> None:
 
 def test_it_is_the_spec_of_the_adapter(tmp_path: Path) -> None:
     model, tokenizer = make_model("llama"), make_tokenizer()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     model.save_pretrained(tmp_path / "whole")
-    logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.enable_progress_bar()
     tokenizer.save_pretrained(tmp_path / "whole")
     (tmp_path / "bare").mkdir()
     shutil.copy(tmp_path / "whole/config.json", tmp_path / "bare")

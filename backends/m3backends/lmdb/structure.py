@@ -30,7 +30,7 @@ def check_structure(data: Path) -> None:
 def structure_problems(data: Path) -> list[str]:
     """The defects of the pages of a file that no process writes; none if LMDB can be trusted with it."""
     try:
-        return _too_large(data) or verify(str(data), subdir=False)  # type: ignore[no-untyped-call]
+        return _too_large(data) or verify(str(data), subdir=False)
     except (VerifyError, OSError) as error:
         return [str(error)]
     except RecursionError:
@@ -63,9 +63,9 @@ def _too_large(data: Path) -> list[str]:
         size = status.st_size
         # Holes cost nothing to claim. A real file has few, even where the file system compresses it.
         allocated = 16 * 512 * status.st_blocks + (4 << 30) if hasattr(status, "st_blocks") else size
-        page_bytes = None
+        page_bytes = 0
         for number in (0, 1):
-            file.seek(number * (page_bytes or 0))
+            file.seek(number * page_bytes)
             page = file.read(_META.size)
             if len(page) < _META.size:
                 return []  # for the verifier to describe

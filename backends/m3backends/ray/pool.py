@@ -59,11 +59,11 @@ class RayPool(EncoderPool):
             except (RayError, OSError, ValueError, RuntimeError) as error:
                 raise ConfigError(f"--ray {self._address}: {one_line(error)}") from error
             self._is_ours = True
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        resources: dict[str, float] = ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
         on_gpus = gpus > 0 and device.type != "cpu"
         most = gpus if on_gpus else cpus
-        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        nodes: list[dict[str, Any]] = ray.nodes()
         self.size = self._wanted or (gpus if on_gpus else max(1, sum(_computes(node) for node in nodes)))
         if self.size > most:
             raise ConfigError(f"--ray {self._address} has {most} {'GPUs' if on_gpus else 'CPUs'}, not {self.size}")
@@ -77,7 +77,7 @@ class RayPool(EncoderPool):
         if self._setup is None or self._setup[0] is not setup:
             self._setup = setup, ray.put(setup)
         kind = "CPU" if self._device == "cpu" else "GPU"
-        if len(self._actors) >= int(ray.cluster_resources().get(kind, 0)):  # type: ignore[no-untyped-call]
+        if len(self._actors) >= int(ray.cluster_resources().get(kind, 0)):
             raise EncoderError(
                 f"--ray {self._address}: a machine was lost, and no {kind} is left for its encoder; write again"
             )

@@ -67,7 +67,7 @@ def turns(
 
 def wait() -> None:
     """Wait until the accelerator is idle, if anything ran on one."""
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 

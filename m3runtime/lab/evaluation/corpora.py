@@ -28,6 +28,13 @@ class Corpus:
     """Questions that none of the texts answers, though they are of the same kind."""
 
 
+def chosen(seed: int, questions: int, texts: int, files: Sequence[str]) -> list[Corpus]:
+    """Facts, manual, code and the files' corpora. Raises `InputError` as `pairs` does."""
+    sizes = (seed, questions, texts)
+    own = [facts(seed, questions), docstrings(*sizes), code(*sizes)]
+    return own + [pairs(Path(file), *sizes) for file in files]
+
+
 def facts(seed: int, questions: int) -> Corpus:
     """Questions about invented facts, whose references come in near misses."""
     size = max(4, questions * 8 // 5)

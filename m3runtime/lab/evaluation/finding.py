@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -64,9 +63,7 @@ class Found:
 
 def evaluate_search(config: Config, settings: SearchSettings, progress: OnProgress) -> Report:
     """Search corpora that no bank holds, by the configured embedder and index. No model is loaded."""
-    sizes = (settings.seed, settings.questions, settings.texts)
-    tried = [corpora.facts(*sizes[:2]), corpora.docstrings(*sizes), corpora.code(*sizes)]
-    tried += [corpora.pairs(Path(path), *sizes) for path in settings.pairs]
+    tried = corpora.chosen(settings.seed, settings.questions, settings.texts, settings.pairs)
     embedder = assembly.open_embedder(config)
     try:
         found = {corpus.name: search_corpus(config, embedder, corpus, settings, progress) for corpus in tried}

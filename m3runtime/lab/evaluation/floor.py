@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -73,9 +72,7 @@ def evaluate_floor(config: Config, settings: FloorSettings, progress: OnProgress
 
     Raises `InputError` for a corpus of which all questions are answered.
     """
-    sizes = (settings.seed, settings.questions, settings.texts)
-    tried = [corpora.facts(*sizes[:2]), corpora.docstrings(*sizes), corpora.code(*sizes)]
-    tried += [corpora.pairs(Path(path), *sizes) for path in settings.pairs]
+    tried = corpora.chosen(settings.seed, settings.questions, settings.texts, settings.pairs)
     for corpus in tried:
         if not corpus.unanswerable:
             raise InputError(

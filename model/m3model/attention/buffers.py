@@ -26,7 +26,7 @@ class LayerStack:
         """Columns of context before the current forward pass."""
 
 
-class BufferLayer(StoringLayer):  # type: ignore[no-untyped-call]  # an untyped __init_subclass__
+class BufferLayer(StoringLayer):
     """One layer's buffers, ``[B, kv_heads, region + sink + context, head_dim]``."""
 
     keys: Tensor

@@ -168,7 +168,7 @@ class EncodingPass(Pass):
         raise RuntimeError(f"the model did not run layer {layer}")
 
 
-class PassLayer(StoringLayer):  # type: ignore[no-untyped-call]  # an untyped __init_subclass__
+class PassLayer(StoringLayer):
     """One layer of a pass. Its attention is given this in place of the whole: nothing here differs by number."""
 
     def __init__(self, masks: Masks, memory: Pair | None, places: Tensor | None) -> None:

@@ -17,11 +17,11 @@ class StoredError(Exception):
     """
 
 
-class StoringLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subclass__ is untyped
+class StoringLayer(CacheLayerMixin):
     """One layer of a cache, which stores keys and values and returns those that attention reads."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # it has no types
         self.is_initialized = True
         self.is_last = False
         """End the forward pass when this layer has stored its keys and values?"""

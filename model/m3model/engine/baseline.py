@@ -90,7 +90,7 @@ _CACHES = ("dynamic", "static")
 
 
 def _configured(**settings: Any) -> Any:
-    return GenerationConfig(**settings)  # type: ignore[no-untyped-call]
+    return GenerationConfig(**settings)
 
 
 def _attentions(model: Any) -> list[str]:

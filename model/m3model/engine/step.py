@@ -77,7 +77,7 @@ class Inputs:
     """Numbers to draw tokens by, float32; see `m3model.engine.sampling.uniforms`."""
 
 
-class _Layer(StoringLayer):  # type: ignore[no-untyped-call]  # an untyped __init_subclass__
+class _Layer(StoringLayer):
     """One layer of a `StepCache`."""
 
     def __init__(self, cache: "StepCache", stack: Stack, index: int) -> None:

@@ -152,9 +152,9 @@ def quiet() -> Iterator[None]:
 def without_bars() -> Iterator[None]:
     """Hide the progress bars of transformers; its warnings are still shown."""
     bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            transformers_logging.enable_progress_bar()

@@ -31,7 +31,7 @@ def shape_of(model: ModelConfig) -> ModelShape:
             config = AutoConfig.from_pretrained(**source)
             stored = str(config.get_text_config().dtype).removeprefix("torch.")  # which making a model changes
             with torch.device("meta"):
-                empty: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+                empty: Any = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # of many kinds: each file format's library raises its own
         raise ConfigError(
             f"model.path: cannot tell the shape of a causal language model from {model.path}: {first_line(error)}"

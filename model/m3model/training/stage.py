@@ -127,7 +127,7 @@ def _arguments(folder: Path, settings: TrainConfig, stage: StageConfig, device: 
 def _board(folder: Path) -> TensorBoardCallback:
     from torch.utils.tensorboard import SummaryWriter
 
-    return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))  # type: ignore[no-untyped-call]
+    return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))
 
 
 class _Progress(TrainerCallback):
