@@ -94,3 +94,5 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
         CrossEncoderReranker(tmp_path / "none")
     with pytest.raises(ConfigError, match="batch_size must be at least 1"):
         CrossEncoderReranker(tmp_path / "none", batch_size=0)
+    with pytest.raises(ConfigError, match="max_tokens must be at least 1"):
+        CrossEncoderReranker(tmp_path / "none", max_tokens=0)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3runtime.documents.reference import Place, Reference
+from m3runtime.lab.evaluation.asking import searched
 from m3runtime.lab.evaluation.world import make_world
 from m3runtime.memory.block import as_ids
 from m3runtime.memory.tensors import MemoryTensors
@@ -114,6 +115,8 @@ def test_copies_leave_room_for_other_texts_and_are_all_cited(tmp_path: Path) -> 
         assert found.ids[1:] == before.ids[1:]
         assert {place.source for place in found.references[0].places} == {"words.txt", *map(str, copies)}
         (matches,) = runtime.search([TEXTS[0]])
+        ((_, chosen),) = searched(runtime, [TEXTS[0]])
+        assert list(chosen) == matches, "evaluations compare with what a recall reads"
         assert [match.id for match in matches] == list(found.ids)
         assert [one.places if one else () for one in runtime.cited(matches)] == [one.places for one in found.references]
         assert {match.id for match in runtime.search([TEXTS[0]], 41)[0]} == {0, *copies}

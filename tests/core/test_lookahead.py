@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from m3backends.slabs import PinnedTier
 from m3runtime.errors import ConfigError, StoreFullError, TierClosedError, TierError
+from m3runtime.recall.hints import with_owed
 from m3runtime.recall.recalled import Recalled
+from m3runtime.retrieval.match import Match
 from m3runtime.runtime import Runtime
 from m3runtime.storage.tier import CachingTier
 from m3runtime.storage.trace import Op
@@ -144,6 +146,30 @@ def test_a_hint_looks_for_changes_in_the_background_so_that_the_recall_need_not(
         assert looked[0] != threading.get_ident()
         assert gone not in stream.recall("lamp oil harbour").ids
         assert len(looked) == 1
+
+
+def test_what_a_home_raises_in_the_background_is_raised_by_the_next_recall(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = opened(refresh="1000s")
+
+    def lost() -> int:
+        raise TierError("the store is gone")
+
+    with runtime.stream() as stream:
+        stream.recall("lamp oil harbour")
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime.bank.home, "revision", lost)
+            runtime._refresh._looked -= 600
+            stream.hint("lamp oil harbour")
+            drain(runtime)
+            with pytest.raises(TierError, match="the store is gone"):
+                stream.recall("lamp oil harbour")
+        assert stream.recall("lamp oil harbour").ids
+
+
+def test_what_is_owed_and_found_under_another_id_is_recalled_once() -> None:
+    assert with_owed([Match(9, 0.9, (7,))], [Match(7, 0.8), Match(5, 0.7)], 3) == [Match(9, 0.9, (7,)), Match(5, 0.7)]
 
 
 def test_a_right_guess_leaves_nothing_to_read_or_decode(opened: Open) -> None:

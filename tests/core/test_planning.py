@@ -19,6 +19,7 @@ from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.planning.bank import Need, plan, sized
 from m3runtime.planning.cost import cost
 from m3runtime.planning.drive import PAGE, Drive, reads
+from m3runtime.planning.store import Prices, store_cost
 from tests.core.recalling import TextAdapter
 
 PAPER = MODELS["memory3-2.4b"]
@@ -305,3 +306,11 @@ def test_an_adapter_that_tells_none() -> None:
     settings = config(model={"path": "x", "adapter": f"{__name__}:Silent"})
     with pytest.raises(ConfigError, match=r"^model\.adapter: .*:Silent does not tell .*; say it with --shape$"):
         sized(settings)
+
+
+def test_reads_of_a_store_grow_as_the_tables_fragments_do() -> None:
+    """A table is indexed again after 20,000 references or a sixteenth of all: fragments that a commit looks at."""
+    sizes = (100_000, 10**8, 2 * 10**8)
+    small, large, larger = (store_cost(Prices(), references=size, stored=0, memories=5).gets / size for size in sizes)
+    assert large > 100 * small
+    assert larger == pytest.approx(2 * large, rel=0.01)

@@ -118,6 +118,7 @@ def test_a_line_of_ones_own(tmp_path: Path) -> None:
         ('{"question": "a", "answer": "b"}\n[1]\n', "line 2: not a question"),
         ('{"question": "a", "answer": "b"}\n"text"\n', "line 2: not a question"),
         ('{"question": "\\ud800", "answer": "b"}', "question 1: not a question"),
+        ('{"question": "a", "answer": "\\ud800"}', "question 1: not a question"),
         ('{"data": [{"paragraphs": [{"qas": [{}]}]}]}', "article 1: not as in SQuAD"),
         ('{"data": [1]}', "article 1: not as in SQuAD"),
         (json.dumps({**HOTPOT, "context": [["a"]]}), "question 1: not a question"),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -38,6 +38,7 @@ from tests.end_to_end.embedders import HashedWords
 from tests.end_to_end.word_model import WordModel
 
 DIM = 32
+CPU = torch.device("cpu")
 KILLS, KILLS_A_RUN = 100, 30
 KILLED_TEXTS = 30 * GROUP
 Moment = Callable[[int], bool]
@@ -241,6 +242,18 @@ def test_a_process_that_is_killed_is_started_again(alone: dict[tuple[int, bool],
     assert there == alone[2 * GROUP, False]
     assert len(killed) == 1
     assert not children(os.getpid())
+
+
+def test_a_process_that_cannot_read_its_task_says_so(tmp_path: Path) -> None:
+    with ProcessPool(1) as pool:
+        pool.open(Config.model_validate({"bank": "b", "model": {"path": "m"}, "embedder": {"path": "e"}}), CPU)
+        pool.start(0, cast("Setup", None))
+        pool._running[0].connection.send_bytes(b"no pickle")
+        ((number, answer),) = pool.wait()
+    assert number == 0
+    assert isinstance(answer, Lost)
+    assert answer.reason.startswith("exit status 1: ")
+    assert "UnpicklingError" in answer.reason
 
 
 def test_one_worker_is_the_writer_itself() -> None:

@@ -302,6 +302,9 @@ def test_heads_of_several_shapes_are_not_trained_to_choose_tokens() -> None:
     )
     with pytest.raises(ConfigError, match=r"^memory\.tokens_per_head must be all: the layers of this model have"):
         memory3_config(copy.deepcopy(make_model("gemma4_text")), make_tokenizer(), config)
+    by_repeat = config.model_copy(update={"memory": config.memory.model_copy(update={"select_by": "repeat"})})
+    with pytest.raises(ConfigError, match=r"^memory\.select_by must be attention"):
+        memory3_config(copy.deepcopy(make_model("llama")), make_tokenizer(), by_repeat)
     model = copy.deepcopy(make_model("llama"))
     assert memory3_config(model, make_tokenizer(), config).tokens_per_head == 4
 
