@@ -54,13 +54,8 @@ class Refresh:
         if self._today() != self._day:
             with self._lock:
                 self._expire(self._today())
-        if self._every is None or time.monotonic() - self._looked < self._every:
-            return
-        if self._lock.acquire(blocking=False):
-            try:
-                self._look()
-            finally:
-                self._lock.release()
+        if self._every is not None and time.monotonic() - self._looked >= self._every:
+            self._look_unless_busy()
 
     @property
     def is_near(self) -> bool:
@@ -69,20 +64,25 @@ class Refresh:
 
     def ahead(self) -> None:
         """Look before it is time, so that the next call need not: a home in an object store answers late."""
-        if self.is_near and self._lock.acquire(blocking=False):
+        if self.is_near:
             try:
-                self._look()
+                self._look_unless_busy()
             except BaseException:
                 self._looked = float("-inf")  # the next call looks itself, and raises
                 raise
-            finally:
-                self._lock.release()
 
     def now(self) -> None:
         """Look now, whatever ``every`` says: what was committed before the call counts when it returns."""
         with self._lock:
             self._expire(self._today())
             self._look()
+
+    def _look_unless_busy(self) -> None:
+        if self._lock.acquire(blocking=False):
+            try:
+                self._look()
+            finally:
+                self._lock.release()
 
     def _look(self) -> None:
         self._looked = time.monotonic()
