@@ -64,6 +64,8 @@ class ModelConfig(Section):
     room: Size | None = None
     """Most bytes of keys and values of all rows: sink, memories and context. Default: a half of what is free on the
     device, a quarter on a CPU. Where it is full, the youngest sequence waits and is read again later."""
+    compile: bool = False
+    """Compile the model's layers for decoding, at the first steps, which takes a minute or so. For GPUs alone."""
 
 
 class MemoryConfig(Section):

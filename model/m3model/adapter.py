@@ -26,6 +26,7 @@ from m3model.engine.buffers import RowBuffers
 from m3model.engine.cutting import cut
 from m3model.engine.encoding import encode_dense, encode_repeated, encode_scored, reference_ids
 from m3model.engine.engine import MemoryEngine
+from m3model.engine.fusing import fuse
 from m3model.engine.importance import importance
 from m3model.engine.job import Words
 from m3model.engine.prompts import chat, render
@@ -63,10 +64,11 @@ class TransformersAdapter(Adapter):
         *,
         rows: int = ModelConfig.model_fields["rows"].default,
         room: int | None = None,
+        compile: bool = False,
     ) -> None:
         """Switch ``model`` to the attention of `m3model.attention`: only its engine and sessions can run it now.
 
-        ``rows`` and ``room`` are the settings of the engine; see `m3runtime.config.schema.ModelConfig`.
+        ``rows``, ``room`` and ``compile`` are the settings of the engine; see `m3runtime.config.schema.ModelConfig`.
         """
         self.model = model
         self.tokenizer = tokenizer
@@ -96,6 +98,8 @@ class TransformersAdapter(Adapter):
         self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
         self.stop_tokens = stop_tokens(model, tokenizer)
         prepare(model)
+        if compile:
+            fuse(model)
         self._sink: Sink = make_sink(model, self.sink_ids)
         self._arrange: Arrangement | None = None
         if (memory.sinks, memory.positions) != ("once", "parallel"):
@@ -105,7 +109,7 @@ class TransformersAdapter(Adapter):
     def open(cls, model: ModelConfig, memory: MemoryConfig, device: torch.device) -> Self:
         """Load the model from a folder, a hub name or a GGUF file; see `Adapter.open`."""
         loaded, tokenizer = load(model.path, model.dtype, device)
-        return cls(loaded, tokenizer, memory, model.path, rows=model.rows, room=model.room)
+        return cls(loaded, tokenizer, memory, model.path, rows=model.rows, room=model.room, compile=model.compile)
 
     @classmethod
     def shape(cls, model: ModelConfig) -> ModelShape:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from m3model.engine.baseline import TransformersBaseline
+from m3model.engine.fusing import fuse
 from m3model.transformers import TransformersAdapter
 from m3runtime.adapters.answers import Prompt
 from m3runtime.config.schema import Config, GenerateConfig, MemoryConfig
@@ -131,7 +132,23 @@ def decoding(tokenizer: Path, device: torch.device, *, tiny: bool) -> Iterator[F
             if device.type == "cuda":
                 yield Figure(f"{title}: graphs", graphs, least=1)
             adapter.engine.close()
+        yield _fused(model, AutoTokenizer.from_pretrained(tokenizer), name, device, new_tokens)
         del model
+
+
+def _fused(model: Any, tokenizer: Any, name: str, device: torch.device, new_tokens: int) -> Figure:
+    """What compiled layers are worth at batch 1, without memories. The model's layers stay compiled."""
+    speeds: dict[bool, list[float]] = {}
+    for compiled in (False, True):
+        if compiled:
+            fuse(model, "inductor" if device.type == "cuda" else "eager")
+        adapter = TransformersAdapter(model, tokenizer, MemoryConfig(), name, rows=1)
+        adapter.stop_tokens = frozenset()
+        prompts = [Prompt("the statement of a loop")]
+        speeds[compiled] = [_engine(adapter, None, prompts, new_tokens) for _ in range(_ROUNDS + 1)][1:]
+        adapter.engine.close()
+    times = statistics.median(speeds[True]) / statistics.median(speeds[False])
+    return Figure(f"{name}, batch 1: with compiled layers, of the same without", times, details=str(speeds))
 
 
 def _model(shape: Shape, tokenizer: Path, device: torch.device, dtype: torch.dtype) -> Any:

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3model.attention.implementation import Weighing
 from m3model.attention.passes import Masks, PassLayer, ReadMemories
+from m3model.compiled import Compiled
 from m3model.memory3 import Memory3ForCausalLM
-from m3model.training.compiling import Compiled, compile_training
+from m3model.training.compiling import compile_training
 from tests.model.families import REFERENCE_TOKENS
 from tests.model.test_memory3 import CHUNK, batch, memory3
 
@@ -124,7 +125,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(caplog: pytest.LogCaptureFixture)
     def backend(*_: Any) -> Any:
         raise ValueError("no such compiler")
 
-    doubled = Compiled(lambda x: 2 * x, backend)
+    doubled = Compiled(lambda x: 2 * x, backend, "this")
     with caplog.at_level(logging.WARNING, "m3runtime"):
         assert [doubled(torch.tensor(number)).item() for number in (1, 2)] == [2, 4]
     assert len(caplog.records) == 1

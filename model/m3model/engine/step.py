@@ -77,6 +77,12 @@ class Inputs:
     """Numbers to draw tokens by, float32; see `m3model.engine.sampling.uniforms`."""
 
 
+def write(pair: Pair, at: Pair, keys: Tensor, values: Tensor) -> None:
+    """Write keys and values, ``[1, kv_heads, T, head_dim]``, to rows and columns of a layer's buffers."""
+    for buffer, new in zip(pair, (keys, values), strict=True):
+        buffer.transpose(1, 2).index_put_(at, new[0].transpose(0, 1).to(buffer.dtype))
+
+
 class _Layer(StoringLayer):
     """One layer of a `StepCache`."""
 
@@ -88,11 +94,14 @@ class _Layer(StoringLayer):
 
     def store(self, keys: Tensor, values: Tensor) -> Pair:
         """Write the tokens' keys and values to their places; return the layer's buffers."""
-        at = (self._cache.inputs.rows, self._cache.columns[self._stack.remembers])
-        pair = self._stack.keys[self._index], self._stack.values[self._index]
-        for buffer, new in zip(pair, (keys, values), strict=True):
-            buffer.transpose(1, 2).index_put_(at, new[0].transpose(0, 1).to(buffer.dtype))
+        pair, at = self.places()
+        write(pair, at, keys, values)
         return pair
+
+    def places(self) -> tuple[Pair, Pair]:
+        """The layer's buffers, and the rows and columns there that the tokens are written to."""
+        pair = self._stack.keys[self._index], self._stack.values[self._index]
+        return pair, (self._cache.inputs.rows, self._cache.columns[self._stack.remembers])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Of no meaning: masks are the cache's."""
@@ -119,6 +128,10 @@ class StepCache(Cache):
         self._telling = telling(sum(len(stack.layers) for stack in buffers.stacks if stack.remembers))
         places = {layer: (stack, at) for stack in buffers.stacks for at, layer in enumerate(stack.layers)}
         super().__init__(layers=[_Layer(self, *places[layer]) for layer in range(buffers.layout.layers)])
+
+    def places(self, layer: int) -> tuple[Pair, Pair]:
+        """A layer's buffers, and the rows and columns there that the tokens are written to."""
+        return self.layers[layer].places()
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, weighing: Weighing) -> Tensor:
         """Attention of each row's tokens over its own columns; see `m3model.attention.implementation.Attending`."""

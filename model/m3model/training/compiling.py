@@ -4,42 +4,16 @@ Layers are compiled, not the model: all of a kind share one graph, and what stan
 and the pass that ends at the last memory layer) stays Python.
 """
 
-import logging
 from typing import Any
 
 import torch
 
 from m3model.attention.passes import PassLayer
 from m3model.attention.versions import CACHE_NAMES
+from m3model.compiled import Compiled
 from m3model.memory3 import Memory3ForCausalLM
 
-log = logging.getLogger("m3runtime")
-
-
-class Compiled:
-    """A function that is compiled when it is first called, or runs as it is, with a warning, if that fails then.
-
-    What is compiled later, a backward pass or for other shapes, has no such way out: ``train.compile: false`` has.
-    """
-
-    def __init__(self, plain: Any, backend: Any) -> None:
-        """``backend`` is that of `torch.compile`."""
-        self._plain = plain
-        self._compiled: Any = torch.compile(plain, backend=backend)
-        self._works = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function."""
-        if self._works:
-            return self._compiled(*args, **kwargs)
-        try:
-            found = self._compiled(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - of many types; and if it is not the compiler's, it comes again
-            log.warning("training is slower, for it cannot be compiled: %s: %s", type(error).__name__, error)
-            self._compiled = self._plain
-            found = self._plain(*args, **kwargs)
-        self._works = True
-        return found
+_WHAT = "training"
 
 
 class _CompiledLayer:
@@ -47,7 +21,7 @@ class _CompiledLayer:
 
     def __init__(self, forward: Any, backend: Any) -> None:
         self._forward = forward
-        self._compiled = Compiled(forward, backend)
+        self._compiled = Compiled(forward, backend, _WHAT)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         own = kwargs.get("m3_cache")
@@ -70,4 +44,4 @@ def compile_training(model: Memory3ForCausalLM, backend: Any = "inductor") -> No
             layer.forward = _CompiledLayer(layer.forward, backend)
     for one in (model, model.language_model):
         if not isinstance(one.loss_function, Compiled):
-            one.loss_function = Compiled(one.loss_function, backend)
+            one.loss_function = Compiled(one.loss_function, backend, _WHAT)
