@@ -22,6 +22,9 @@ class TcpProxy:
         """Bytes in answers, and what to put in their place."""
         self.refuse = False
         """Close new connections at once."""
+        self.answered = 0
+        """Requests that were answered, of clients that wait for an answer before the next request."""
+        self._counting = threading.Lock()
         self._server = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._server.getsockname()[1])
         self._open: set[socket.socket] = set()
@@ -72,6 +75,8 @@ class TcpProxy:
                 else:
                     if asked.is_set():
                         asked.clear()
+                        with self._counting:
+                            self.answered += 1
                         time.sleep(self.latency)
                     if self.delay:
                         time.sleep(self.delay)

@@ -113,6 +113,29 @@ def test_what_is_added_is_found_before_and_after_it_is_indexed(home: LanceHome) 
     assert recall(index, *joined, queries) >= 0.98
 
 
+@pytest.mark.parametrize("refine", [0, 4])
+@pytest.mark.parametrize("exact_below", [500, 100])  # 200 rows are held in memory at most, or compared by the library
+def test_rows_that_the_index_does_not_cover_come_in_order_with_its_own(
+    home: LanceHome, refine: int, exact_below: int
+) -> None:
+    built, ids, vectors = filled(home, 1000)
+    built.update()
+    later = np.arange(1000, 1400, dtype=np.uint64)
+    near = vectors[:400] + 0.05 * unit_vectors(400, 64, 5)
+    home.catalogue(later, [make_reference(id) for id in later.tolist()], near)
+    index = LanceIndex(dim=64, exact_below=exact_below, refine=refine)
+    index.attach(home)
+    index.hold(np.append(ids, later))
+    found, scores = index.search(vectors[:400:10], 2)
+    assert found.tolist() == [[id, 1000 + id] for id in range(0, 400, 10)]
+    assert scores[:, 0] == pytest.approx(1, abs=0.05)
+    assert scores[:, 1] == pytest.approx((vectors[:400:10] * near[::10]).sum(1), abs=0.05)
+    home.discard(later[:10])
+    index.remove(later[:10])
+    assert index.search(vectors[:1], 1)[0].tolist() == [[0]]
+    assert not np.isin(index.search(vectors[:10], 5)[0], later[:10]).any()
+
+
 def test_what_is_forgotten_is_not_found_and_leaves_the_index(home: LanceHome) -> None:
     index, ids, vectors = filled(home, 2000)
     index.update()

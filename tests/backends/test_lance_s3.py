@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
+from urllib.parse import urlsplit
 
 import lance
+import numpy as np
 import pytest
 
 pytest.importorskip("lance")
@@ -19,9 +21,11 @@ from m3runtime.lab.bench.servers import BUCKET, s3_server, weed
 from m3runtime.storage.home import Home
 from m3runtime.testing.blocks import SLOT_BYTES, make_batch, make_ids, make_reference
 from m3runtime.testing.home import check_whole, contents
+from m3runtime.testing.index import unit_vectors
 from m3runtime.testing.process import OtherProcess
 from m3runtime.testing.tier import check_read
 from tests.backends.lance_contract import LanceContract
+from tests.backends.tcp_proxy import TcpProxy
 
 KILLS = 100
 
@@ -144,6 +148,37 @@ def test_the_index_is_searched_in_the_bucket(tmp_path: Path) -> None:
         again.hold(batch.ids)
         assert len(again._warm) == 1
         assert again.search(batch.embeddings, 1)[0][:, 0].tolist() == list(range(20))
+
+
+def test_a_warm_search_asks_the_store_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, vectors = tmp_path / "bank" / "home", unit_vectors(440, 32)
+    ids, covered = np.arange(440, dtype=np.uint64), np.arange(400, dtype=np.uint64)
+    with opened(place) as home:
+        for some in (covered, ids[400:]):
+            home.catalogue(some, [make_reference(id) for id in some.tolist()], vectors[some])
+            index = LanceIndex(dim=32, exact_below=100)
+            index.attach(home)
+            index.update()
+        home.discard(ids[:1])
+    with TcpProxy(urlsplit(os.environ["AWS_ENDPOINT"]).port or 0) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT", f"http://127.0.0.1:{proxy.port}")
+        with LanceHome(path=place, url=url_of(place), fresh=1000, read_only=True) as reader:
+            warm, exact = LanceIndex(dim=32), LanceIndex(dim=32, refine=4)
+            for index in (warm, exact):
+                index.attach(reader)
+                index.hold(ids[1:])
+            before = proxy.answered
+            found, scores = warm.search(vectors[1:], 5)
+            assert proxy.answered == before
+            assert found[:, 0].tolist() == ids[1:].tolist()
+            assert scores[:399, 0] == pytest.approx(1, abs=0.01)  # of rounded vectors
+            assert scores[399:, 0] == pytest.approx(1, abs=1e-5)
+            ours = {(row, id) for row, best in enumerate(found.tolist()) for id in best}
+            best = np.argsort(-vectors[1:] @ vectors[1:].T, axis=1)[:, :5] + 1
+            theirs = {(row, id) for row, best in enumerate(best.tolist()) for id in best}
+            assert len(ours & theirs) > 0.9 * len(theirs)
+            assert exact.search(vectors[1:2], 5)[1][0, 0] == pytest.approx(1, abs=1e-5)
+            assert proxy.answered > before
 
 
 def test_a_folder_names_its_table(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from m3backends.lance.coverage import NAME, Coverage, Covering, index_of, uncovered
 from m3backends.lance.home import LanceHome
 from m3backends.lance.reader import embeddings_of
 from m3backends.lance.snapshot import Snapshot
@@ -19,20 +20,33 @@ from m3runtime.storage.home import Home
 from m3runtime.storage.home_index import HomeIndex
 from m3runtime.storage.tier import Scores
 
-_NAME = "embedding_idx"
 _SPARE = 8
 """Rows that are asked for beyond those wanted: some may not be held, others may have equal scores."""
 _BATCH = 4096
+_REFINE = 4
+"""Candidates for each result. In passages embedded by MiniLM 10 found 0.3 % more, and took 1.7 times as long."""
+_MOST_BITS = 8
+_LEAST_BITS = 384
+"""Bits of a whole vector: one for each number of most embedders, and more of those with fewer numbers."""
+_PROBES = 6
+"""Lists that a search reads, in multiples of the square root of their number."""
+_LOOSE = 2
+"""Rows that are not in the index and are held in memory, in multiples of ``exact_below``."""
 _MOST_PARTS = 8
 """Parts of the index, one for each update, before all is built anew. Lance's own merging lowers recall."""
 
 
 class LanceIndex(HomeIndex):
-    """An index of type IVF_RQ in a Lance home. Scores are exact: the nearest candidates are compared in float32.
+    """An index of type IVF_RQ in a Lance home.
 
-    A table of fewer than ``exact_below`` rows is searched without an index. ``probes`` is the number of lists, of about
-    the square root of all rows, that a search reads, and ``refine`` the number of candidates for each result. Rows that
-    are not in the index yet are found all the same, by comparing them all. Thread-safe.
+    In a folder scores are exact: it has one bit for each number, and the nearest candidates are compared with their
+    embeddings. In an object store that would be a request for each candidate, so it has eight bits for each number
+    there, and scores are those of the rounded vectors.
+
+    A table of fewer than ``exact_below`` rows has no index. ``probes`` is the number of lists, of about the square root
+    of all rows, that a search reads, ``refine`` the number of candidates for each result that are compared exactly, and
+    ``bits`` those of each number; None chooses them by the size and the place of the table. Rows that the index does
+    not cover are found all the same: up to twice ``exact_below`` of them are held in memory. Thread-safe.
     """
 
     def __init__(
@@ -41,15 +55,19 @@ class LanceIndex(HomeIndex):
         dim: int,
         dtype: Literal["f32", "f16"] = "f16",  # noqa: ARG002 - the home keeps float32
         exact_below: int = 20_000,
-        probes: int = 50,
-        refine: int = 10,
+        probes: int | None = None,
+        refine: int | None = None,
+        bits: int | None = None,
     ) -> None:
-        if min(dim, probes, refine) < 1:
-            raise ConfigError("index: dim, probes and refine must be at least 1")
+        if min(dim, probes or 1, bits or 1) < 1 or (refine or 0) < 0:
+            raise ConfigError("index: dim, probes and bits must be at least 1, and refine not negative")
+        if (bits or 1) > _MOST_BITS:
+            raise ConfigError(f"index: bits must be at most {_MOST_BITS}, not {bits}")
         self.dim = dim
         self.exact_below = exact_below
-        self._nearest_options = {"minimum_nprobes": probes, "maximum_nprobes": probes, "refine_factor": refine}
+        self._probes, self._refine, self._bits = probes, refine, bits
         self._table: LanceTable | None = None
+        self._covering = Covering(0, map_rows=False)
         self._held: Ids = as_ids(())
         self._warm = frozenset[str]()
         self._lock = threading.Lock()
@@ -62,6 +80,10 @@ class LanceIndex(HomeIndex):
                 "index.kind: lance is the index of a home of kind lance, which must be the last of `tiers`"
             )
         self._table = table
+        in_store = table.location.folder is None
+        self._refine = self._refine if self._refine is not None else 0 if in_store else _REFINE
+        self._covering = Covering(_LOOSE * self.exact_below, map_rows=self._refine == 0)
+        self._bits = self._bits or (_MOST_BITS if in_store else min(_MOST_BITS, math.ceil(_LEAST_BITS / self.dim)))
 
     def hold(self, ids: Ids) -> None:
         """Find these ids from now on. In an object store the index is loaded into memory, if it is not there."""
@@ -111,61 +133,95 @@ class LanceIndex(HomeIndex):
         """Build the index of a table that is large enough, or add the rows to it that it lacks."""
         with self._open.upkeep() as dataset:
             rows = dataset.count_rows(filter="id is not null")
-            indexed = next((one for one in dataset.describe_indices() if one.name == _NAME), None)
             if rows < max(self.exact_below, 2):
                 return
-            if indexed is None or len(indexed.segments) >= _MOST_PARTS or rows > 2 * indexed.num_rows_indexed:
+            indexed = index_of(dataset)
+            loose = uncovered(dataset, indexed)
+            left = dataset.scanner(filter="id is not null", fragments=loose).count_rows() if loose else 0
+            if (
+                indexed is None
+                or len(indexed.segments) >= _MOST_PARTS
+                or 2 * left > rows
+                or indexed.details["compression"]["num_bits"] != self._bits
+            ):
                 self._build(dataset, rows)
-            elif rows - indexed.num_rows_indexed > self.exact_below // 2:
-                dataset.optimize.optimize_indices(num_indices_to_merge=0, index_names=[_NAME])
+            elif left > self.exact_below // 2:
+                dataset.optimize.optimize_indices(num_indices_to_merge=0, index_names=[NAME])
 
     def rebuild(self) -> None:
         """Build the index anew if there is one, with nothing of what was forgotten."""
         with self._open.upkeep() as dataset:
-            if any(one.name == _NAME for one in dataset.describe_indices()):
+            if index_of(dataset) is not None:
                 rows = dataset.count_rows(filter="id is not null")
                 if rows < max(self.exact_below, 2):
-                    dataset.drop_index(_NAME)
+                    dataset.drop_index(NAME)
                 else:
                     self._build(dataset, rows)
 
     def _build(self, dataset: Any, rows: int) -> None:
         lists = max(1, math.isqrt(rows))
         dataset.create_index(
-            "embedding", "IVF_RQ", name=_NAME, metric="cosine", num_partitions=lists, num_bits=1, replace=True
+            "embedding", "IVF_RQ", name=NAME, metric="cosine", num_partitions=lists, num_bits=self._bits, replace=True
         )
 
     def _load(self, snapshot: Snapshot) -> None:
-        """Load the parts of the index that are new, so that a search asks the store for its candidates alone."""
-        indexed = next((one for one in snapshot.dataset.describe_indices() if one.name == _NAME), None)
-        parts = frozenset(str(part.uuid) for part in indexed.segments) if indexed else frozenset()
-        if new := parts - self._warm:
-            snapshot.dataset.prewarm_index(_NAME, index_segments=sorted(new))
-        self._warm = parts
+        """Load all that searches need, so that they ask the store for nothing."""
+        coverage = self._covering.of(snapshot)
+        if new := coverage.parts - self._warm:
+            snapshot.dataset.prewarm_index(NAME, index_segments=sorted(new))
+        self._warm = coverage.parts
 
     def _nearest(self, snapshot: Snapshot, held: Ids, vector: Embeddings, wanted: int) -> tuple[Ids, Scores]:
         """The nearest ``wanted`` of the ids held, or all of them that the table has."""
         if not wanted or snapshot.dim is None:
             return as_ids(()), np.zeros(0, np.float32)
-        ask, exact = wanted + _SPARE, False
-        while True:
-            options = {"use_index": False} if exact else self._nearest_options
-            nearest = {"column": "embedding", "q": vector, "k": ask, "metric": "cosine", **options}
-            found = snapshot.dataset.scanner(columns=["id", "_distance"], nearest=nearest).to_table()
-            ids = found["id"].to_numpy().astype(np.uint64)
-            scores = np.clip(1 - found["_distance"].to_numpy(), -1, 1).astype(np.float32)
-            own = held[np.minimum(np.searchsorted(held, ids), len(held) - 1)] == ids
+        coverage = self._covering.of(snapshot)
+        rest, rest_scores = coverage.nearest(vector, held, wanted)
+        ask, exact = wanted + _SPARE, not coverage.parts
+        ids, scores, all_there = as_ids(()), np.zeros(0, np.float32), True
+        while coverage.parts or coverage.rest is None:
+            ids, scores = self._candidates(snapshot, coverage, vector, ask, exact=exact)
             all_there = len(ids) < ask
-            if own.sum() >= wanted:
-                lowest = np.sort(-scores[own])[wanted - 1]
-                if all_there or -scores.min() > lowest:  # or there may be more ids of the same score
+            own = held[np.minimum(np.searchsorted(held, ids), len(held) - 1)] == ids
+            farthest = scores.min(initial=1)
+            ids, scores = ids[own], scores[own]
+            if exact:
+                rest, rest_scores = rest[:0], rest_scores[:0]
+            if len(ids) + len(rest) >= wanted:
+                lowest = -np.partition(-np.append(scores, rest_scores), wanted - 1)[wanted - 1]
+                if all_there or farthest < lowest:  # or there may be more ids of the same score
                     break
             elif all_there and exact:
                 break
             exact |= all_there
             ask *= 1 if all_there else 4
-        order = np.lexsort((ids[own], -scores[own]))[:wanted]
-        return ids[own][order], scores[own][order]
+        ids, scores = np.append(ids, rest), np.append(scores, rest_scores)
+        order = np.lexsort((ids, -scores))[:wanted]
+        return ids[order], np.clip(scores[order], -1, 1).astype(np.float32)
+
+    def _candidates(
+        self, snapshot: Snapshot, coverage: Coverage, vector: Embeddings, count: int, *, exact: bool
+    ) -> tuple[Ids, Scores]:
+        """The nearest ids of a version and their cosines, of those that its index covers, or if ``exact`` of all."""
+        nearest: dict[str, Any] = {"column": "embedding", "q": vector, "k": count, "metric": "cosine"}
+        refine = self._refine if coverage.rest is not None else self._refine or _REFINE  # or units would differ
+        if exact:
+            nearest |= {"use_index": False}
+        else:
+            probes = self._probes or probes_of(coverage.lists)
+            nearest |= {"minimum_nprobes": probes, "maximum_nprobes": probes}
+            nearest |= {"refine_factor": refine} if refine else {"approx_mode": "accurate"}
+        mapped = not (exact or refine)
+        found = snapshot.dataset.scanner(
+            columns=["_rowid" if mapped else "id", "_distance"],
+            nearest=nearest,
+            fast_search=not exact and coverage.rest is not None,
+        ).to_table()
+        distances = found["_distance"].to_numpy()
+        if not mapped:
+            return found["id"].to_numpy().astype(np.uint64), 1 - distances
+        ids, known = self._covering.ids_of(found["_rowid"].to_numpy())
+        return ids[known], 1 - distances[known] / 2  # of the index they are squares of lengths
 
     @property
     def _open(self) -> LanceTable:
@@ -181,6 +237,14 @@ class LanceIndex(HomeIndex):
         if not np.isfinite(vectors).all():
             raise InputError("index: a vector is not finite")
         return np.ascontiguousarray(vectors, np.float32)
+
+
+def probes_of(lists: int) -> int:
+    """The lists that a search reads, of so many.
+
+    In passages embedded by MiniLM 99 % of the five nearest lay in the nearest 47 of 70 lists and 89 of 250.
+    """
+    return max(1, min(lists, math.ceil(_PROBES * math.sqrt(lists))))
 
 
 def _cosine(vectors: Embeddings, others: Embeddings) -> Scores:
