@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("lance")
 
+from m3backends.lance import building
+from m3backends.lance.coverage import index_of
 from m3backends.lance.home import LanceHome
 from m3backends.lance.index import LanceIndex
 from m3backends.lance.schema import reference_row, seal_embedding
@@ -71,13 +73,14 @@ def home(tmp_path: Path) -> Iterator[LanceHome]:
         yield home
 
 
-def filled(home: LanceHome, count: int, dim: int = 64) -> tuple[LanceIndex, Ids, Embeddings]:
+def filled(home: LanceHome, count: int, dim: int = 64, batches: int = 1) -> tuple[LanceIndex, Ids, Embeddings]:
     """A home with vectors in groups, as texts have them, and its index, which is built from 1,000 on."""
     random = np.random.default_rng(0)
     vectors = unit_vectors(count // 50, dim)[random.integers(0, count // 50, count)] + 0.5 * unit_vectors(count, dim, 1)
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     ids = np.arange(count, dtype=np.uint64)
-    home.catalogue(ids, [replace(make_reference(id)) for id in range(count)], vectors)
+    for some in np.array_split(ids, batches):
+        home.catalogue(some, [replace(make_reference(id)) for id in some.tolist()], vectors[some])
     index = LanceIndex(dim=dim, exact_below=1000, probes=30)
     index.attach(home)
     index.hold(ids)
@@ -148,6 +151,24 @@ def test_what_is_forgotten_is_not_found_and_leaves_the_index(home: LanceHome) ->
     index.rebuild()
     home.compact()
     assert recall(index, ids[1::2], vectors[1::2], vectors[:40]) >= 0.98
+
+
+@pytest.mark.parametrize("fate", ["", "import os; os.kill(os.getpid(), 9)"])
+def test_many_build_the_index_that_one_builds(home: LanceHome, fate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, ids, vectors = filled(home, 1500, batches=5)
+    dataset = home._table.newest().dataset
+    chosen = building.plan(dataset, len(ids), 1)
+    building.build(dataset, chosen)
+    found, scores = index.search(vectors[::30], 5)
+    if fate:
+        monkeypatch.setattr(building, "_PROGRAM", fate)  # the others die
+    building.build(home._table.newest().dataset, chosen, workers=3)
+    again, scores_again = index.search(vectors[::30], 5)
+    assert again.tolist() == found.tolist()
+    assert scores_again.tolist() == scores.tolist()
+    assert index_of(home._table.newest().dataset).num_rows_indexed >= len(ids)
+    home.compact()
+    assert len(list((home.path / "_indices").iterdir())) == 1  # the last, without parts
 
 
 def test_another_home_is_refused() -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from m3backends.lance.building import build, plan
 from m3backends.lance.coverage import NAME, Coverage, Covering, index_of, uncovered
 from m3backends.lance.home import LanceHome
 from m3backends.lance.reader import embeddings_of
@@ -45,8 +46,9 @@ class LanceIndex(HomeIndex):
 
     A table of fewer than ``exact_below`` rows has no index. ``probes`` is the number of lists, of about the square root
     of all rows, that a search reads, ``refine`` the number of candidates for each result that are compared exactly, and
-    ``bits`` those of each number; None chooses them by the size and the place of the table. Rows that the index does
-    not cover are found all the same: up to twice ``exact_below`` of them are held in memory. Thread-safe.
+    ``bits`` those of each number; None chooses them by the size and the place of the table. ``workers`` processes build
+    the index. Rows that the index does not cover are found all the same: up to twice ``exact_below`` of them are held
+    in memory. Thread-safe.
     """
 
     def __init__(
@@ -58,14 +60,16 @@ class LanceIndex(HomeIndex):
         probes: int | None = None,
         refine: int | None = None,
         bits: int | None = None,
+        workers: int = 1,
     ) -> None:
-        if min(dim, probes or 1, bits or 1) < 1 or (refine or 0) < 0:
-            raise ConfigError("index: dim, probes and bits must be at least 1, and refine not negative")
+        if min(dim, probes or 1, bits or 1, workers) < 1 or (refine or 0) < 0:
+            raise ConfigError("index: dim, probes, bits and workers must be at least 1, and refine not negative")
         if (bits or 1) > _MOST_BITS:
             raise ConfigError(f"index: bits must be at most {_MOST_BITS}, not {bits}")
         self.dim = dim
         self.exact_below = exact_below
         self._probes, self._refine, self._bits = probes, refine, bits
+        self._workers = workers
         self._table: LanceTable | None = None
         self._covering = Covering(0, map_rows=False)
         self._held: Ids = as_ids(())
@@ -159,10 +163,8 @@ class LanceIndex(HomeIndex):
                     self._build(dataset, rows)
 
     def _build(self, dataset: Any, rows: int) -> None:
-        lists = max(1, math.isqrt(rows))
-        dataset.create_index(
-            "embedding", "IVF_RQ", name=NAME, metric="cosine", num_partitions=lists, num_bits=self._bits, replace=True
-        )
+        assert self._bits is not None  # since `attach`
+        build(dataset, plan(dataset, rows, self._bits), self._workers)
 
     def _load(self, snapshot: Snapshot) -> None:
         """Load all that searches need, so that they ask the store for nothing."""

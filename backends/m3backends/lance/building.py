@@ -1,0 +1,126 @@
+"""The building of an index, also by several processes, each with some of the table's fragments.
+
+The lists' centres and the rotation of all vectors are chosen first. The rest of the work is one row at a time, so the
+parts that processes make are joined to the index that one would have made.
+"""
+
+import json
+import logging
+import math
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from tempfile import TemporaryFile
+from typing import Any, Self
+
+from lance.indices import IndicesBuilder
+
+from m3backends.lance.coverage import NAME
+from m3backends.lance.library import lance
+
+log = logging.getLogger("m3runtime")
+
+_SAMPLES = 256
+"""Rows for each list that its centre is chosen by."""
+_PROGRAM = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from m3backends.lance.building import serve
+serve()
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all parts of an index have in common."""
+
+    centres: Any
+    """An Arrow array of the lists' centres."""
+    rotation: str
+    bits: int
+
+
+def plan(dataset: Any, rows: int, bits: int) -> Plan:
+    """Choose the centres of about as many lists as the square root of all rows, and a rotation at random."""
+    lists = max(1, math.isqrt(rows))
+    builder = IndicesBuilder(dataset, "embedding")
+    trained = builder.train_ivf(
+        num_partitions=lists, distance_type="cosine", sample_rate=max(2, min(_SAMPLES, rows // lists))
+    )
+    rotation = lance.lance.indices.build_rq_model(builder.dimension, bits)
+    return Plan(trained.centroids, rotation, bits)
+
+
+def build(dataset: Any, chosen: Plan, workers: int = 1) -> None:
+    """Build the index as planned, and put it in the place of the one before, in one step.
+
+    A process that dies leaves at most files that no version names. Its fragments are then done by this one.
+    """
+    numbers = [one.fragment_id for one in dataset.get_fragments()]
+    shares = [share for first in range(workers) if (share := numbers[first::workers])]
+    threads = max(1, len(os.sched_getaffinity(0)) // len(shares))
+    with ExitStack() as stack:
+        others = [(share, stack.enter_context(_Builder(dataset, chosen, share, threads))) for share in shares[1:]]
+        parts = [part_of(dataset, chosen, shares[0])]
+        parts += [other.part() or part_of(dataset, chosen, share) for share, other in others]
+    whole = parts if len(parts) == 1 else [dataset.merge_existing_index_segments(parts)]
+    dataset.commit_existing_index_segments(NAME, "embedding", whole)
+
+
+def part_of(dataset: Any, chosen: Plan, fragments: Sequence[int]) -> Any:
+    """A part of the index for these fragments, which no version has yet."""
+    return dataset.create_index_uncommitted(
+        "embedding",
+        "IVF_RQ",
+        name=NAME,
+        metric="cosine",
+        replace=True,
+        num_partitions=len(chosen.centres),
+        ivf_centroids=chosen.centres,
+        num_bits=chosen.bits,
+        rabitq_model=chosen.rotation,
+        fragment_ids=list(fragments),
+    )
+
+
+class _Builder:
+    """A process that makes a part. It is killed when the context ends."""
+
+    def __init__(self, dataset: Any, chosen: Plan, fragments: Sequence[int], threads: int) -> None:
+        self._asked, self._answer = TemporaryFile(), TemporaryFile()  # noqa: SIM115 - `__exit__` closes them
+        pickle.dump((dataset.uri, dataset.version, chosen, fragments), self._asked)
+        self._asked.seek(0)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM, json.dumps(sys.path)],
+            stdin=self._asked,
+            stdout=self._answer,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "LANCE_CPU_THREADS": str(threads)},
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._asked.close()
+        self._answer.close()
+
+    def part(self) -> Any:
+        """The part, when it is made; None if the process died."""
+        if code := self._process.wait():
+            log.warning("a process that built a part of the index ended with %d; its part is built here", code)
+            return None
+        self._answer.seek(0)
+        return pickle.load(self._answer)
+
+
+def serve() -> None:
+    """Make the part that standard input asks for: the program of a `_Builder`."""
+    uri, version, chosen, fragments = pickle.load(sys.stdin.buffer)
+    pickle.dump(part_of(lance.dataset(uri, version=version), chosen, fragments), sys.stdout.buffer)
