@@ -24,8 +24,10 @@ from m3backends.lance.library import lance
 
 log = logging.getLogger("m3runtime")
 
-_SAMPLES = 256
+_SAMPLES = 64
 """Rows for each list that its centre is chosen by."""
+_ROUNDS = 10
+"""Rounds of choosing centres. With 256 rows and 25 rounds as many of the nearest lay in the same number of lists."""
 _PROGRAM = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
@@ -49,7 +51,10 @@ def plan(dataset: Any, rows: int, bits: int) -> Plan:
     lists = max(1, math.isqrt(rows))
     builder = IndicesBuilder(dataset, "embedding")
     trained = builder.train_ivf(
-        num_partitions=lists, distance_type="cosine", sample_rate=max(2, min(_SAMPLES, rows // lists))
+        num_partitions=lists,
+        distance_type="cosine",
+        sample_rate=max(2, min(_SAMPLES, rows // lists)),
+        max_iters=_ROUNDS,
     )
     rotation = lance.lance.indices.build_rq_model(builder.dimension, bits)
     return Plan(trained.centroids, rotation, bits)
