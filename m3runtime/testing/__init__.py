@@ -10,6 +10,7 @@ module                        what it holds
 ``codec``                     `CodecContract`
 ``index``                     `IndexContract`
 ``embedder``                  `EmbedderContract`
+``encoders``                  `EncoderPoolContract`: processes that encode for one that writes
 ``eviction``                  `EvictionContract`
 ``hierarchy``                 `HierarchyMachine`: tiers under a hierarchy, against a dict
 ``faulty``, ``slow``,         wrappers that fail on a schedule, take their time, or write

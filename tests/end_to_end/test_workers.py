@@ -3,15 +3,14 @@
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from hypothesis import strategies as st
 
 from m3backends.lmdb.home import LmdbHome
 from m3runtime import assembly
-from m3runtime.cli.write import pool_of
 from m3runtime.config.schema import Config
 from m3runtime.documents.document import Document
 from m3runtime.documents.sources import SourceState
@@ -28,70 +26,18 @@ from m3runtime.errors import EncoderError, InputError
 from m3runtime.lab.bench.servers import BUCKET, s3_server, weed
 from m3runtime.memory.block import HEADER_BYTES
 from m3runtime.storage.home import Batch
-from m3runtime.writing.encoders.encoder import Encoded, Encoder, Failed, Setup, Task
-from m3runtime.writing.encoders.pool import EncoderPool, Lost
-from m3runtime.writing.encoders.processes import ProcessPool
+from m3runtime.writing.encoders.pool import EncoderPool
 from m3runtime.writing.encoding import GROUP
 from m3runtime.writing.writer import Writer
 from tests.end_to_end.commands import M3, Contents, Place, contents, environment, records
 from tests.end_to_end.embedders import HashedWords
+from tests.end_to_end.encoders import DIM, actors_of, children, command, configured
+from tests.end_to_end.mortal_pool import MortalPool
 from tests.end_to_end.word_model import WordModel
 
-DIM = 32
 CPU = torch.device("cpu")
 KILLS, KILLS_A_RUN = 100, 30
 KILLED_TEXTS = 30 * GROUP
-Moment = Callable[[int], bool]
-"""Does an encoder die now, over the group whose first id this is?"""
-
-
-class MortalPool(EncoderPool):
-    """Encoders of this process that answer in any order, and die when they are told to. It keeps to the contract."""
-
-    def __init__(self, size: int, random: Random, dies: Moment) -> None:
-        self.size = size
-        self.closed = 0
-        self._random = random
-        self._dies = dies
-        self._encoders: dict[int, tuple[Encoder, deque[Task]]] = {}
-
-    def open(self, config: Config, device: torch.device) -> None:
-        assert not self._encoders
-
-    def start(self, number: int, setup: Setup) -> None:
-        assert number in range(self.size)
-        assert number not in self._encoders, "it is running"
-        self._encoders[number] = Encoder(setup, "cpu", torch.get_num_threads()), deque()
-
-    def give(self, number: int, task: Task) -> None:
-        tasks = self._encoders[number][1]
-        tasks.append(task)
-        assert len(tasks) <= 2
-
-    def wait(self) -> Sequence[tuple[int, Encoded | Failed | Lost]]:
-        number = self._random.choice([number for number, (_, tasks) in self._encoders.items() if tasks])
-        encoder, tasks = self._encoders[number]
-        if self._dies(int(tasks[0].ids[0])):
-            del self._encoders[number]
-            return [(number, Lost("Killed"))]
-        return [(number, encoder.attempt(tasks.popleft()))]
-
-    def close(self) -> None:
-        self._encoders.clear()
-        self.closed += 1
-
-
-def configured(folder: Path) -> Path:
-    place = Place(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    place.configure(
-        bank="./bank",
-        model={"adapter": "tests.end_to_end.word_model:WordModel", "path": "words"},
-        codec={"kind": "scalar"},
-        embedder={"kind": "tests.end_to_end.embedders:HashedWords", "path": "hashed", "dim": DIM},
-        tiers=[{"kind": "pinned", "capacity": "1MiB"}, {"kind": "lmdb"}],
-    )
-    return place.file
 
 
 def texts(count: int) -> list[str]:
@@ -219,50 +165,6 @@ def killer(parent: int, random: Random, kills: int, pause: float) -> Iterator[li
         thread.join()
 
 
-def children(parent: int) -> list[int]:
-    """The encoders of a writer that have not ended."""
-    found = list[int]()
-    for tasks in Path(f"/proc/{parent}/task").glob("*/children"):
-        with suppress(OSError):
-            found += map(int, tasks.read_text().split())
-    return [child for child in found if b"encoders.process" in command(child)]
-
-
-def command(process: int) -> bytes:
-    """The command line of a process; nothing of one that has ended."""
-    with suppress(OSError):
-        return Path(f"/proc/{process}/cmdline").read_bytes()
-    return b""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_a_process_that_is_killed_is_started_again(alone: dict[tuple[int, bool], Contents], tmp_path: Path) -> None:
-    with killer(os.getpid(), Random(1), 1, 0.01) as killed:
-        there = written(tmp_path, 2 * GROUP, ProcessPool(1))
-    assert there == alone[2 * GROUP, False]
-    assert len(killed) == 1
-    assert not children(os.getpid())
-
-
-def test_a_process_that_cannot_read_its_task_says_so(tmp_path: Path) -> None:
-    with ProcessPool(1) as pool:
-        pool.open(Config.model_validate({"bank": "b", "model": {"path": "m"}, "embedder": {"path": "e"}}), CPU)
-        pool.start(0, cast("Setup", None))
-        pool._running[0].connection.send_bytes(b"no pickle")
-        ((number, answer),) = pool.wait()
-    assert number == 0
-    assert isinstance(answer, Lost)
-    assert answer.reason.startswith("exit status 1: ")
-    assert "UnpicklingError" in answer.reason
-
-
-def test_one_worker_is_the_writer_itself() -> None:
-    assert pool_of(None, None) is pool_of(1, None) is None
-    pool = pool_of(3, None)
-    assert isinstance(pool, ProcessPool)
-    assert pool.size == 3
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     pytest.importorskip("lance")
@@ -370,7 +272,7 @@ def test_actors_of_ray_write_the_bank_of_one(tmp_path: Path) -> None:
     place = Place(configured(tmp_path / "ray").parent)
     place.text("corpus.jsonl", records(texts(KILLED_TEXTS)))
     process = write(place, "--ray", "local", "--workers", "2")
-    while not (actors := [one for one in of_ray(process.pid) if b"attempt" in command(one)]):
+    while not (actors := [one for one in actors_of(process.pid) if b"attempt" in command(one)]):
         assert process.poll() is None, (place.folder / "printed").read_text()
         time.sleep(0.01)
     os.kill(actors[0], signal.SIGKILL)
@@ -390,17 +292,3 @@ def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
         complaint = place.process("write", "corpus.jsonl", "--ray", address).complaint
         assert complaint.startswith(f"m3: --ray {address}: ")
     assert not place.bank.exists()
-
-
-def of_ray(driver: int) -> list[int]:
-    """The actors of a cluster that this process started."""
-    parents = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
-
-    def ancestors(one: int) -> Iterator[int]:
-        while one := parents.get(one, 0):
-            yield one
-
-    return [one for one in parents if b"ray::Encoder" in command(one) and driver in ancestors(one)]

@@ -112,8 +112,10 @@ class RayPool(EncoderPool):
             with suppress(RayError):
                 ray.kill(actor.handle)
             return Lost(f"{type(error).__name__}: {one_line(error)}")
-        if isinstance(answer, Encoded) and answer.blocks is not None:
-            return replace(answer, blocks=np.array(answer.blocks))  # what lies in Ray's store cannot be written
+        if isinstance(answer, Encoded):  # what lies in Ray's store cannot be written
+            blocks = None if answer.blocks is None else np.array(answer.blocks)
+            vectors = None if answer.vectors is None else np.array(answer.vectors)
+            return replace(answer, blocks=blocks, vectors=vectors)
         return answer
 
 

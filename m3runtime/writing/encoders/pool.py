@@ -46,7 +46,7 @@ class EncoderPool(ABC):
     def wait(self) -> "Sequence[tuple[int, Encoded | Failed | Lost]]":
         """Wait until encoders have answered, and return the answers with their numbers, each encoder's in order.
 
-        At least one encoder must have a task.
+        At least one encoder must have a task. The arrays of an answer are the caller's to write.
         """
 
     @abstractmethod

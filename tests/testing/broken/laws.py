@@ -83,6 +83,17 @@ CAUGHT_BY = {
         "RemovesOnItsOwn": "test_the_victim_is_held_and_is_not_gone_before_removed",
         "LooksAtTheOldestAlone": "test_passes_over_what_is_not_evictable",
     },
+    "pools": {
+        "DoesTheLastTaskFirst": "test_each_encoder_answers_its_tasks_in_order",
+        "SaysThatAnotherDidIt": "test_each_encoder_answers_its_tasks_in_order",
+        "AnswersFromAStore": "test_each_encoder_answers_its_tasks_in_order",
+        "LeavesOutWhatWasNotAskedFor": "test_each_encoder_answers_its_tasks_in_order",
+        "RaisesAnErrorItself": "test_an_error_is_an_answer_and_the_encoder_goes_on",
+        "TakesAnErrorForADeath": "test_an_error_is_an_answer_and_the_encoder_goes_on",
+        "TellsOfADeathTwice": "test_a_dead_encoder_is_lost_once_and_others_go_on",
+        "KeepsTheTasksOfTheDead": "test_a_dead_encoder_is_lost_once_and_others_go_on",
+        "LetsThemFinish": "test_closing_ends_encoders_at_work_and_the_pool_may_be_opened_again",
+    },
     "rerankers": {
         "GivesShares": "test_a_score_depends_on_no_other_text",
         "SortsByLength": "test_a_score_depends_on_no_other_text",
