@@ -59,4 +59,5 @@ class Erasures:
         remembered = len(home.ids()) + len(home.quarantined())
         before = sum(one.memories for one in self.done)
         at = datetime.now(UTC).isoformat(timespec="seconds")
-        return Erasures(False, (*self.done, Erasure(at, home.next_id() - remembered - before)))
+        ever = home.next_id() - home.unused()
+        return Erasures(False, (*self.done, Erasure(at, ever - remembered - before)))

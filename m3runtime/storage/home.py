@@ -121,6 +121,10 @@ class Home(Tier):
         """The id above all that were ever used, or reserved in a home that several may write; none is used again."""
 
     @abstractmethod
+    def unused(self) -> int:
+        """The number of ids below `next_id` under which nothing was ever stored: reserved only, or passed over."""
+
+    @abstractmethod
     def reserve(self, count: int) -> int:
         """Reserve ``count`` consecutive ids, and return the first: no other call reserves one of them, in any process.
 

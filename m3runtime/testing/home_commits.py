@@ -129,6 +129,18 @@ class CommitLaws(HomeLaws):
         home.commit(replace(batch, references=[make_reference(1)]))
         assert home.find([make_reference(1).text]) == [2]
 
+    def test_ids_that_were_passed_over_are_counted(self, home: Home) -> None:
+        assert home.unused() == 0
+        home.commit(make_batch([0, 1]))
+        home.commit(make_batch([5, 9]))
+        assert home.unused() == 3 + 3
+        home.commit(make_batch([10]), replacing=make_ids(0, 5))
+        home.discard(make_ids(9))
+        assert home.unused() == 6
+        first = home.reserve(4)
+        home.commit(make_batch([first + 1, first + 2]))
+        assert home.next_id() - home.unused() == 5 + 2
+
     def test_an_id_that_was_last_is_not_used_again(self, home: Home) -> None:
         home.commit(make_batch([0, 1, 2]))
         home.discard(make_ids(1, 2))

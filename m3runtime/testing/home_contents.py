@@ -30,6 +30,7 @@ def contents(home: Home) -> dict[str, Any]:
         "cold": home.cold().tolist(),
         "manifest": home.get_meta("manifest"),
         "next_id": home.next_id(),
+        "unused": home.unused(),
         "len": len(home),
     }
 

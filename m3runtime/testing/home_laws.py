@@ -63,6 +63,7 @@ class HomeLaws(TierContract):
             lambda: tier.cold(ids),
             lambda: tier.fill(make_ids(UNKNOWN), make_blocks(make_ids(UNKNOWN))),
             tier.next_id,
+            tier.unused,
             lambda: tier.reserve(1),
             lambda: tier.find(["a"]),
             lambda: tier.references(ids),

@@ -101,6 +101,9 @@ class WrappedHome(Wrapped[Home], Home):
     def next_id(self) -> int:
         return self.around("next_id", self.inner.next_id)
 
+    def unused(self) -> int:
+        return self.around("unused", self.inner.unused)
+
     def reserve(self, count: int) -> int:
         return self.around("reserve", lambda: self.inner.reserve(count))
 

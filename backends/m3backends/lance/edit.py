@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +10,6 @@ import numpy.typing as npt
 from m3backends.lance.reader import REFERENCE, as_reference, as_vectors, keyed
 from m3backends.lance.schema import (
     STATE,
-    Head,
     Row,
     any_of,
     named,
@@ -110,9 +110,11 @@ class Edit:
         """Store the states of sources; None removes one."""
         self._states |= states
 
-    def use(self, next_id: int) -> None:
-        """Ids below this one are used."""
-        self.head = Head(max(self.head.next_id, next_id), self.head.slot_bytes)
+    def use(self, below: int, count: int) -> None:
+        """Ids below this one are used, or reserved; ``count`` of them are used by this transaction."""
+        next_id = max(self.head.next_id, below)
+        unused = self.head.unused + next_id - self.head.next_id - count
+        self.head = replace(self.head, next_id=next_id, unused=max(0, unused))
 
     def _stored(self, ids: Iterable[int]) -> dict[int, tuple[Row, npt.NDArray[np.float32]]]:
         """The rows of references with their embeddings."""

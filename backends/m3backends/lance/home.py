@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,7 +18,7 @@ from m3backends.lance.location import INDEX_CACHE, Location
 from m3backends.lance.naming import name_table, named_table
 from m3backends.lance.places import BlockPlaces, search
 from m3backends.lance.reader import LanceReader, cold_among
-from m3backends.lance.schema import META, Head, block_row, mark_row, named, record_row
+from m3backends.lance.schema import META, block_row, mark_row, named, record_row
 from m3backends.lance.snapshot import Change, Snapshot
 from m3backends.lance.table import LanceTable
 from m3runtime.config.units import Size
@@ -93,7 +94,7 @@ class LanceHome(LanceReader):
         def work(snapshot: Snapshot) -> tuple[Change, int]:
             edit = Edit(snapshot)
             first = snapshot.head.next_id
-            edit.use(first + count)
+            edit.use(first + count, 0)
             return edit.change(), first
 
         first = self._table.write(work)
@@ -243,7 +244,7 @@ class LanceHome(LanceReader):
 
         def work(snapshot: Snapshot) -> tuple[Change, None]:
             edit = Edit(snapshot)
-            edit.head = Head(edit.head.next_id, max(slot_bytes, edit.head.slot_bytes))
+            edit.head = replace(edit.head, slot_bytes=max(slot_bytes, edit.head.slot_bytes))
             return edit.change(), None
 
         self._table.write(work)
@@ -264,7 +265,7 @@ class LanceHome(LanceReader):
             for id in ids:
                 if id < next_id and not any(id in some for some in self._reserved):
                     raise InputError(f"id {id} was used before; the next is {next_id}")
-        edit.use(max(ids) + 1)
+        edit.use(max(ids) + 1, len(set(ids)))
 
     def _spend(self, ids: Ids) -> None:
         """Ids that were reserved are used now, and all below them."""

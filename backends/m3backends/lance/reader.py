@@ -89,6 +89,10 @@ class LanceReader(Home):
         """The id above all that were ever used or reserved."""
         return self._table.read(lambda snapshot: snapshot.head.next_id)
 
+    def unused(self) -> int:
+        """The number of ids that were reserved and not used, or passed over."""
+        return self._table.read(lambda snapshot: snapshot.head.unused)
+
     def find(self, texts: Sequence[str], headings: Sequence[str] | None = None) -> list[int | None]:
         """The ids of the references with exactly these texts, or None; quarantined ones are found, too."""
         keys = [

@@ -16,7 +16,7 @@ A row never changes: another takes its place, so a change of a reference's place
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 from urllib.parse import quote, unquote_to_bytes
 
@@ -171,11 +171,12 @@ class Head:
 
     next_id: int
     slot_bytes: int
+    unused: int = 0
+    """Ids below ``next_id`` that were reserved and not used, or passed over."""
 
     def row(self) -> Row:
         """Its row."""
-        about = {"format": FORMAT, "next_id": self.next_id, "slot_bytes": self.slot_bytes}
-        return record_row(HEAD, json.dumps(about).encode())
+        return record_row(HEAD, json.dumps({"format": FORMAT, **asdict(self)}).encode())
 
     @classmethod
     def of(cls, bank: str, row: Mapping[str, Any]) -> "Head":
@@ -185,4 +186,4 @@ class Head:
             raise BankFormatError(
                 f"bank {bank} has format {about.get('format')} of its table, and this release reads {FORMAT}"
             )
-        return cls(about["next_id"], about["slot_bytes"])
+        return cls(about["next_id"], about["slot_bytes"], about.get("unused", 0))

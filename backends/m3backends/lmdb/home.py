@@ -311,4 +311,7 @@ class LmdbHome(LmdbReader):
         if len(ids):
             if int(ids.min()) < (next_id := self._next_id(txn)):
                 raise InputError(f"id {ids.min()} was used before; the next is {next_id}")
-            self._db.home.put(txn, b"next_id", b"%d" % (int(ids.max()) + 1))
+            above = int(ids.max()) + 1
+            self._db.home.put(txn, b"next_id", b"%d" % above)
+            if passed_over := above - next_id - len(np.unique(ids)):
+                self._db.home.put(txn, b"unused", b"%d" % (self._unused(txn) + passed_over))

@@ -98,6 +98,10 @@ class LmdbReader(Home):
         """The id above all that were ever used."""
         return self._environment.read(self._next_id)
 
+    def unused(self) -> int:
+        """The number of ids that were passed over."""
+        return self._environment.read(self._unused)
+
     def find(self, texts: Sequence[str], headings: Sequence[str] | None = None) -> list[int | None]:
         """The ids of the references with exactly these texts, or None; quarantined ones are found, too."""
         keys = [digest(text, heading) for text, heading in zip(texts, headings or [""] * len(texts), strict=True)]
@@ -279,6 +283,9 @@ class LmdbReader(Home):
         if next_id is None:
             raise self._db.home.damaged(b"next_id", "it is missing")
         return max(next_id, self._above)
+
+    def _unused(self, txn: ReadTransaction | WriteTransaction) -> int:
+        return self._db.home.read(txn, b"unused", unpack_number) or 0
 
     def _unpack(self, txn: ReadTransaction | WriteTransaction, stored: memoryview) -> Rows:
         """The block that was stored. The writer may have made the dictionary since this home was opened."""

@@ -6,6 +6,7 @@ database    key                         value
 home        ``version``                 the schema, 2 or 3, and nothing else: every release can read it
 home        ``slot_bytes``              *sealed* decimal
 home        ``next_id``                 *sealed* decimal
+home        ``unused``                  *sealed* decimal: the ids below ``next_id`` that were passed over, if any
 home        ``packing``                 *sealed* ``none``, ``zstd`` or ``dictionary``: see `Packing`
 home        ``dictionary``              *sealed* dictionary of zstd
 blocks      id                          exactly the block's bytes, not the slot, or a zstd frame of them
