@@ -1,7 +1,7 @@
 """`Config` and its sections: every key of the configuration file, its type, its default and its meaning."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -206,6 +206,9 @@ class RecallConfig(Section):
     """Attention weighs memories by ``exp((score - best) / this)``; null: all alike, as a Memory³ model is trained."""
     lookahead_tokens: Annotated[Whole, Field(ge=0)] = 16
     """Tokens before a chunk's end at which its memories are guessed and prefetched during decoding; 0: never."""
+    choose_early: bool = False
+    """Choose the memories of a chunk of an answer by its text without the last ``lookahead_tokens``: what is prefetched
+    is then exactly what is recalled. For a home that answers later than ``deadline``, such as an object store."""
     decoded: Size | None = None
     """Most bytes of decoded memories on the device, prefetched and leased together; null: fits the machine."""
     deadline: Seconds = 0.05
@@ -219,6 +222,10 @@ class RecallConfig(Section):
     """Encode references of the catalogue at their first recall, and store them; otherwise they are not recalled."""
     trace: File | None = None
     """A file that records every request to the tiers, for `m3 bench eviction`; null: none."""
+
+    def searched(self, chunk: Sequence[int]) -> Sequence[int]:
+        """The tokens of a whole chunk of an answer by which the memories after it are chosen."""
+        return chunk[: len(chunk) - self.lookahead_tokens] if self.choose_early else chunk
 
     @model_validator(mode="after")
     def _look_ahead_within_a_chunk(self) -> Self:

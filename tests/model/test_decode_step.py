@@ -109,7 +109,9 @@ def runtime_of(tmp_path: Path) -> Iterator[Callable[..., Runtime]]:
         yield opened
 
 
-def events_of(adapter: TransformersAdapter, runtime: Runtime, prompts: Sequence[Prompt]) -> list[Any]:
+def events_of(
+    adapter: TransformersAdapter, runtime: Runtime, prompts: Sequence[Prompt], answered: int = 1
+) -> list[Any]:
     """What happens while prompts are read: texts recalled by and hinted at, tokens that the head is asked for."""
     events: list[Any] = []
     recall, hint = Runtime.recall, Runtime.hint
@@ -130,7 +132,7 @@ def events_of(adapter: TransformersAdapter, runtime: Runtime, prompts: Sequence[
         closing.enter_context(patch.object(Runtime, "hint", hinting))
         closing.callback(adapter.model.lm_head.register_forward_pre_hook(heading).remove)
         streams = [closing.enter_context(runtime.stream(adapter.dtype)) for _ in prompts]
-        adapter.generate(prompts, streams, GenerateConfig(max_new_tokens=1))
+        adapter.generate(prompts, streams, GenerateConfig(max_new_tokens=answered))
     return events
 
 
@@ -168,6 +170,22 @@ def test_without_lookahead_nothing_is_looked_up_early(runtime_of: Callable[..., 
     one, two = chunks(adapter, prompt)
     # And the head, much of a small model, is asked for nothing but a prompt's last token.
     assert events_of(adapter, runtime, [prompt]) == [("recall", one), ("head", 0), ("recall", two), ("head", 1)]
+
+
+@pytest.mark.parametrize("choose_early", [False, True])
+def test_what_is_chosen_early_is_what_was_looked_up(runtime_of: Callable[..., Runtime], choose_early: bool) -> None:
+    adapter = make_adapter()
+    runtime = runtime_of(adapter, choose_early=choose_early)
+    prompt = Prompt(random_text(adapter.tokenizer, CHUNK, seed=1))
+    events = events_of(adapter, runtime, [prompt], answered=3 * CHUNK + 1)
+    _, *of_answer = [event for event in events if event[0] != "head"]
+    assert [kind for kind, _ in of_answer] == ["hint", "recall"] * 3
+    texts = [text for _, text in of_answer]
+    for hinted, recalled in zip(texts[::2], texts[1::2], strict=True):
+        assert (recalled == hinted) is choose_early
+        assert recalled.startswith(hinted)
+    lookahead = runtime.metrics().lookahead
+    assert not choose_early or lookahead.hits == lookahead.guesses
 
 
 def test_the_head_is_asked_for_the_ends_of_prompts(runtime_of: Callable[..., Runtime]) -> None:

@@ -58,7 +58,7 @@ def decoded(
     return log_probs, [chunk.ids for chunk in answer.chunks]
 
 
-@pytest.mark.parametrize("recall", [None, {}, {"chunk_tokens": 1, "lookahead_tokens": 0}])
+@pytest.mark.parametrize("recall", [None, {}, {"chunk_tokens": 1, "lookahead_tokens": 0}, {"choose_early": True}])
 @pytest.mark.parametrize("family", FEW_FAMILIES)
 def test_a_score_is_what_decoding_the_continuation_gives(
     family: str, recall: dict[str, int] | None, runtime_of: Callable[..., Runtime]

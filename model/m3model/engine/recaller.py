@@ -83,7 +83,8 @@ class Recaller:
         assert stream
         assert one.chunk
         if one.read >= len(one.prompt):
-            return Asking(job, stream, self._of_answer(job, self._words.decode(one.chunk_tokens())), None)
+            searched = stream.runtime.config.recall.searched(one.chunk_tokens())
+            return Asking(job, stream, self._of_answer(job, self._words.decode(searched)), None)
         prompt, after = job.request.prompt, one.read + one.chunk
         query, weight = prompt.query, stream.runtime.config.recall.turn_weight
         now: Text = query or self._words.decode(one.chunk_tokens())

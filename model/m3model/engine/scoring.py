@@ -49,9 +49,9 @@ class Scoring:
         # Decoding recalls before it reads a chunk's last token, and nobody asks what follows the very last one.
         for number, end in enumerate([*range(size - 1, longest - 1, size), longest - 1]):
             if number:
-                texts = [row.tokens[start + 1 - size : start + 1] for row in self._rows]
-                going_on = [len(row.tokens) > start + 1 for row in self._rows]
-                self._recall([self._decode(text) if more else None for text, more in zip(texts, going_on, strict=True)])
+                chunks = [row.tokens[start + 1 - size : start + 1] for row in self._rows]
+                goes_on = [len(row.tokens) > start + 1 for row in self._rows]
+                self._recall([self._searched(one) if more else None for one, more in zip(chunks, goes_on, strict=True)])
             parts = [row.tokens[start : max(0, min(end, len(row.tokens) - 1))] for row in self._rows]
             if any(parts):
                 self._take(self._session.all_logits(padded(parts), [len(part) for part in parts]), start + 1)
@@ -96,6 +96,10 @@ class Scoring:
             [one.log_weights if one else () for one in now],
             [one.ids if one else () for one in now],
         )
+
+    def _searched(self, chunk: Sequence[int]) -> str:
+        """The text of a chunk by which memories are chosen."""
+        return self._decode(self._recaller.config.recall.searched(chunk) if self._recaller else chunk)
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return decode(self._tokenizer, tokens)

@@ -174,8 +174,8 @@ class SchedulerHalf:
             chunk, place = divmod(len(answer), size)
             latest = chunk - chunk % every
             if latest > max(0, reading.chunk) and (reading.memories is None or reading.memories.done()):
-                text = list(answer[(latest - 1) * size : latest * size])
-                self._ask(reading, latest, partial(self._decode, text))
+                searched = self._config.searched(answer[(latest - 1) * size : latest * size])
+                self._ask(reading, latest, partial(self._decode, list(searched)))
                 assert reading.memories is not None
                 due.append(reading.memories)
             elif (
