@@ -20,6 +20,11 @@ from m3runtime.plugins.messages import one_line
 from m3runtime.writing.encoders.encoder import Encoded, Encoder, Failed, Setup, Task
 from m3runtime.writing.encoders.pool import EncoderPool, Lost
 
+_OF_A_NEW_CLUSTER = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # it would report to its makers
+    "RAY_worker_niceness": "0",  # 15 leaves actors what others of the machine do not want, while the driver waits
+}
+"""Variables of a cluster that is started here. One that runs already has its own."""
 _PATIENCE = 10.0
 """Seconds for a connection to a cluster."""
 
@@ -52,7 +57,8 @@ class RayPool(EncoderPool):
     def open(self, config: Config, device: torch.device) -> None:  # noqa: ARG002 - the cluster says what there is
         """Join the cluster; see `EncoderPool.open`."""
         if not ray.is_initialized():
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or a new cluster would report to its makers
+            for name, value in _OF_A_NEW_CLUSTER.items():
+                os.environ.setdefault(name, value)
             try:
                 _reach(self._address)
                 ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
