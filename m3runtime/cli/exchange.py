@@ -11,6 +11,7 @@ import typer
 from m3runtime.cli.options import ConfigFile, Json, Set, configuration
 from m3runtime.cli.progress import progress_bars
 from m3runtime.cli.terminal import print_json, say
+from m3runtime.cli.write import Ray, Workers, pool_of
 
 if TYPE_CHECKING:
     from m3runtime.bank.exchange.record import Record
@@ -66,12 +67,15 @@ def import_(
         bool,
         typer.Option("--catalogue", help="Only embed: each is encoded at its first recall (recall.cold_start)."),
     ] = False,
+    workers: Workers = None,
+    ray: Ray = None,
     set: Set = None,
     json: Json = False,
 ) -> None:
     """Add references out of a file to the bank, and create the bank if it does not exist.
 
-    The model encodes them. Embeddings are taken over if the same embedder made them. Nothing is forgotten, and a
+    The model encodes them. Embeddings are taken over if the same embedder made them; with --workers or --ray this
+    process computes the others. Nothing is forgotten, and a
     reference that the bank has already gets further places. Its source is read anew when it is written again.
     """
     settings = configuration(config, set)
@@ -88,7 +92,15 @@ def import_(
         closing(assembly.open_embedder(settings)) as embedder,
         progress_bars(shown=not json) as progress,
     ):
-        report = import_records(settings, adapter, embedder, read_records(path), catalogue=catalogue, progress=progress)
+        report = import_records(
+            settings,
+            adapter,
+            embedder,
+            read_records(path),
+            catalogue=catalogue,
+            pool=pool_of(workers, ray),
+            progress=progress,
+        )
     written = report.written
     if json:
         print_json({**asdict(written), "embeddings_taken": report.taken, "bank": str(settings.bank)})

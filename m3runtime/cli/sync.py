@@ -12,10 +12,13 @@ from m3runtime.cli.write import (
     KeepMissing,
     NoTags,
     Paths,
+    Ray,
     Tags,
     Whole,
+    Workers,
     expiry_of,
     facts,
+    pool_of,
     show,
     tags_of,
     write,
@@ -34,6 +37,8 @@ def sync(
     expires: Expires = None,
     tag: Tags = None,
     no_tags: NoTags = False,
+    workers: Workers = None,
+    ray: Ray = None,
     set: Set = None,
     json: Json = False,
 ) -> None:
@@ -53,6 +58,8 @@ def sync(
             expires=expires,
             tag=tag,
             no_tags=no_tags,
+            workers=workers,
+            ray=ray,
             set=set,
             json=json,
         )
@@ -66,7 +73,7 @@ def sync(
     reading = Reading(
         documents_fields(settings, text_field), whole, expiry=expiry_of(expires), tags=tags_of(tag, none=no_tags)
     )
-    with closing(Mirror(settings, reading, keep_missing=keep_missing)) as mirror:
+    with closing(Mirror(settings, reading, keep_missing=keep_missing, pool=pool_of(workers, ray))) as mirror:
         for report in follow(mirror, paths):
             if isinstance(report, M3Error):
                 say(f"m3: {report}", err=True)

@@ -55,6 +55,25 @@ Tags = Annotated[
         show_default=False,
     ),
 ]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        metavar="N",
+        min=1,
+        help="Processes that encode, each on a GPU of its own if there are several; this one commits. Default: "
+        "this one does both; with --ray an actor for each GPU, or for each machine if there is none.",
+        show_default=False,
+    ),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Encode by actors of a Ray cluster: auto, HOST:PORT, ray://HOST:PORT, or local to start one here.",
+    ),
+]
 NoTags = Annotated[bool, typer.Option("--no-tags", help="Remove the tags that these files have.")]
 
 _NAMED = 3
@@ -75,25 +94,8 @@ def write(
     no_tags: NoTags = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List the files that changed.")] = False,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers",
-            metavar="N",
-            min=1,
-            help="Processes that encode, each on a GPU of its own if there are several; this one commits. Default: "
-            "this one does both; with --ray an actor for each GPU, or for each machine if there is none.",
-            show_default=False,
-        ),
-    ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            "--ray",
-            metavar="ADDRESS",
-            help="Encode by actors of a Ray cluster: auto, HOST:PORT, ray://HOST:PORT, or local to start one here.",
-        ),
-    ] = None,
+    workers: Workers = None,
+    ray: Ray = None,
     set: Set = None,
     json: Json = False,
 ) -> None:

@@ -16,6 +16,7 @@ from m3runtime.documents import expiry
 from m3runtime.documents.reference import Reference
 from m3runtime.errors import InputError
 from m3runtime.retrieval.embedder import Embedder, Embeddings
+from m3runtime.writing.encoders.pool import EncoderPool
 from m3runtime.writing.writer import OnProgress, Writer, WriteReport
 
 _LENGTH_TOLERANCE = 0.01
@@ -38,6 +39,7 @@ def import_records(
     records: Iterable[Record],
     *,
     catalogue: bool = False,
+    pool: EncoderPool | None = None,
     progress: OnProgress | None = None,
     today: Callable[[], str] = expiry.today,
 ) -> ImportReport:
@@ -51,7 +53,8 @@ def import_records(
     """
     with closing(_ShelvingEmbedder(embedder)) as shelving:
         references = _references(records, adapter, shelving, today())
-        written = Writer(config, adapter, shelving).write((), added=references, catalogue=catalogue, progress=progress)
+        writer = Writer(config, adapter, shelving, pool=pool, embeds=True)
+        written = writer.write((), added=references, catalogue=catalogue, progress=progress)
         return ImportReport(written, shelving.taken)
 
 

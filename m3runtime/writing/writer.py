@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, islice
 
 from m3runtime import assembly
 from m3runtime.adapters.base import Adapter
@@ -65,7 +66,8 @@ class Writer:
     The model runs in the caller's thread. While it computes a group, the one before is committed by another thread;
     with ``parallel``, a third one encodes the last batches of the model at the same time, and a fourth embeds the
     group. That is the default where the model is not on a CPU. On a CPU, they would take its cores from the model. With
-    a pool of encoders, this process reads only the references that a codec is trained on, and commits.
+    a pool of encoders, this process reads only the references that a codec is trained on, and commits; but it does all
+    itself if there is only one group, which is no work for several.
     """
 
     def __init__(
@@ -76,12 +78,17 @@ class Writer:
         *,
         parallel: bool | None = None,
         pool: EncoderPool | None = None,
+        embeds: bool = False,
     ) -> None:
-        """With a ``pool`` its encoders read and embed the references; they load their models by the configuration."""
+        """With a ``pool`` its encoders read and embed the references; they load their models by the configuration.
+
+        With ``embeds`` they only read them, and this process embeds: ``embedder`` is another one than they have.
+        """
         self.config = config
         self.adapter = adapter
         self.embedder = embedder
         self.pool = pool
+        self.embeds = embeds
         self.parallel = adapter.device.type != "cpu" if parallel is None else parallel
         self.splitter = Splitter(adapter.count_tokens, max_tokens=adapter.spec.reference_tokens)
 
@@ -149,10 +156,13 @@ class Writer:
                     if progress:
                         progress(title, groups.known + count, len(references))
 
-                if self.pool is None:
-                    pipeline.run(groups, computed)
+                coming = iter(groups)
+                some = list(islice(coming, 2))
+                if self.pool is None or len(some) < 2:
+                    pipeline.run(chain(some, coming), computed)
                 else:
-                    distribute(self.pool, Setup.of(self.config, bank), pipeline, groups, computed)
+                    setup, embedder = Setup.of(self.config, bank), self.embedder if self.embeds else None
+                    distribute(self.pool, setup, pipeline, chain(some, coming), computed, embedder)
                 if groups.stored:
                     computed(groups.stored)  # known references may have followed the last group
                 with clock.phase("index"):

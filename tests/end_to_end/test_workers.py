@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,15 +20,21 @@ from hypothesis import strategies as st
 
 from m3backends.lmdb.home import LmdbHome
 from m3runtime import assembly
+from m3runtime.bank.exchange.record import Record
 from m3runtime.config.schema import Config
 from m3runtime.documents.document import Document
+from m3runtime.documents.reference import Place as Origin
+from m3runtime.documents.reference import Reference
 from m3runtime.documents.sources import SourceState
 from m3runtime.errors import EncoderError, InputError
 from m3runtime.lab.bench.servers import BUCKET, s3_server, weed
 from m3runtime.memory.block import HEADER_BYTES
+from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.storage.home import Batch
+from m3runtime.writing.encoders.encoder import Setup
 from m3runtime.writing.encoders.pool import EncoderPool
 from m3runtime.writing.encoding import GROUP
+from m3runtime.writing.importing import import_records
 from m3runtime.writing.writer import Writer
 from tests.end_to_end.commands import M3, Contents, Place, contents, environment, records
 from tests.end_to_end.embedders import HashedWords
@@ -75,7 +82,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, bool], Co
     """The banks of a writer without encoders, by the number of texts and whether some were catalogued before."""
     return {
         (count, catalogue): written(tmp_path_factory.mktemp("alone"), count, None, catalogue=catalogue)
-        for count in (10, 2 * GROUP)
+        for count in (20 + GROUP, 2 * GROUP)
         for catalogue in (False, True)
     }
 
@@ -135,12 +142,67 @@ def test_encoders_that_always_die_end_the_write(tmp_path: Path) -> None:
 
 
 def test_an_error_of_a_task_is_raised_in_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: WordModel, references: Sequence[str]) -> None:
-        raise InputError("this text has no words")
+    encode = WordModel.encode
+
+    def broken(self: WordModel, references: Sequence[str]) -> MemoryTensors:
+        if any(one.startswith("Keeper 100 ") for one in references):
+            raise InputError("this text has no words")
+        return encode(self, references)
 
     monkeypatch.setattr(WordModel, "encode", broken)
+    pool = MortalPool(2, Random(1))
     with pytest.raises(InputError, match=r"^this text has no words$"):
-        written(tmp_path, 1, MortalPool(2, Random(1), lambda _: False))
+        written(tmp_path, 3 * GROUP, pool)
+    assert pool.closed
+    assert len(contents(tmp_path / "m3.yaml").blocks) in (9, 9 + GROUP), "none after it"
+
+
+def test_one_group_is_no_work_for_several(tmp_path: Path) -> None:
+    class Unused(MortalPool):
+        def start(self, number: int, setup: Setup) -> None:
+            raise AssertionError("a model is loaded already")
+
+    assert len(written(tmp_path, 9 + GROUP, Unused(2, Random(1))).blocks) == 9 + GROUP
+
+
+def test_embeddings_are_taken_over_whoever_encodes(tmp_path: Path) -> None:
+    """Made ones, which no encoder would compute."""
+    count, vectors, own = 2 * GROUP, np.eye(DIM, dtype=np.float32), HashedWords("", dim=DIM)
+    records = [
+        Record(
+            Reference(text, 1, places=(Origin(f"{n % 3}.txt", n, n + 1),)),
+            vectors[n % DIM] if n % 4 else None,
+            own.fingerprint,
+        )
+        for n, text in enumerate(texts(count))
+    ]
+    deaths = iter([True, True])
+    banks = list[Contents]()
+    for name, pool in (
+        ("one", None),
+        ("many", MortalPool(2, Random(3), lambda first: first == GROUP and next(deaths, False))),
+    ):
+        file = configured(tmp_path / name)
+        report = import_records(Config.load(file, environ={}), WordModel(), own, records, pool=pool)
+        assert (report.written.written, report.taken) == (count, count - count // 4)
+        banks.append(contents(file))
+    assert next(deaths, None) is None, "encoders died"
+    assert banks[0] == banks[1]
+    assert banks[0].embeddings[1] == vectors[1].tobytes()
+
+
+@pytest.mark.long
+def test_import_and_sync_have_workers_too(tmp_path: Path) -> None:
+    one, imported, synced = (Place(configured(tmp_path / name).parent) for name in ("one", "imported", "synced"))
+    for place in (one, synced):
+        place.text("corpus.jsonl", records(texts(2 * GROUP)))
+    assert one.m3("write", "corpus.jsonl", "--json").json["written"] == 2 * GROUP
+    assert synced.process("sync", "corpus.jsonl", "--workers", "2", "--json").json["written"] == 2 * GROUP
+    assert synced.contents() == one.contents()
+    assert one.m3("export", "all.jsonl").code == 0
+    report = imported.process("import", str(one.folder / "all.jsonl"), "--workers", "2", "--json").json
+    assert (report["written"], report["embeddings_taken"]) == (2 * GROUP, 2 * GROUP)
+    assert imported.contents() == one.contents()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from m3runtime.errors import EncoderError
+from m3runtime.retrieval.embedder import Embedder
 from m3runtime.writing.encoders.encoder import Encoded, Failed, Setup, Task
 from m3runtime.writing.encoders.pool import EncoderPool, Lost
 from m3runtime.writing.encoding import Group, Store
@@ -28,6 +29,8 @@ class _Job:
 
     store: Store
     group: Group
+    embed: bool
+    """Is the encoder to embed?"""
     encoded: bool
     taken_back: bool = False
     """Had an encoder that died before it did this job?"""
@@ -36,8 +39,7 @@ class _Job:
 
     @property
     def task(self) -> Task:
-        embed, read = self.store is not Group.fill, self.store is not Group.catalogue
-        return Task(self.group.ids, self.group.references, embed, read)
+        return Task(self.group.ids, self.group.references, self.embed, read=self.store is not Group.catalogue)
 
 
 def distribute(
@@ -46,26 +48,37 @@ def distribute(
     pipeline: Pipeline,
     groups: Iterable[tuple[Store, Group]],
     computed: Callable[[int], None],
+    embedder: Embedder | None = None,
 ) -> None:
     """Encode and embed groups by the encoders of an open pool, and store each in one transaction of this process.
 
     Groups are stored in order, under the ids that they came with. New references that were encoded while a transaction
     was made are committed together in the next one, since a store far away takes few large transactions better. If an
     encoder dies, another one gets what it had, and it is started again. ``computed`` is called with the references that
-    have been encoded. Raises `EncoderError` if encoders die over the same group again and again, and what a task or a
-    transaction raises; no group is stored after one that failed. Holds a few groups for each encoder.
+    have been encoded. With an ``embedder`` this process embeds, and encoders only read.
+
+    Raises `EncoderError` if encoders die over the same group again and again, and what a task or a transaction raises;
+    no group is stored after one that failed. Holds a few groups for each encoder.
     """
     with Worker(ahead=1) as commits:
-        for store, some in _Distribution(pool, setup, pipeline.clock, computed).in_order(groups):
+        for store, some in _Distribution(pool, setup, pipeline.clock, computed, embedder).in_order(groups):
             commits.do(partial(pipeline.store, store, Group.joined(some)))
 
 
 class _Distribution:
-    def __init__(self, pool: EncoderPool, setup: Setup, clock: Clock, computed: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        pool: EncoderPool,
+        setup: Setup,
+        clock: Clock,
+        computed: Callable[[int], None],
+        embedder: Embedder | None,
+    ) -> None:
         self._pool = pool
         self._setup = setup
         self._clock = clock
         self._computed = computed
+        self._embedder = embedder
         self._count = 0
         self._waiting: deque[_Job] = deque()
         self._given: dict[int, deque[_Job]] = {}
@@ -84,7 +97,7 @@ class _Distribution:
                 if store is None or group is None:
                     more = False
                     break
-                held.append(_Job(store, group, encoded=not group.references))
+                held.append(_Job(store, group, self._embed(store, group), encoded=not group.references))
                 if group.references:
                     self._waiting.append(held[-1])
                     self._give()  # making the next group takes a while
@@ -98,6 +111,15 @@ class _Distribution:
                 while job.store is Group.commit and _can_follow(held):
                     some.append(held.popleft().group)
                 yield job.store, some
+
+    def _embed(self, store: Store, group: Group) -> bool:
+        """Embed a group here, if that is wanted. Returns whether an encoder is to do it."""
+        if store is Group.fill or self._embedder is None:
+            return store is not Group.fill
+        if group.references:
+            with self._clock.phase("embed"):
+                group.embed(self._embedder)
+        return False
 
     def _give(self) -> None:
         """Give waiting jobs to encoders that have room."""
