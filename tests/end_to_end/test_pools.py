@@ -12,7 +12,7 @@ import torch
 
 from m3runtime.cli.write import pool_of
 from m3runtime.config.schema import Config
-from m3runtime.testing.encoders import EncoderPoolContract, MakePool
+from m3runtime.testing.encoders import TASKS, EncoderPoolContract, MakePool, Opened
 from m3runtime.writing.encoders.encoder import Setup
 from m3runtime.writing.encoders.pool import EncoderPool, Lost
 from m3runtime.writing.encoders.processes import ProcessPool
@@ -79,6 +79,13 @@ class TestRayPool(OfWords):
 
     def living(self, pool: EncoderPool) -> int:
         return len(actors_of(os.getpid()))
+
+    def test_actors_of_a_cluster_of_our_own_have_our_niceness(self, opened: Opened, setup: Setup) -> None:
+        opened.start(setup)
+        opened.pool.give(0, TASKS[0])
+        opened.answers({0: 1})
+        (found,) = {os.getpriority(os.PRIO_PROCESS, actor) for actor in actors_of(os.getpid())}
+        assert found == os.getpriority(os.PRIO_PROCESS, 0)
 
 
 def test_a_process_that_cannot_read_its_task_says_so(tmp_path: Path) -> None:
