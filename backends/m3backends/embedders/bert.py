@@ -153,6 +153,15 @@ class MeanOfTokens:
             vectors[rows] = self._means(padded, lengths).cpu().numpy()
         return vectors
 
+    @torch.inference_mode()
+    def tokens(self, text: str) -> tuple[Embeddings, Embeddings]:
+        """The vectors of a text's tokens, ``float32[tokens, dim]`` with the special ones, and their mean."""
+        self.tokenizer.enable_truncation(self.longest)
+        self.tokenizer.no_padding()
+        ids = torch.tensor([self.tokenizer.encode(text).ids])
+        (hidden,) = self._hidden(ids.to(self.weights["embeddings.word_embeddings.weight"].device), None)
+        return hidden.cpu().numpy(), hidden.mean(0).cpu().numpy()
+
     def _means(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """The mean over the tokens of each row of ``ids``, int64 ``[B, T]``: ``float32[B, dim]`` of length 1."""
         device = self.weights["embeddings.word_embeddings.weight"].device

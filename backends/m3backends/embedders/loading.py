@@ -33,6 +33,7 @@ _NAMED = {
     "sentence-transformers": ("embedder sentence-transformers", "sentence-transformers"),
     "flag-embedding": ("embedder flag-embedding", "bge"),
     "cross-encoder": ("reranker cross-encoder", "sentence-transformers"),
+    "late-interaction": ("reranker late-interaction", "sentence-transformers"),
 }
 
 
