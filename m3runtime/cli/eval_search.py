@@ -8,6 +8,7 @@ import typer
 from m3runtime.cli.evaluating import Out, References, Seed, finish, require_libraries
 from m3runtime.cli.options import ConfigFile, Json, Set, configuration
 from m3runtime.cli.progress import progress_bars
+from m3runtime.errors import ConfigError
 
 
 def search(
@@ -23,18 +24,22 @@ def search(
     copies: Annotated[
         int, typer.Option("--copies", min=0, help="Search, too, where each text has so many copies.")
     ] = 0,
+    only_pairs: Annotated[bool, typer.Option("--only-pairs", help="Search no corpora but those of --pairs.")] = False,
     set: Set = None,
     json: Json = False,
 ) -> None:
     """Compare search by embeddings, by words and by both: the right text among those found, and milliseconds.
 
-    The corpora are invented facts, Python's manual and code, and yours. No model is needed, and no bank.
+    The corpora are invented facts, Python's manual and code, and yours. No model is needed, and no bank. With
+    recall.reranker set, what was found is reranked as well.
     """
     settings = configuration(config, set)
+    if only_pairs and not pairs:
+        raise ConfigError("--only-pairs: name a file by --pairs")
     require_libraries()
     from m3runtime.lab.evaluation.finding import SearchSettings, evaluate_search
 
-    asked = SearchSettings(seed, questions, texts, k, tuple(map(str, pairs or ())), copies)
+    asked = SearchSettings(seed, questions, texts, k, tuple(map(str, pairs or ())), copies, only_pairs)
     with progress_bars(shown=not json) as progress:
         report = evaluate_search(settings, asked, progress)
     finish(report, out, json=json)

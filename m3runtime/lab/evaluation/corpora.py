@@ -28,10 +28,10 @@ class Corpus:
     """Questions that none of the texts answers, though they are of the same kind."""
 
 
-def chosen(seed: int, questions: int, texts: int, files: Sequence[str]) -> list[Corpus]:
+def chosen(seed: int, questions: int, texts: int, files: Sequence[str], *, only_files: bool = False) -> list[Corpus]:
     """Facts, manual, code and the files' corpora. Raises `InputError` as `pairs` does."""
     sizes = (seed, questions, texts)
-    own = [facts(seed, questions), docstrings(*sizes), code(*sizes)]
+    own = [] if only_files else [facts(seed, questions), docstrings(*sizes), code(*sizes)]
     return own + [pairs(Path(file), *sizes) for file in files]
 
 
@@ -61,7 +61,7 @@ def pairs(path: Path, seed: int, questions: int, texts: int) -> Corpus:
     """
     found = []
     try:
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             one = json.loads(line)
             found.append((str(one.get("question") or ""), str(one["text"])))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:

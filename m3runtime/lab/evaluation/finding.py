@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from copy import copy
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -18,10 +20,13 @@ from m3runtime.memory.block import as_ids
 from m3runtime.retrieval.bm25.index import Bm25Index
 from m3runtime.retrieval.duplicates import Duplicates
 from m3runtime.retrieval.embedder import Embedder
+from m3runtime.retrieval.reranker import Reranker
+from m3runtime.retrieval.reranking import Reranking
 from m3runtime.retrieval.retriever import Retriever
 from m3runtime.writing.writer import OnProgress
 
 KINDS = ("dense", "lexical", "hybrid")
+RERANKED = {"dense": "dense, reranked", "hybrid": "hybrid, reranked"}
 COPIED, DISTINCT = "dense, copies", "dense, copies once"
 _BATCH = 64
 
@@ -41,6 +46,8 @@ class SearchSettings:
     """Further corpora: files of `corpora.pairs`."""
     copies: int = 0
     """Also search corpora in which each text stands so many times more, with copies each a match, and once."""
+    only_pairs: bool = False
+    """Leave out facts, manual and code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +69,17 @@ class Found:
 
 
 def evaluate_search(config: Config, settings: SearchSettings, progress: OnProgress) -> Report:
-    """Search corpora that no bank holds, by the configured embedder and index. No model is loaded."""
-    tried = corpora.chosen(settings.seed, settings.questions, settings.texts, settings.pairs)
-    embedder = assembly.open_embedder(config)
-    try:
-        found = {corpus.name: search_corpus(config, embedder, corpus, settings, progress) for corpus in tried}
+    """Search corpora that no bank holds, by the configured embedder, index and reranker. No model is loaded."""
+    sizes = (settings.seed, settings.questions, settings.texts)
+    tried = corpora.chosen(*sizes, settings.pairs, only_files=settings.only_pairs)
+    with ExitStack() as opened:
+        embedder = assembly.open_embedder(config)
+        opened.callback(embedder.close)
+        reranker = assembly.open_reranker(config, assembly.device(config))
+        if reranker is not None:
+            opened.callback(reranker.close)
+        found = {corpus.name: search_corpus(config, embedder, reranker, corpus, settings, progress) for corpus in tried}
         fingerprint = embedder.fingerprint
-    finally:
-        embedder.close()
     return Report(
         title="Search",
         command="m3 eval search",
@@ -85,9 +95,14 @@ def evaluate_search(config: Config, settings: SearchSettings, progress: OnProgre
 
 
 def search_corpus(
-    config: Config, embedder: Embedder, corpus: Corpus, settings: SearchSettings, progress: OnProgress
+    config: Config,
+    embedder: Embedder,
+    reranker: Reranker | None,
+    corpus: Corpus,
+    settings: SearchSettings,
+    progress: OnProgress,
 ) -> Mapping[str, Found]:
-    """Ask all questions of a corpus by each of `KINDS`, and over copies by `COPIED` and `DISTINCT`."""
+    """Ask all questions of a corpus by `KINDS` and those of `RERANKED`, and over copies by `COPIED` and `DISTINCT`."""
     index, lexical, size, k = assembly.make_index(config, embedder.dim), Bm25Index(), len(corpus.texts), settings.k
     copied = assembly.make_index(config, embedder.dim)
     for start in range(0, size, _BATCH):
@@ -95,26 +110,36 @@ def search_corpus(
         ids, vectors = as_ids(range(start, start + len(some))), embedder.embed_references(some)
         index.add(ids, vectors)
         lexical.add(ids, some)
-        for copy in range(settings.copies + 1 if settings.copies else 0):
-            copied.add(ids + as_ids([copy * size]), vectors)
+        for number in range(settings.copies + 1 if settings.copies else 0):
+            copied.add(ids + as_ids([number * size]), vectors)
         progress(f"Embedding {corpus.name}", start + len(some), size)
     retrievers = {
         "dense": Retriever(embedder, index, memories=k),
         "lexical": Retriever(embedder, index, lexical, alone=True, memories=k),
         "hybrid": Retriever(embedder, index, lexical, memories=k),
     }
+
+    def references(ids: Sequence[int]) -> Mapping[int, Reference]:
+        return {id: Reference(corpus.texts[id % size], 0) for id in ids}
+
+    if reranker is not None and config.recall.reranker is not None:
+        for kind, name in RERANKED.items():
+            retrievers[name] = copy(retrievers[kind])
+            retrievers[name].reranking = Reranking(reranker, references, config.recall.reranker.candidates)
     if settings.copies:
         retrievers |= {kind: Retriever(embedder, copied, memories=k) for kind in (COPIED, DISTINCT)}
     for kind, retriever in retrievers.items():
         if kind != COPIED:  # as in a runtime
-            retriever.duplicates = Duplicates(lambda ids: {id: Reference(corpus.texts[id % size], 0) for id in ids})
+            retriever.duplicates = Duplicates(references)
     return {kind: _ask(retriever, corpus) for kind, retriever in retrievers.items()}
 
 
 def _ask(retriever: Retriever, corpus: Corpus) -> Found:
     ranks, seconds = [], []
+    plain = copy(retriever)
+    plain.reranking = None
     for question, right in corpus.questions:
-        retriever.search([question])  # embeds it, and the next search does not
+        plain.search([question])  # embeds it, and the next search does not
         began = time.perf_counter()
         (matches,) = retriever.search([question])
         seconds.append(time.perf_counter() - began)
@@ -128,7 +153,12 @@ def _summary(corpus: Corpus, found: Mapping[str, Found], k: int) -> str:
     parts = [name for name in KINDS if name != "hybrid"]
     better = max(parts, key=lambda name: np.mean(found[name].hits(k)))
     gain = difference(found["hybrid"].hits(k), found[better].hits(k))
-    return f"{corpus.name}: hybrid less the better of its parts ({better}) is {gain} in recall@{k}"
+    told = [f"{corpus.name}: hybrid less the better of its parts ({better}) is {gain} in recall@{k}"]
+    for kind, name in RERANKED.items():
+        if name in found:
+            first, among = (difference(found[name].hits(n), found[kind].hits(n)) for n in (1, k))
+            told.append(f"{name} less {kind} is {among} in recall@{k} and {first} in recall@1")
+    return "; ".join(told)
 
 
 def _table(tried: Sequence[Corpus], found: Mapping[str, Mapping[str, Found]], k: int) -> Table:
