@@ -134,6 +134,10 @@ class _Talk(ExitStack):
         if self.runtime is None:
             (answer,) = self.adapter.generate([prompt], None, self.settings.generate, on_text)
         else:
+            if self.settings.recall.condense:
+                from m3runtime.adapters.condensing import condensed
+
+                (prompt,) = condensed(self.adapter, [prompt])
             with self.runtime.stream(self.adapter.dtype, self._restriction) as stream:
                 (answer,) = self.adapter.generate([prompt], [stream], settings, on_text)
         if shown:

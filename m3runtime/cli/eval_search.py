@@ -86,7 +86,7 @@ def conversations(
 ) -> None:
     """Ask for invented facts in conversations with pronouns, ellipses and changes of subject.
 
-    It tries values of recall.turn_weight, and needs no model and no bank.
+    It tries values of recall.turn_weight, and needs no bank; a model only with recall.condense, to write the questions.
     """
     settings = configuration(config, set)
     require_libraries()

@@ -190,6 +190,8 @@ class RecallConfig(Section):
     turn_weight: Annotated[float, Field(ge=0, le=10)] = 0.8
     """The weight, in the search for a message of a conversation, of an earlier one of the user that tells what it is
     about; 0: only the last message is searched by."""
+    condense: bool = False
+    """Search for a message of a conversation by a question that can be understood alone. The model writes it first."""
     question_weight: Annotated[float, Field(ge=0, le=10)] = 0.0
     """The weight of the question in the search for a chunk of its answer; 0: only the chunk is searched by."""
     reranker: RerankerConfig | None = None

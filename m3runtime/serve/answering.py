@@ -8,6 +8,7 @@ from contextlib import suppress
 from starlette.requests import Request as HttpRequest
 
 from m3runtime.adapters.answers import Prompt
+from m3runtime.adapters.condensing import condensed
 from m3runtime.adapters.engine import End, Event, Failure, Piece, Request, Ticket
 from m3runtime.config.schema import GenerateConfig
 from m3runtime.retrieval.restriction import Restriction
@@ -108,6 +109,8 @@ class Answering:
                     f"the prompt has {count} tokens, and at most {limit} are allowed",
                     code="context_length_exceeded",
                 )
+        if restriction is not None and served.config.recall.condense:
+            self.prompts = condensed(served.adapter, self.prompts)
         for prompt, one in zip(self.prompts, settings, strict=True):
             stream = None if restriction is None else served.runtime.stream(served.adapter.dtype, restriction)
             self._requests.append(Request(prompt, one, stream, recall_every))

@@ -281,6 +281,17 @@ class TestChat:
         after = written_once.m3("chat", "--json", stdin=self.TALK).out.splitlines()[1]
         assert json.loads(after)["answer"] != alone["answer"]
 
+    def test_the_model_may_write_what_is_searched_by(self, written_once: Place) -> None:
+        (first, plain), (same, written) = (
+            [[one["score"] for one in json.loads(line)["memories"]] for line in answers.out.splitlines()]
+            for answers in (
+                written_once.m3("chat", "--json", *more, stdin=self.TALK)
+                for more in ((), ("--set", "recall.condense=true"))
+            )
+        )
+        assert first == same
+        assert plain != written
+
     def test_the_end_at_once(self, written_once: Place) -> None:
         assert quiet(written_once.m3("chat")).out == ""
 

@@ -5,11 +5,14 @@ and by a pronoun again; then it changes to another entity by name, and goes on a
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
 from m3runtime import assembly
+from m3runtime.adapters.answers import Prompt
+from m3runtime.adapters.condensing import condensed
 from m3runtime.config.schema import Config
 from m3runtime.lab.evaluation.corpora import Corpus, pairs
 from m3runtime.lab.evaluation.report import Report, Table
@@ -98,7 +101,10 @@ def conversations_about(corpus: Corpus, count: int) -> Sequence[Sequence[Turn]]:
 
 
 def evaluate_conversations(config: Config, settings: ConversationSettings, progress: OnProgress) -> Report:
-    """Ask each message of conversations by each weight, over references that no bank holds. No model is loaded."""
+    """Ask each message of conversations by each weight, over references that no bank holds.
+
+    With ``recall.condense`` the configured model writes each message anew, and is loaded for that; else none is.
+    """
     embedder = assembly.open_embedder(config)
     try:
         found = ask_all(config, embedder, settings, progress)
@@ -145,13 +151,33 @@ def ask_all(
     if config.recall.search != "dense":
         lexical = Bm25Index()
         lexical.add(ids, texts)
+    messages = _messages(config, conversations, progress)
     retriever = Retriever(embedder, index, lexical, alone=config.recall.search == "lexical", memories=settings.k)
     found: dict[float, dict[str, list[float]]] = {weight: {kind: [] for kind in KINDS} for weight in settings.weights}
     for number, turns in enumerate(conversations, 1):
         for place, turn in enumerate(turns):
-            earlier = [one.text for one in reversed(turns[:place])]
+            message = messages[number - 1][place]
             for weight in settings.weights:
-                (matches,) = retriever.search([Query.following(turn.text, earlier, weight)])
+                query = Query.following(message.query or turn.text, message.context, weight)
+                (matches,) = retriever.search([query])
                 found[weight][turn.kind].append(float(turn.reference in {match.id for match in matches}))
         progress("Asking", number, len(conversations))
     return found
+
+
+def _messages(
+    config: Config, conversations: Sequence[Sequence[Turn]], progress: OnProgress
+) -> Sequence[Sequence[Prompt]]:
+    """Each message with those before it; with ``recall.condense`` as the model writes it."""
+    found = [
+        [Prompt("", turn.text, tuple(one.text for one in reversed(turns[:place]))) for place, turn in enumerate(turns)]
+        for turns in conversations
+    ]
+    if not config.recall.condense:
+        return found
+    with closing(assembly.open_adapter(config)) as adapter:
+        written = []
+        for number, prompts in enumerate(found, 1):
+            written.append(condensed(adapter, prompts))
+            progress("Condensing", number, len(found))
+    return written
