@@ -28,7 +28,7 @@ class _Alone:
         write(self._pair, self._at, keys, values)
         return self._pair
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it has no types
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, weighing: Weighing) -> Tensor:
         """See `m3model.attention.implementation.Attending`."""
         return self._cache.attend(query, keys, values, window, weighing)

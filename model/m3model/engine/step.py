@@ -131,7 +131,9 @@ class StepCache(Cache):
 
     def places(self, layer: int) -> tuple[Pair, Pair]:
         """A layer's buffers, and the rows and columns there that the tokens are written to."""
-        return self.layers[layer].places()
+        one: Any = self.layers[layer]
+        places: tuple[Pair, Pair] = one.places()
+        return places
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, weighing: Weighing) -> Tensor:
         """Attention of each row's tokens over its own columns; see `m3model.attention.implementation.Attending`."""
