@@ -85,8 +85,8 @@ demo: .venv/stamp-demo .venv/stamp-models  ## write a bank and answer from it, w
 serve: .venv/stamp-demo .venv/stamp-serve .venv/stamp-models  ## serve the demo's bank and its page: http://127.0.0.1:8000
 	$(BIN)/m3 serve --demo
 
-quality: install  ## measure what memory does to answers, for docs/quality.md (hours); NAME=facts for one of them
-	$(BIN)/python demo/quality.py $(NAME)
+quality: install  ## measure what memory does to answers, for docs/quality.md (hours); NAME=facts for one of them, MODEL=folder for another model's
+	$(BIN)/python demo/quality.py $(NAME) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 train-small: install  ## train a small Memory³ from scratch, and ask it for facts it never saw (28 minutes)
 	$(BIN)/python demo/train_small.py
