@@ -17,7 +17,7 @@ _FILE = """\
 # Made by `m3 init`; `m3 config` shows every key.
 bank: ./bank
 model: {{path: {model}}}
-memory: {{attention_temperature: 0.9}}  # a model that was not trained on memories reads them better a little sharpened
+memory: {{attention_temperature: 0.9}}  # for SmolLM2; Gemma 3 reads memories far better with 1.0
 embedder: {{kind: sentence-transformers, path: {embedder}}}
 recall: {{when_late: wait}}
 generate: {{prompt: reference, max_new_tokens: 48, stop: ["\\n"]}}  # an answer is one line
