@@ -58,6 +58,10 @@ class Answer:
     """One for each token, if ``generate.log_probs`` asks for them."""
     grounding: Grounding | None = field(default=None, repr=False)
     """The memories that each token was read from; None unless ``generate.grounding`` asks for it."""
+    evidence: float | None = None
+    """How far the memory that was read most bears the answer out; see `m3runtime.adapters.evidence`. None as above."""
+    grounded: bool | None = None
+    """Is the evidence at least ``generate.grounding_floor``? None if either is None."""
 
     @property
     def found(self) -> bool:

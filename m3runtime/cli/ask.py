@@ -14,6 +14,7 @@ import typer
 from m3runtime.cli.citing import citation, cited
 from m3runtime.cli.options import ConfigFile, Json, Set, Where, as_text, configuration, restriction
 from m3runtime.cli.terminal import print_json, say
+from m3runtime.cli.underlining import LEAST, underline
 from m3runtime.errors import BankBusyError, BankError
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ class _Talk(ExitStack):
             "answer": answer.text.strip(),
             "stopped_by": answer.stopped_by,
             "found": answer.found,
+            "grounded": answer.grounded,
             "memories": memories,
             "grounding": None if answer.grounding is None else _grounding(answer, answer.grounding),
             "first_token_s": answer.first_token_s,
@@ -161,6 +163,10 @@ class _Talk(ExitStack):
         }
 
     def print_memories(self, answer: "Answer") -> None:
+        memories = _memories(answer)
+        if answer.grounding is not None:
+            numbers = {id: number for number, (id, _, _) in enumerate(memories, 1)}
+            underline(answer.text, answer.grounding.spans(LEAST), numbers)
         say(
             f"\n{len(answer.memories)} memories read, first token after {answer.first_token_s:.2f} s, "
             f"{answer.tokens_per_s:.1f} tokens/s",
@@ -168,11 +174,17 @@ class _Talk(ExitStack):
         )
         if self.runtime is not None and not answer.found:
             say("nothing was recalled: the answer is the model's own (recall.min_score, --where)", err=True)
+        elif answer.grounded is False:
+            say(
+                f"not grounded: the memory that was read most does not bear the answer out (evidence "
+                f"{answer.evidence:.2f}, generate.grounding_floor {self.settings.generate.grounding_floor:g})",
+                err=True,
+            )
         shares = {} if answer.grounding is None else answer.grounding.memories
-        for id, score, reference in _memories(answer):
+        for number, (id, score, reference) in enumerate(memories, 1):
             text = " ".join(reference.text.split())
             share = f"{shares[id]:4.0%}" if id in shares else "   -"
-            say(f"  {score:.2f}  {share}  {id:>6}  {cited(reference)}  {text[:70]}", err=True)
+            say(f"  [{number}]  {score:.2f}  {share}  {id:>6}  {cited(reference)}  {text[:70]}", err=True)
 
 
 def _memories(answer: "Answer") -> "list[tuple[int, float, Reference]]":
@@ -192,6 +204,7 @@ def _grounding(answer: "Answer", grounding: "Grounding") -> dict[str, Any]:
     return {
         "share": _rounded(grounding.share),
         "lead": _rounded(grounding.lead),
+        "evidence": _rounded(answer.evidence),
         "spans": spans,
     }
 

@@ -292,6 +292,8 @@ class GenerateConfig(Section):
     """Report how likely each token was, and so many of the likeliest ones beside it; null: neither."""
     grounding: bool = False
     """Report the share of attention that each token gave to each memory."""
+    grounding_floor: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Answers with less evidence, in a memory that was read, are marked as not grounded; null: none is."""
 
 
 class Config(Section):

@@ -106,7 +106,7 @@ class _Chat:
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usages}
 
     async def chunks(self) -> AsyncIterator[Data]:
-        """The answer bit by bit. Memories come when they begin to be read, citations and ``found`` with its end.
+        """The answer bit by bit. Memories come when they begin to be read, with its end come citations and the verdict.
 
         An empty list of memories says that none are read any more.
         """
@@ -121,8 +121,8 @@ class _Chat:
             elif isinstance(event, Piece) and (text or event.log_probs):
                 yield self._chunk(index, {"content": text}, event.log_probs)
             elif isinstance(event, End):
-                cited, found = one.reads.url_citations(), {"found": one.reads.found}
-                delta = {"annotations": cited, **found} if cited else found
+                cited, verdict = one.reads.url_citations(), one.reads.verdict()
+                delta = {"annotations": cited, **verdict} if cited else verdict
                 yield self._chunk(index, delta, finished=one.finish_reason)
         if self._request.stream_options is not None and self._request.stream_options.include_usage:
             yield {**self._chunk(0, {}), "choices": [], "usage": usage(self._answering, self._written)}

@@ -25,6 +25,8 @@ class Reads:
     """The entries of `memories` that are read now."""
     in_prompt: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """``references`` if such stand in the prompt as text: like `memories`, without places."""
+    grounded: bool | None = None
+    """See `Answer.grounded`."""
     tokens: dict[int, int] = field(default_factory=dict)
     """The tokens of each memory, by its id."""
     _cited: list[tuple[dict[str, Any], str]] = field(default_factory=list)
@@ -68,7 +70,11 @@ class Reads:
 
     def told(self) -> dict[str, Any]:
         """The fields of an answer that are ours."""
-        return {"found": self.found, "memories": self.memories, **self.in_prompt}
+        return {**self.verdict(), "memories": self.memories, **self.in_prompt}
+
+    def verdict(self) -> dict[str, Any]:
+        """Of these the fields that are known at the answer's end: ``found``, and ``grounded`` if that is told."""
+        return {"found": self.found, **({} if self.grounded is None else {"grounded": self.grounded})}
 
     def url_citations(self) -> list[dict[str, Any]]:
         """The annotations of chat completions, of those memories that a part of the answer was written with."""

@@ -94,7 +94,7 @@ class _Text:
             elif isinstance(event, Piece) and (event.text or event.log_probs):
                 choice = self._choice(index, event.text, event.log_probs)
             elif isinstance(event, End):
-                choice = self._choice(index, "", finished=one.finish_reason, found=one.reads.found)
+                choice = self._choice(index, "", finished=one.finish_reason, **one.reads.verdict())
             if choice is not None:
                 yield {**self._head, "choices": [choice]}
         if self._request.stream_options is not None and self._request.stream_options.include_usage:

@@ -36,6 +36,7 @@ class Written:
         elif isinstance(event, End):
             self.answer = event.answer
             self.reads.end(len(self.text))
+            self.reads.grounded = event.answer.grounded
             if (grounding := event.answer.grounding) is not None:
                 whole = event.answer.text
                 self.reads.ground(grounding, len(whole) - len(whole.lstrip()) if self.is_message else 0)

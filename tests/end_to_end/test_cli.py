@@ -217,7 +217,8 @@ class TestAsk:
     def test_reads_what_is_asked_for(self, written_once: Place, source: str) -> None:
         answer = ask(written_once, QUESTIONS[source])
         assert answer.keys() == {
-            *("question", "answer", "stopped_by", "memories", "grounding", "found", "first_token_s", "tokens_per_s"),
+            *("question", "answer", "stopped_by", "memories", "grounding", "found", "grounded"),
+            *("first_token_s", "tokens_per_s"),
         }
         best = max(answer["memories"], key=lambda memory: memory["score"])
         assert best["source"] == source
@@ -235,6 +236,18 @@ class TestAsk:
         assert result.out.strip() == ask(written_once, question)["answer"]
         assert "memories read, first token after" in result.err
         assert "facts/lamp.txt" in result.err
+
+    def test_an_answer_with_little_evidence_is_marked(self, written_once: Place) -> None:
+        question = QUESTIONS["facts/lamp.txt"]
+        assert ask(written_once, question)["grounded"] is None
+        evidence = ask(written_once, question)["grounding"]["evidence"]
+        assert 0 < evidence < 0.99
+        for floor, grounded in ((evidence - 0.01, True), (evidence + 0.01, False)):
+            settings = ("--set", f"generate.grounding_floor={floor}")
+            assert ask(written_once, question, *settings)["grounded"] is grounded
+            assert ("not grounded" in written_once.m3("ask", question, *settings).err) is not grounded
+        unread = ask(written_once, question, "--set", "recall.min_score=1", "--set", "generate.grounding_floor=0.01")
+        assert (unread["found"], unread["grounded"]) == (False, False)
 
     def test_twice_is_the_same(self, written_once: Place) -> None:
         one, two = (ask(written_once, "Where is the abbey?") for _ in range(2))

@@ -11,6 +11,7 @@ from m3model.attention.cache import MemoryCache
 from m3model.engine.step import telling
 from m3model.transformers import TransformersAdapter
 from m3runtime.adapters.answers import Answer, Prompt
+from m3runtime.adapters.evidence import evidence
 from m3runtime.adapters.grounding import Grounding, Span
 from m3runtime.config.schema import GenerateConfig
 from tests.model.banks import make_runtime
@@ -67,17 +68,23 @@ def test_a_token_is_read_from_the_memories_of_its_own_chunk(tmp_path: Path) -> N
     texts = [random_text(adapter.tokenizer, length, seed=length) for length in range(8, 24, 2)]
     with make_runtime(adapter, tmp_path / "bank", texts) as runtime:
         prompt = Prompt(random_text(adapter.tokenizer, 13, seed=1))
-        asks, silent = GenerateConfig(max_new_tokens=20, grounding=True), GenerateConfig(max_new_tokens=20)
+        asks = GenerateConfig(max_new_tokens=20, grounding=True, grounding_floor=1)
+        silent = GenerateConfig(max_new_tokens=20, grounding_floor=1)
         with runtime.stream(adapter.dtype) as stream, runtime.stream(adapter.dtype) as other:
             (alone,) = adapter.generate([prompt], [stream], asks)
             (quiet,) = adapter.generate([prompt], [other], silent)
             (bare,) = adapter.generate([prompt], None, asks)
-    assert quiet.grounding is None
+    assert (quiet.grounding, quiet.evidence, quiet.grounded) == (None, None, None)
     assert quiet.tokens == alone.tokens
     assert bare.grounding is not None
     assert bare.grounding.shares == ({},) * 20
     assert bare.grounding.share == 0.0
+    assert (bare.evidence, bare.grounded) == (None, None)  # it was not to read any memory
     assert alone.grounding is not None
+    assert alone.grounding.leader is not None
+    leading = texts[alone.grounding.leader - 1]
+    assert alone.evidence == evidence(prompt.text, alone.text, alone.grounding, leading)
+    assert alone.grounded is False
     read = [set(chunk.ids) for chunk in alone.chunks]
     told = [set(one) for one in alone.grounding.shares]
     assert len({frozenset(one) for one in told}) > 1  # or memories never changed
@@ -92,6 +99,30 @@ def test_the_layers_that_tell_are_of_the_third_quarter() -> None:
     assert telling(1) == {0}
     for layers in range(1, 200):
         assert all(layers // 2 <= place < max(1, layers * 3 // 4 + 1, layers // 2 + 1) for place in telling(layers))
+
+
+LAMP = "The harbour\nThe lamp of Brindolvar burns walnut oil. It was lit in 1431."
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "share"),
+    [
+        ("What does the lamp of Brindolvar burn?", " Walnut oil.", 1),
+        ("What does the lamp of Brindolvar burn?", " It burns petrol.", 3 / 4),  # burns, and not petrol
+        ("What does the lamp of Brindolvar burn?", " Gas.", 1 / 2),  # a short word, where there is no other
+        ("Does the lamp burn walnut oil or petrol?", " Walnut oil", 1),  # no words of its own: all count
+        ("What does the lamp of Upper Brindolvar burn?", " Walnut oil.", 1 / 2),
+        ("What does the lamp of Tarn burn?", " Walnut oil.", 0),
+        ("The lamp. What does it burn? And the Harbour?", " Walnut oil.", 1),  # the heading counts
+        ("Was it lit in 1432?", " Walnut oil.", 0),
+        ("\u706f\u662f\u4ec0\u4e48?", " \u6cb9", 1 / 2),
+        ("What does it burn?", "", 1 / 2),
+    ],
+)
+def test_evidence(question: str, answer: str, share: float) -> None:
+    grounding = Grounding((1,), ({1: 0.3, 2: 0.1},))
+    assert evidence(question, answer, grounding, LAMP) == pytest.approx(0.75 * share)
+    assert evidence(question, answer, Grounding((), ()), None) == 0
 
 
 def test_spans() -> None:

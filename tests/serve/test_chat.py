@@ -1,10 +1,11 @@
 """Chat completions, by plain HTTP and by OpenAI's client."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
-from tests.serve.serving import TOPICS, Serving, data_of
+from tests.serve.serving import TOPICS, Serving, data_of, tiny
 
 QUESTION = "what does the harbour lamp burn?"
 
@@ -95,9 +96,19 @@ def test_an_answer_says_whether_anything_was_recalled(serving: Serving, memory: 
     fields = {"memory": memory, "max_tokens": 2, "n": 2}
     whole = serving.chat(QUESTION, **fields).json()
     assert [one["message"]["found"] for one in whole["choices"]] == [found, found]
+    assert not any("grounded" in one["message"] for one in whole["choices"])
     *chunks, _ = data_of(iter(serving.chat(QUESTION, stream=True, **fields).text.split("\n")))
     told = [chunk["choices"][0] for chunk in chunks if "found" in chunk["choices"][0]["delta"]]
     assert [(one["delta"]["found"], one["finish_reason"]) for one in told] == [(found, "length")] * 2
+
+
+def test_an_answer_with_little_evidence_is_marked(tmp_path: Path) -> None:
+    """Not an answer that was not to read any memory. `test_an_answer_says_...` has no floor, and no such field."""
+    with tiny(tmp_path, generate={"max_new_tokens": 4, "grounding_floor": 1.0}) as strict:
+        assert strict.chat(QUESTION).json()["choices"][0]["message"]["grounded"] is False
+        *_, last, _ = data_of(iter(strict.chat(QUESTION, stream=True).text.split("\n")))
+        assert last["choices"][0]["delta"]["grounded"] is False
+        assert "grounded" not in strict.chat(QUESTION, memory={"off": True}).json()["choices"][0]["message"]
 
 
 def test_a_stream_says_when_no_memories_are_read_any_more(serving: Serving) -> None:

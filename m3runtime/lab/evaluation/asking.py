@@ -52,7 +52,7 @@ def one_line(config: Config, form: Form, most: int | None = None) -> Config:
     """The configuration in which every mode decodes alike: greedily, one line of at most so many tokens."""
     most = most or (40 if form == "chat" else 16)  # in a chat models answer in whole sentences
     generate: dict[str, Any] = {"max_new_tokens": most, "prompt": form, "stop": ("\n",), "temperature": 0.0}
-    generate |= {"grounding": True, "log_probs": 0}
+    generate |= {"grounding": True, "log_probs": 0, "grounding_floor": config.generate.grounding_floor}
     return config.model_copy(update={"generate": GenerateConfig.model_validate(generate)})
 
 

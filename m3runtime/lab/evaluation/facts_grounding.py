@@ -12,13 +12,14 @@ from m3runtime.lab.evaluation.statistics import mean, separation
 
 LOST = 0.03
 """The share of right answers that a threshold may decline."""
-FIGURES = ("leader", "lead", "share", "likelihood")
+FIGURES = ("leader", "lead", "share", "likelihood", "evidence")
 """The names of `grounded`."""
 SIGNALS: Mapping[str, str] = {
     "score": "the score of the nearest memory",
     "lead": "attention to the leading memory, of that to all",
     "likelihood": "the mean log-probability of the answer's tokens",
     "likelihood and lead": "both, the logarithm of the lead added to the other",
+    "evidence": "the evidence: the lead, and words of question and answer in the leading memory",
 }
 
 
@@ -31,6 +32,7 @@ def grounded(answer: Answer) -> dict[str, Any]:
         "lead": answer.grounding.lead,
         "share": answer.grounding.share,
         "likelihood": float(np.mean([one.log_prob for one in answer.log_probs])),
+        "evidence": answer.evidence,
     }
 
 
@@ -45,8 +47,13 @@ def without_figures(answers: Mapping[Mode, Mapping[str, Mapping[str, Any]]]) -> 
     }
 
 
-def grounding_table(items: Sequence[Item], answers: Mapping[str, Mapping[str, Any]], seed: int) -> Table | None:
-    """The table of one mode; None without right answers, or questions whose answer is nowhere."""
+def grounding_table(
+    items: Sequence[Item], answers: Mapping[str, Mapping[str, Any]], seed: int, floor: float | None
+) -> Table | None:
+    """The table of one mode; None without right answers, or questions whose answer is nowhere.
+
+    ``floor`` is ``generate.grounding_floor``.
+    """
     told = [(item, answers[item.key]) for item in items if "lead" in answers[item.key]]
     right = [(item, answer) for item, answer in told if answer.get("right")]
     nowhere = [(item, answer) for item, answer in told if item.right is None]
@@ -58,17 +65,30 @@ def grounding_table(items: Sequence[Item], answers: Mapping[str, Mapping[str, An
         (f"attention to memories, {name}", mean([answer["share"] for _, answer in group], seed), "-")
         for name, group in (("right answers", right), ("answers to what is nowhere", nowhere))
     ]
+    threshold = 0.0
     for signal, name in SIGNALS.items():
         of = _SIGNALS[signal]
         ours, others = ([of(*one) for one in group] for group in (right, nowhere))
-        threshold = np.quantile(ours, LOST, method="lower")
+        threshold = float(np.quantile(ours, LOST, method="lower"))
         rows.append((name, separation(ours, others, seed), mean([float(x < threshold) for x in others], seed)))
+    wrong = [(item, answer) for item, answer in told if answer.get("right") is False]
+    if floor is not None:
+        rows += [
+            (f"marked as not grounded, {name}", mean([float(one["evidence"] < floor) for _, one in group], seed), "-")
+            for name, group in (
+                ("right answers", right),
+                ("wrong answers", wrong),
+                ("answers to what is nowhere", nowhere),
+            )
+            if group
+        ]
     return Table(
         "Grounding",
         ("", "share, or area under the ROC curve", f"declined at {LOST:.0%} of right answers lost"),
         tuple(rows),
         "The area tells right answers from answers to questions whose answer is nowhere: 0.5 by chance, 1 without "
-        "error. The threshold was set on the same right answers.",
+        "error. The thresholds were set on the same right answers; that of the evidence, a value for "
+        f"generate.grounding_floor, is {threshold:.3f}.",
     )
 
 
@@ -77,4 +97,5 @@ _SIGNALS: Mapping[str, Callable[[Item, Mapping[str, Any]], float]] = {
     "lead": lambda _, answer: float(answer["lead"]),
     "likelihood": lambda _, answer: float(answer["likelihood"]),
     "likelihood and lead": lambda _, answer: float(answer["likelihood"] + np.log(answer["lead"])),
+    "evidence": lambda _, answer: float(answer["evidence"]),
 }

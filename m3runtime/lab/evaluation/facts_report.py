@@ -35,8 +35,10 @@ def facts_report(results: AnswersResults, settings: FactsSettings, config: Confi
     """The report: tables, pictures, and a summary in words."""
     figures = {mode: Figures(results, mode, settings.seed) for mode in results.answers}
     tables = [answers_table(figures), ratios_table(figures), _retrieval(results, settings.seed)]
-    if "memory" in figures and (read := grounding_table(results.items, results.answers["memory"], settings.seed)):
-        tables.append(read)
+    if "memory" in figures:
+        answers, floor = results.answers["memory"], config.generate.grounding_floor
+        read = grounding_table(results.items, answers, settings.seed, floor)
+        tables += [read] if read else []
     return Report(
         title=f"Facts: {settings.questions} {settings.ask} over {settings.references} references",
         command=settings.command,

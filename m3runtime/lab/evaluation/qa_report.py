@@ -48,8 +48,10 @@ def qa_report(
         _against(words, settings.seed),
         _retrieval(results, evidence, settings.seed),
     ]
-    if "memory" in figures and (read := grounding_table(results.items, results.answers["memory"], settings.seed)):
-        tables.append(read)
+    if "memory" in figures:
+        answers, floor = results.answers["memory"], config.generate.grounding_floor
+        read = grounding_table(results.items, answers, settings.seed, floor)
+        tables += [read] if read else []
     return Report(
         title=f"{len(results.items)} questions of {Path(settings.file).name}",
         command=settings.command,

@@ -42,7 +42,8 @@ class Job(Ticket):
         chunk = stream.runtime.config.recall.chunk_tokens if stream else None
         self.request = request
         self.scheduled = Scheduled(ids, settings.max_new_tokens, chunk, request.recall_every)
-        self.writing = Writing(settings, words.stop_tokens(), words.decode)
+        asked = (request.prompt.query or request.prompt.text) if stream else None
+        self.writing = Writing(asked, settings, words.stop_tokens(), words.decode)
         self.uniforms = uniforms(settings.seed, settings.max_new_tokens) if settings.temperature > 0 else None
         self.slots: MemorySlots = ()
         """The memories that it reads now."""

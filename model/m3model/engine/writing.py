@@ -7,6 +7,7 @@ from typing import Literal
 from m3model.engine.detokenizing import Detokenizer
 from m3runtime.adapters.answers import Answer, TokenLogProb
 from m3runtime.adapters.engine import Piece
+from m3runtime.adapters.evidence import evidence
 from m3runtime.adapters.grounding import Grounding
 from m3runtime.config.schema import GenerateConfig
 from m3runtime.recall.recalled import Recalled
@@ -18,11 +19,17 @@ class Writing:
     """Collects tokens, finds where the text stops, and says what of it is certain. One thread."""
 
     def __init__(
-        self, settings: GenerateConfig, stop_tokens: frozenset[int], decode: Callable[[Sequence[int]], str]
+        self,
+        asked: str | None,
+        settings: GenerateConfig,
+        stop_tokens: frozenset[int],
+        decode: Callable[[Sequence[int]], str],
     ) -> None:
+        """``asked`` is the question, as memories are searched for it; None if none are read."""
         self.tokens: list[int] = []
         self.chunks: list[Recalled] = []
         self.stopped_by: Reason | None = None
+        self._asked = asked
         self._settings = settings
         self._stop_tokens = stop_tokens | frozenset(settings.stop_tokens)
         self._detokenizer = Detokenizer(decode)
@@ -71,6 +78,10 @@ class Writing:
     def answer(self) -> Answer:
         """The answer so far."""
         steps, elapsed = len(self.tokens) - 1, self._last_s - self._first_s
+        grounding, floor = self._grounding() if self._settings.grounding else None, self._settings.grounding_floor
+        found: float | None = None
+        if grounding is not None and self._asked is not None:
+            found = evidence(self._asked, self._text, grounding, self._leading(grounding))
         return Answer(
             text=self._text,
             tokens=tuple(self.tokens),
@@ -79,12 +90,19 @@ class Writing:
             first_token_s=self._first_s,
             tokens_per_s=steps / elapsed if steps > 0 and elapsed > 0 else 0.0,
             log_probs=tuple(self._log_probs),
-            grounding=self._grounding() if self._settings.grounding else None,
+            grounding=grounding,
+            evidence=found,
+            grounded=None if found is None or floor is None else found >= floor,
         )
 
     def _grounding(self) -> Grounding:
         """The text may be shorter than it was: a stop text, which began in an earlier token, is cut off."""
         return Grounding(tuple(min(end, len(self._text)) for end in self._ends), tuple(self._shares))
+
+    def _leading(self, grounding: Grounding) -> str | None:
+        """The text of the memory that was read most."""
+        references = (one for chunk in self.chunks for one in zip(chunk.ids, chunk.references, strict=True))
+        return next((reference.headed for id, reference in references if id == grounding.leader), None)
 
     def _certain(self, tokens: tuple[int, ...], log_probs: tuple[TokenLogProb, ...] = ()) -> Piece | None:
         """The text that can no longer change: not half a character, and nothing that may become a stop text."""
