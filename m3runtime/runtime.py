@@ -36,6 +36,7 @@ from m3runtime.recall.recalled import Recalled
 from m3runtime.recall.refresh import Refresh
 from m3runtime.retrieval.duplicates import Duplicates
 from m3runtime.retrieval.match import Match
+from m3runtime.retrieval.naming import Naming
 from m3runtime.retrieval.query import Text
 from m3runtime.retrieval.reranker import Reranker
 from m3runtime.retrieval.reranking import Reranking
@@ -87,6 +88,8 @@ class Runtime:
         self._loader = Loader(bank, hierarchy, self.store, device, today)
         if config.recall.distinct:
             retriever.duplicates = Duplicates(self._loader.references)
+        if config.recall.names_weight:
+            retriever.naming = Naming(self._loader.references, config.recall.names_weight)
         if reranker is not None and config.recall.reranker is not None:
             retriever.reranking = Reranking(reranker, self._loader.references, config.recall.reranker.candidates)
         self._cold_start = ColdStart(bank, self.stats, is_on=config.recall.cold_start)

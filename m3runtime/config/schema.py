@@ -194,6 +194,9 @@ class RecallConfig(Section):
     """Search for a message of a conversation by a question that can be understood alone. The model writes it first."""
     question_weight: Annotated[float, Field(ge=0, le=10)] = 0.0
     """The weight of the question in the search for a chunk of its answer; 0: only the chunk is searched by."""
+    names_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Subtracted from a memory's score, times the share of the names in the question, words with a capital or a digit,
+    that its text lacks."""
     reranker: RerankerConfig | None = None
     """The order of the first memories that a search finds, by a model that reads them; null: as they are found."""
     min_score: Annotated[float, Field(ge=-1, le=1)] = 0.3

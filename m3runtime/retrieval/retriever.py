@@ -18,6 +18,7 @@ from m3runtime.retrieval.fusion import fused
 from m3runtime.retrieval.index import Index
 from m3runtime.retrieval.lexical import LexicalIndex
 from m3runtime.retrieval.match import Match
+from m3runtime.retrieval.naming import CANDIDATES, Naming
 from m3runtime.retrieval.query import Query, Text, turn_weights
 from m3runtime.retrieval.recent import Recent
 from m3runtime.retrieval.reranking import Reranking
@@ -68,6 +69,8 @@ class Retriever:
         """Finds the ids that meet conditions; without it no search has any."""
         self.duplicates: Duplicates | None = None
         """Joins matches that say the same; without it each is a match of its own."""
+        self.naming: Naming | None = None
+        """Lowers the scores of matches that lack a question's names; without it scores are those of the search."""
         self.reranking: Reranking | None = None
         """Orders the first matches; without it they stay in the order of the search."""
         # By all texts of a call: the last bits of an embedding may depend on the other texts of its batch.
@@ -140,12 +143,15 @@ class Retriever:
         matches: list[list[Match]] = [[] for _ in queries]
         depth = wanted if self.duplicates is None else _CANDIDATES * wanted
         depth = depth if self.reranking is None else max(depth, self.reranking.candidates)
+        depth = depth if self.naming is None else max(depth, CANDIDATES)
         rows = list(range(len(queries)))
         while rows:
             given = [queries[row] for row in rows], vectors[rows], [contexts[row] for row in rows]
             lacking = []
             for row, found in zip(rows, self._found(*given, depth, limits[0].where), strict=True):
-                ordered = found if self.reranking is None else self.reranking.ordered(queries[row].question, found)
+                ordered = found if self.naming is None else self.naming.scored(queries[row].text, found)
+                if self.reranking is not None:
+                    ordered = self.reranking.ordered(queries[row].question, ordered)
                 matches[row], is_all = self._chosen(ordered, limits[row], wanted, depth)
                 if not is_all and depth < _MOST_CANDIDATES * wanted:
                     lacking.append(row)

@@ -29,7 +29,7 @@ def test_kinds_of_search_are_compared(pairs: Place) -> None:
     rows = {(row[0], row[3]): row for row in table["rows"]}
     assert {corpus for corpus, _ in rows} == {"facts", "manual", "code", "units"}
     copied = {"dense, copies", "dense, copies once"}
-    assert {kind for _, kind in rows} == {"dense", "lexical", "hybrid"} | copied
+    assert {kind for _, kind in rows} == {"dense", "lexical", "hybrid", "dense, names"} | copied
     for corpus, _ in rows:  # seven copies of the first fill the five places, unless they are recalled once
         first, fifth = (rows[corpus, "dense"][place]["value"] for place in (5, 4))
         assert [rows[corpus, kind][4]["value"] for kind in sorted(copied)] == [first, fifth]

@@ -20,6 +20,7 @@ from m3runtime.memory.block import as_ids
 from m3runtime.retrieval.bm25.index import Bm25Index
 from m3runtime.retrieval.duplicates import Duplicates
 from m3runtime.retrieval.embedder import Embedder
+from m3runtime.retrieval.naming import Naming
 from m3runtime.retrieval.reranker import Reranker
 from m3runtime.retrieval.reranking import Reranking
 from m3runtime.retrieval.retriever import Retriever
@@ -27,6 +28,9 @@ from m3runtime.writing.writer import OnProgress
 
 KINDS = ("dense", "lexical", "hybrid")
 RERANKED = {"dense": "dense, reranked", "hybrid": "hybrid, reranked"}
+NAMES = "dense, names"
+NAMES_WEIGHT = 0.2
+"""``recall.names_weight`` of `NAMES`."""
 COPIED, DISTINCT = "dense, copies", "dense, copies once"
 _BATCH = 64
 
@@ -113,15 +117,17 @@ def search_corpus(
         for number in range(settings.copies + 1 if settings.copies else 0):
             copied.add(ids + as_ids([number * size]), vectors)
         progress(f"Embedding {corpus.name}", start + len(some), size)
+
+    def references(ids: Sequence[int]) -> dict[int, Reference]:
+        return {id: Reference(corpus.texts[id % size], 0) for id in ids}
+
     retrievers = {
         "dense": Retriever(embedder, index, memories=k),
         "lexical": Retriever(embedder, index, lexical, alone=True, memories=k),
         "hybrid": Retriever(embedder, index, lexical, memories=k),
+        NAMES: Retriever(embedder, index, memories=k),
     }
-
-    def references(ids: Sequence[int]) -> Mapping[int, Reference]:
-        return {id: Reference(corpus.texts[id % size], 0) for id in ids}
-
+    retrievers[NAMES].naming = Naming(references, NAMES_WEIGHT)
     if reranker is not None and config.recall.reranker is not None:
         for kind, name in RERANKED.items():
             retrievers[name] = copy(retrievers[kind])
