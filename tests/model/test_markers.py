@@ -85,6 +85,11 @@ def test_a_plain_prompt_is_taken_as_it_is(tokenizer: Any, start: PromptTokens) -
     assert special(start, start.of_prompt(prompt, sink=True)) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
+def test_references_share_what_a_sink_begins_with(tokenizer: Any) -> None:
+    one, two = (render(tokenizer, "c", "plain", sink=sink, texts=["a", "b"]).text for sink in ("R:", "Told.\n\nR:"))
+    assert (one, two) == ("R: a\n\nR: b\n\nc", "Told.\n\nR: a\n\nR: b\n\nc")
+
+
 def test_a_prompt_without_markers_has_the_tokens_of_its_text(tokenizer: Any, start: PromptTokens) -> None:
     prompt = chat(tokenizer, [{"role": "user", "content": "Which oil burns\nin the lamp?"}])
     assert prompt.literal == ()

@@ -17,11 +17,12 @@ def render(tokenizer: Any, question: str, form: Form, *, sink: str, texts: Seque
 
     ``question`` completes ``Question: ...\nAnswer:``, ``reference`` does so after a line that points to the references,
     of which memories leave no word in the prompt, ``chat`` uses the model's chat template, ``plain`` takes the text as
-    it is, markers of special tokens included. With ``texts`` the references stand in the prompt, each after the sink's
-    words, as they would stand in a memory; that is what memory is compared with. Raises `ConfigError` if the model has
-    no chat template.
+    it is, markers of special tokens included. With ``texts`` the references stand in the prompt, the first after the
+    sink's words, as it would stand in a memory, each further one after its last paragraph; that is what memory is
+    compared with. Raises `ConfigError` if the model has no chat template.
     """
-    before = "".join(f"{sink} {text}\n\n" for text in texts or ())
+    lead, gap, label = sink.rpartition("\n\n")
+    before = lead + gap + "".join(f"{label} {text}\n\n" for text in texts) if texts else ""
     if form == "chat":
         if not tokenizer.chat_template:
             raise ConfigError("generate.prompt: this model has no chat template; use question or plain")
