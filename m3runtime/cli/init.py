@@ -17,11 +17,11 @@ _FILE = """\
 # Made by `m3 init`; `m3 config` shows every key.
 bank: ./bank
 model: {{path: {model}}}
-memory: {{attention_temperature: 0.9}}  # for SmolLM2; Gemma 3 reads memories far better with 1.0
-embedder: {{kind: sentence-transformers, path: {embedder}}}
+{memory}embedder: {{kind: sentence-transformers, path: {embedder}}}
 recall: {{when_late: wait}}
 generate: {{prompt: reference, max_new_tokens: 48, stop: ["\\n"]}}  # an answer is one line
 """
+_SHARPENED = "memory: {attention_temperature: 0.9}  # SmolLM2 answers a little better so; other models may not\n"
 
 
 def init(
@@ -50,7 +50,8 @@ def init(
         "model": _chosen("model", model, installed.MODEL),
         "embedder": _chosen("embedder", embedder, installed.EMBEDDER),
     }
-    text = _FILE.format(**{name: json_text.dumps(path, ensure_ascii=False) for name, path in chosen.items()})
+    paths = {name: json_text.dumps(path, ensure_ascii=False) for name, path in chosen.items()}
+    text = _FILE.format(**paths, memory=_SHARPENED if chosen["model"] == str(installed.find(installed.MODEL)) else "")
     warning = _try(text, documents or [])
     from m3runtime.storage.files import write_atomically
 

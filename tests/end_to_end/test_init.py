@@ -29,8 +29,9 @@ def test_models_that_are_named(empty: Place, model_path: Path, minilm_path: Path
     assert empty.m3("write", "notes", "--set", "codec.kind=scalar").code == 0
     found = empty.m3("ask", "What does the harbour lamp burn?", "--json").json
     assert [memory["source"] for memory in found["memories"]] == ["notes/lamp.txt"]
-    config = empty.m3("config", "--json").json["config"]["generate"]
-    assert (config["prompt"], config["stop"]) == ("reference", ["\n"])
+    config = empty.m3("config", "--json").json["config"]
+    assert (config["generate"]["prompt"], config["generate"]["stop"]) == ("reference", ["\n"])
+    assert config["memory"]["attention_temperature"] == 1  # what is better for SmolLM2 is not for others
 
 
 def test_a_file_that_is_there_stays(place: Place) -> None:
