@@ -1,10 +1,11 @@
-"""`say`, `print_json` and `console`: the output of every command.
+"""`say`, `print_json`, `rewrite` and `console`: the output of every command.
 
 Control characters out of a text do not reach the terminal.
 """
 
 import json
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -36,6 +37,28 @@ def console(*, err: bool = False) -> "Console":
             return super().render_str(printable(text), **settings)
 
     return Printable(stderr=err, markup=False, emoji=False)
+
+
+def rewrite(shown: str, text: str) -> None:
+    """Print a text, with its own codes, in the place of one that was shown as the last thing, and a line feed after it.
+
+    Nothing happens where output is no terminal that can, and if the beginning has left the screen.
+    """
+    if not sys.stdout.isatty():
+        return
+    from rich.console import Console
+
+    screen = Console()
+    rows = rows_of(printable(shown), screen.width)
+    if not (screen.is_dumb_terminal or screen.legacy_windows or rows >= screen.height):
+        typer.echo(f"\x1b[{rows}A\r\x1b[J{text}")
+
+
+def rows_of(text: str, width: int) -> int:
+    """The rows of a terminal that a text takes."""
+    from rich.cells import cell_len
+
+    return sum(max(1, -(-cell_len(line.expandtabs()) // width)) for line in text.split("\n"))
 
 
 def print_json(value: Any) -> None:

@@ -1,6 +1,8 @@
 """The index of a Lance home: the laws of searching, and what is its own."""
 
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,15 +155,22 @@ def test_what_is_forgotten_is_not_found_and_leaves_the_index(home: LanceHome) ->
     assert recall(index, ids[1::2], vectors[1::2], vectors[:40]) >= 0.98
 
 
-@pytest.mark.parametrize("fate", ["", "import os; os.kill(os.getpid(), 9)"])
-def test_many_build_the_index_that_one_builds(home: LanceHome, fate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def dies(*_: object) -> None:
+    """What a process does instead of a part."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("fate", [None, dies])
+def test_many_build_the_index_that_one_builds(
+    home: LanceHome, fate: Callable[..., None] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     index, ids, vectors = filled(home, 1500, batches=5)
     dataset = home._table.newest().dataset
     chosen = building.plan(dataset, len(ids), 1)
     building.build(dataset, chosen)
     found, scores = index.search(vectors[::30], 5)
     if fate:
-        monkeypatch.setattr(building, "_PROGRAM", fate)  # the others die
+        monkeypatch.setattr(building, "make_part", fate)  # the others die
     building.build(home._table.newest().dataset, chosen, workers=3)
     again, scores_again = index.search(vectors[::30], 5)
     assert again.tolist() == found.tolist()

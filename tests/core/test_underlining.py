@@ -9,7 +9,8 @@ import pytest
 import typer
 
 from m3runtime.adapters.grounding import Span
-from m3runtime.cli.underlining import rows_of, underline, underlined
+from m3runtime.cli.terminal import rows_of
+from m3runtime.cli.underlining import underline, underlined
 
 SPANS = (Span(0, 9, 31, 0.4), Span(9, 16, 5, 0.2))
 NUMBERS = {5: 1, 31: 2}

@@ -51,10 +51,10 @@ def test_what_was_found_is_reranked(pairs: Place) -> None:
     reranker = ("--set", "recall.reranker.kind=tests.end_to_end.rerankers:SharedWords", "--set")
     sizes = ("--questions", 5, "--pairs", "units.jsonl", "--only-pairs", "--out", "out", "--json")
     report = pairs.m3("eval", "search", *sizes, *reranker, "recall.reranker.path=words").json
-    kinds = ["dense", "lexical", "hybrid", "dense, reranked", "hybrid, reranked"]
+    kinds = ["dense", "lexical", "hybrid", "dense, names", "dense, reranked", "hybrid, reranked"]
     (table,) = report["tables"]
     assert [(row[0], row[3]) for row in table["rows"]] == [("units", kind) for kind in kinds]
-    assert [row[5]["value"] for row in table["rows"][3:]] == [1.0, 1.0]  # each question is a word of its text alone
+    assert [row[5]["value"] for row in table["rows"][4:]] == [1.0, 1.0]  # each question is a word of its text alone
     (told,) = report["summary"]
     assert "dense, reranked less dense is" in told
     assert "hybrid, reranked less hybrid is" in told

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from m3model.attention.compiled import Compiled
 from m3model.attention.implementation import Weighing
 from m3model.attention.passes import Masks, PassLayer, ReadMemories
-from m3model.compiled import Compiled
 from m3model.memory3 import Memory3ForCausalLM
 from m3model.training.compiling import compile_training
 from tests.model.families import REFERENCE_TOKENS

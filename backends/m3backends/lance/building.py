@@ -4,17 +4,14 @@ The lists' centres and the rotation of all vectors are chosen first. The rest of
 parts that processes make are joined to the index that one would have made.
 """
 
-import json
 import logging
 import math
+import multiprocessing
 import os
-import pickle
-import subprocess
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from tempfile import TemporaryFile
+from multiprocessing.connection import Connection
 from typing import Any, Self
 
 from lance.indices import IndicesBuilder
@@ -28,12 +25,6 @@ _SAMPLES = 64
 """Rows for each list that its centre is chosen by."""
 _ROUNDS = 10
 """Rounds of choosing centres. With 256 rows and 25 rounds as many of the nearest lay in the same number of lists."""
-_PROGRAM = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])
-from m3backends.lance.building import serve
-serve()
-"""
 
 
 @dataclass(frozen=True)
@@ -96,36 +87,33 @@ class _Builder:
     """A process that makes a part. It is killed when the context ends."""
 
     def __init__(self, dataset: Any, chosen: Plan, fragments: Sequence[int], threads: int) -> None:
-        self._asked, self._answer = TemporaryFile(), TemporaryFile()  # noqa: SIM115 - `__exit__` closes them
-        pickle.dump((dataset.uri, dataset.version, chosen, fragments), self._asked)
-        self._asked.seek(0)
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, json.dumps(sys.path)],
-            stdin=self._asked,
-            stdout=self._answer,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "LANCE_CPU_THREADS": str(threads)},
-        )
+        spawning = multiprocessing.get_context("spawn")  # Lance's threads do not survive a fork
+        self._answer, theirs = spawning.Pipe(duplex=False)
+        given = theirs, dataset.uri, dataset.version, chosen, fragments, threads
+        self._process = spawning.Process(target=make_part, args=given, daemon=True)
+        self._process.start()
+        theirs.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
-        self._process.wait()
-        self._asked.close()
+        self._process.join()
         self._answer.close()
 
     def part(self) -> Any:
         """The part, when it is made; None if the process died."""
-        if code := self._process.wait():
-            log.warning("a process that built a part of the index ended with %d; its part is built here", code)
+        try:
+            return self._answer.recv()
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode
+            log.warning("a process that built a part of the index ended with %s; its part is built here", code)
             return None
-        self._answer.seek(0)
-        return pickle.load(self._answer)
 
 
-def serve() -> None:
-    """Make the part that standard input asks for: the program of a `_Builder`."""
-    uri, version, chosen, fragments = pickle.load(sys.stdin.buffer)
-    pickle.dump(part_of(lance.dataset(uri, version=version), chosen, fragments), sys.stdout.buffer)
+def make_part(answer: Connection, uri: str, version: int, chosen: Plan, fragments: Sequence[int], threads: int) -> None:
+    """Make a part in a process of its own, and send it."""
+    os.environ["LANCE_CPU_THREADS"] = str(threads)
+    answer.send(part_of(lance.dataset(uri, version=version), chosen, fragments))

@@ -127,6 +127,8 @@ def open_databases(environment: Environment, slot_bytes: int | None) -> Opened:
         slot, next_id = (databases.home.read(txn, key, unpack_number) for key in (b"slot_bytes", b"next_id"))
         if slot is None or next_id is None or slot > _LARGEST_SLOT or next_id > 2**64:
             raise ValueError(f"it states slots of {slot} bytes and {next_id} as the next id")
+        if (unused := databases.home.read(txn, b"unused", unpack_number) or 0) > next_id:
+            raise ValueError(f"it states that {unused} ids below {next_id} were passed over")
         if environment.is_doubtful:
             _check_findable(txn, databases)
         return Opened(databases, slot, above_all(txn, databases), _packing(txn, databases))

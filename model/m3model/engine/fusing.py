@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m3model.attention.compiled import Compiled
 from m3model.attention.implementation import Weighing
 from m3model.attention.layout import Pair
 from m3model.attention.versions import CACHE_NAMES
-from m3model.compiled import Compiled
 from m3model.engine.step import StepCache, write
 
 

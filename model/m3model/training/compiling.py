@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from m3model.attention.compiled import Compiled
 from m3model.attention.passes import PassLayer
 from m3model.attention.versions import CACHE_NAMES
-from m3model.compiled import Compiled
 from m3model.memory3 import Memory3ForCausalLM
 
 _WHAT = "training"
