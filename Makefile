@@ -106,7 +106,7 @@ wheel-check: .venv/stamp-dev  ## build sdist and wheel, install the wheel into a
 	$(BIN)/python -m venv $(CHECK)/venv
 	$(CHECK)/venv/bin/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS) $(CHECK)/*.whl
 	cd $(CHECK) && venv/bin/m3 --help | grep -i usage
-	cd $(CHECK) && venv/bin/python -c "import m3runtime, m3backends, m3model"
+	cd $(CHECK) && venv/bin/python -c "import m3runtime.runtime, m3runtime.adapters.evidence, m3backends, m3model"
 	rm -rf $(CHECK)
 
 format:  ## format the code and apply the linter's fixes

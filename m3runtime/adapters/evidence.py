@@ -9,8 +9,8 @@ import re
 
 from m3runtime.adapters.grounding import Grounding
 from m3runtime.documents.names import names
-from m3runtime.documents.overlap import words
 from m3runtime.documents.text import UNSPACED
+from m3runtime.documents.words import words
 
 _SHORT = re.compile(rf"[^\W\d{UNSPACED}]{{1,3}}")
 """Words that are mostly particles, in scripts with spaces."""

@@ -1,20 +1,13 @@
 """The share of a reference that a text contains, so that a copied text does not count as remembered."""
 
-import re
 from collections.abc import Mapping, Sequence
 
 from rapidfuzz.distance import LCSseq
 
-from m3runtime.documents.text import UNSPACED
+from m3runtime.documents.words import words
 
-_WORDS = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 _NOWHERE = "\0"
 """Stands for the words of references that no text has: a text never holds it."""
-
-
-def words(text: str) -> list[str]:
-    """The words of a text in order, lower-cased and without punctuation."""
-    return _WORDS.findall(text.lower())
 
 
 def overlap(reference: str, text: str) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from m3runtime.documents.names import names
-from m3runtime.documents.overlap import words
+from m3runtime.documents.words import words
 from m3runtime.retrieval.match import Match, References
 
 CANDIDATES = 20

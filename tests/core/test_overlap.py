@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3runtime.documents.overlap import overlap, words
+from m3runtime.documents.overlap import overlap
+from m3runtime.documents.words import words
 from m3runtime.lab.evaluation.overlapping import overlapping
 
 FEW_WORDS = st.lists(st.sampled_from("abcd"), max_size=14)

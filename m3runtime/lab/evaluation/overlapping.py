@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from m3runtime.documents.overlap import longest_common, numbered, spelt, words
+from m3runtime.documents.overlap import longest_common, numbered, spelt
+from m3runtime.documents.words import words
 
 
 def overlapping(references: Sequence[str], texts: Sequence[str], share: float) -> list[bool]:

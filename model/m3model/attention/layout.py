@@ -191,6 +191,13 @@ def unpack(x: Tensor, heads: int, dim: int) -> Tensor:
     return torch.unflatten(x[..., : heads * pieces, :, :], -3, (heads, pieces)).movedim(-3, -2).flatten(-2)
 
 
+def _configs(config: Any) -> list[Any]:
+    """The configuration of each layer, or the one of all."""
+    if not getattr(config, "is_heterogeneous", False):
+        return [config]
+    return [config.per_layer_config[layer] for layer in range(config.num_hidden_layers)]
+
+
 def _shape(config: Any, layer: int) -> LayerShape:
     if getattr(config, "is_heterogeneous", False):
         config = config.per_layer_config[layer]
@@ -211,7 +218,7 @@ _REASONS = {
 
 def _reason(config: Any, model: Any) -> str | None:
     """Why no memories can be made of a model's keys and values; None if they can."""
-    if getattr(config, "kv_lora_rank", None):
+    if any(getattr(one, "kv_lora_rank", None) for one in _configs(config)):
         return "its attention is latent: it keeps no keys and values of heads"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
