@@ -164,7 +164,10 @@ class LocalCore(Core):
             self._leave(job)
         elif output.finished:
             refused = self._hosted[job].refused
-            self._stop(job, refused or M3Error("vLLM ended the request with an error; see its log"))
+            with self._changed:  # what failed in the step that a cancellation came in was no longer wanted
+                cancelled = job in self._cancelled
+            error = refused or M3Error("vLLM ended the request with an error; see its log")
+            self._stop(job, "cancel" if cancelled else error)
 
     # -- ends ---------------------------------------------------------------------------------------------------
 
