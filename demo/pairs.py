@@ -21,7 +21,7 @@ LONGEST_CHINESE = 300
 SHORTEST = 80
 CHINESE = re.compile("[\u4e00-\u9fff]")
 DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
-"""Those of numbers in the index of a dictd dictionary."""
+"""The digits of numbers in the index of a dictd dictionary."""
 
 
 def main(folder: Path, out: Path) -> None:

@@ -73,7 +73,7 @@ class Reads:
         return {**self.verdict(), "memories": self.memories, **self.in_prompt}
 
     def verdict(self) -> dict[str, Any]:
-        """Of these the fields that are known at the answer's end: ``found``, and ``grounded`` if that is told."""
+        """The fields of `told` that are known at the answer's end: ``found``, and ``grounded`` if that is told."""
         return {"found": self.found, **({} if self.grounded is None else {"grounded": self.grounded})}
 
     def url_citations(self) -> list[dict[str, Any]]:

@@ -114,7 +114,7 @@ class EncoderPoolContract(ABC):
     @pytest.fixture(scope="class")
     @staticmethod
     def setup(config: Config) -> Setup:
-        """What encoders need of a bank, which is made for it."""
+        """The configuration of a bank that is made for the encoders, with all that they need of it."""
         adapter, embedder = assembly.open_adapter(config), assembly.open_embedder(config)
         Writer(config, adapter, embedder).write([Document("log.txt", "The keepers keep a log.")])
         bank = assembly.open_bank(config, read_only=True)

@@ -156,7 +156,7 @@ def test_what_is_forgotten_is_not_found_and_leaves_the_index(home: LanceHome) ->
 
 
 def dies(*_: object) -> None:
-    """What a process does instead of a part."""
+    """The death of a process that should make a part."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -29,7 +29,7 @@ _ROUNDS = 10
 
 @dataclass(frozen=True)
 class Plan:
-    """What all parts of an index have in common."""
+    """The centres, rotation and bits that all parts of an index have in common."""
 
     centres: Any
     """An Arrow array of the lists' centres."""
