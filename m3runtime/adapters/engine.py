@@ -115,12 +115,18 @@ def answers(engine: Engine, requests: Sequence[Request], on_text: OnText | None 
     Raises the first request's error, once the others are cancelled and have ended; so does an interrupt.
     """
     events: SimpleQueue[tuple[int, Event]] = SimpleQueue()
-    tickets = engine.submit(requests, lambda index, event: events.put((index, event)))
+
+    def hear(index: int, event: Event) -> None:
+        # Nothing else: a thread that is woken at each token takes the interpreter from the engine's own.
+        if isinstance(event, End | Failure) or (on_text and isinstance(event, Piece) and event.text):
+            events.put((index, event))
+
+    tickets = engine.submit(requests, hear)
     ended: dict[int, End | Failure] = {}
     try:
         while len(ended) < len(requests):
             index, event = events.get()
-            if isinstance(event, Piece) and event.text and on_text:
+            if isinstance(event, Piece) and on_text:
                 on_text(index, event.text)
             elif isinstance(event, End | Failure):
                 ended[index] = event

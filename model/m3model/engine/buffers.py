@@ -60,7 +60,8 @@ class RowBuffers:
         self.log_weight = log_weight
         self.rows = self.region = self.context = 0
         """Rows, columns of memories and columns of context that are allocated."""
-        self.sink = 0 if sink is None else rounded(sink[0].shape[2], _ALIGNED)
+        grain = _ALIGNED if layout.device.type == "cuda" else 1
+        self.sink = 0 if sink is None else rounded(sink[0].shape[2], grain)
         """Columns of the sink: the first ones are hidden if it has fewer tokens."""
         self._sink = sink
         self.stacks = [Stack(group) for group in layout.groups(memory_layers)]
@@ -178,8 +179,8 @@ class RowBuffers:
         self._slots[row], self._used[row] = {}, 0
 
     def used(self, rows: int) -> int:
-        """Columns of memories that the first rows read, rounded up."""
-        return rounded(max(self._used[:rows], default=0))
+        """Columns of memories that the first rows read."""
+        return max(self._used[:rows], default=0)
 
     @torch.inference_mode()
     def put_memories(

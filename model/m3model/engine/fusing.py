@@ -13,20 +13,20 @@ from m3model.attention.compiled import Compiled
 from m3model.attention.implementation import Weighing
 from m3model.attention.layout import Pair
 from m3model.attention.versions import CACHE_NAMES
-from m3model.engine.step import StepCache, write
+from m3model.engine.step import StepCache
 
 
 class _Alone:
     """A layer of a `StepCache` without its number, by which each layer would get graphs of its own."""
 
     def __init__(self, cache: StepCache, index: int) -> None:
-        self._pair, self._at = cache.places(index)
+        self._places = cache.places[index]
         self._cache = cache
 
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> Pair:
         """Write keys and values; see `m3model.attention.stopping.StoringLayer.update`."""
-        write(self._pair, self._at, keys, values)
-        return self._pair
+        self._places.write(keys, values)
+        return self._places.read
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it has no types
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, weighing: Weighing) -> Tensor:

@@ -131,7 +131,9 @@ class Sampling:
         ``rows`` says which rows they are, int64 ``[n]``; ``uniform`` has their numbers of `uniforms`, float32 ``[n]``.
         """
         raw = scores = logits.float()
-        settings = dict(zip(_FIELDS, self._settings[rows].unbind(1), strict=True))
+        settings: dict[str, Tensor] = {}
+        if kinds.draws or kinds.penalises:
+            settings = dict(zip(_FIELDS, self._settings[rows].unbind(1), strict=True))
         if kinds.biased:
             scores = scores + self._bias[rows]
         if kinds.penalises:

@@ -40,7 +40,7 @@ class Staging:
             decoding = min(_power(decoding), self._buffers.rows)
             parts, width = _power(parts), max(_power(width), GRAIN) if width else 0
             ends = parts if ends else 0
-            context = min(_power(max(context, 4 * GRAIN)), self._buffers.context)
+            context = min(rounded(_power(max(context, 4 * GRAIN))), self._buffers.context)
             memories = self._buffers.region
         return Shape(
             decoding=decoding,
@@ -48,7 +48,7 @@ class Staging:
             width=width,
             ends=ends,
             memories=memories,
-            context=min(rounded(context), self._buffers.context),
+            context=context,
             kinds=kinds,
             threads=torch.get_num_threads(),
         )

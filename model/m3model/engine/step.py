@@ -7,7 +7,6 @@ outlives it. So it can be captured as a CUDA graph, see `m3model.engine.graph`.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from m3model.attention.implementation import Weighing, attend, attention_weights
 from m3model.attention.layout import Pair
 from m3model.attention.stopping import StoringLayer
 from m3model.attention.versions import cache_name
-from m3model.engine.buffers import RowBuffers, Stack
+from m3model.engine.buffers import RowBuffers
 from m3model.engine.sampling import Chosen, Kinds, Sampling
 
 
@@ -77,31 +76,40 @@ class Inputs:
     """Numbers to draw tokens by, float32; see `m3model.engine.sampling.uniforms`."""
 
 
-def write(pair: Pair, at: Pair, keys: Tensor, values: Tensor) -> None:
-    """Write keys and values, ``[1, kv_heads, T, head_dim]``, to rows and columns of a layer's buffers."""
-    for buffer, new in zip(pair, (keys, values), strict=True):
-        buffer.transpose(1, 2).index_put_(at, new[0].transpose(0, 1).to(buffer.dtype))
+@dataclass(frozen=True, slots=True)
+class Places:
+    """What a step writes and reads of one layer's buffers."""
+
+    vectors: Pair
+    """All keys and all values, ``[vectors, head_dim]``."""
+    written: Tensor
+    """The places among them of each token's heads, int64 ``[T * kv_heads]``."""
+    read: Pair
+    """The columns that attention reads, ``[rows, kv_heads, K, head_dim]``.
+
+    The rows are those that decode where no prompt is read, else all.
+    """
+
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """Write the tokens' keys and values, ``[1, kv_heads, T, head_dim]``."""
+        for vectors, new in zip(self.vectors, (keys, values), strict=True):
+            if new.dtype is not vectors.dtype:
+                new = new.to(vectors.dtype)
+            # Not by rows and columns: that takes a CPU twice as long.
+            vectors.index_copy_(0, self.written, new.transpose(1, 2).reshape(-1, vectors.shape[1]))
 
 
 class _Layer(StoringLayer):
     """One layer of a `StepCache`."""
 
-    def __init__(self, cache: "StepCache", stack: Stack, index: int) -> None:
+    def __init__(self, places: Places) -> None:
         super().__init__()
-        self._cache = cache
-        self._stack = stack
-        self._index = index
+        self.places = places
 
     def store(self, keys: Tensor, values: Tensor) -> Pair:
-        """Write the tokens' keys and values to their places; return the layer's buffers."""
-        pair, at = self.places()
-        write(pair, at, keys, values)
-        return pair
-
-    def places(self) -> tuple[Pair, Pair]:
-        """The layer's buffers, and the rows and columns there that the tokens are written to."""
-        pair = self._stack.keys[self._index], self._stack.values[self._index]
-        return pair, (self._cache.inputs.rows, self._cache.columns[self._stack.remembers])
+        """Write the tokens' keys and values to their places; return what attention reads."""
+        self.places.write(keys, values)
+        return self.places.read
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Of no meaning: masks are the cache's."""
@@ -119,49 +127,57 @@ class StepCache(Cache):
         self.buffers = buffers
         self.shape = shape
         self.inputs = inputs
-        # The same places in layers with a memory region and without.
-        before = (buffers.sink, buffers.region + buffers.sink)
-        self.columns = tuple(inputs.columns + start for start in before)
         self._masks: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
         self._shares: list[Tensor] = []
         self._read = 0  # attentions of this pass that read memories
         self._telling = telling(sum(len(stack.layers) for stack in buffers.stacks if stack.remembers))
-        places = {layer: (stack, at) for stack in buffers.stacks for at, layer in enumerate(stack.layers)}
-        super().__init__(layers=[_Layer(self, *places[layer]) for layer in range(buffers.layout.layers)])
+        self.places = self._all_places()
+        """Of each layer."""
+        super().__init__(layers=list(map(_Layer, self.places)))
 
-    def places(self, layer: int) -> tuple[Pair, Pair]:
-        """A layer's buffers, and the rows and columns there that the tokens are written to."""
-        one: Any = self.layers[layer]
-        places: tuple[Pair, Pair] = one.places()
-        return places
+    def _all_places(self) -> list[Places]:
+        buffers, shape, inputs = self.buffers, self.shape, self.inputs
+        rows = buffers.rows + 1 if shape.parts else shape.decoding
+        found: dict[int, Places] = {}
+        for stack in buffers.stacks:
+            _, _, heads, columns, _ = stack.keys.shape
+            first = buffers.sink + (buffers.region if stack.remembers else 0)  # column of context
+            own = torch.arange(heads, device=inputs.rows.device) * columns + first
+            written = ((inputs.rows * (heads * columns) + inputs.columns)[:, None] + own).flatten()
+            before = buffers.sink + (shape.memories if stack.remembers else 0)
+            pairs = []
+            # For all layers at once: to take a view takes Python as long as a small kernel.
+            for buffer in (stack.keys, stack.values):
+                read = buffer.narrow(1, 0, rows).narrow(3, first - before, before + shape.context)
+                pairs.append(zip(buffer.flatten(1, 3).unbind(), read.unbind(), strict=True))
+            for layer, (keys, read_keys), (values, read_values) in zip(stack.layers, *pairs, strict=True):
+                found[layer] = Places((keys, values), written, (read_keys, read_values))
+        return [found[layer] for layer in range(buffers.layout.layers)]
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, weighing: Weighing) -> Tensor:
         """Attention of each row's tokens over its own columns; see `m3model.attention.implementation.Attending`."""
-        shape, sink = self.shape, self.buffers.sink
-        memories = shape.memories if keys.shape[2] > sink + self.buffers.context + 1 else 0
-        first = keys.shape[2] - 1 - self.buffers.context - sink - memories
-        count = memories + sink + shape.context
-        keys, values = keys.narrow(2, first, count), values.narrow(2, first, count)
-        masks = self._mask(memories, window)
+        shape, threads = self.shape, self.shape.threads
+        memories = keys.shape[2] - self.buffers.sink - shape.context
+        masks = self._mask(memories, window, query.dtype)
         if shape.kinds.grounding and memories:
             if self._read in self._telling:
                 self._shares.append(self._share(query, keys, masks, weighing)[..., :memories])
             self._read += 1
-        attending = partial(attend, weighing=weighing, threads=shape.threads)
-        heads, dim = query.shape[1], query.shape[3]
         outputs = []
         if shape.decoding:
             # [1, Hq, R, D] -> [R, Hq, 1, D]
-            asking = query[:, :, : shape.decoding].transpose(0, 2)
-            ours = keys.narrow(0, 0, shape.decoding), values.narrow(0, 0, shape.decoding)
-            read = attending(asking, *ours, masks[0].to(query.dtype))
-            outputs.append(read.transpose(0, 2))
+            asking, ours = query, (keys, values)
+            if shape.parts:
+                asking = query.narrow(2, 0, shape.decoding)
+                ours = keys.narrow(0, 0, shape.decoding), values.narrow(0, 0, shape.decoding)
+            outputs.append(attend(asking.transpose(0, 2), *ours, masks[0], weighing, threads=threads).transpose(0, 2))
         if shape.parts:
+            heads, dim = query.shape[1], query.shape[3]
             # [1, Hq, P * Q, D] -> [P, Hq, Q, D]
             asking = query[0, :, shape.decoding :].reshape(heads, shape.parts, shape.width, dim).transpose(0, 1)
             # A copy: a part of a prompt reads its row once, where a decoding row reads it for each token.
             theirs = keys.index_select(0, self.inputs.part_rows), values.index_select(0, self.inputs.part_rows)
-            read = attending(asking, *theirs, masks[1].to(query.dtype))
+            read = attend(asking, *theirs, masks[1], weighing, threads=threads)
             outputs.append(read.transpose(0, 1).reshape(1, heads, -1, values.shape[3]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
@@ -187,7 +203,7 @@ class StepCache(Cache):
             found.append(attention_weights(asking, theirs, mask, weighing))
         return torch.cat(found).mean((1, 2))
 
-    def _mask(self, memories: int, window: int | None) -> tuple[Tensor, Tensor]:
+    def _mask(self, memories: int, window: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What is added to the logits, of decoding rows ``[R, 1, 1, K]`` and of parts ``[P, 1, Q, K]``.
 
         Memories and sink are seen in layers with a sliding window as well: they stand outside the sequence.
@@ -204,7 +220,7 @@ class StepCache(Cache):
             decoding = torch.cat([bias[: shape.decoding], context[: shape.decoding]], 1)[:, None, None]
             parts = context[shape.decoding :].view(shape.parts, shape.width, shape.context)
             before = bias.index_select(0, self.inputs.part_rows)[:, None].expand(-1, shape.width, -1)
-            self._masks[memories, window] = decoding, torch.cat([before, parts], 2)[:, None]
+            self._masks[memories, window] = decoding.to(dtype), torch.cat([before, parts], 2)[:, None].to(dtype)
         return self._masks[memories, window]
 
 
