@@ -29,6 +29,8 @@ HEADED = 3
 """The format of a bank whose texts the model has read below their headings. It has all that `SEVERAL` has."""
 SHAPED = 4
 """The format of a bank whose spec has `MemorySpec.heads`. It has all that `HEADED` has."""
+UNEVEN = 5
+"""The format of a bank whose spec has `MemorySpec.budgets`. It has all that `SHAPED` has."""
 _KEY = "manifest"
 Fingerprint = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 _RESTORE = "restore the bank from a copy, or write it anew"
@@ -93,6 +95,8 @@ class Manifest:
     @property
     def format(self) -> int:
         """`FORMAT`, or that of a bank which earlier releases must not touch."""
+        if self.spec.budgets:
+            return UNEVEN
         if self.spec.heads:
             return SHAPED
         if self.headings:
@@ -154,9 +158,9 @@ class Manifest:
         try:
             stated = from_json(value)
             if (version := stated["format"]) not in (FORMAT, *_SINCE):
-                mend = "install a newer m3runtime" if version > SHAPED else "write the bank anew"
+                mend = "install a newer m3runtime" if version > UNEVEN else "write the bank anew"
                 raise BankFormatError(
-                    f"{where}: bank of format {one_line(version)}, this release reads {FORMAT} to {SHAPED}; {mend}"
+                    f"{where}: bank of format {one_line(version)}, this release reads {FORMAT} to {UNEVEN}; {mend}"
                 )
             fields = {name: value for name, value in stated.items() if name != "format"}
             manifest = _MANIFEST.validate_json(to_json(fields))
@@ -227,5 +231,5 @@ class Manifest:
 
 
 _MANIFEST = TypeAdapter(Manifest)
-_SINCE = {SEVERAL: ("others", "planned", "typical_errors"), HEADED: ("headings",), SHAPED: ()}
+_SINCE = {SEVERAL: ("others", "planned", "typical_errors"), HEADED: ("headings",), SHAPED: (), UNEVEN: ()}
 """The fields that each format added."""

@@ -215,7 +215,7 @@ def _print(codec: "Codec", path: Path, *, json: bool) -> None:
 def _facts(codec: "Codec", path: Path) -> dict[str, Any]:
     """The facts about a codec, as JSON values."""
     spec, reference = codec.spec, codec.payload_bytes(codec.spec.tokens)
-    plain = 2 * spec.numbers_per_token * spec.tokens  # of two bytes each
+    plain = 2 * spec.numbers(spec.tokens)  # of two bytes each
     return {
         "file": str(path),
         "kind": codec.kind,
@@ -238,6 +238,9 @@ def in_short(spec: "MemorySpec") -> str:
     run = layers == tuple(range(layers[0], layers[-1] + 1)) and len(layers) > 1
     named = f"{layers[0]}-{layers[-1]}" if run else ", ".join(map(str, layers))
     kept = "all" if spec.dense else f"{spec.tokens} of"
+    if spec.budgets:
+        mean = spec.numbers(spec.tokens) / spec.numbers_per_token
+        kept = f"up to {spec.tokens}, on average {mean:.1f}, of"
     return (
         f"layers {named}; {'up to ' if spec.heads else ''}{spec.kv_heads} heads of {spec.head_dim}; "
         f"{kept} {spec.reference_tokens} tokens of a reference; computed in {spec.dtype}"

@@ -13,7 +13,7 @@ from m3runtime.codecs.files import Distortion
 from m3runtime.codecs.steps import Steps
 from m3runtime.errors import CodecError
 from m3runtime.memory.spec import MemorySpec, fingerprint
-from m3runtime.memory.tensors import MemoryTensors
+from m3runtime.memory.tensors import MemoryTensors, kept
 from m3runtime.plugins.messages import one_line
 
 Progress = Callable[[float], None]
@@ -24,7 +24,8 @@ class Codec(ABC):
     """Encodes and decodes memories of one spec.
 
     Deterministic: equal memories give equal bytes. Payloads are token-major, so that the payload of a short memory is a
-    prefix of a full one's layout: ``payload_bytes(tokens)`` bytes. Thread-safe after `fit` or `load`.
+    prefix of a full one's layout: ``payload_bytes(tokens)`` bytes. Thread-safe after `fit` or `load`. What heads do not
+    keep (`MemorySpec.budgets`) is not read, takes no bytes, and decodes to zeros.
     """
 
     kind: ClassVar[str]
@@ -114,7 +115,7 @@ class Codec(ABC):
         """Measure `Distortion` on memories, which should not be those that the codec was trained on."""
         decoded = self.decode(self.encode(memories), memories.tokens, torch.float32)
         width = decoded.keys.shape[3]
-        exists = memories.exists()[:, None, None, :width, None]
+        exists = memories.exists()[:, None, None, :width, None] & kept(self.spec, width)[..., None]
 
         def relative(true: Tensor, back: Tensor) -> float:
             true = torch.where(exists, true[:, :, :, :width].float().cpu(), 0.0)

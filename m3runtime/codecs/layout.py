@@ -5,7 +5,8 @@
     payload: [fixed part] [token 0] [token 1] ...
     token:   [codes of all its key vectors] [codes of all its value vectors]
 
-So the payload of a short memory is the beginning of a full one's layout.
+So the payload of a short memory is the beginning of a full one's layout. `m3runtime.codecs.kept` leaves out the bytes
+of what heads do not keep.
 """
 
 import torch
@@ -15,7 +16,7 @@ from m3runtime.codecs.base import Codec
 from m3runtime.device.copies import to_host
 from m3runtime.errors import BlockError, CodecError
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.memory.tensors import MemoryTensors
+from m3runtime.memory.tensors import MemoryTensors, budgets_of
 
 
 def split(payloads: Tensor, width: int, fixed: int, key_bytes: int, value_bytes: int) -> tuple[Tensor, Tensor]:
@@ -28,25 +29,46 @@ def split(payloads: Tensor, width: int, fixed: int, key_bytes: int, value_bytes:
     return codes[:, :, :key_bytes], codes[:, :, key_bytes:]
 
 
-def check_finite(memories: MemoryTensors, i: int) -> None:
-    """Raise `CodecError` unless all values of memory ``i`` are finite."""
+def cycled(spec: MemorySpec, width: int) -> Tensor:
+    """For each of the first ``width`` tokens, a token that each head keeps, ``int64[layers, kv_heads, width]``.
+
+    What a head does not keep is filled with what it keeps, over and over: so neither ranges nor means depend on it.
+    """
+    return torch.arange(width) % budgets_of(spec)[..., None]
+
+
+def _own(memories: MemoryTensors, i: int, spec: MemorySpec) -> list[Tensor]:
+    """Keys and values of memory ``i``, its own tokens only; what heads do not keep is filled: see `cycled`."""
     own = int(memories.tokens[i])
-    if not all(finite(x[i, :, :, :own]) for x in (memories.keys, memories.values)):
+    pair = [x[i, :, :, :own] for x in (memories.keys, memories.values)]
+    if spec.budgets:
+        places = cycled(spec, own)[..., None].expand(-1, -1, -1, spec.head_dim).to(memories.keys.device)
+        pair = [x.gather(2, places) for x in pair]
+    return pair
+
+
+def check_finite(memories: MemoryTensors, i: int, spec: MemorySpec) -> None:
+    """Raise `CodecError` unless all values of memory ``i`` are finite."""
+    _check_finite(_own(memories, i, spec), i)
+
+
+def _check_finite(pair: list[Tensor], i: int) -> None:
+    if not all(map(finite, pair)):
         raise CodecError(f"memory {i} of the batch has values that are not finite")
 
 
 def vectors(memories: MemoryTensors, i: int, spec: MemorySpec) -> tuple[Tensor, Tensor]:
     """Keys and values of memory ``i``, its own tokens only: ``float32[layers * kv_heads, tokens, head_dim]``.
 
-    They are fresh and contiguous: what is computed from them cannot depend on the rest of the batch. Raises
-    `CodecError` if one is not finite.
+    They are fresh and contiguous: what is computed from them cannot depend on the rest of the batch. What heads do not
+    keep is filled: see `cycled`. Raises `CodecError` if one is not finite.
     """
-    check_finite(memories, i)
-    own = int(memories.tokens[i])
+    own = _own(memories, i, spec)
+    _check_finite(own, i)
     pair = []
-    for x in (memories.keys, memories.values):
-        x = x[i, :, :, :own].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        pair.append(x.view(spec.vectors_per_token, own, spec.head_dim))
+    for x in own:
+        x = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        pair.append(x.view(spec.vectors_per_token, -1, spec.head_dim))
     return pair[0], pair[1]
 
 
@@ -80,14 +102,18 @@ def on_cpu(memories: MemoryTensors) -> MemoryTensors:
 def all_vectors(memories: MemoryTensors, spec: MemorySpec) -> tuple[Tensor, Tensor]:
     """Keys and values of all memories, own tokens only: ``float32[layers * kv_heads, all tokens, head_dim]``.
 
-    They are fresh and contiguous, and lie on the memories' device, which is waited for once. Raises `CodecError` if a
-    value is not finite.
+    They are fresh and contiguous, and lie on the memories' device, which is waited for once. What heads do not keep is
+    filled: see `cycled`. Raises `CodecError` if a value is not finite.
     """
     pair, faults = [], []
     exists = memories.exists()
     places = exists.flatten().nonzero()[:, 0]  # of `exists`, which lies on the CPU
     places = places.to(memories.keys.device, non_blocking=True)
+    filling = None
+    if spec.budgets:
+        filling = cycled(spec, memories.keys.shape[3])[None, ..., None].to(memories.keys.device, non_blocking=True)
     for x in (memories.keys, memories.values):
+        x = x if filling is None else x.gather(3, filling.expand(len(x), -1, -1, -1, spec.head_dim))
         x = x.permute(1, 2, 0, 3, 4).reshape(spec.vectors_per_token, -1, spec.head_dim)
         own = x.index_select(1, places).to(torch.float32)
         faults.append(~own.isfinite().all(2).all(0))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from m3runtime.codecs import layout
 from m3runtime.codecs.base import Codec
+from m3runtime.codecs.kept import KeptBytes
 from m3runtime.errors import BlockError, CodecError
 from m3runtime.memory.spec import DTYPES, MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
@@ -29,6 +30,7 @@ class RawCodec(Codec):
         self._dtype: torch.dtype = getattr(torch, self.dtype)
         vector: int = spec.head_dim * self._dtype.itemsize
         self._key_bytes, self._value_bytes = (len(places) * vector for places in spec.places)
+        self._kept = KeptBytes.of(spec, 0, torch.tensor([*spec.places[0], *spec.places[1]]).repeat_interleave(vector))
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -37,6 +39,11 @@ class RawCodec(Codec):
 
     def payload_bytes(self, tokens: int) -> int:
         """Bytes of the payload of so many tokens: see `Codec.payload_bytes`."""
+        if self._kept is not None:
+            return self._kept.payload_bytes(tokens)
+        return self._whole_bytes(tokens)
+
+    def _whole_bytes(self, tokens: int) -> int:
         return tokens * (self._key_bytes + self._value_bytes)
 
     def encode(self, memories: MemoryTensors) -> Tensor:
@@ -46,14 +53,14 @@ class RawCodec(Codec):
         """
         memories.check(self.spec)
         memories = layout.on_cpu(memories)
-        rows = torch.zeros(len(memories), self.payload_bytes(self.spec.tokens), dtype=torch.uint8)
+        rows = torch.zeros(len(memories), self._whole_bytes(self.spec.tokens), dtype=torch.uint8)
         for i, row in enumerate(rows):
             both = torch.cat(layout.existing(layout.vectors(memories, i, self.spec), self.spec)).to("cpu", self._dtype)
             if not layout.finite(both):
                 raise CodecError(f"memory {i} of the batch has values too large for {self.dtype}")
             payload = both.transpose(0, 1).contiguous().view(torch.uint8).flatten()
             row[: len(payload)] = payload
-        return rows
+        return rows if self._kept is None else self._kept.narrow(rows)
 
     def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> MemoryTensors:
         """Memories of payloads, on the payloads' device: see `Codec.decode`.
@@ -61,6 +68,8 @@ class RawCodec(Codec):
         Raises `BlockError` if a memory holds a value that is not finite.
         """
         width = layout.width_of(payloads, tokens, self)
+        if self._kept is not None:
+            payloads = self._kept.widen(payloads, width)
 
         def values_of(codes: Tensor) -> Tensor:  # uint8[n, width, bytes] -> [n, vectors, width, dim]
             # The clone is aligned, whatever the slot was; only aligned bytes can be viewed as floats.
@@ -73,4 +82,6 @@ class RawCodec(Codec):
 
         keys, values = map(values_of, layout.split(payloads, width, 0, self._key_bytes, self._value_bytes))
         keys, values = layout.filled_up(keys, values, self.spec)
+        if self._kept is not None:
+            self._kept.blank(keys, values)
         return layout.finish(keys, values, tokens, self.spec, dtype, torch.finfo(self._dtype).max)

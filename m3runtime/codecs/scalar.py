@@ -9,6 +9,7 @@ from torch import Tensor
 
 from m3runtime.codecs import layout
 from m3runtime.codecs.base import Codec
+from m3runtime.codecs.kept import KeptBytes
 from m3runtime.errors import BlockError, CodecError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
@@ -42,6 +43,11 @@ class ScalarCodec(Codec):
         self._ranges = [2 * keys * spec.head_dim, 2 * values * spec.head_dim]  # numbers of keys, and of values
         self._key_bytes = keys * _packed_bytes(spec.head_dim, self.key_bits)
         self._value_bytes = values * _packed_bytes(spec.head_dim, self.value_bits)
+        owners = [
+            torch.tensor(places).repeat_interleave(_packed_bytes(spec.head_dim, of))
+            for places, of in zip(spec.places, (self.key_bits, self.value_bits), strict=True)
+        ]
+        self._kept = KeptBytes.of(spec, self._fixed_bytes, torch.cat(owners))
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -54,6 +60,11 @@ class ScalarCodec(Codec):
 
     def payload_bytes(self, tokens: int) -> int:
         """Bytes of the payload of so many tokens: see `Codec.payload_bytes`."""
+        if self._kept is not None:
+            return self._kept.payload_bytes(tokens)
+        return self._whole_bytes(tokens)
+
+    def _whole_bytes(self, tokens: int) -> int:
         return self._fixed_bytes + tokens * (self._key_bytes + self._value_bytes)
 
     def encode(self, memories: MemoryTensors) -> Tensor:
@@ -63,7 +74,7 @@ class ScalarCodec(Codec):
         """
         memories.check(self.spec)
         memories = layout.on_cpu(memories)
-        rows = torch.zeros(len(memories), self.payload_bytes(self.spec.tokens), dtype=torch.uint8)
+        rows = torch.zeros(len(memories), self._whole_bytes(self.spec.tokens), dtype=torch.uint8)
         for i, row in enumerate(rows):
             ranges, codes = [], []
             pair = layout.existing(layout.vectors(memories, i, self.spec), self.spec)
@@ -75,7 +86,7 @@ class ScalarCodec(Codec):
                 codes.append(_pack(code, bits).transpose(0, 1).flatten(1))
             payload = torch.cat([*ranges, torch.cat(codes, 1).flatten()])
             row[: len(payload)] = payload
-        return rows
+        return rows if self._kept is None else self._kept.narrow(rows)
 
     def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> MemoryTensors:
         """Memories of payloads, on the payloads' device: see `Codec.decode`.
@@ -83,6 +94,8 @@ class ScalarCodec(Codec):
         Raises `BlockError` if a range is not finite.
         """
         width = layout.width_of(payloads, tokens, self)
+        if self._kept is not None:
+            payloads = self._kept.widen(payloads, width)
         fixed = payloads[:, : self._fixed_bytes].clone(memory_format=torch.contiguous_format).view(torch.float16)
         if not layout.finite(fixed):
             raise BlockError("a payload of the scalar codec holds a range that is not finite")
@@ -95,6 +108,8 @@ class ScalarCodec(Codec):
             codes = _unpack(codes, bits)[..., : self.spec.head_dim]
             pair.append(codes.to(torch.float32, memory_format=torch.contiguous_format).mul_(step).add_(low))
         keys, values = layout.filled_up(pair[0], pair[1], self.spec)
+        if self._kept is not None:
+            self._kept.blank(keys, values)
         return layout.finish(keys, values, tokens, self.spec, dtype, _PEAK)
 
 

@@ -36,7 +36,10 @@ def _tokens_per_head(value: object, validate: Callable[[object], Any]) -> Any:
     try:
         return validate(value)
     except ValidationError:
-        raise ValueError(f"must be all or a whole number of at least 1, not {value!r}") from None
+        raise ValueError(
+            "must be all, a whole number of at least 1, or a list of such numbers for each memory layer, one for each "
+            f"KV head, not {str(value)[:80]!r}"
+        ) from None
 
 
 def _where(value: object) -> object:
@@ -45,7 +48,10 @@ def _where(value: object) -> object:
 
 
 Layers = Annotated[Literal["all", "first-half", "middle-half"] | tuple[Whole, ...], WrapValidator(_layers)]
-TokensPerHead = Annotated[Literal["all"] | Count, WrapValidator(_tokens_per_head)]
+Budgets = tuple[Annotated[tuple[Count, ...], Field(min_length=1)], ...]
+TokensPerHead = Annotated[
+    Literal["all"] | Count | Annotated[Budgets, Field(min_length=1)], WrapValidator(_tokens_per_head)
+]
 
 
 class ModelConfig(Section):
@@ -76,7 +82,8 @@ class MemoryConfig(Section):
     layers: Layers = "all"
     """The memory layers: ``all``, ``first-half``, ``middle-half``, a range such as ``8-23`` or a list of numbers."""
     tokens_per_head: TokensPerHead = "all"
-    """Tokens of a reference that each KV head keeps: ``all``, or that many of those that receive most attention."""
+    """Tokens of a reference that each KV head keeps: ``all``, or that many of those that receive most attention; or
+    budgets, a list for each memory layer with a number for each KV head, as `m3 eval budgets` fits them."""
     select_by: Literal["attention", "repeat"] = "attention"
     """The attention that tokens are kept by: within the reference, as in Memory³; or that they receive from a model
     which reads the text a second time with all of the memory (``repeat``), which takes twice the time to write."""

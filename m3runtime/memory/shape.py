@@ -78,10 +78,25 @@ def memory_layers(memory: "MemoryConfig", count: int) -> tuple[int, ...]:
 
 
 def kept_tokens(memory: "MemoryConfig") -> int:
-    """The most tokens of a memory that ``memory.tokens_per_head`` allows."""
-    if memory.tokens_per_head == "all":
+    """The most tokens of a memory that ``memory.tokens_per_head`` allows in any head."""
+    kept = memory.tokens_per_head
+    if kept == "all":
         return memory.reference_tokens
-    return min(memory.tokens_per_head, memory.reference_tokens)
+    return min(kept if isinstance(kept, int) else max(map(max, kept)), memory.reference_tokens)
+
+
+def _budgets(memory: "MemoryConfig", layers: int, kv_heads: int) -> tuple[tuple[int, ...], ...]:
+    """The budgets of a spec. Raises `ConfigError` unless they are of so many memory layers and heads."""
+    if not isinstance(memory.tokens_per_head, tuple):
+        return ()
+    if len(memory.tokens_per_head) != layers or any(len(layer) != kv_heads for layer in memory.tokens_per_head):
+        found = f"{len(memory.tokens_per_head)} lists of {len(memory.tokens_per_head[0])}"
+        raise ConfigError(
+            f"memory.tokens_per_head: the model has {layers} memory layers of {kv_heads} KV heads, not {found}"
+        )
+    most = kept_tokens(memory)
+    capped = tuple(tuple(min(one, most) for one in layer) for layer in memory.tokens_per_head)
+    return () if min(map(min, capped)) == most else capped
 
 
 def memory_spec(
@@ -107,6 +122,7 @@ def memory_spec(
         reference_tokens=memory.reference_tokens,
         dtype=dtype,
         heads=own if any(pair != (kv_heads, kv_heads) for pair in own) else (),
+        budgets=_budgets(memory, len(chosen), kv_heads),
     )
 
 

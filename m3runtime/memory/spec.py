@@ -11,6 +11,7 @@ from m3runtime.errors import ConfigError
 from m3runtime.plugins.messages import difference
 
 DTYPES = ("float32", "float16", "bfloat16")
+_BY_LAYER = ("heads", "budgets")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,11 @@ class MemorySpec:
 
     The first ones do. What the others hold is zero, and codecs need not store it.
     """
+    budgets: tuple[tuple[int, ...], ...] = ()
+    """By memory layer, the most tokens that each KV head keeps; empty if all keep ``tokens``, which is the largest.
+
+    A head of a memory of ``n`` tokens has the first ``min(n, budget)``. What lies beyond is not stored, and not read.
+    """
 
     def __post_init__(self) -> None:
         if not self.layers or any(b <= a for a, b in zip(self.layers, self.layers[1:], strict=False)):
@@ -59,13 +65,24 @@ class MemorySpec:
             or all(count == self.kv_heads for pair in self.heads for count in pair)
         ):
             raise ConfigError(f"heads must be those of {len(self.layers)} layers that have at most {self.kv_heads}")
+        if self.budgets:
+            self._check_budgets()
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
 
+    def _check_budgets(self) -> None:
+        every = [budget for layer in self.budgets for budget in layer]
+        if len(self.budgets) != len(self.layers) or any(len(layer) != self.kv_heads for layer in self.budgets):
+            raise ConfigError(f"budgets must be those of {len(self.layers)} layers of {self.kv_heads} KV heads")
+        if min(every) < 1 or max(every) != self.tokens or min(every) == self.tokens:
+            raise ConfigError(f"budgets must differ, from 1 to {self.tokens} tokens, which one head at least keeps")
+        if self.heads:
+            raise ConfigError("budgets need layers that all have the same heads")
+
     @property
     def dense(self) -> bool:
-        """True if a memory keeps every token of its reference."""
-        return self.tokens == self.reference_tokens
+        """True if a memory keeps every token of its reference, in every head."""
+        return self.tokens == self.reference_tokens and not self.budgets
 
     @property
     def vectors_per_token(self) -> int:
@@ -87,10 +104,17 @@ class MemorySpec:
         vectors = sum(map(sum, self.heads)) if self.heads else 2 * self.vectors_per_token
         return vectors * self.head_dim
 
+    def numbers(self, tokens: int) -> int:
+        """The numbers that the keys and values of a memory of so many tokens are."""
+        if not self.budgets:
+            return tokens * self.numbers_per_token
+        return 2 * self.head_dim * sum(min(tokens, budget) for layer in self.budgets for budget in layer)
+
     def to_json(self) -> dict[str, Any]:
-        """The spec as plain JSON values; `from_json` reads it back. ``heads`` are left out if they are empty."""
-        stated = {**asdict(self), "layers": list(self.layers), "heads": [list(pair) for pair in self.heads]}
-        return {name: value for name, value in stated.items() if name != "heads" or value}
+        """The spec as plain JSON values; `from_json` reads it back. Empty ``heads`` and ``budgets`` are left out."""
+        lists = {name: [list(layer) for layer in getattr(self, name)] for name in _BY_LAYER}
+        stated = {**asdict(self), "layers": list(self.layers), **lists}
+        return {name: value for name, value in stated.items() if name not in _BY_LAYER or value}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "MemorySpec":
@@ -98,16 +122,25 @@ class MemorySpec:
         try:
             sizes = ("kv_heads", "tokens", "head_dim", "reference_tokens")
             heads = tuple((keys, values) for keys, values in value.get("heads", ()))
-            numbers = [*value["layers"], *(value[name] for name in sizes), *(count for pair in heads for count in pair)]
+            budgets = tuple(map(tuple, value.get("budgets", ())))
+            by_layer = [count for layer in (*heads, *budgets) for count in layer]
+            numbers = [*value["layers"], *(value[name] for name in sizes), *by_layer]
             if any(type(number) is not int for number in numbers):
                 raise ConfigError(f"not a memory spec: not all whole numbers: {str(numbers)[:200]}")
-            return cls(**{**value, "layers": tuple(value["layers"]), "heads": heads})
+            return cls(**{**value, "layers": tuple(value["layers"]), "heads": heads, "budgets": budgets})
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"not a memory spec: {error}") from error
 
     def difference(self, other: "MemorySpec") -> str:
         """The difference of two specs, for an error message; empty for equal ones."""
-        return difference(self.to_json(), other.to_json())
+        return difference(*({**one.to_json(), **one._in_short()} for one in (self, other)))
+
+    def _in_short(self) -> dict[str, str]:
+        """The budgets, which are as many as heads, as their mean and as letters that tell them from others."""
+        if not self.budgets:
+            return {}
+        mean = self.numbers(self.tokens) / self.numbers_per_token
+        return {"budgets": f"of {mean:.1f} tokens on average ({fingerprint([*map(list, self.budgets)])[:8]})"}
 
 
 def canonical_json(value: Any) -> str:

@@ -15,7 +15,8 @@ class MemoryTensors:
 
     ``keys`` and ``values`` are ``[n, layers, kv_heads, tokens, head_dim]``, floating point, keys after RoPE at their
     in-reference position. ``tokens`` is ``int64[n]`` on the CPU: how many tokens of each memory exist. Rows are
-    left-aligned; what lies beyond a memory's tokens has no meaning and must not be read.
+    left-aligned; what lies beyond a memory's tokens has no meaning and must not be read. What a head does not have
+    by `MemorySpec.budgets` is zero.
     """
 
     keys: Tensor
@@ -46,3 +47,14 @@ class MemoryTensors:
             raise CodecError(f"memories of shape {tuple(self.keys.shape)} do not fit {spec}")
         if len(self) and not 1 <= int(self.tokens.min()) <= int(self.tokens.max()) <= tokens:
             raise CodecError(f"a memory has between 1 and {tokens} tokens, not {self.tokens.tolist()}")
+
+
+def budgets_of(spec: MemorySpec) -> Tensor:
+    """The most tokens that each head keeps, ``int64[layers, kv_heads]`` on the CPU."""
+    budgets = spec.budgets or ((spec.tokens,) * spec.kv_heads,) * len(spec.layers)
+    return torch.tensor(budgets)
+
+
+def kept(spec: MemorySpec, width: int) -> Tensor:
+    """Which of the first ``width`` tokens each head can have, ``bool[layers, kv_heads, width]`` on the CPU."""
+    return torch.arange(width) < budgets_of(spec)[..., None]

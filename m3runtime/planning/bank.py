@@ -162,7 +162,7 @@ def plan(config: "Config", shape: ModelShape, need: Need, name: str) -> Plan:
     memory = MemoryBytes(
         raw=of_token * shape.heads * spec.reference_tokens,
         cache=of_token * shape.kv_heads * spec.reference_tokens,
-        kept=2 * spec.vectors_per_token * spec.tokens * spec.head_dim * _BFLOAT16,
+        kept=spec.numbers(spec.tokens) * _BFLOAT16,
         payload=codec.payload_bytes(spec.tokens),
         block=block,
     )

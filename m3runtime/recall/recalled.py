@@ -8,6 +8,7 @@ import torch
 
 from m3runtime.documents.reference import Reference
 from m3runtime.memory.spec import MemorySpec
+from m3runtime.memory.tensors import kept
 from m3runtime.recall.lease import Lease, Part
 from m3runtime.retrieval.match import Match
 from m3runtime.retrieval.restriction import UNRESTRICTED, Restriction
@@ -56,6 +57,14 @@ class Recalled:
             torch.cat([keys[at] for keys, _ in self.parts], dim=1),
             torch.cat([values[at] for _, values in self.parts], dim=1),
         )
+
+    def kept(self, index: int) -> torch.Tensor:
+        """Which of the tokens of `layer` each KV head has, ``bool[kv_heads, tokens]`` on the CPU.
+
+        Others are zeros, and attention must not read them. They exist only with `MemorySpec.budgets`.
+        """
+        by_memory = [kept(self.spec, keys.shape[2])[self.spec.layers.index(index)] for keys, _ in self.parts]
+        return torch.cat([torch.zeros(self.spec.kv_heads, 0, dtype=torch.bool), *by_memory], 1)
 
     def without_parts(self) -> Self:
         """A record of this recall for later: it keeps no device memory alive."""

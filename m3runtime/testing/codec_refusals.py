@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from m3runtime.codecs.base import Codec
 from m3runtime.errors import BlockError, CodecError
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.testing.codec_laws import OTHER_SPECS, OUT, SPEC, CodecLaws, identical, make_memories, noise
+from m3runtime.testing.codec_laws import OTHER_SPECS, OUT, CodecLaws, identical, make_memories, noise
 
 
 class RefusalLaws(CodecLaws):
@@ -56,7 +56,7 @@ class RefusalLaws(CodecLaws):
     @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
     @pytest.mark.parametrize("part", ["keys", "values"])
     def test_values_that_are_not_finite_are_refused(self, codec: Codec, part: str, value: float) -> None:
-        memories = make_memories([12, 5])
+        memories = self.memories([12, 5])
         getattr(memories, part)[1, 2, 1, 4, 15] = value
         with pytest.raises(CodecError, match="not finite"):
             codec.encode(memories)
@@ -67,12 +67,12 @@ class RefusalLaws(CodecLaws):
             codec.encode(make_memories([12], spec=spec))
 
     def test_an_untrained_codec_is_refused(self, tmp_path: Path) -> None:
-        codec = self.make(SPEC)
+        codec = self.make(self.spec)
         assert codec.trained is not self.trains
         if not self.trains:
             return
         with pytest.raises(CodecError):
-            codec.encode(make_memories([12]))
+            codec.encode(self.memories([12]))
         with pytest.raises(CodecError):
             codec.decode(noise(1, codec.payload_bytes(12), 0), torch.tensor([12]), torch.float32)
         with pytest.raises(CodecError):
@@ -84,8 +84,8 @@ class RefusalLaws(CodecLaws):
 
     def test_a_saved_codec_is_the_same_codec(self, codec: Codec, tmp_path: Path) -> None:
         codec.save(tmp_path / "codec")
-        loaded = type(codec).load(tmp_path / "codec", SPEC)
-        memories = make_memories([12, 5])
+        loaded = type(codec).load(tmp_path / "codec", self.spec)
+        memories = self.memories([12, 5])
         payloads = codec.encode(memories)
         assert loaded.trained
         assert loaded.options == codec.options
@@ -118,7 +118,7 @@ class RefusalLaws(CodecLaws):
         for at in [*range(head), *range(head, len(good), max(1, len(good) // 50)), len(good) - 1]:
             path.write_bytes(good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :])
             with pytest.raises(CodecError, match=r"codec: "):
-                type(codec).load(path, SPEC)
+                type(codec).load(path, self.spec)
 
     def test_a_file_of_another_length_is_refused(self, codec: Codec, tmp_path: Path) -> None:
         path = tmp_path / "codec"
@@ -127,11 +127,11 @@ class RefusalLaws(CodecLaws):
         for bad in (b"", good[:7], good[:100], good[:-1], good + b"\0", b"\xff" * 8 + good[8:]):
             path.write_bytes(bad)
             with pytest.raises(CodecError, match=r"codec: "):
-                type(codec).load(path, SPEC)
+                type(codec).load(path, self.spec)
 
     def test_a_file_that_is_missing_is_refused(self, codec: Codec, tmp_path: Path) -> None:
         with pytest.raises(CodecError, match="nowhere"):
-            type(codec).load(tmp_path / "nowhere", SPEC)
+            type(codec).load(tmp_path / "nowhere", self.spec)
 
     def test_a_folder_that_is_missing_is_refused(self, codec: Codec, tmp_path: Path) -> None:
         with pytest.raises(CodecError, match="nowhere"):

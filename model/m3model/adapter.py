@@ -45,7 +45,7 @@ from m3runtime.bank.manifest import Manifest
 from m3runtime.config.schema import MemoryConfig, ModelConfig
 from m3runtime.errors import BankMismatchError, ConfigError, InputError, PromptTooLongError
 from m3runtime.memory.shape import ModelShape, memory_spec
-from m3runtime.memory.tensors import MemoryTensors
+from m3runtime.memory.tensors import MemoryTensors, budgets_of
 from m3runtime.storage.defaults import default_room
 from m3runtime.stream import Stream
 
@@ -79,6 +79,13 @@ class TransformersAdapter(Adapter):
         self._busy = threading.Lock()  # held while the model computes for the engine, or encodes
         self.memory = memory = carried(model.config, memory)
         self.layout = AttentionLayout.of(model)
+        if isinstance(memory.tokens_per_head, tuple) and not (
+            self.layout.alike and not self.layout.shares and not self.layout.again
+        ):
+            raise ConfigError(
+                "memory.tokens_per_head: heads can have budgets of their own where layers are alike, run once, and "
+                "have keys of their own; this model's do not"
+            )
         self.tokens = PromptTokens(tokenizer, memory)
         self.sink, self.sink_ids = self.tokens.sink, self.tokens.sink_ids
         self.spec = memory_spec(
@@ -102,6 +109,10 @@ class TransformersAdapter(Adapter):
             fuse(model)
         self._sink: Sink = make_sink(model, self.sink_ids)
         self._arrange: Arrangement | None = None
+        self._budgets = budgets_of(self.spec) if self.spec.budgets else None
+        # A sink that is read before each memory is of all heads.
+        before = len(self.sink_ids) if memory.sinks == "each" else 0
+        self._columns = None if self._budgets is None else self._budgets + before
         if (memory.sinks, memory.positions) != ("once", "parallel"):
             self._arrange = Arrangement(model, self.layout, memory, self.spec.layers, self._sink)
 
@@ -174,7 +185,7 @@ class TransformersAdapter(Adapter):
                 return encode_dense(self.model, self._reference_ids(references), self._sink, self.spec)
         memories, scores = self.encode_scored(references)
         heads = None if self.layout.alike else self.layout.heads_of_pieces(self.spec.layers)
-        return select(memories, scores, self.spec.tokens, heads)
+        return select(memories, scores, self.spec.tokens, heads, self._budgets)
 
     def encode_scored(self, references: Sequence[str]) -> tuple[MemoryTensors, torch.Tensor]:
         """Memories of all tokens and the scores to select by, as ``memory.select_by`` says.
@@ -189,7 +200,7 @@ class TransformersAdapter(Adapter):
 
     def importance(self, references: Sequence[str]) -> torch.Tensor:
         """The cost of errors in keys and values; see `Adapter.importance` and `m3model.engine.importance`."""
-        return importance(references, self.encode, self.ids, self.session)
+        return importance(references, self.encode, self.ids, self.session, self._budgets)
 
     @property
     def most_positions(self) -> int | None:
@@ -238,6 +249,7 @@ class TransformersAdapter(Adapter):
             temperature=self.memory.attention_temperature,
             log_weight=math.log(self.memory.attention_weight),
             arrange=self._arrange,
+            budgets=self._columns,
         )
 
     @property
@@ -250,7 +262,7 @@ class TransformersAdapter(Adapter):
 
     def _open_engine(self) -> MemoryEngine:
         reading = self.memory.attention_temperature, math.log(self.memory.attention_weight)
-        buffers = RowBuffers(self.layout, self.spec.layers, self._sink, *reading)
+        buffers = RowBuffers(self.layout, self.spec.layers, self._sink, *reading, budgets=self._columns)
         words = Words(
             lambda prompt, sink: self._prompt_ids([prompt], sink=sink)[0],
             lambda tokens: decode(self.tokenizer, tokens),

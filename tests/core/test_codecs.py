@@ -15,7 +15,7 @@ from m3runtime.codecs.scalar import ScalarCodec
 from m3runtime.errors import CodecError
 from m3runtime.memory.spec import DTYPES, MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
-from m3runtime.testing.codec import SPEC, CodecContract, identical, make_memories
+from m3runtime.testing.codec import SPEC, UNEVEN, CodecContract, identical, make_memories
 from tests.forked import run
 
 
@@ -92,6 +92,19 @@ class TestProductOfOneByte(CodecContract):
     @classmethod
     def make(cls, spec: MemorySpec) -> Codec:
         return ProductCodec(spec, key_bytes=2, value_bytes=1)
+
+
+class TestRawUneven(TestRaw):
+    spec = UNEVEN
+
+
+class TestScalarMixedUneven(TestScalarMixed):
+    spec = UNEVEN
+
+
+class TestProductUneven(TestProduct):
+    spec = UNEVEN
+    worst = Distortion(keys=6e-3, values=0.2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -240,11 +240,15 @@ def test_a_configuration_is_validated_once(file: Path) -> None:
         ),
         (
             "memory: {tokens_per_head: 0}",
-            "m3.yaml: memory.tokens_per_head must be all or a whole number of at least 1, not 0",
+            "m3.yaml: memory.tokens_per_head must be all, a whole number of at least 1, or a list of such numbers for "
+            "each memory layer, one for each KV head, not '0'",
         ),
-        ("memory: {tokens_per_head: some}", "m3.yaml: memory.tokens_per_head must be all or a whole number of at"),
-        ("memory: {tokens_per_head: yes}", "m3.yaml: memory.tokens_per_head must be all or a whole number of at"),
-        ("memory: {tokens_per_head: 8.0}", "m3.yaml: memory.tokens_per_head must be all or a whole number of at"),
+        ("memory: {tokens_per_head: []}", "m3.yaml: memory.tokens_per_head must be all, a whole number of at"),
+        ("memory: {tokens_per_head: [[4, 0]]}", "m3.yaml: memory.tokens_per_head must be all, a whole number of at"),
+        ("memory: {tokens_per_head: [[]]}", "m3.yaml: memory.tokens_per_head must be all, a whole number of at"),
+        ("memory: {tokens_per_head: some}", "m3.yaml: memory.tokens_per_head must be all, a whole number of at"),
+        ("memory: {tokens_per_head: yes}", "m3.yaml: memory.tokens_per_head must be all, a whole number of at"),
+        ("memory: {tokens_per_head: 8.0}", "m3.yaml: memory.tokens_per_head must be all, a whole number of at"),
         ("memory: {layers: []}", "m3.yaml: memory.layers must be all, first-half, middle-half, a range such"),
         ("memory: {layers: some}", "m3.yaml: memory.layers must be all, first-half, middle-half, a range such"),
         (

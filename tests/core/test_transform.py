@@ -20,7 +20,7 @@ from m3runtime.codecs.product.transform_training import divide, lloyd
 from m3runtime.errors import CodecError
 from m3runtime.memory.spec import MemorySpec
 from m3runtime.memory.tensors import MemoryTensors
-from m3runtime.testing.codec import SPEC, CodecContract, identical, make_memories, noise
+from m3runtime.testing.codec import SPEC, UNEVEN, CodecContract, identical, make_memories, noise
 
 
 class TestTogether(CodecContract):
@@ -39,6 +39,16 @@ class TestByHead(CodecContract):
     @classmethod
     def make(cls, spec: MemorySpec) -> Codec:
         return ProductCodec(spec, bytes=12, together="head")
+
+
+class TestUneven(CodecContract):
+    trains = True
+    worst = Distortion(keys=0.015, values=0.12)
+    spec = UNEVEN
+
+    @classmethod
+    def make(cls, spec: MemorySpec) -> Codec:
+        return ProductCodec(spec, bytes=12)
 
 
 class TestOfOneByte(CodecContract):

@@ -203,14 +203,14 @@ class TestBank:
         assert "`m3 codec refit`" in line
         assert written.contents() == before
 
-    @pytest.mark.parametrize(("format", "mend"), [(5, "install a newer m3runtime"), (0, "write the bank anew")])
+    @pytest.mark.parametrize(("format", "mend"), [(6, "install a newer m3runtime"), (0, "write the bank anew")])
     def test_of_another_format_version(self, written: Place, format: int, mend: str) -> None:
         right = written.contents()
         set_manifest(written, lambda manifest: {**manifest, "format": format, "added": [1]})
         for command in (["write", "more.txt"], ["ask", "Why?"], ["search", "why"], ["inspect"], ["forget", "1"]):
             written.text("more.txt", TEXT)
             line = written.m3(*command).complaint
-            assert f"{written.bank}: bank of format {format}, this release reads 1 to 4; {mend}" in line
+            assert f"{written.bank}: bank of format {format}, this release reads 1 to 5; {mend}" in line
         set_manifest(written, lambda _: json.loads(right.manifest))
         assert written.contents() == right
 

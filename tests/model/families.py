@@ -79,6 +79,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 ALIKE = [family for family in FAMILIES if family != "gemma4_text"]
 """Those whose layers are alike."""
+BUDGETS = ((3, 12), (1, 1), (12, 7), (5, 2))
+"""Tokens that heads keep, where they keep different numbers: of four layers with two KV heads."""
 OTHERS: dict[str, dict[str, Any]] = {
     # More KV heads in layers with a window, and values shorter than keys.
     "mimo_v2_flash": {
@@ -171,6 +173,12 @@ def make_adapter(
     return TransformersAdapter(chosen, tokenizer or make_tokenizer(eos=False), settings, family)
 
 
+def make_uneven(family: str) -> TransformersAdapter:
+    """`make_adapter`, with `BUDGETS` if ``budgets`` follows the family's name."""
+    name, _, uneven = family.partition(" ")
+    return make_adapter(name, **({"tokens_per_head": BUDGETS} if uneven == "budgets" else {}))
+
+
 def windows(model: Any) -> list[int | None]:
     """The sliding window of each layer."""
     config = model.config
@@ -201,11 +209,14 @@ def oracle(
     offset: int,
     memory_layers: Sequence[int] | None = None,
     log_weights: Sequence[float] | None = None,
+    kept: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Logits of the context's tokens by the stock model, in one forward pass over sink, references and context as text.
 
     References stand beside each other: each sees the sink and itself, the context sees all. Sliding windows hide
     tokens of a token's own segment only. Layers that are no memory layers do not let the context see references.
+    ``kept`` says for each layer which tokens of all references each KV head lets the context see,
+    ``bool[kv_heads, tokens]``.
     """
     segments = [sink, *references, context]
     starts = [0, *(len(sink) for _ in references), offset]
@@ -221,17 +232,23 @@ def oracle(
     for number, value in enumerate(log_weights or (), start=1):
         weight[segment == number] = value
 
-    def mask(window: int | None, memory: bool) -> Tensor:
+    def mask(window: int | None, memory: bool, layer: int) -> Tensor:
         seen = (same & (distance >= 0)) | (to_sink & ~same)
         if window is not None:
             seen &= (distance < window) | ~same
-        if memory:
+        if memory and kept is None:
             seen |= reads
+        elif memory and kept is not None:
+            of_heads = torch.zeros(len(kept[layer]), len(positions), dtype=torch.bool)
+            of_heads[:, is_reference] = kept[layer]
+            groups = model.config.num_attention_heads // len(of_heads)
+            seen = seen | (reads & of_heads.repeat_interleave(groups, 0)[:, None])
         added = torch.where(reads, weight[None], 0.0) if memory else torch.zeros(1)
-        return torch.where(seen, added, torch.finfo(torch.float32).min)[None, None]
+        return torch.where(seen, added, torch.finfo(torch.float32).min).view(1, -1, *reads.shape)
 
     masks = [
-        mask(window, memory_layers is None or layer in memory_layers) for layer, window in enumerate(windows(model))
+        mask(window, memory_layers is None or layer in memory_layers, layer)
+        for layer, window in enumerate(windows(model))
     ]
     with with_masks(model, masks), torch.no_grad():
         ids = torch.tensor([[token for part in segments for token in part]])

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from m3runtime.runtime import Runtime
 from m3runtime.stream import Stream
 from m3runtime.testing.engine import Crowd, EngineContract
 from tests.model.banks import CHUNK, make_runtime
-from tests.model.families import make_adapter, make_model, random_text
+from tests.model.families import BUDGETS, make_adapter, make_model, random_text
 
 
 class FailingRuntime:
@@ -60,10 +60,11 @@ class Engines(EngineContract):
     """Engines of one tiny family."""
 
     family = "llama"
+    memory: ClassVar[dict[str, Any]] = {}
 
     @pytest.fixture(autouse=True)
     def open(self, tmp_path: Path) -> Iterator[None]:
-        self.adapter = make_adapter(self.family)
+        self.adapter = make_adapter(self.family, **self.memory)
         texts = [random_text(self.adapter.tokenizer, length, seed=length) for length in range(8, 24, 2)]
         with ExitStack() as closing:
             self.runtime = closing.enter_context(make_runtime(self.adapter, tmp_path / "bank", texts))
@@ -71,7 +72,7 @@ class Engines(EngineContract):
             yield
 
     def make_engine(self, *, rows: int = 4, crowded: bool = False) -> MemoryEngine:
-        adapter = make_adapter(model=self.adapter.model)
+        adapter = make_adapter(model=self.adapter.model, **self.memory)
         adapter.rows = rows
         if crowded:  # for one long request, or for two short ones
             longest = max(len(adapter.ids(request.prompt.text)) for request in self.make_requests()) + 3 * CHUNK + 1
@@ -81,7 +82,7 @@ class Engines(EngineContract):
         return engine
 
     def buffers_of(self, adapter: TransformersAdapter) -> Any:
-        probe = make_adapter(model=adapter.model).engine
+        probe = make_adapter(model=adapter.model, **self.memory).engine
         assert isinstance(probe, MemoryEngine)
         return probe._buffers
 
@@ -115,6 +116,11 @@ class Engines(EngineContract):
 
 class TestMistralSliding(Engines):
     family = "mistral-sliding"
+    examples = 4
+
+
+class TestBudgets(Engines):
+    memory: ClassVar[dict[str, Any]] = {"tokens_per_head": BUDGETS}
     examples = 4
 
 

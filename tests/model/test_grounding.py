@@ -15,10 +15,10 @@ from m3runtime.adapters.evidence import evidence
 from m3runtime.adapters.grounding import Grounding, Span
 from m3runtime.config.schema import GenerateConfig
 from tests.model.banks import make_runtime
-from tests.model.families import make_adapter, random_text
+from tests.model.families import make_adapter, make_uneven, random_text
 from tests.model.given import GivenMemories
 
-FAMILIES = ("llama", "mistral-sliding", "gemma2", "gpt_oss-sliding", "gemma4_text")
+FAMILIES = ("llama", "mistral-sliding", "gemma2", "gpt_oss-sliding", "gemma4_text", "llama budgets", "gemma2 budgets")
 
 
 def expected(adapter: TransformersAdapter, given: GivenMemories, prompt: Prompt, answer: Answer) -> list[list[float]]:
@@ -48,7 +48,7 @@ def expected(adapter: TransformersAdapter, given: GivenMemories, prompt: Prompt,
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shares_are_those_of_attention(family: str) -> None:
-    adapter = make_adapter(family)
+    adapter = make_uneven(family)
     texts = [random_text(adapter.tokenizer, length, seed=length) for length in (21, 9, 14)]
     given = GivenMemories(adapter, texts, chunk_tokens=64)
     prompts = [Prompt(random_text(adapter.tokenizer, length, seed=length)) for length in (11, 4)]

@@ -7,8 +7,8 @@ from torch import Tensor
 from m3model.adapter import TransformersAdapter
 from m3model.engine.scoring import padded
 from m3runtime.errors import InputError
-from m3runtime.memory.tensors import MemoryTensors
-from tests.model.families import REFERENCE_TOKENS, make_adapter, random_text
+from m3runtime.memory.tensors import MemoryTensors, kept
+from tests.model.families import REFERENCE_TOKENS, make_adapter, make_uneven, random_text
 
 STEP = 0.02
 
@@ -32,16 +32,16 @@ def flat(memories: MemoryTensors) -> Tensor:
     return torch.cat([memories.keys, memories.values], 2).transpose(2, 3).flatten(3)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "llama budgets"])
 def test_it_predicts_how_far_predictions_move(family: str) -> None:
     """A small error moves them by a divergence of half of what it costs, to second order."""
-    adapter = make_adapter(family)
+    adapter = make_uneven(family)
     references = texts(adapter, 24)
     fisher = adapter.importance(references)
     memories = adapter.encode(references)
     before = predicted(adapter, references, memories)
     random = torch.Generator().manual_seed(1)
-    exists = memories.exists()[:, None, None, :, None]
+    exists = (memories.exists()[:, None, None] & kept(adapter.spec, memories.keys.shape[3]))[..., None]
     moved = expected = 0.0
     for _ in range(12):
         keys, values = (torch.randn(memories.keys.shape, generator=random) * STEP * exists for _ in range(2))

@@ -20,7 +20,7 @@ from m3model.engine.staging import Staging
 from m3model.engine.step import Inputs, Shape, Step
 from m3model.transformers import TransformersAdapter
 from m3runtime.config.schema import GenerateConfig
-from tests.model.families import FAMILIES, OTHERS, make_adapter, random_text
+from tests.model.families import FAMILIES, OTHERS, make_adapter, make_uneven, random_text
 from tests.model.test_decode_step import WAITING, Operations
 
 EVERYTHING = GenerateConfig(
@@ -34,7 +34,7 @@ class Ready:
 
     def __init__(self, adapter: TransformersAdapter) -> None:
         self.adapter = adapter
-        self.buffers = RowBuffers(adapter.layout, adapter.spec.layers, adapter._sink)
+        self.buffers = RowBuffers(adapter.layout, adapter.spec.layers, adapter._sink, budgets=adapter._columns)
         self.runner = Runner(adapter.model, self.buffers)
         self.runner.reserve(3, 64, 64, EVERYTHING)
         texts = [random_text(adapter.tokenizer, length, seed=length) for length in (20, 11)]
@@ -74,6 +74,7 @@ class Ready:
     def addresses(self) -> list[int]:
         sampling, stacks = self.runner.sampling, self.buffers.stacks
         tensors = [self.runner._step.last, self.buffers.bias, *(x for s in stacks for x in (s.keys, s.values))]
+        tensors += [] if self.buffers.lacking is None else [self.buffers.lacking.added]
         tensors += [sampling._settings, sampling._top_k, sampling._prompted, sampling._written, sampling._bias]
         return [tensor.data_ptr() for tensor in tensors]
 
@@ -93,9 +94,9 @@ class Made(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS, "llama budgets", "gpt_oss-sliding budgets"])
 def test_a_step_waits_for_nothing_and_keeps_nothing(family: str) -> None:
-    ready = Ready(make_adapter(family))
+    ready = Ready(make_uneven(family))
     before = ready.addresses()
     for _ in range(2):
         with Operations() as step:
@@ -122,14 +123,14 @@ def test_a_step_waits_for_nothing_and_keeps_nothing(family: str) -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        one if one in ("llama", "gemma3_text") else pytest.param(one, marks=pytest.mark.slow)
-        for one in (*FAMILIES, *OTHERS)
+        one if one in ("llama", "gemma3_text", "llama budgets") else pytest.param(one, marks=pytest.mark.slow)
+        for one in (*FAMILIES, *OTHERS, "llama budgets")
     ],
 )
 def test_a_step_is_one_graph(family: str) -> None:
     """No data-dependent Python: `torch.compile` follows the whole step, and gets what it gets without."""
     torch.compiler.reset()  # it compiles one function for a few models, not for a dozen
-    ready, other = Ready(make_adapter(family)), Ready(make_adapter(family))
+    ready, other = Ready(make_uneven(family)), Ready(make_uneven(family))
     compiled = torch.compile(other.runner._step, fullgraph=True, backend="eager")
     for _ in range(2):
         expected = ready.step(ready.plan())

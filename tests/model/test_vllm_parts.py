@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from m3model.loading import gguf
 from m3model.loading.fingerprint import ModelIdentity
 from m3model.vllm.recalls import Memories, Recalls
-from m3model.vllm.settings import checkpoint_of, slots_of
+from m3model.vllm.settings import check, checkpoint_of, slots_of
 from m3model.vllm.slots import Slots, Turn
 from m3model.vllm.wish import Head, Wish
 from m3model.vllm.words import Words
@@ -221,6 +221,14 @@ def test_sink_and_slots_fill_whole_blocks() -> None:
         assert 5 * WIDTH <= slots < 5 * WIDTH + block
     sparse = config.model_copy(update={"memory": config.memory.model_copy(update={"tokens_per_head": 4})})
     assert slots_of(sparse, bias(), 16) == 32 - SINK
+
+
+def test_heads_with_budgets_of_their_own_are_refused() -> None:
+    memory = {"tokens_per_head": [[4, 3, 3, 3], [3, 3, 3, 3]]}
+    config = Config.model_validate({"bank": "b", "model": {"path": "m"}, "embedder": {"path": "e"}, "memory": memory})
+    shape: Any = None  # nothing is asked of it
+    with pytest.raises(ConfigError, match=r"memory.tokens_per_head must be all or one number for vLLM"):
+        check(config, bias(), shape)
 
 
 def test_a_converted_file_is_served_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

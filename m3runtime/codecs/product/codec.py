@@ -10,6 +10,7 @@ from torch import Tensor
 from m3runtime.codecs import layout
 from m3runtime.codecs.base import Codec, Progress
 from m3runtime.codecs.files import Distortion
+from m3runtime.codecs.kept import KeptBytes
 from m3runtime.codecs.limit import held_out
 from m3runtime.codecs.product.quantiser import Design, Quantiser
 from m3runtime.codecs.product.residual_design import ResidualDesign
@@ -28,6 +29,7 @@ class _State:
 
     quantiser: Quantiser
     measured: Distortion | None
+    kept: KeptBytes | None
     on: dict[torch.device, Quantiser] = field(default_factory=dict)  # copies, made when first asked for
 
 
@@ -90,8 +92,10 @@ class ProductCodec(Codec):
 
     def payload_bytes(self, tokens: int) -> int:
         """Bytes of a payload; before training, the most that it can have: see `Codec.payload_bytes`."""
-        of = self.design if self._state is None else self._state.quantiser
-        return of.fixed_bytes + tokens * of.token_bytes
+        if self._state is None:
+            return self.design.most_bytes(tokens)
+        kept, of = self._state.kept, self._state.quantiser
+        return of.fixed_bytes + tokens * of.token_bytes if kept is None else kept.payload_bytes(tokens)
 
     def check_fit(self) -> None:
         """Raise `PluginError` if faiss is missing: see `Codec.check_fit`."""
@@ -116,39 +120,47 @@ class ProductCodec(Codec):
         if not len(sample):
             raise CodecError("the product codec cannot be trained on no memories")
         for i in range(len(sample)):
-            layout.check_finite(sample, i)
+            layout.check_finite(sample, i, self.spec)
         cut = len(sample) - held_out(len(sample))
         quantiser = self.design.fit(sample.rows(slice(0, cut)), importance, progress, steps or Steps())
         measured = None
         if cut < len(sample):
             judge = type(self)(self.spec, **self.options)
-            judge._state = _State(quantiser, None)
+            judge._state = self._state_of(quantiser, None)
             measured = judge.distortion(sample.rows(slice(cut, None)))
-        self._state = _State(quantiser, measured)
+        self._state = self._state_of(quantiser, measured)
+
+    def _state_of(self, quantiser: Quantiser, measured: Distortion | None) -> _State:
+        kept = KeptBytes(self.spec, quantiser.fixed_bytes, quantiser.heads_of_bytes) if self.spec.budgets else None
+        return _State(quantiser, measured, kept)
 
     def encode(self, memories: MemoryTensors) -> Tensor:
         """Payloads of memories, ``uint8[n, bytes]`` on the CPU: see `Codec.encode`."""
         device = memories.keys.device
-        quantiser = self._on(device)
+        quantiser, kept = self._on(device), self._ready().kept
         memories.check(self.spec)
-        size = (len(memories), self.payload_bytes(self.spec.tokens))
+        size = (len(memories), quantiser.fixed_bytes + self.spec.tokens * quantiser.token_bytes)
         rows = torch.zeros(size, dtype=torch.uint8, device=device)
         if device.type != "cpu":  # in one go: each copy, and each look at a number, would wait for the device
             quantiser.encode_all(layout.all_vectors(memories, self.spec), memories.tokens.tolist(), rows)
-            return to_host(rows)
+            return to_host(rows if kept is None else kept.narrow(rows))
         for i, row in enumerate(rows):
             # One memory at a time: a matrix product may round otherwise in a larger batch.
             vectors = layout.vectors(memories, i, self.spec)
-            quantiser.encode(vectors, row[: self.payload_bytes(vectors[0].shape[1])])
-        return rows
+            quantiser.encode(vectors, row[: quantiser.fixed_bytes + vectors[0].shape[1] * quantiser.token_bytes])
+        return rows if kept is None else kept.narrow(rows)
 
     def decode(self, payloads: Tensor, tokens: Tensor, dtype: torch.dtype) -> MemoryTensors:
         """Decode payloads on their device; refuses no bytes and never waits for it: see `Codec.decode`."""
-        quantiser = self._on(payloads.device)
+        quantiser, kept = self._on(payloads.device), self._ready().kept
         width = layout.width_of(payloads, tokens, self)
+        if kept is not None:
+            payloads = kept.widen(payloads, width)
         # Rounded products may exceed the peak a little.
         fits = quantiser.peak * 1.01 <= torch.finfo(dtype).max
         keys, values = quantiser.decode(payloads, width, dtype if fits else torch.float32)
+        if kept is not None:
+            kept.blank(keys, values)
         return layout.finish(keys, values, tokens, self.spec, dtype, quantiser.peak)
 
     def tensors(self) -> Mapping[str, Tensor]:
@@ -164,7 +176,7 @@ class ProductCodec(Codec):
         quantiser = self.design.restore(tensors)
         if not quantiser.peak < torch.finfo(torch.bfloat16).max:
             raise CodecError("its values are too large")
-        self._state = _State(quantiser, measured)
+        self._state = self._state_of(quantiser, measured)
 
     @property
     def quantiser(self) -> Quantiser:

@@ -27,6 +27,14 @@ class Quantiser(ABC):
     peak: float
     """No decoded value exceeds it."""
 
+    @property
+    @abstractmethod
+    def heads_of_bytes(self) -> Tensor:
+        """Of which head each byte of a token is, among layers x KV heads: ``int64[token_bytes]`` on the CPU.
+
+        Asked for only where the spec has budgets.
+        """
+
     @abstractmethod
     def tensors(self) -> Mapping[str, Tensor]:
         """The learned tensors by name, as the codec's file holds them."""
@@ -78,6 +86,10 @@ class Design(ABC):
 
     def __init__(self, spec: MemorySpec) -> None:
         self.spec = spec
+
+    def most_bytes(self, tokens: int) -> int:
+        """Most bytes of the payload of so many tokens."""
+        return self.fixed_bytes + -(-self.token_bytes * self.spec.numbers(tokens) // self.spec.numbers_per_token)
 
     @abstractmethod
     def fit(

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m3runtime.codecs import layout
 from m3runtime.codecs.base import Progress
 from m3runtime.codecs.files import check_tensors
 from m3runtime.codecs.product.kmeans import new_noise
@@ -96,7 +97,7 @@ class ResidualDesign(Design):
         exists = sample.exists()
         heads = torch.empty(self.heads, int(exists.sum()), self.spec.head_dim)
         for head, into in enumerate(heads):
-            into.copy_(x[:, head // self.spec.kv_heads, head % self.spec.kv_heads].cpu()[exists])
+            into.copy_(self._of_head(x, head)[exists])
         if offset is not None:
             at = 0
             for own in sample.tokens.tolist():
@@ -105,12 +106,17 @@ class ResidualDesign(Design):
                 at += own
         return heads.view(self.heads // self.sharing, -1, self.spec.head_dim)
 
+    def _of_head(self, x: Tensor, head: int) -> Tensor:
+        """The vectors of one head, ``[n, tokens, head_dim]``; what it does not keep is filled: see `layout.cycled`."""
+        own = x[:, head // self.spec.kv_heads, head % self.spec.kv_heads].cpu()
+        return own[:, layout.cycled(self.spec, own.shape[1]).flatten(0, 1)[head]] if self.spec.budgets else own
+
     def _offset(self, sample: MemoryTensors) -> Tensor:
         """Low and step of the mean of a memory's keys, ``float32[2, heads, head_dim]``."""
         exists = sample.exists()
         found = []
         for head in range(self.heads):
-            keys = sample.keys[:, head // self.spec.kv_heads, head % self.spec.kv_heads].cpu().float()
+            keys = self._of_head(sample.keys, head).float()
             means = torch.stack([row[:own].mean(0) for row, own in zip(keys, sample.tokens.tolist(), strict=True)])
             # Room on both sides for memories unlike those of the sample.
             room = keys[exists].std(0, correction=0)

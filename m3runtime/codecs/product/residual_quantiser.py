@@ -142,6 +142,12 @@ class ResidualQuantiser(Quantiser):
         """Bytes of the codes of a token: see `Quantiser`."""
         return self.heads * (self.keys.code_bytes + self.values.code_bytes)
 
+    @property
+    def heads_of_bytes(self) -> Tensor:
+        """All keys, then all values: see `Quantiser.heads_of_bytes`."""
+        heads = torch.arange(self.heads)
+        return torch.cat([heads.repeat_interleave(of.code_bytes) for of in (self.keys, self.values)])
+
     @cached_property
     def peak(self) -> float:  # type: ignore[override]
         """The greatest value that any bytes decode to: see `Quantiser`."""

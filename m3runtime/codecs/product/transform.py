@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from m3runtime.memory.spec import MemorySpec
-from m3runtime.memory.tensors import MemoryTensors
+from m3runtime.memory.tensors import MemoryTensors, budgets_of
 
 CENTROIDS = 256
 """Centroids of a part: a code is a byte."""
@@ -38,13 +38,20 @@ class Units:
         """Channels of a unit."""
         return 2 * self.heads * self.spec.head_dim // self.count
 
+    @property
+    def budgets(self) -> Tensor:
+        """The most tokens of each unit, ``int64[units]``."""
+        budgets = budgets_of(self.spec)
+        return budgets.flatten().repeat(2) if self.together == "head" else budgets[:, 0]
+
     def sample(self, memories: MemoryTensors, unit: int) -> Tensor:
-        """The vectors of one unit of all tokens of memories, ``float32[tokens, channels]`` on the CPU."""
+        """The vectors of one unit of all tokens that it keeps of memories, ``float32[tokens, channels]`` on the CPU."""
         exists = memories.exists()
         layer = unit % self.heads // self.spec.kv_heads if self.together == "head" else unit
         of = [memories.keys, memories.values]
         if self.together == "head":
             head = unit % self.spec.kv_heads
+            exists &= torch.arange(exists.shape[1]) < self.budgets[unit]
             return of[unit // self.heads][:, layer, head].cpu()[exists].float()
         both = [x[:, layer].transpose(1, 2).cpu()[exists].float().flatten(1) for x in of]
         return torch.cat(both, 1)

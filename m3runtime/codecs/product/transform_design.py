@@ -34,19 +34,23 @@ class TransformDesign(Design):
 
     The default is 3/16 of what they take in bfloat16: 48 for a head of 64 channels. docs/codecs.md says why.
 
-    With ``together="layer"`` keys and values of all heads of a layer are one vector; with ``head`` each key and each
-    value is one by itself: less to compute, and more bytes for the same error. Raises `CodecError` for options that do
-    not fit the spec.
+    With ``together="layer"``, the default, keys and values of all heads of a layer are one vector; with ``head`` each
+    key and each value is one by itself: less to compute, and more bytes for the same error. Heads with budgets of their
+    own need ``head``, which is their default. Raises `CodecError` for options that do not fit the spec.
     """
 
-    def __init__(self, spec: MemorySpec, bytes: int | None = None, together: str = "layer") -> None:
+    def __init__(self, spec: MemorySpec, bytes: int | None = None, together: str | None = None) -> None:
         super().__init__(spec)
+        if together is None:
+            together = "head" if spec.budgets else "layer"
         bytes = max(1, round(_SHARE * spec.head_dim)) if bytes is None else bytes
         if type(bytes) is not int or bytes not in range(1, 2 * spec.head_dim + 1):
             most = 2 * spec.head_dim
             raise CodecError(f"bytes of the product codec must be a whole number from 1 to {most}, not {bytes!r}")
         if together not in TOGETHER:
             raise CodecError(f"together of the product codec must be one of {', '.join(TOGETHER)}, not {together!r}")
+        if spec.budgets and together != "head":
+            raise CodecError("together of the product codec must be head where heads keep different numbers of tokens")
         self.units = Units(spec, together)
         self.options = {"bytes": bytes, "together": together}
         self.fixed_bytes, self.token_bytes = 0, -(-bytes * spec.numbers_per_token // (2 * spec.head_dim))
@@ -66,7 +70,12 @@ class TransformDesign(Design):
             return self._by_power(vectors) if of_units is None else of_units[unit]
 
         vectors = partial(self.units.sample, sample)
-        return TransformQuantiser(train_transform(self.units, vectors, costs, self.token_bytes, progress, steps))
+        return TransformQuantiser(train_transform(self.units, vectors, costs, self._most, progress, steps))
+
+    @property
+    def _most(self) -> int:
+        """Most codes of a full memory."""
+        return self.most_bytes(self.spec.tokens)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> TransformQuantiser:
         """The quantiser of learned tensors: see `Design.restore`."""
@@ -79,7 +88,8 @@ class TransformDesign(Design):
         # What is covered is counted only where widths are some that can be: they may be any number of a file.
         covered = {(u, at) for u, f, w in listed for at in range(f, f + w)} if fit else set()
         apart = len(covered) == sum(width)  # or what a coordinate is would depend on which part comes last
-        if not fit or not apart or len(listed) > self.token_bytes or listed != sorted(listed, key=_order):
+        within = fit and int(self.units.budgets[parts[:, 0].long()].sum()) <= self._most
+        if not within or not apart or listed != sorted(listed, key=_order):
             raise CodecError("tensor 'parts' does not describe parts of these vectors")
         rows = sum(kept_by(parts, units))
         wanted: dict[str, tuple[int, ...]] = {

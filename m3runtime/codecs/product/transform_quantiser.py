@@ -44,6 +44,11 @@ class TransformQuantiser(Quantiser):
         """One byte for each part: see `Quantiser`."""
         return len(self.transform.parts)
 
+    @property
+    def heads_of_bytes(self) -> Tensor:
+        """Those of the parts' units: see `Quantiser.heads_of_bytes`."""
+        return self.transform.parts[:, 0].long() % self.transform.units.heads
+
     @cached_property
     def peak(self) -> float:  # type: ignore[override]
         """All coordinates at their greatest, with the worst of signs: see `Quantiser`."""

@@ -40,7 +40,7 @@ def train_transform(
     progress: Progress | None,
     steps: Steps,
 ) -> Transform:
-    """The transform of a sample with at most ``codes`` codes a token, unit by unit.
+    """The transform of a sample with at most ``codes`` codes in a full memory, unit by unit.
 
     ``vectors`` gives the sample of a unit, ``float32[tokens, channels]``, and ``costs`` the importance of errors in it,
     ``float64[channels, channels]``. Deterministic, whatever the number of threads.
@@ -55,7 +55,7 @@ def train_transform(
         return steps.take(f"transform-{unit}", work)
 
     transforms = each(transformed, range(units.count), None)
-    chosen = divide([of["spectrum"].numpy() for of in transforms], codes)
+    chosen = divide([of["spectrum"].numpy() for of in transforms], codes, units.budgets.tolist())
 
     def tabulated(unit: int) -> Mapping[str, Tensor]:
         def work() -> dict[str, Tensor]:
@@ -146,17 +146,20 @@ def lloyd(x: npt.NDArray[np.float32], levels: int) -> npt.NDArray[np.float32]:
     return found
 
 
-def divide(spectra: Sequence[Spectrum], codes: int) -> list[list[int]]:
-    """The number of coordinates that each code of each unit covers, from the greatest on; at most ``codes`` in all.
+def divide(spectra: Sequence[Spectrum], codes: int, tokens: Sequence[int] | None = None) -> list[list[int]]:
+    """The number of coordinates that each code of each unit covers, from the greatest on.
+
+    A unit has its codes for each of its ``tokens`` (default: for one); those of all are at most ``codes``.
 
     What is left over at a spectrum's end gets no code. Minimises the predicted sum of squared errors: a price of a code
     is found by bisection at which all units together buy as many as there are.
     """
     costs = [_costs(spectrum) for spectrum in spectra]
+    tokens = [1] * len(costs) if tokens is None else tokens
     low, high = 1e-12, 2 * max(float(spectrum.sum()) for spectrum in spectra) + 1e-12
     for _ in range(_PRICE_STEPS):
         price = (low * high) ** 0.5
-        if sum(len(_bought(cost, price)) for cost in costs) > codes:
+        if sum(of * len(_bought(cost, price)) for of, cost in zip(tokens, costs, strict=True)) > codes:
             low = price
         else:
             high = price

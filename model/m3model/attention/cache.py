@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from m3model.attention.budgets import Lacking, with_added
 from m3model.attention.buffers import BufferLayer, LayerStack
 from m3model.attention.implementation import Masked, Weighing, attention_weights
 from m3model.attention.layout import AttentionLayout, Pair
@@ -41,10 +42,13 @@ class MemoryCache(Masked, Cache):
         context: int,
         temperature: float = 1.0,
         log_weight: float = 0.0,
+        budgets: Tensor | None = None,
     ) -> None:
         """``context`` is how many columns are allocated at first; the buffers grow when they must.
 
         ``temperature`` divides the logits between queries and the keys of memories; ``log_weight`` is added to them.
+        ``budgets`` are those of `Lacking`, where heads do not all have as many tokens of a memory; layers are alike
+        then, and run in their order.
         """
         self.layout = layout
         self.temperature = temperature
@@ -70,6 +74,8 @@ class MemoryCache(Masked, Cache):
         self._positions = torch.zeros(batch, context, dtype=torch.int64, device=layout.device)  # of context columns
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
         self._received: list[Tensor] | None = None
+        self._lacking = None if budgets is None else Lacking(budgets)
+        self._read = 0  # attentions of the forward pass under way that read memories
         self._stacks = [LayerStack(group) for group in layout.groups(memory_layers)]
         stack_of = {layer: stack for stack in self._stacks for layer in stack.layers}
         super().__init__(layers=[BufferLayer(stack_of[i]) for i in range(layout.layers)])
@@ -131,6 +137,8 @@ class MemoryCache(Masked, Cache):
                 keys, values = self.layout.of_group(memory, stack.group)
                 stack.keys[:, row, :, columns] = keys if self.temperature == 1.0 else keys / self.temperature
                 stack.values[:, row, :, columns] = values
+        if self._lacking is not None:
+            self._lacking.write(row, columns)
 
     # -- one forward pass ---------------------------------------------------------------------------------------
 
@@ -147,6 +155,7 @@ class MemoryCache(Masked, Cache):
         self._query_positions, self._counts = positions, counts
         self.whole = self.whole and counts is None
         self._pending = length
+        self._read = 0
         self._masks.clear()
         for stack in self._stacks:
             region = self.region if stack.region else 0
@@ -177,12 +186,15 @@ class MemoryCache(Masked, Cache):
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, weighing: Weighing) -> Tensor:
         """See `m3model.attention.implementation.Attending`."""
-        if self._received is not None and keys.shape[2] > self.sink_tokens + self.columns + self._pending:
+        reads = keys.shape[2] > self.sink_tokens + self.columns + self._pending
+        if self._received is not None and reads:
             mask = self.mask(keys.shape[2], window)
             weights = attention_weights(query, keys, mask, weighing)[..., : self.used]
             weights = weights.masked_fill(~self.query_valid[:, None, :, None], 0).sum(2)  # [B, Hq, used]
             self._received.append(torch.unflatten(weights, 1, (keys.shape[1], -1)).sum(2))
-        return super().attend(query, keys, values, window, weighing)
+        read = super().attend(query, keys, values, window, weighing)
+        self._read += reads
+        return read
 
     @property
     def query_valid(self) -> Tensor:
@@ -194,12 +206,18 @@ class MemoryCache(Masked, Cache):
     def mask(self, keys: int, window: int | None) -> Tensor | None:
         """The mask added to the logits of the last ``keys`` columns, ``[B, 1, Q, K]``; None if all is seen.
 
-        Memories and sink are seen in layers with a sliding window as well: they stand outside the sequence.
+        Memories and sink are seen in layers with a sliding window as well: they stand outside the sequence. Where
+        heads have budgets, the mask is ``[B, kv_heads, Q, K]``, of the memory layer whose attention is next.
         """
         if (keys, window) not in self._masks:
             mask = self._build_mask(keys, window)
             self._masks[keys, window] = mask if mask is None or mask.device.type == "cpu" else _aligned(mask)
-        return self._masks[keys, window]
+        shared = self._masks[keys, window]
+        if self._lacking is None or keys == self.sink_tokens + self.columns + self._pending:
+            return shared
+        shared = self._bias.new_zeros(1, 1, 1, 1).expand(self.batch, 1, 1, keys) if shared is None else shared
+        mask = with_added(shared, self._lacking.added[self._read, :, :, self.region - self.used :])
+        return mask if mask.device.type == "cpu" else _aligned(mask)
 
     def _build_mask(self, keys: int, window: int | None) -> Tensor | None:
         context = self.columns + self._pending
@@ -249,6 +267,8 @@ class MemoryCache(Masked, Cache):
         positions = self._positions.new_zeros(self.batch, context)
         positions[:, : self.columns] = self._positions[:, : self.columns]
         self._bias, self._positions = bias, positions
+        if self._lacking is not None:
+            self._lacking.resize(self.batch, region, bias)
         self.region, self.sink_tokens, self._capacity = region, sink, context
 
     def separate(self) -> None:

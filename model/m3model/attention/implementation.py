@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from m3model.attention.budgets import by_query_head
 from m3model.attention.versions import CACHE_NAMES
 from m3runtime.errors import ConfigError
 
@@ -90,7 +91,10 @@ class Masked:
     """A cache whose queries all read the same columns, but for a mask."""
 
     def mask(self, keys: int, window: int | None) -> Tensor | None:
-        """The mask added to the logits of the last ``keys`` columns, ``[B, 1, Q, K]``; None if all is seen."""
+        """The mask added to the logits of the last ``keys`` columns, ``[B, 1, Q, K]``; None if all is seen.
+
+        ``[B, kv_heads, Q, K]`` where KV heads see different columns.
+        """
         raise NotImplementedError
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, weighing: Weighing) -> Tensor:
@@ -112,19 +116,20 @@ def attend(
     """Joint softmax over memories, sink and context (Memory³, section 3.1).
 
     ``query`` is ``[B, Hq, Q, D]``, ``keys`` ``[B, Hkv, K, D]``, ``values`` ``[B, Hkv, K, Dv]``, ``mask``
-    ``[B, 1, Q, K]``, added to the logits, or None where all is seen. ``threads`` is how many compute it on a CPU.
-    Returns ``[B, Hq, Q, Dv]``.
+    ``[B, 1 or Hkv, Q, K]``, added to the logits, or None where all is seen. ``threads`` is how many compute it on a
+    CPU. Returns ``[B, Hq, Q, Dv]``.
     """
     batch, heads, length, dim = query.shape
     kv_heads = keys.shape[1]
     if not weighing.is_plain:
         return _unfused(query, keys, values, mask, weighing)
     if heads == kv_heads or not _folds(query, kv_heads, mask, threads):
+        mask = None if mask is None else by_query_head(mask, heads)
         return scaled_dot_product_attention(
             query, keys, values, mask, scale=weighing.scale, enable_gqa=heads != kv_heads
         )
     if mask is not None and length > 1:
-        mask = mask.repeat(1, 1, heads // kv_heads, 1)  # [B, 1, G * Q, K]
+        mask = mask.repeat(1, 1, heads // kv_heads, 1)  # [B, 1 or Hkv, G * Q, K]
     folded = query.reshape(batch, kv_heads, -1, dim)  # [B, Hkv, G * Q, D]
     read = scaled_dot_product_attention(folded, keys, values, mask, scale=weighing.scale)
     return read.reshape(batch, heads, length, -1)
@@ -158,7 +163,7 @@ def attention_weights(query: Tensor, keys: Tensor, mask: Tensor | None, weighing
         logits = torch.tanh(grouped @ keys.transpose(2, 3) * (weighing.scale / weighing.softcap)) * weighing.softcap
     logits = logits.view(batch, heads, length, -1)
     if mask is not None:
-        logits = logits + mask
+        logits = logits + by_query_head(mask, heads)
     if weighing.sinks is not None:
         sinks = weighing.sinks.to(logits.dtype)[None, :, None, None].expand(batch, -1, length, 1)
         logits = torch.cat([logits, sinks], 3)

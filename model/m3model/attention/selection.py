@@ -45,36 +45,44 @@ def attention_scores(
     return asked.masked_fill(~valid[:, None, None, :, None], 0).sum((2, 3))
 
 
-def most_attended(scores: Tensor, tokens: Tensor, count: int) -> Tensor:
+def most_attended(scores: Tensor, tokens: Tensor, count: int, budgets: Tensor | None = None) -> Tensor:
     """Positions of the tokens that each KV head keeps, ascending: ``int64[n, layers, kv_heads, min(count, T)]``.
 
     ``scores`` is ``[n, layers, kv_heads, T]``, ``tokens`` ``int64[n]``: how many of the T exist. Of equal
     scores the earlier token is kept. A row of fewer than ``count`` tokens keeps all of them first, and then positions
-    of tokens that do not exist.
+    of tokens that do not exist. With ``budgets``, ``int64[layers, kv_heads]``, a head keeps so many, and T follows.
     """
     exists = torch.arange(scores.shape[3], device=scores.device) < tokens[:, None].to(scores.device)
     ranked = scores.masked_fill(~exists[:, None, None], -torch.inf)
     kept = ranked.sort(dim=3, descending=True, stable=True).indices[..., :count]
+    if budgets is not None:
+        beyond = torch.arange(kept.shape[3], device=kept.device) >= budgets.to(kept.device)[..., None]
+        kept = kept.masked_fill(beyond, scores.shape[3])
     return kept.sort(dim=3).values
 
 
-def select(memories: MemoryTensors, scores: Tensor, count: int, heads: Pair | None = None) -> MemoryTensors:
+def select(
+    memories: MemoryTensors, scores: Tensor, count: int, heads: Pair | None = None, budgets: Tensor | None = None
+) -> MemoryTensors:
     """Memories of the ``count`` best scored tokens of each layer and KV head, in order, out of memories of all tokens.
 
     ``scores`` is ``[n, layers, kv_heads, T]`` on the memories' device, as of `encode_scored`. Keys keep the positions
     that they had in the reference. Memories of no more than ``count`` tokens stay as they are. ``heads`` says which
-    head's tokens a piece has (`AttentionLayout.heads_of_pieces`), where heads of a memory are pieces.
+    head's tokens a piece has (`AttentionLayout.heads_of_pieces`), where heads of a memory are pieces. ``budgets``,
+    ``int64[layers, kv_heads]``, are those of heads that keep fewer: the rest of their ``count`` tokens is zero.
     """
-    if memories.keys.shape[3] <= count:
+    if budgets is None and memories.keys.shape[3] <= count:
         return memories
-    kept = most_attended(scores, memories.tokens, count)
+    kept = most_attended(scores, memories.tokens, count, budgets)
+    width = memories.keys.shape[3]
+    if budgets is not None:
+        lacking, kept = (kept == width)[..., None], kept.clamp_max(width - 1)
 
     of_keys, of_values = (None, None) if heads is None else heads
-    return MemoryTensors(
-        keys=_chosen(memories.keys, kept, of_keys),
-        values=_chosen(memories.values, kept, of_values),
-        tokens=memories.tokens.clamp_max(count),
-    )
+    keys, values = _chosen(memories.keys, kept, of_keys), _chosen(memories.values, kept, of_values)
+    if budgets is not None:
+        keys, values = keys.masked_fill_(lacking, 0), values.masked_fill_(lacking, 0)
+    return MemoryTensors(keys, values, memories.tokens.clamp_max(count))
 
 
 def _chosen(x: Tensor, kept: Tensor, heads: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from m3model.attention.budgets import Lacking
 from m3model.attention.layout import AttentionLayout, LayerGroup, Pair
 from m3model.attention.slots import Slot, distinct, place
 
@@ -50,10 +51,12 @@ class RowBuffers:
         sink: Pair | None,
         temperature: float = 1.0,
         log_weight: float = 0.0,
+        budgets: Tensor | None = None,
     ) -> None:
         """``sink`` is ``[layers, kv_heads, tokens, head_dim]``.
 
-        ``temperature`` divides the logits of memories, and ``log_weight`` is added to them.
+        ``temperature`` divides the logits of memories, and ``log_weight`` is added to them. ``budgets`` are those of
+        `Lacking`, where heads do not all have as many tokens of a memory.
         """
         self.layout = layout
         self.temperature = temperature
@@ -67,14 +70,15 @@ class RowBuffers:
         self.stacks = [Stack(group) for group in layout.groups(memory_layers)]
         self.bias = torch.empty(0)
         """What is added to the logits of memories and sink, ``[rows, region + sink]``: zero, a log weight, or -inf."""
+        self.lacking = None if budgets is None else Lacking(budgets)
         self._slots: list[dict[Hashable, Slot]] = []
         self._used: list[int] = []
 
     # -- room ---------------------------------------------------------------------------------------------------
 
     def bytes_of(self, rows: int, region: int, context: int) -> int:
-        """Bytes of keys and values of so many rows."""
-        numbers = 0
+        """Bytes of keys and values of so many rows, and of what hides them from heads."""
+        numbers = 0 if self.lacking is None else self.lacking.heads * region
         for stack in self.stacks:
             columns = self.sink + context + 1 + (region if stack.remembers else 0)
             numbers += len(stack.layers) * columns * stack.group.shape.numbers
@@ -105,6 +109,8 @@ class RowBuffers:
         """Drop all keys and values."""
         self.rows = self.region = self.context = 0
         self.bias = torch.empty(0)
+        if self.lacking is not None:
+            self.lacking.resize(0, 0, self.bias)
         for stack in self.stacks:
             stack.keys = stack.values = torch.empty(0)
 
@@ -125,6 +131,8 @@ class RowBuffers:
         if kept:
             bias[:kept, region - self.region :] = self.bias[:kept]
         self.bias = bias
+        if self.lacking is not None:
+            self.lacking.resize(rows + 1, region, bias)
         self._slots += [{} for _ in range(rows + 1 - len(self._slots))]
         self._used += [0] * (rows + 1 - len(self._used))
         self.rows, self.region, self.context = rows, region, context
@@ -175,6 +183,8 @@ class RowBuffers:
                 if self.layout.dtype is torch.float16:
                     buffer[:, to, :, end:] = 0
         self.bias[to] = self.bias[row]
+        if self.lacking is not None:
+            self.lacking.move(row, to)
         self._slots[to], self._used[to] = self._slots[row], self._used[row]
         self._slots[row], self._used[row] = {}, 0
 
@@ -212,3 +222,5 @@ class RowBuffers:
                 keys, values = self.layout.of_group(memory, stack.group)
                 stack.keys[:, row, :, columns] = keys if self.temperature == 1.0 else keys / self.temperature
                 stack.values[:, row, :, columns] = values
+        if self.lacking is not None:
+            self.lacking.write(row, columns)

@@ -26,14 +26,16 @@ def importance(
     encode: Callable[[Sequence[str]], MemoryTensors],
     ids: Callable[[str], list[int]],
     session: Callable[..., Session],
+    budgets: Tensor | None = None,
 ) -> Tensor:
     """The mean Fisher information of a token's keys and values, ``float32[memory layers, n, n]`` on the CPU.
 
     ``n`` is ``2 * kv_heads * head_dim``: keys of all heads, then values. ``encode``, ``ids`` and ``session`` are those
-    of the adapter. Deterministic on one device. Raises `InputError` without references, or as ``encode`` does.
+    of the adapter. With ``budgets``, ``int64[memory layers, kv_heads]``, the mean of a head is over the tokens that it
+    keeps. Deterministic on one device. Raises `InputError` without references, or as ``encode`` does.
     """
     total: Tensor | None = None
-    tokens = 0
+    counts: list[int] = []
     draw = torch.Generator().manual_seed(_SEED)
     # Batches of references of like length waste little on padding.
     order = sorted(references, key=lambda text: len(ids(text)))
@@ -42,10 +44,15 @@ def importance(
         for gradient in _gradients(texts, encode, ids, session, draw):
             outer = gradient.transpose(1, 2) @ gradient
             total = outer if total is None else total.add_(outer)
-            tokens += gradient.shape[1]
+            counts.append(gradient.shape[1])
     if total is None:
         raise InputError("importance needs at least one reference")
-    return (total / tokens).cpu()
+    if budgets is None:
+        return (total / sum(counts)).cpu()
+    kept = torch.stack([budgets.clamp_max(count) for count in counts]).sum(0)
+    # Of a channel; of two channels, the geometric mean.
+    root = kept.repeat_interleave(total.shape[1] // (2 * kept.shape[1]), 1).repeat(1, 2).sqrt()
+    return total.cpu() / (root[:, :, None] * root[:, None])
 
 
 def _gradients(

@@ -38,18 +38,19 @@ class Session:
         temperature: float = 1.0,
         log_weight: float = 0.0,
         arrange: Arrangement | None = None,
+        budgets: Tensor | None = None,
     ) -> None:
         """``offset`` is the position of the first context token; ``context`` how many tokens to allocate for at first.
 
-        ``temperature`` divides the logits between queries and memories, ``log_weight`` is added to them, and
-        ``arrange`` places memories (default: as they are).
+        ``temperature`` divides the logits between queries and memories, ``log_weight`` is added to them,
+        ``arrange`` places memories (default: as they are), and ``budgets`` are those of `MemoryCache`.
         Raises `InputError` if the context would need more positions than the model's RoPE keeps fixed.
         """
         self.model = model
         self.layout = AttentionLayout.of(model)
         self._offset = offset
         check_positions(offset + context, self.layout.positions)
-        self.cache = MemoryCache(self.layout, memory_layers, batch, context, temperature, log_weight)
+        self.cache = MemoryCache(self.layout, memory_layers, batch, context, temperature, log_weight, budgets)
         if sink is not None:
             self.cache.put_sink(*sink)
         self._cache_name = cache_name(model)

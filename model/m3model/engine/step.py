@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from m3model.attention.budgets import with_added
 from m3model.attention.implementation import Weighing, attend, attention_weights
 from m3model.attention.layout import Pair
 from m3model.attention.stopping import StoringLayer
@@ -159,8 +160,9 @@ class StepCache(Cache):
         shape, threads = self.shape, self.shape.threads
         memories = keys.shape[2] - self.buffers.sink - shape.context
         masks = self._mask(memories, window, query.dtype)
-        if shape.kinds.grounding and memories:
-            if self._read in self._telling:
+        if memories:
+            masks = self._of_heads(masks, memories)
+            if shape.kinds.grounding and self._read in self._telling:
                 self._shares.append(self._share(query, keys, masks, weighing)[..., :memories])
             self._read += 1
         outputs = []
@@ -198,10 +200,27 @@ class StepCache(Cache):
         if self.shape.ends:
             places = inputs.results[decoding:]
             asking = query.index_select(2, places).transpose(0, 2)  # [E, Hq, 1, D]
-            mask = masks[1].flatten(0, 2).index_select(0, places - decoding)[:, None, None]
+            # [P, 1 or Hkv, Q, K] -> [E, 1 or Hkv, 1, K]
+            mask = masks[1].transpose(1, 2).flatten(0, 1).index_select(0, places - decoding)[:, :, None]
             theirs = keys.index_select(0, inputs.result_rows[decoding:])
             found.append(attention_weights(asking, theirs, mask, weighing))
         return torch.cat(found).mean((1, 2))
+
+    def _of_heads(self, masks: tuple[Tensor, Tensor], memories: int) -> tuple[Tensor, Tensor]:
+        """The masks of the memory layer whose attention is next, where KV heads have budgets of their own.
+
+        Of decoding rows ``[R, kv_heads, 1, K]`` and of parts ``[P, kv_heads, Q, K]``. Memory layers run in their order.
+        """
+        if self.buffers.lacking is None:
+            return masks
+        added = self.buffers.lacking.added[self._read]
+        added = added.narrow(2, added.shape[2] - memories, memories)
+        decoding, parts = masks
+        if self.shape.decoding:
+            decoding = with_added(decoding, added.narrow(0, 0, self.shape.decoding))
+        if self.shape.parts:
+            parts = with_added(parts, added.index_select(0, self.inputs.part_rows))
+        return decoding, parts
 
     def _mask(self, memories: int, window: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What is added to the logits, of decoding rows ``[R, 1, 1, K]`` and of parts ``[P, 1, Q, K]``.

@@ -155,6 +155,10 @@ def memory3_config(model: Any, tokenizer: Any, config: Config) -> Memory3Config:
         raise ConfigError("memory: a model is trained with place start, sinks once and positions parallel")
     if memory.select_by != "attention" and kept_tokens(memory) < memory.reference_tokens:
         raise ConfigError("memory.select_by must be attention: by it a model is trained to choose tokens")
+    if isinstance(memory.tokens_per_head, tuple):
+        raise ConfigError(
+            "memory.tokens_per_head must be all or one number: a model is trained with no budgets of heads"
+        )
     layout = AttentionLayout.of(model)
     if layout.again:
         raise ConfigError("model.path: a model whose layers run several times cannot be trained")

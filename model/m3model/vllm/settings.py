@@ -14,6 +14,7 @@ from m3runtime.config.schema import Config
 from m3runtime.config.section import Count, Section, Whole
 from m3runtime.config.units import Size
 from m3runtime.errors import BankMismatchError, BankMissingError, ConfigError
+from m3runtime.memory.shape import kept_tokens
 
 if TYPE_CHECKING:  # a client that builds prompts needs no vLLM
     from m3model.vllm import compat
@@ -98,8 +99,8 @@ def width_of(bias: BiasDirections) -> int:
 
 def slots_of(config: Config, bias: BiasDirections, block: int) -> int:
     """Slots for as many memories as a chunk may have; sink and slots together fill blocks of vLLM's cache."""
-    sink, tokens = len(bias.facts.sink_ids), config.memory.tokens_per_head
-    wanted = sink + config.recall.memories * (width_of(bias) if tokens == "all" else tokens)
+    sink, is_dense = len(bias.facts.sink_ids), config.memory.tokens_per_head == "all"
+    wanted = sink + config.recall.memories * (width_of(bias) if is_dense else kept_tokens(config.memory))
     return -(-wanted // block) * block - sink
 
 
@@ -115,6 +116,8 @@ def check(config: Config, bias: BiasDirections, shape: "compat.Shape") -> None:
     memory = config.memory
     if (memory.sinks, memory.positions) != ("once", "parallel"):
         raise ConfigError("vLLM reads memories with memory.sinks once and memory.positions parallel alone")
+    if isinstance(memory.tokens_per_head, tuple):
+        raise ConfigError("memory.tokens_per_head must be all or one number for vLLM, which has no masks for heads")
     ours, theirs = tuple(bias.directions.shape), (shape.layers, shape.kv_heads, shape.head_dim)
     if ours != theirs:
         raise BankMismatchError(
