@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from m3runtime.cli import eval_search
+from m3runtime.cli import eval_budgets, eval_search
 from m3runtime.cli.evaluating import Out, References, Seed, finish, require_libraries
 from m3runtime.cli.options import ConfigFile, Json, Set, configuration, load, overrides
 from m3runtime.cli.progress import progress_bars
@@ -225,5 +225,5 @@ def calibrate_attention(
     finish(report, out, json=json)
 
 
-for _command in (eval_search.search, eval_search.floor, eval_search.conversations):
+for _command in (eval_budgets.budgets, eval_search.search, eval_search.floor, eval_search.conversations):
     app.command()(_command)
