@@ -5,6 +5,8 @@ out of its payload, and are zeros again. Which those are follows from the spec a
 it, and the payload of a short memory is still the beginning of a full one's.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,12 +23,14 @@ class KeptBytes:
         It is ``int64`` on the CPU, and counts layers x KV heads.
         """
         exists = kept(spec, spec.tokens).flatten(0, 1)
-        of_bytes = exists[heads].T
+        # Bytes of one head that stand together are copied together: a vector at a time is faster than a byte.
+        self._run = math.gcd(*torch.unique_consecutive(heads, return_counts=True)[1].tolist())
+        of_runs = exists[heads[:: self._run]].T
         self.fixed = fixed
         self._token = len(heads)
-        self._ends = [0, *of_bytes.sum(1).cumsum(0).tolist()]
+        self._ends = [0, *of_runs.sum(1).cumsum(0).tolist()]
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._here = of_bytes.flatten().nonzero()[:, 0], ~exists[..., None]
+        self._here = of_runs.flatten().nonzero()[:, 0], ~exists[..., None]
 
     @classmethod
     def of(cls, spec: MemorySpec, fixed: int, heads: Tensor) -> "KeptBytes | None":
@@ -35,21 +39,26 @@ class KeptBytes:
 
     def payload_bytes(self, tokens: int) -> int:
         """Bytes of the payload of so many tokens."""
-        return self.fixed + int(self._ends[tokens])
+        return self.fixed + int(self._ends[tokens]) * self._run
 
     def narrow(self, whole: Tensor) -> Tensor:
         """Payloads of full length without what belongs to nothing: ``uint8[n, payload_bytes(spec.tokens)]``."""
         places, _ = self._at(whole.device)
-        return torch.cat([whole[:, : self.fixed], whole[:, self.fixed :].index_select(1, places)], 1)
+        return torch.cat([whole[:, : self.fixed], self._runs(whole).index_select(1, places).flatten(1)], 1)
 
     def widen(self, payloads: Tensor, width: int) -> Tensor:
         """Undo `narrow` for the first ``width`` tokens, with zeros for what belongs to nothing."""
         places, _ = self._at(payloads.device)
         count = self._ends[width]
+        size = self.payload_bytes(width)
         whole = payloads.new_zeros(len(payloads), self.fixed + width * self._token)
         whole[:, : self.fixed] = payloads[:, : self.fixed]
-        whole[:, self.fixed :].index_copy_(1, places[:count], payloads[:, self.fixed : self.fixed + count])
+        self._runs(whole).index_copy_(1, places[:count], self._runs(payloads[:, :size]))
         return whole
+
+    def _runs(self, payloads: Tensor) -> Tensor:
+        """A view of what follows the fixed bytes, ``uint8[n, runs, bytes of a run]``."""
+        return torch.unflatten(payloads[:, self.fixed :], 1, (-1, self._run))
 
     def blank(self, *both: Tensor) -> None:
         """Set to zero, in place, what heads do not keep of keys and values ``[n, layers * kv_heads, tokens, any]``."""
