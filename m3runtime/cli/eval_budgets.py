@@ -22,7 +22,8 @@ def budgets(
 ) -> None:
     """Choose memory.tokens_per_head for each KV head: a few heads need all tokens, and most need hardly any.
 
-    Tokens are scored as memory.select_by says. It says what to set for a new bank, and changes nothing.
+    Tokens are scored by the attention of a model that repeats the text, whatever memory.select_by is for the bank. It
+    says what to set for a new bank, and changes nothing.
     """
     settings = configuration(config, set)
     require_libraries()

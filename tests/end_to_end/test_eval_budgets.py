@@ -20,7 +20,7 @@ def towns(place: Place) -> str:
 def test_a_bank_is_written_with_budgets_and_read(place: Place, towns: str, codec: dict[str, object]) -> None:
     fit = place.m3("eval", "budgets", "--corpus", towns, "--tokens", "6", "--references", "12", "--json").json
     budgets = fit["results"]["budgets"]
-    assert fit["summary"][-1] == f"Set: memory.select_by: attention, memory.tokens_per_head: {budgets}"
+    assert fit["summary"][-1] == f"Set: memory.tokens_per_head: {budgets}"
     assert (len(budgets), {len(layer) for layer in budgets}) == (4, {2})
     assert fit["results"]["mean"] == pytest.approx(6, abs=0.3)
     with_budgets, even = fit["results"]["held"]

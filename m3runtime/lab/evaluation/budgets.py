@@ -1,7 +1,8 @@
 """``m3 eval budgets``: how many tokens each KV head should keep, by the attention that tokens receive.
 
-In each reference the tokens that receive most attention are kept, over all memory layers and KV heads. Some heads keep
-many of them and others few, much the same ones in every text. The budget of a head is its mean share.
+In each reference the tokens are kept that receive most attention from a model which repeats the text, over all memory
+layers and KV heads. Some heads keep many of them and others few, much the same ones in every text. The budget of a head
+is its mean share. Attention within the reference says too little about that, whatever tokens are kept by later.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,7 +72,7 @@ def fit_budgets(
     cannot have budgets.
     """
     documents = list(read_documents([Path(path) for path in settings.corpus]))
-    memory = config.memory.model_copy(update={"tokens_per_head": settings.tokens})
+    memory = config.memory.model_copy(update={"tokens_per_head": settings.tokens, "select_by": "repeat"})
     adapter = open_adapter(config.model_copy(update={"memory": memory}))
     if not isinstance(adapter, TokenScoring):
         raise ConfigError(f"model.adapter: {type(adapter).__name__} does not score tokens")

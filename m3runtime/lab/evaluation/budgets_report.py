@@ -31,7 +31,7 @@ def budgets_report(results: BudgetResults, settings: BudgetSettings, config: Con
             f"{with_budgets:.1%} of the attention to memories falls on kept tokens; it would be {without:.1%} if each "
             f"head kept {settings.tokens}.",
             "Attention reads as many columns as the largest budget. A bank is written with budgets, or anew.",
-            f"Set: memory.select_by: {config.memory.select_by}, memory.tokens_per_head: {written}",
+            f"Set: memory.tokens_per_head: {written}",
         ),
         tables=(
             Table(
