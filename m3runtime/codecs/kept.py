@@ -30,7 +30,7 @@ class KeptBytes:
         self._token = len(heads)
         self._ends = [0, *of_runs.sum(1).cumsum(0).tolist()]
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._here = of_runs.flatten().nonzero()[:, 0], ~exists[..., None]
+        self._here = of_runs.flatten().nonzero()[:, 0], exists[..., None]
 
     @classmethod
     def of(cls, spec: MemorySpec, fixed: int, heads: Tensor) -> "KeptBytes | None":
@@ -63,11 +63,11 @@ class KeptBytes:
     def blank(self, *both: Tensor) -> None:
         """Set to zero, in place, what heads do not keep of keys and values ``[n, layers * kv_heads, tokens, any]``."""
         for x in both:
-            _, lacking = self._at(x.device)
-            x.masked_fill_(lacking[:, : x.shape[2]], 0)
+            _, exists = self._at(x.device)
+            x.mul_(exists[:, : x.shape[2]])  # a tenth of the time of `masked_fill_`, and all values are finite
 
     def _at(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._on:
-            places, lacking = self._here
-            self._on[device] = places.to(device), lacking.to(device)
+            places, exists = self._here
+            self._on[device] = places.to(device), exists.to(device)
         return self._on[device]
