@@ -13,7 +13,7 @@ RUN python -m venv /venv \
     && /venv/bin/pip install --no-cache-dir ".[fast,train,transformers,sentence-transformers,documents,serve${EXTRAS:+,$EXTRAS}]"
 
 FROM python:3.11-slim
-RUN useradd --create-home --uid 1000 m3
+RUN useradd --create-home --uid 1000 m3 && install -d -o m3 -g m3 /bank
 COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH
 USER 1000
