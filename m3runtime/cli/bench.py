@@ -205,6 +205,35 @@ def recall(
 
 
 @app.command()
+def index(
+    config: ConfigFile = None,
+    references: Annotated[int, typer.Option(min=1, help="References in the configured home and index.")] = 1_000_000,
+    baseline: Annotated[int, typer.Option(min=1, help="References in LMDB and usearch.")] = 100_000,
+    queries: Annotated[int, typer.Option(min=1, help="Queries; both banks recall for each.")] = 1000,
+    memories: Annotated[int, typer.Option(min=1, help="Memories of one recall.")] = 5,
+    dim: Annotated[int, typer.Option(min=2, help="Numbers of an embedding.")] = 64,
+    folder: Annotated[
+        Path | None, typer.Option(help="Keep both banks there, and use them again. Default: a temporary folder.")
+    ] = None,
+    threads: Threads = 0,
+    set: Set = None,
+    json: Json = False,
+) -> None:
+    """Compare recalls from a million made references in the configured home and index with usearch over fewer.
+
+    Each bank is open in a process of its own, whose memory is measured. Embeddings lie near 5,000 random vectors, and
+    blocks are small. A million references take a few minutes of CPU to make.
+    """
+    settings = configuration(config, set)
+    from m3runtime.lab.bench.index import IndexSettings, bench_index
+
+    asked = IndexSettings(references, baseline, dim, queries, memories, threads or _default_threads())
+    with progress_bars(shown=not json) as progress:
+        found = bench_index(settings, asked, folder, progress)
+    show(found, json=json)
+
+
+@app.command()
 def write(
     corpus: Texts = None,
     config: ConfigFile = None,

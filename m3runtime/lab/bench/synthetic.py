@@ -40,8 +40,13 @@ class Built:
     memories: int
     home_s: float
     """Seconds to make embeddings and blocks, and to commit them."""
+    home_cpu_s: float
+    """CPU seconds of that, of all threads."""
+    compaction_s: float
+    compaction_cpu_s: float
     index_s: float
     """Seconds to read the embeddings back and to index them."""
+    index_cpu_s: float
 
 
 def centres(embedder: Embedder) -> Embeddings:
@@ -50,12 +55,22 @@ def centres(embedder: Embedder) -> Embeddings:
 
 
 def build(
-    config: Config, embedder: Embedder, about: Embeddings, path: Path, size: int, progress: OnProgress
+    config: Config,
+    embedder: Embedder,
+    about: Embeddings,
+    path: Path,
+    size: int,
+    progress: OnProgress,
+    *,
+    compact: bool = False,
 ) -> tuple[Bank, Built]:
-    """A bank of ``size`` memories near ``about``, with a saved index, in a home of the configured kind."""
+    """A bank of ``size`` memories near ``about``, with a saved index, in a home of the configured kind.
+
+    With ``compact`` the home is compacted before it is indexed.
+    """
     title = f"Making {size:,} memories"
     progress(title, 0, size)
-    began = time.perf_counter()
+    times = [_now()]
     codec = RawCodec(SPEC)
     none = "0" * 32
     manifest = Manifest(
@@ -77,12 +92,21 @@ def build(
             count = min(_GROUP, size - start)
             bank.home.commit(_batch(bank, start, around(about, count, seed=start)))
             progress(title, start + count, size)
-        made = time.perf_counter()
+        times.append(_now())
+        if compact:
+            bank.home.compact()
+        times.append(_now())
         assembly.update_indexes(config, bank)
+        times.append(_now())
     except BaseException:
         bank.close()
         raise
-    return bank, Built(size, made - began, time.perf_counter() - made)
+    return bank, Built(size, *np.diff(times, axis=0).ravel().tolist())
+
+
+def _now() -> tuple[float, float]:
+    """Seconds of the wall, and CPU seconds of this process."""
+    return time.perf_counter(), time.process_time()
 
 
 def around(centres: Embeddings, count: int, seed: int) -> Embeddings:
