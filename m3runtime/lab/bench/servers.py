@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,7 +70,7 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=variables, cwd=folder)
     endpoint = f"http://127.0.0.1:{ports['s3.port']}"
     try:
-        _wait(endpoint, process, folder / "log")
+        _wait(f"http://127.0.0.1:{ports['filer.port']}/buckets/{BUCKET}/", process, folder / "log")
         yield {
             "AWS_ACCESS_KEY_ID": _KEY,
             "AWS_SECRET_ACCESS_KEY": _SECRET,
@@ -84,19 +83,15 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
         process.wait()
 
 
-def _wait(endpoint: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Wait until the server answers."""
+def _wait(bucket: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Wait until the bucket is there, as a folder of the filer. The S3 server is up before, and refuses to tell."""
     deadline = time.monotonic() + _PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            urllib.request.urlopen(f"{endpoint}/{BUCKET}", timeout=5).close()
-        except urllib.error.HTTPError as error:
-            if error.code in (200, 403):  # it is there, and wants a key
-                return
+            urllib.request.urlopen(bucket, timeout=5).close()
         except OSError:
-            pass
+            time.sleep(0.2)
         else:
             return
-        time.sleep(0.2)
     last = " ".join(log.read_text(errors="replace")[-1000:].split())
     raise PluginError(f"the S3 server did not start: {last}")
