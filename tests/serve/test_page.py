@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -15,10 +15,12 @@ from tests.end_to_end.conftest import model_path, new_place, written, written_on
 from tests.serve.corpus_server import serving
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Route
 
 NOTE = "The weathercock of Pellworm turns to the north before a storm."
 QUESTION = "What does the weathercock of Pellworm do before a storm?"
+
+MEMORY = {"id": 0, "score": 0.5, "source": "a.md", "heading": "", "text": "a", "start_index": 0}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,11 @@ def ask(page: "Page", question: str) -> list[str]:
     page.keyboard.press("Enter")
     page.locator(".answer").nth(before).locator(".facts:not(:empty)").wait_for()
     return page.locator(".answer").nth(before).locator(".source").all_inner_texts()
+
+
+def streaming(body: str) -> "Callable[[Route], None]":
+    """Answers a request of the page with this stream of events, in place of the server."""
+    return lambda route: route.fulfill(body=body, content_type="text/event-stream")
 
 
 def test_the_whole_way(browser: "Browser", written: Place) -> None:  # noqa: F811
@@ -137,17 +144,28 @@ def test_the_same_question_three_times(browser: "Browser", shared: str) -> None:
 
 def test_a_memory_stands_with_its_part_of_an_answer(browser: "Browser", shared: str) -> None:
     def memory(start: int) -> dict[str, object]:
-        one = {"id": start, "score": 0.5, "source": "a.md", "heading": "", "text": "a", "start_index": start}
-        return {"choices": [{"delta": {"memories": [one]}}]}
+        return {"choices": [{"delta": {"memories": [{**MEMORY, "id": start, "start_index": start}]}}]}
 
     said = [{"choices": [{"delta": {"content": text}}]} for text in ("🦉🦉 owls", "🦭 seals")]
     none = {"choices": [{"delta": {"memories": []}}]}
     events = [memory(0), said[0], memory(7), said[1], none, said[1]]
     body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
     with opened(browser, shared) as page:
-        page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+        page.route("**/v1/chat/completions", streaming(body))
         ask(page, "owls?")
         assert page.locator(".chunk h3").all_inner_texts() == ["for “🦉🦉 owls”", "for “🦭 seals”"]
+
+
+def test_an_answer_that_is_not_grounded_says_so(browser: "Browser", shared: str) -> None:
+    with opened(browser, shared) as page:
+        for told, shown in (({"grounded": False}, 1), ({"grounded": True}, 0), ({}, 0)):
+            page.locator("#clear").click()
+            deltas = [{"memories": [MEMORY]}, {"content": "owls"}, {"found": True, **told}]
+            body = "".join(f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n" for delta in deltas)
+            page.unroute_all()
+            page.route("**/v1/chat/completions", streaming(f"{body}data: [DONE]\n\n"))
+            ask(page, "owls?")
+            assert page.locator(".answer", has_text="Not grounded").count() == shown
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab(browser: "Browser", locked: str) -> None:

@@ -11,7 +11,7 @@ export async function answer(into, body, signal) {
   into.append(text, memories, facts);
   into.setAttribute("aria-busy", "true");
   const began = performance.now();
-  let [said, first, read, usage, reason] = ["", null, [], null, null];
+  let [said, first, read, usage, reason, grounded] = ["", null, [], null, null, null];
   try {
     for await (const event of events("/v1/chat/completions", body, signal)) {
       const choice = event.choices?.[0];
@@ -24,6 +24,7 @@ export async function answer(into, body, signal) {
       if (choice?.delta?.references) {
         memories.replaceChildren(referencesOf(choice.delta.references));
       }
+      grounded = choice?.delta?.grounded ?? grounded;
       if (choice?.delta?.content) {
         first ??= performance.now() - began;
         said += choice.delta.content;
@@ -43,6 +44,10 @@ export async function answer(into, body, signal) {
   if (read.length) showMemories(memories, read, said);
   else if (said && !body.memory?.off && !body.memory?.as_text) {
     memories.append(h("p", { class: "quiet" }, "Nothing was recalled: the answer is the model's own."));
+  }
+  if (grounded === false) {
+    const told = "Not grounded: the memory that was read most does not bear the answer out.";
+    text.after(h("p", { class: "ungrounded" }, told));
   }
   facts.textContent = factsOf(performance.now() - began, first, usage, reason);
   return said;
