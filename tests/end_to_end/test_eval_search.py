@@ -72,6 +72,16 @@ def test_conversations_are_asked_with_every_weight(pairs: Place) -> None:
         assert all(row[1]["count"] == 8 for row in table["rows"])
 
 
+def test_a_conversation_is_searched_with_the_weight_of_names(pairs: Place) -> None:
+    sizes = ("--references", 40, "--conversations", 20, "--out", "out", "--json")
+    plain, named = (
+        pairs.m3("eval", "conversations", *sizes, "--set", f"recall.names_weight={weight}").json["tables"][0]["rows"][3]
+        for weight in (0, 1)
+    )
+    changed = 2 + KINDS.index("change")  # a message that names another subject than those before it
+    assert named[changed]["value"] > plain[changed]["value"] + 0.2
+
+
 @pytest.mark.slow
 def test_corpora_are_those_of_their_seed(tmp_path: Path) -> None:
     one = corpora.code(1, 5, 30)

@@ -26,7 +26,9 @@ def place(place: Place) -> Place:
     return place
 
 
-def test_a_trial_measures_what_a_runtime_delivers(place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names_weight", [0.0, 1.0])
+def test_a_trial_measures_what_a_runtime_delivers(place: Place, tmp_path: Path, names_weight: float) -> None:
+    place.configure(recall={"names_weight": names_weight})
     config = Config.load(place.file, {})
     settings = FactsSettings(seed=2, references=16, questions=5, unanswerable=0, batch=5, max_new_tokens=4, timed=1)
     run = FactsRun(config, settings, tmp_path / "facts")

@@ -14,6 +14,7 @@ from m3runtime import assembly
 from m3runtime.adapters.answers import Prompt
 from m3runtime.adapters.condensing import condensed
 from m3runtime.config.schema import Config
+from m3runtime.documents.reference import Reference
 from m3runtime.lab.evaluation.corpora import Corpus, pairs
 from m3runtime.lab.evaluation.report import Report, Table
 from m3runtime.lab.evaluation.statistics import mean
@@ -21,6 +22,7 @@ from m3runtime.lab.evaluation.world import Entity, make_clusters, put, tell
 from m3runtime.memory.block import as_ids
 from m3runtime.retrieval.bm25.index import Bm25Index
 from m3runtime.retrieval.embedder import Embedder
+from m3runtime.retrieval.naming import Naming
 from m3runtime.retrieval.query import Query
 from m3runtime.retrieval.retriever import Retriever
 from m3runtime.writing.writer import OnProgress
@@ -153,6 +155,10 @@ def ask_all(
         lexical.add(ids, texts)
     messages = _messages(config, conversations, progress)
     retriever = Retriever(embedder, index, lexical, alone=config.recall.search == "lexical", memories=settings.k)
+    if config.recall.names_weight:
+        retriever.naming = Naming(
+            lambda chosen: {id: Reference(texts[id], 0) for id in chosen}, config.recall.names_weight
+        )
     found: dict[float, dict[str, list[float]]] = {weight: {kind: [] for kind in KINDS} for weight in settings.weights}
     for number, turns in enumerate(conversations, 1):
         for place, turn in enumerate(turns):

@@ -21,13 +21,13 @@ from m3runtime.documents.reference import Place, Reference
 from m3runtime.lab.evaluation.journal import silent
 from m3runtime.lab.evaluation.judging import is_right
 from m3runtime.lab.evaluation.laboratory import Laboratory, weighted
-from m3runtime.lab.evaluation.modes import NEAREST
 from m3runtime.lab.evaluation.world import World
 from m3runtime.memory.block import HEADER_BYTES
 from m3runtime.memory.spec import canonical_json
 from m3runtime.memory.tensors import MemoryTensors
 from m3runtime.recall.lease import Part
 from m3runtime.retrieval.match import Match
+from m3runtime.retrieval.naming import CANDIDATES, Naming
 from m3runtime.retrieval.retriever import passing
 from m3runtime.writing.codec_files import configured
 from m3runtime.writing.fitting import fit_codec, sample
@@ -130,10 +130,16 @@ class Trials:
 
     def _recalled(self, config: Config) -> list[list[Match]]:
         rules = config.recall
-        return [
-            passing(nearest[: rules.memories], min_score=rules.min_score, margin=rules.margin)
-            for nearest in self._nearest
+        naming = Naming(self._searched, rules.names_weight)
+        found = [
+            naming.scored(question.text, nearest) if rules.names_weight else nearest
+            for question, nearest in zip(self.world.questions, self._nearest, strict=True)
         ]
+        return [passing(nearest[: rules.memories], min_score=rules.min_score, margin=rules.margin) for nearest in found]
+
+    def _searched(self, ids: Sequence[int]) -> dict[int, Reference]:
+        """The references as they are searched, whatever the model reads."""
+        return {id: Reference(self.world.references[id], 0) for id in ids}
 
     def _laboratory(
         self, config: Config, adapter: Adapter, parts: Mapping[int, Part], matches: Sequence[Sequence[Match]]
@@ -179,7 +185,7 @@ class Trials:
         finally:
             embedder.close()
         scores = asked @ references.T
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :NEAREST]
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :CANDIDATES]
         return [
             [Match(int(id), float(score)) for id, score in zip(ids, row[ids], strict=True)]
             for ids, row in zip(order, scores, strict=True)
