@@ -28,6 +28,8 @@ SMALL = ("--references", "80", "--questions", "60", "--unanswerable", "0")
 START = ("--set", "memory.attention_temperature=0.85", "--set", "generate.prompt=question")
 # What continues real text better: no sharper attention, and memories that weigh more alike.
 FLAT = ("--set", "memory.attention_temperature=1", "--set", "recall.score_temperature=0.1")
+BARE = {"memory.sink": "Reference:", "recall.names_weight": "0"}
+"""What all but `facts` were made with: the demo's settings before its sink had examples."""
 PAIRS = WORK / "pairs"
 """Written by `pairs.py` out of packages of Debian."""
 MINILM = WORK / "minilm"
@@ -79,8 +81,8 @@ def main(names: Sequence[str], values: Mapping[str, str], tag: str) -> None:
     write_corpus()
     MINILM.unlink(missing_ok=True)
     MINILM.symlink_to(models.minilm())
-    found = paths(values.get("model.path"))
     for name in names or RUNS:
+        found = paths(values.get("model.path")) | ({} if name == "facts" else BARE)
         out = f"{name}-{tag}" if tag else name
         if name in STUDIES:
             study = import_module(STUDIES[name])
@@ -95,7 +97,7 @@ def main(names: Sequence[str], values: Mapping[str, str], tag: str) -> None:
             continue
         arguments = ["eval", command, "--config", str(SETTINGS), "--out", str(WORK / out), *rest]
         print(f"m3 {' '.join(arguments)} --set model.path=... --set embedder.path=...", flush=True)
-        # What a run sets itself comes after the models' places, and what was asked for comes last.
+        # What a run sets itself comes after the models' places and `BARE`, and what was asked for comes last.
         sys.argv = ["m3", *arguments[:2], *sets(found), *arguments[2:], *sets(values)]
         run()
         keep(out)
