@@ -47,10 +47,7 @@ def calibrated(config: Config, folder: Path, progress: Any) -> Mapping[str, Any]
 
 def keys(reading: Reading) -> Mapping[str, Any]:
     """The values by key of the configuration."""
-    return {
-        f"{'recall' if name == 'score_temperature' else 'memory'}.{name}": value
-        for name, value in asdict(reading).items()
-    }
+    return {f"memory.{name}": value for name, value in asdict(reading).items()}
 
 
 def main(config: Config, corpus: Path, out: Path, command: str) -> None:  # noqa: ARG001 - as the other studies
@@ -58,7 +55,7 @@ def main(config: Config, corpus: Path, out: Path, command: str) -> None:  # noqa
     config = changed(config, {"model.dtype": "bfloat16", "codec": {"kind": "scalar"}, "generate.max_new_tokens": 12})
     with progress_bars(shown=sys.stderr.isatty()) as progress:
         found = calibrated(config, out / "calibration", progress)
-        readings = {"chosen by hand": Reading.of(config), "calibrated": Reading(**found["best"])}
+        readings = {"chosen by hand": Reading.of(config), "calibrated": Reading(**found["advised"])}
         world = make_world(OTHER_SEED, references=ASKED_REFERENCES, questions=QUESTIONS, unanswerable=0)
         trials = Trials(config, assembly.open_adapter(config), world)
         trials.progress = progress
@@ -75,7 +72,7 @@ def report(
 ) -> Report:
     """Both settings, and their difference."""
     rows = [
-        (name, *("null" if value is None else value for value in asdict(readings[name]).values()),
+        (name, *asdict(readings[name]).values(),
          mean(one.right, OTHER_SEED), mean(one.log_probs, OTHER_SEED))
         for name, one in results.items()
     ]  # fmt: skip
@@ -84,7 +81,6 @@ def report(
         ("exact answers, calibrated less by hand", difference(ours.right, hand.right, OTHER_SEED)),
         ("log-likelihood, calibrated less by hand", difference(ours.log_probs, hand.log_probs, OTHER_SEED)),
     )
-    gained = found["gained"]
     return Report(
         title="Values calibrated without questions",
         command=command,
@@ -93,9 +89,11 @@ def report(
         config=config.model_dump(mode="json"),
         fingerprints={},
         summary=(
-            "The divergence from answers from text falls by "
-            f"{gained['value']:.3f} ({gained['low']:.3f} to {gained['high']:.3f}) nats a token on statements that the "
-            "values were not chosen on.",
+            *(
+                f"{axis}: the log-likelihood of what the references say is {one['value']:.3f} ({one['low']:.3f} to "
+                f"{one['high']:.3f}) higher with what other statements choose."
+                for axis, one in found["gained"].items()
+            ),
         ),
         tables=(
             Table("Answers from memory", ("", *asdict(readings["calibrated"]), "exact answers",

@@ -209,10 +209,10 @@ def calibrate_attention(
     set: Set = None,
     json: Json = False,
 ) -> None:
-    """Choose how attention reads memories: memory.attention_temperature, attention_weight, recall.score_temperature.
+    """Choose how attention reads memories: memory.attention_temperature and attention_weight.
 
-    Answers from memory shall be as near as can be to answers from the same text in the prompt. It takes statements of
-    your bank and no questions; half of them judge what the others choose. It says what to set, and changes nothing.
+    What your texts say shall be as likely as can be when it is read from memory. It takes statements of your bank and
+    no questions; each half judges what the other chooses. It says what to set, and changes nothing.
     """
     settings = configuration(config, set)
     require_libraries()

@@ -9,6 +9,7 @@ from m3runtime.config.schema import Config
 from m3runtime.errors import InputError
 from m3runtime.lab.evaluation.attention import AXES, AttentionSettings, Reading, calibrate_attention
 from m3runtime.lab.evaluation.attention_report import attention_report
+from m3runtime.lab.evaluation.statistics import difference
 from tests.end_to_end.commands import Place
 from tests.end_to_end.conftest import NewPlace
 
@@ -26,29 +27,32 @@ def town_bank(tmp_path_factory: pytest.TempPathFactory, new_place: NewPlace) -> 
     return place
 
 
-def test_values_are_chosen_on_one_half_and_judged_on_the_other(
-    town_bank: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_half_judges_what_the_other_chooses(town_bank: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(AXES, "attention_weight", (1.0, 8.0))  # type: ignore[arg-type]
-    monkeypatch.setitem(AXES, "attention_temperature", (1.0,))  # type: ignore[arg-type]
-    monkeypatch.setitem(AXES, "score_temperature", (None,))  # type: ignore[arg-type]
-    before = town_bank.bank.joinpath("home/data.mdb").read_bytes()
+    monkeypatch.setitem(AXES, "attention_temperature", (1.0, 0.5))  # type: ignore[arg-type]
+    stored = town_bank.bank.joinpath("home/data.mdb").read_bytes()
     config = Config.load(town_bank.file, {})
     results = calibrate_attention(config, FEW, lambda: assembly.open_adapter(config))
-    assert results.former == Reading(0.03, 1.0, 1.0)
+    assert results.former == Reading(1.0, 1.0)
     assert {reading.attention_weight for reading in results.tried} == {1.0, 8.0}
-    assert {reading.score_temperature for reading in results.tried} == {0.03, None}
-    means = {reading: sum(values) for reading, values in results.tried.items()}
-    assert means[results.best] == min(means.values())
-    assert len(set(means.values())) == len(means), "every knob changes what is read"
-    assert set(results.judged) == {results.former, results.best}
-    halves = {len(values) for values in (*results.tried.values(), *results.judged.values())}
-    assert sum(halves if len(halves) > 1 else [*halves, *halves]) <= 16
+    assert {reading.attention_temperature for reading in results.tried} == {1.0, 0.5}
+    assert len({sum(values) for values in results.tried.values()}) == len(results.tried), (
+        "every knob changes what is read"
+    )
+    size = len(results.tried[results.former])
+    assert size <= 16
+    before = results.former
+    for step in results.steps:
+        first, second = (results.tried[one] for one in step.by_halves)
+        crossed = (*second[: size // 2], *first[size // 2 :])
+        assert step.gained == difference(crossed, results.tried[before], FEW.seed)
+        assert step.kept == (step.by_all if step.gained.low > 0 else before)
+        before = step.kept
+    assert results.advised == before
     report = attention_report(results, FEW, config)
-    assert report.results["advised"] in (report.results["former"], report.results["best"])
     assert report.summary[-1].startswith("Set: memory.attention_temperature: ")
-    assert report.markdown().count("| 0.03 |") >= 2
-    assert town_bank.bank.joinpath("home/data.mdb").read_bytes() == before
+    assert report.markdown().count("| 0.5 |") >= 1
+    assert town_bank.bank.joinpath("home/data.mdb").read_bytes() == stored
 
 
 def test_a_bank_of_few_statements_is_refused(town_bank: Place, place: Place, tmp_path: Path) -> None:
@@ -56,6 +60,9 @@ def test_a_bank_of_few_statements_is_refused(town_bank: Place, place: Place, tmp
     assert place.m3("write", "one.txt", "--json").code == 0
     complaint = place.m3("eval", "calibrate-attention", "--out", tmp_path / "out").complaint
     assert "at least 8 are needed" in complaint
+    nothing = ("--set", "recall.min_score=1", "--out", tmp_path / "out")
+    complaint = town_bank.m3("eval", "calibrate-attention", *nothing).complaint
+    assert "a search finds the own reference of 0 of this bank's 16 statements first" in complaint
     config = Config.load(town_bank.file, {})
     with pytest.raises(InputError, match="at least 16 are needed"):
         calibrate_attention(config, AttentionSettings(statements=15), lambda: assembly.open_adapter(config))

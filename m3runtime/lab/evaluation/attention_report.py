@@ -25,46 +25,51 @@ def evaluate_attention(config: Config, settings: AttentionSettings, progress: On
 
 def attention_report(results: AttentionResults, settings: AttentionSettings, config: Config) -> Report:
     """The report, whose last line of the summary is to be written into the configuration."""
-    former, best, seed = results.former, results.best, settings.seed
-    gained = difference(results.judged[former], results.judged[best], seed)
+    former, advised, seed = results.former, results.advised, settings.seed
+    count = len(results.tried[former])
     rows = [
-        (*_cells(reading), mean(values, seed), difference(values, results.tried[best], seed))
+        (*_cells(reading), mean(values, seed), difference(values, results.tried[former], seed))
         for reading, values in results.tried.items()
     ]
-    judged = [
-        (name, *_cells(reading), mean(results.judged[reading], seed))
-        for name, reading in (("before", former), ("best of the first half", best))
+    walked = [
+        (
+            one.axis,
+            *(f"{getattr(reading, one.axis):g}" for reading in (*one.by_halves, one.by_all, one.kept)),
+            one.gained,
+        )
+        for one in results.steps
     ]
-    advised = best if gained.low > 0 else former
-    lines = [f"Divergence of answers from memory from answers from text: {mean(results.judged[former], seed)} nats a "
-             f"token before, {mean(results.judged[best], seed)} with the values that were best on other statements: "
-             f"{gained} less."]  # fmt: skip
-    if advised == former:
-        lines.append("Statements that the values were not chosen on cannot tell them from those before, which stay.")
+    lines = [
+        f"{one.axis}: what the references say has a log-likelihood that is {one.gained} higher with the value that "
+        f"other statements choose, so {getattr(one.kept, one.axis):g} is kept"
+        for one in results.steps
+    ]
     lines.append(f"Set: {_yaml(advised)}")
     return Report(
-        title=f"How attention reads memories, by {len(results.judged[best])} of the bank's own statements",
+        title=f"How attention reads memories, by {count} of the bank's own statements",
         command=settings.command,
         settings=asdict(settings),
         config=config.model_dump(mode="json"),
         fingerprints=dict(results.fingerprints),
         summary=tuple(lines),
         tables=(
-            Table("The other half of the statements", ("", *AXES, "divergence"), tuple(judged)),
-            Table("Values that were tried", (*AXES, "divergence", "more than the best"), tuple(rows)),
+            Table(
+                "Chosen values", ("", "by the first half", "by the second", "by all", "kept", "gained"), tuple(walked)
+            ),
+            Table("Values that were tried", (*AXES, "log-likelihood", "more than before"), tuple(rows)),
         ),
         plots=(),
-        results={"former": asdict(former), "best": asdict(best), "advised": asdict(advised), "gained": asdict(gained)},
+        results={
+            "former": asdict(former),
+            "advised": asdict(advised),
+            "gained": {one.axis: asdict(one.gained) for one in results.steps},
+        },
     )
 
 
 def _cells(reading: Reading) -> tuple[object, ...]:
-    return tuple("null" if (value := getattr(reading, name)) is None else f"{value:g}" for name in AXES)
+    return tuple(f"{getattr(reading, name):g}" for name in AXES)
 
 
 def _yaml(reading: Reading) -> str:
-    score = "null" if reading.score_temperature is None else f"{reading.score_temperature:g}"
-    return (
-        f"memory.attention_temperature: {reading.attention_temperature:g}, "
-        f"memory.attention_weight: {reading.attention_weight:g}, recall.score_temperature: {score}"
-    )
+    return ", ".join(f"memory.{name}: {getattr(reading, name):g}" for name in AXES)
