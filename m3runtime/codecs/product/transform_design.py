@@ -77,6 +77,12 @@ class TransformDesign(Design):
         """Most codes of a full memory."""
         return self.most_bytes(self.spec.tokens)
 
+    def _codes(self, parts: Tensor) -> int:
+        """Codes of a full memory."""
+        if not self.spec.budgets:  # and any number of heads in a file
+            return len(parts) * self.spec.tokens
+        return int(self.units.budgets[parts[:, 0].long()].sum())
+
     def restore(self, tensors: Mapping[str, Tensor]) -> TransformQuantiser:
         """The quantiser of learned tensors: see `Design.restore`."""
         parts = tensors.get("parts")
@@ -88,7 +94,7 @@ class TransformDesign(Design):
         # What is covered is counted only where widths are some that can be: they may be any number of a file.
         covered = {(u, at) for u, f, w in listed for at in range(f, f + w)} if fit else set()
         apart = len(covered) == sum(width)  # or what a coordinate is would depend on which part comes last
-        within = fit and int(self.units.budgets[parts[:, 0].long()].sum()) <= self._most
+        within = fit and self._codes(parts) <= self._most
         if not within or not apart or listed != sorted(listed, key=_order):
             raise CodecError("tensor 'parts' does not describe parts of these vectors")
         rows = sum(kept_by(parts, units))
