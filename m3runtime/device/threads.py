@@ -1,11 +1,14 @@
 """Threads that compute: on which device, and on how many cores."""
 
+import ctypes
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 _CHANGING = threading.Lock()
+_SOFTLY = 1
+"""``omp_pause_soft`` of OpenMP 5.0."""
 
 
 def compute_on(threads: int) -> None:
@@ -21,6 +24,20 @@ def compute_on(threads: int) -> None:
         torch.get_num_threads()  # from now on the number that is set last does not reach this thread
         with ThreadPoolExecutor(1) as another:
             another.submit(torch.set_num_threads, before).result()
+
+
+def release() -> None:
+    """End the helpers with which the calling thread computes on several cores; others come when it computes again.
+
+    Each thread that computes so has helpers of its own. While all threads of the process are no more than the cores,
+    libgomp lets helpers wait a little for the next operation; with more of them they sleep at once, and waking them for
+    each operation costs a step of a model several percent. So who has computed, and now waits for another thread,
+    gives its own back. Where the OpenMP library does not offer it, nothing happens.
+    """
+    library = ctypes.CDLL(torch._C.__file__)  # and what it is linked to
+    pause = getattr(library, "omp_pause_resource", None)
+    if pause is not None:
+        pause(_SOFTLY, library.omp_get_initial_device())
 
 
 def prepare(device: torch.device, cores: int) -> None:

@@ -1,18 +1,19 @@
-import threading
+import os
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import pytest
 import torch
 
-from m3runtime.device.threads import compute_on
+from m3runtime.device.threads import compute_on, release
 from m3runtime.testing.threads import together
 
 
-def in_thread(work: Callable[[], int]) -> int:
-    results: list[int] = []
-    thread = threading.Thread(target=lambda: results.append(work()))
-    thread.start()
-    thread.join()
-    return results[0]
+def in_thread(work: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
 
 
 def test_only_the_calling_thread_computes_on_fewer_or_more_threads() -> None:
@@ -31,3 +32,26 @@ def test_only_the_calling_thread_computes_on_fewer_or_more_threads() -> None:
     assert found == {number: [number + 1] for number in range(4)}
     assert torch.get_num_threads() == before
     assert in_thread(torch.get_num_threads) == before
+
+
+def helpers() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted by /proc")
+def test_who_has_computed_gives_its_helpers_back_and_computes_again() -> None:
+    """Libgomp lets helpers spin for the next operation only while there are no more of them than cores."""
+    x = torch.arange(1_000_000, dtype=torch.float32)
+
+    def work() -> tuple[int, int, int, bool]:
+        compute_on(2)
+        before, first = helpers(), x.sqrt().sum()
+        busy = helpers()
+        release()
+        released = helpers()
+        return before, busy, released, bool(x.sqrt().sum() == first)
+
+    before, busy, released, same = in_thread(work)
+    assert busy > before
+    assert released < busy
+    assert same

@@ -18,7 +18,7 @@ from m3model.engine.scheduler import Plan, Scheduled, Scheduler
 from m3model.engine.writing import Reason
 from m3runtime.adapters.engine import End, Engine, Failure, OnEvent, Read, Request, Ticket
 from m3runtime.config.schema import GenerateConfig
-from m3runtime.device.threads import prepare
+from m3runtime.device.threads import prepare, release
 from m3runtime.errors import ConfigError, EngineClosedError, ForkedError, InputError, PromptTooLongError
 from m3runtime.recall.recalled import Recalled
 
@@ -87,6 +87,7 @@ class MemoryEngine(Engine):
             ids = self.words.ids(request.prompt, request.stream is not None)
             self._check(request, ids)
             jobs.append(Job(request, index, on_event, ids, self.words, self.cancel))
+        release()
         with self._changed:
             if self._closed:
                 raise EngineClosedError("the engine is closed: it takes no more requests")

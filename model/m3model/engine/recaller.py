@@ -11,7 +11,7 @@ from m3model.attention.layout import Pair
 from m3model.engine.job import Job, Words
 from m3model.engine.recalls import Asking, Found, hint, recall
 from m3runtime.device.side_stream import SideStream
-from m3runtime.device.threads import prepare
+from m3runtime.device.threads import prepare, release
 from m3runtime.retrieval.query import Query, Text
 
 _MOST = 8
@@ -74,6 +74,7 @@ class Recaller:
             with torch.inference_mode(), self._side.use():
                 found = recall(asking)
                 event = self._side.mark()
+            release()
         except Exception as error:  # noqa: BLE001 - told to whoever asked
             found = [Found(one.who, error) for one in asking]
         self._bring(Arrived(found, event))
