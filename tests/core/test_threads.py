@@ -1,7 +1,7 @@
-import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,7 +35,7 @@ def test_only_the_calling_thread_computes_on_fewer_or_more_threads() -> None:
 
 
 def helpers() -> int:
-    return len(os.listdir("/proc/self/task"))
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted by /proc")
