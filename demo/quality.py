@@ -29,7 +29,7 @@ START = ("--set", "memory.attention_temperature=0.85", "--set", "generate.prompt
 # What continues real text better: no sharper attention, and memories that weigh more alike.
 FLAT = ("--set", "memory.attention_temperature=1", "--set", "recall.score_temperature=0.1")
 BARE = {"memory.sink": "Reference:", "recall.names_weight": "0"}
-"""What all but `facts` were made with: the demo's settings before its sink had examples."""
+"""The demo's settings before its sink had examples, by which all but `facts` were made."""
 PAIRS = WORK / "pairs"
 """Written by `pairs.py` out of packages of Debian."""
 MINILM = WORK / "minilm"

@@ -44,7 +44,7 @@ BUDGETS = "repeat, budgets"
 COUNTS = (16, 32, 64)
 BITS = (8, 4)
 BYTES = (48, 24, 12)
-"""Of a key and a value of 64 channels, by the product codec."""
+"""Bytes of a key and a value of 64 channels, by the product codec."""
 BATCH = 16
 
 

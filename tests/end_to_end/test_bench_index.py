@@ -39,6 +39,9 @@ def test_the_report_adds_up(place: Place, tmp_path: Path) -> None:
         ratio, low, high = found["ratios"]["recall, p50"]
         assert ratio == pytest.approx(ours / theirs)
         assert low <= ratio <= high
+    other = place.m3(*("50" if word == "130" else word for word in command))
+    assert other.code != 0
+    assert "it has 130 memories, not 50; remove it, or name another folder" in other.err
     config = Config.load(place.file, {}, {"bank": str(tmp_path / "banks" / CONFIGURED)})
     with closing(assembly.open_bank(config, read_only=True)) as bank:
         assert len(bank.home) == 130

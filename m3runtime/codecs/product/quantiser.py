@@ -30,7 +30,7 @@ class Quantiser(ABC):
     @property
     @abstractmethod
     def heads_of_bytes(self) -> Tensor:
-        """Of which head each byte of a token is, among layers x KV heads: ``int64[token_bytes]`` on the CPU.
+        """The head that each byte of a token is of, among layers x KV heads: ``int64[token_bytes]`` on the CPU.
 
         Asked for only where the spec has budgets.
         """

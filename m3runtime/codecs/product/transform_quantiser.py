@@ -46,7 +46,7 @@ class TransformQuantiser(Quantiser):
 
     @property
     def heads_of_bytes(self) -> Tensor:
-        """Those of the parts' units: see `Quantiser.heads_of_bytes`."""
+        """The heads of the parts' units: see `Quantiser.heads_of_bytes`."""
         return self.transform.parts[:, 0].long() % self.transform.units.heads
 
     @cached_property

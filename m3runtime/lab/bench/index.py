@@ -1,6 +1,5 @@
 """``m3 bench index``: recalls from many made references in the configured home and index, against usearch over few."""
 
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from m3runtime import assembly
 from m3runtime.config.schema import Config, EmbedderConfig, IndexConfig, TierConfig
+from m3runtime.errors import InputError
 from m3runtime.lab.bench.bank_server import BankServer, MadeEmbedder, Opened, RecallTime, centres_of
 from m3runtime.lab.bench.recall import measured
 from m3runtime.lab.bench.synthetic import Built, build
@@ -56,7 +56,7 @@ class Served:
     recall_s: Mapping[str, float]
     """Seconds of a recall, without the embedding of its text: p50, p90 and p99."""
     search_s: Mapping[str, float]
-    """Those of the search in it."""
+    """Seconds of the search in a recall: p50, p90 and p99."""
     cpu_s: float
     """Mean CPU time of a recall, of all threads."""
     found: float
@@ -134,7 +134,8 @@ class IndexBench(Result):
 def bench_index(config: Config, settings: IndexSettings, folder: Path | None, progress: OnProgress) -> IndexBench:
     """Measure both banks, each served by a process of its own that recalls while the other one waits.
 
-    Banks are kept in ``folder`` and used again, or made in a temporary one.
+    Banks are kept in ``folder`` and used again, or made in a temporary one. Raises `InputError` if one of them has
+    another size.
     """
     config = measured(config, settings.memories).model_copy(
         update={
@@ -178,9 +179,10 @@ def _made(config: Config, count: int, progress: OnProgress) -> Built | None:
     """Make a bank, unless it is there."""
     if config.bank.exists():
         with closing(assembly.open_bank(config, read_only=True)) as bank:
-            if len(bank.home) == count:
-                return None
-        shutil.rmtree(config.bank)
+            found = len(bank.home)
+        if found != count:
+            raise InputError(f"{config.bank}: it has {found} memories, not {count}; remove it, or name another folder")
+        return None
     config.bank.parent.mkdir(parents=True, exist_ok=True)
     embedder = assembly.open_embedder(config)
     bank, built = build(config, embedder, centres_of(embedder.dim), config.bank, count, progress, compact=True)

@@ -40,7 +40,7 @@ class Staging:
             decoding = min(_power(decoding), self._buffers.rows)
             parts, width = _power(parts), max(_power(width), GRAIN) if width else 0
             ends = parts if ends else 0
-            context = min(rounded(_power(max(context, 4 * GRAIN))), self._buffers.context)
+            context = min(_power(max(context, 4 * GRAIN)), self._buffers.context)
             memories = self._buffers.region
         return Shape(
             decoding=decoding,
