@@ -6,6 +6,7 @@ what stands here: a BERT encoder, the mean over the tokens, and length one.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from m3backends.embedders.loading import PROBE, model_fingerprint, share_of
 from m3runtime.retrieval.embedder import Embeddings
@@ -51,6 +51,47 @@ _NORMALIZER = {
     "strip_accents": None,
     "lowercase": True,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """The tokens of B texts one after another, N in all: only attention pads them, to the T tokens of the longest."""
+
+    ids: Tensor
+    """Int64 ``[N]``."""
+    positions: Tensor
+    """The place of each token in its text, int64 ``[N]``."""
+    lengths: Tensor
+    """Int64 ``[B]``."""
+    places: Tensor | None
+    """Where each token stands when they are padded, int64 ``[N]`` below ``B * T``; None if all are equally long."""
+    seen: Tensor | None
+    """What attention reads of each, bool ``[B, 1, 1, T]``; None for all."""
+
+    @classmethod
+    def of(cls, texts: Sequence[Sequence[int]], device: torch.device) -> Self:
+        """These tokens, on a device."""
+        lengths = torch.tensor([len(text) for text in texts])
+        real = torch.arange(int(lengths.max())) < lengths[:, None]  # [B, T]
+        row, position = real.nonzero(as_tuple=True)
+        places = seen = None
+        if not real.all():
+            places, seen = (row * real.shape[1] + position).to(device), real[:, None, None].to(device)
+        ids = torch.tensor([token for text in texts for token in text])
+        return cls(ids.to(device), position.to(device), lengths.to(device), places, seen)
+
+    def padded(self, rows: Tensor) -> Tensor:
+        """``[N, ...]`` as ``[B, T, ...]``, with zeros after the end of each text."""
+        if self.seen is None or self.places is None:
+            return rows.view(len(self.lengths), -1, *rows.shape[1:])
+        batch, length = self.seen.shape[0], self.seen.shape[3]
+        room = rows.new_zeros(batch * length, *rows.shape[1:])
+        return room.index_copy_(0, self.places, rows).view(batch, length, *rows.shape[1:])
+
+    def packed(self, padded: Tensor) -> Tensor:
+        """``[B, T, ...]`` as ``[N, ...]``."""
+        rows = padded.flatten(0, 1)
+        return rows if self.places is None else rows.index_select(0, self.places)
 
 
 class MeanOfTokens:
@@ -148,9 +189,7 @@ class MeanOfTokens:
         ids = [one.ids for one in self.tokenizer.encode_batch(list(texts))]
         vectors = np.zeros((len(texts), self.dim), np.float32)
         for rows in _batches(ids, batch_size):
-            padded = pad_sequence([torch.tensor(ids[row]) for row in rows], batch_first=True)
-            lengths = torch.tensor([len(ids[row]) for row in rows])
-            vectors[rows] = self._means(padded, lengths).cpu().numpy()
+            vectors[rows] = self._means([ids[row] for row in rows]).cpu().numpy()
         return vectors
 
     @torch.inference_mode()
@@ -158,32 +197,34 @@ class MeanOfTokens:
         """The vectors of a text's tokens, ``float32[tokens, dim]`` with the special ones, and their mean."""
         self.tokenizer.enable_truncation(self.longest)
         self.tokenizer.no_padding()
-        ids = torch.tensor([self.tokenizer.encode(text).ids])
-        (hidden,) = self._hidden(ids.to(self.weights["embeddings.word_embeddings.weight"].device), None)
+        texts = _Texts.of([self.tokenizer.encode(text).ids], self._device)
+        hidden = self._hidden(texts)
         return hidden.cpu().numpy(), hidden.mean(0).cpu().numpy()
 
-    def _means(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """The mean over the tokens of each row of ``ids``, int64 ``[B, T]``: ``float32[B, dim]`` of length 1."""
-        device = self.weights["embeddings.word_embeddings.weight"].device
-        ids, lengths = ids.to(device), lengths.to(device)[:, None]
-        real = torch.arange(ids.shape[1], device=device) < lengths  # [B, T]
-        hidden = self._hidden(ids, None if real.all() else real[:, None, None])
-        return F.normalize((hidden * real[..., None]).sum(1) / lengths)
+    @property
+    def _device(self) -> torch.device:
+        return self.weights["embeddings.word_embeddings.weight"].device
 
-    def _hidden(self, ids: Tensor, real: Tensor | None) -> Tensor:
-        """The last hidden states, ``[B, T, dim]``. Tokens are read where ``real``, bool ``[B, 1, 1, T]``, is true."""
+    def _means(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """The mean over the tokens of each text: ``float32[B, dim]`` of length 1."""
+        texts = _Texts.of(ids, self._device)
+        return F.normalize(texts.padded(self._hidden(texts)).sum(1) / texts.lengths[:, None])
+
+    def _hidden(self, texts: "_Texts") -> Tensor:
+        """The last hidden states, ``[N, dim]``."""
         words, places, kinds = (
             self.weights[f"embeddings.{name}_embeddings.weight"] for name in ("word", "position", "token_type")
         )
-        hidden = self._norm(words[ids] + places[: ids.shape[1]] + kinds[0], "embeddings.LayerNorm")
+        hidden = self._norm(words[texts.ids] + places[texts.positions] + kinds[0], "embeddings.LayerNorm")
         for number in range(self._layers):
             at = f"encoder.layer.{number}."
-            queries, keys, values = (
-                self._linear(hidden, f"{at}attention.self.{name}").view(*ids.shape, self._heads, -1).transpose(1, 2)
+            heads = (
+                self._linear(hidden, f"{at}attention.self.{name}").unflatten(1, (self._heads, -1))
                 for name in ("query", "key", "value")
-            )  # each [B, H, T, D]
-            read = F.scaled_dot_product_attention(queries, keys, values, real).transpose(1, 2).flatten(2)
-            change = self._linear(read, f"{at}attention.output.dense")
+            )  # each [N, H, D]
+            queries, keys, values = (texts.padded(one).transpose(1, 2) for one in heads)  # each [B, H, T, D]
+            read = F.scaled_dot_product_attention(queries, keys, values, texts.seen).transpose(1, 2)
+            change = self._linear(texts.packed(read).flatten(1), f"{at}attention.output.dense")
             hidden = self._norm(hidden + change, f"{at}attention.output.LayerNorm")
             inner = F.gelu(self._linear(hidden, f"{at}intermediate.dense"))
             hidden = self._norm(hidden + self._linear(inner, f"{at}output.dense"), f"{at}output.LayerNorm")
