@@ -22,6 +22,8 @@ from m3model.attention.versions import CACHE_NAMES
 from m3runtime.errors import ConfigError
 
 IMPLEMENTATION = "m3_memory"
+_OWN_CACHE = 65_536
+"""Elements of a head's keys that a core's own cache holds beside its values: 256 KiB in float32."""
 _SILENT = {"nemotron"}
 """Types of models whose layers hand none of their keyword arguments to attention."""
 
@@ -123,7 +125,7 @@ def attend(
     kv_heads = keys.shape[1]
     if not weighing.is_plain:
         return _unfused(query, keys, values, mask, weighing)
-    if heads == kv_heads or not _folds(query, kv_heads, mask, threads):
+    if heads == kv_heads or not _folds(query, keys, mask, threads):
         mask = None if mask is None else by_query_head(mask, heads)
         return scaled_dot_product_attention(
             query, keys, values, mask, scale=weighing.scale, enable_gqa=heads != kv_heads
@@ -170,19 +172,23 @@ def attention_weights(query: Tensor, keys: Tensor, mask: Tensor | None, weighing
     return logits.softmax(-1, dtype=torch.float32)[..., : keys.shape[2]]
 
 
-def _folds(query: Tensor, kv_heads: int, mask: Tensor | None, threads: int) -> bool:
+def _folds(query: Tensor, keys: Tensor, mask: Tensor | None, threads: int) -> bool:
     """Do the query heads that share a KV head become queries of one head? If not, ``enable_gqa`` groups them.
 
-    On a CPU neither copies keys or values, but ``enable_gqa`` goes over them once for each query head: at one query,
-    9 heads over 3, 760 columns and one thread it takes 147 us against 140 us folded (batch 1), 1.22 ms against 1.16 ms
-    (batch 8); with an additive mask the same. Threads share the work by head, though: 3 heads on two threads take
-    110 us against 92 us of 9. On CUDA flash attention groups heads itself, but takes no mask; the
-    memory-efficient kernel takes one and does not group, so that keys and values would be repeated.
+    On a CPU neither copies keys or values, but ``enable_gqa`` goes over them once for each query head, which is dear
+    where they do not stay in a core's own cache, and for many query heads. Threads share the work by head, though:
+    with several of them, few query heads and short rows folding takes longer. Measured with keys and values that no
+    cache holds yet, as in a model, ``enable_gqa`` took of the time of folding: on one thread 0.95 to 2.2; on two, of
+    3 or 4 query heads to a KV head of 64 elements, 0.78 to 0.96; of 4 heads of 128 elements 0.93 at 60 columns, 1.4 at
+    690; of 8 heads 1.0 to 1.7. On CUDA flash attention groups heads itself, but takes no mask; the memory-efficient
+    kernel takes one and does not group, so that keys and values would be repeated.
     """
     if query.device.type != "cpu":
         return query.shape[2] == 1 or mask is not None
-    units = query.shape[0] * kv_heads
-    return query.shape[2] == 1 and (units % threads == 0 or units >= 8 * threads)
+    batch, kv_heads, columns, dim = keys.shape
+    shared_evenly = batch * kv_heads % threads == 0 or batch * kv_heads >= 8 * threads
+    is_dear = threads == 1 or query.shape[1] > 4 * kv_heads or columns * dim > _OWN_CACHE  # to go over them again
+    return query.shape[2] == 1 and shared_evenly and is_dear
 
 
 def memory_attention(
