@@ -84,7 +84,8 @@ class Runtime:
         largest = part_bytes(bank, self._dtype)
         capacity = config.recall.decoded or max(default_decoded(device), 2 * config.recall.memories * largest)
         self.store = MemoryStore(capacity, partial(part_bytes, bank), slots=max(1, capacity // largest))
-        self.background = Background(config.threads.lookahead, partial(prepare, device, config.threads.cores))
+        cores = config.threads.cores or (torch.get_num_threads() if device.type == "cpu" else 1)
+        self.background = Background(config.threads.lookahead, partial(prepare, device, cores))
         self._loader = Loader(bank, hierarchy, self.store, device, today)
         if config.recall.distinct:
             retriever.duplicates = Duplicates(self._loader.references)

@@ -253,8 +253,8 @@ class ThreadsConfig(Section):
 
     lookahead: Count = 2
     """Threads that embed, search, read and decode for hints, and that read blocks that miss the deadline."""
-    cores: Count = 1
-    """Cores that each of these threads computes on."""
+    cores: Count | None = None
+    """Cores that each of these threads computes on; null: all that the model has on a CPU, and 1 beside a GPU."""
 
 
 class MetricsConfig(Section):

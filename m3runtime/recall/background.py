@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor, wait
 
+from m3runtime.device.threads import release
 from m3runtime.errors import M3Error, TierClosedError
 
 log = logging.getLogger("m3runtime")
@@ -72,3 +73,5 @@ class Background:
                 self._failed += 1
                 self._last_error = str(error) or type(error).__name__
             raise
+        finally:
+            release()

@@ -1,4 +1,6 @@
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from m3runtime.device.threads import compute_on, release
+from m3runtime.device.threads import compute_on, release, turn
 from m3runtime.testing.threads import together
 
 
@@ -35,8 +37,8 @@ def test_only_the_calling_thread_computes_on_fewer_or_more_threads() -> None:
     assert in_thread(torch.get_num_threads) == before
 
 
-def helpers() -> int:
-    return len(list(Path("/proc/self/task").iterdir()))
+def tasks() -> set[str]:
+    return {task.name for task in Path("/proc/self/task").iterdir()}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted by /proc")
@@ -46,12 +48,65 @@ def test_who_has_computed_gives_its_helpers_back_and_computes_again() -> None:
 
     def work() -> bool:
         compute_on(2)
-        first, busy = x.sqrt().sum(), helpers()
+        before = tasks()
+        first, new = x.sqrt().sum(), tasks() - before  # other threads may have come as well
         release()
         until = time.monotonic() + 10
-        while helpers() >= busy:
+        while new <= tasks():
             assert time.monotonic() < until, "no helper has ended"
             time.sleep(0.01)
         return bool(x.sqrt().sum() == first)
 
     assert in_thread(work)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_a_forked_process_waits_for_no_helper_of_its_parent() -> None:
+    def work() -> int:
+        compute_on(2)
+        torch.arange(1_000_000, dtype=torch.float32).sqrt()
+        child = os.fork()
+        if not child:
+            release()
+            os._exit(7)
+        until = time.monotonic() + 20
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+            if time.monotonic() > until:
+                os.kill(child, 9)
+            time.sleep(0.01)
+        return os.waitstatus_to_exitcode(ended[1])
+
+    assert in_thread(work) == 7
+
+
+def most_at_once(device: torch.device, threads: int) -> int:
+    """How many threads were in their turns at the same time."""
+    inside, most, lock = 0, 0, threading.Lock()
+    meet = threading.Barrier(threads)
+
+    def work(number: int) -> None:
+        nonlocal inside, most
+        for _ in range(10):
+            meet.wait(10)
+            with turn(device, keep=bool(number % 2)):
+                with lock:
+                    inside += 1
+                    most = max(most, inside)
+                time.sleep(0.005)
+                with lock:
+                    inside -= 1
+
+    together(threads, work)
+    return most
+
+
+def test_turns_on_a_cpu_come_one_after_the_other_and_elsewhere_together() -> None:
+    assert most_at_once(torch.device("cpu"), 3) == 1
+    assert most_at_once(torch.device("meta"), 3) > 1
+
+
+def test_an_error_ends_a_turn() -> None:
+    with pytest.raises(ValueError, match="mine"), turn(torch.device("cpu")):
+        raise ValueError("mine")
+    with turn(torch.device("cpu")):
+        pass

@@ -64,7 +64,8 @@ class FlagEmbedder(LocalEmbedder):
         if model_class not in (None, M3, BASE):
             raise ConfigError(f"embedder {_KIND}: model_class must be {M3} or {BASE}, not {model_class!r}")
         folder = find_model(path, _KIND)
-        self._device = str(resolve(device, "embedder.device"))
+        self._where = resolve(device, "embedder.device")
+        self._device = str(self._where)
         library = import_extra("FlagEmbedding", _KIND)
         name = Path(path).expanduser().resolve().name
         self._class, pooling = _recognised(folder, name) if model_class is None else (model_class, "cls")
@@ -95,17 +96,17 @@ class FlagEmbedder(LocalEmbedder):
 
     def embed_references(self, texts: Sequence[str]) -> Embeddings:
         """``float32[n, dim]`` of length 1."""
-        return self._embed(texts, "")
+        return self._embed(texts, "", is_query=False)
 
     def embed_queries(self, texts: Sequence[str]) -> Embeddings:
         """``float32[n, dim]`` of length 1, each text after the instruction for queries."""
-        return self._embed(texts, self._instruction)
+        return self._embed(texts, self._instruction, is_query=True)
 
-    def _embed(self, texts: Sequence[str], before: str) -> Embeddings:
+    def _embed(self, texts: Sequence[str], before: str, *, is_query: bool) -> Embeddings:
         def embed(parts: list[str]) -> Embeddings:
             return self._rows([before + part for part in parts])
 
-        with self.lock, torch.inference_mode():
+        with self.turn(self._where, is_query=is_query), torch.inference_mode():
             tokenizer = self._flag.tokenizer
             room = self._max_length - len(tokenizer(before)["input_ids"])
             rows = embed_in_windows(texts, embed, token_spans(tokenizer), room)

@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import xxhash
 
+from m3runtime.device.threads import turn
 from m3runtime.errors import ConfigError, PluginError
 from m3runtime.memory.spec import canonical_json
 from m3runtime.plugins import hub
@@ -47,6 +48,15 @@ class LocalEmbedder(Embedder):
         self._dim = dim
         self._fingerprint = fingerprint
         self.lock = threading.Lock()
+
+    @contextmanager
+    def turn(self, device: torch.device, *, is_query: bool) -> Iterator[None]:
+        """Compute in the block, alone on this embedder. On a CPU the steps of models wait for queries, which are short.
+
+        In long calls with references they go on beside.
+        """
+        with self.lock, turn(device) if is_query else nullcontext():
+            yield
 
     @classmethod
     def dim_of(cls, path: str, options: Mapping[str, Any]) -> int | None:  # noqa: ARG003 - no option changes it

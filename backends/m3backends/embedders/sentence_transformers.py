@@ -52,7 +52,8 @@ class SentenceTransformersEmbedder(LocalEmbedder):
         reference_prompt: str | None = None,
     ) -> None:
         check_counts(self.kind, batch_size=1 if batch_size is None else batch_size)
-        folder, device = find_model(path, self.kind), str(resolve(device, "embedder.device"))
+        self._device = resolve(device, "embedder.device")
+        folder, device = find_model(path, self.kind), str(self._device)
         self._batch_size = batch_of(batch_size, device)
         self._prompts = {"query": query_prompt, "reference": reference_prompt}
         self._light = MeanOfTokens.of(folder, device)
@@ -104,7 +105,7 @@ class SentenceTransformersEmbedder(LocalEmbedder):
     def _embed(self, encode: str, texts: Sequence[str], prompt: str | None) -> Embeddings:
         if not texts:
             return np.zeros((0, self.dim), np.float32)
-        with self.lock:
+        with self.turn(self._device, is_query=encode == "encode_query"):
             if (light := self._light) is not None:
                 room = light.longest - 2 - len(light.spans(prompt or ""))  # 2 special tokens
 

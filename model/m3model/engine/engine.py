@@ -18,7 +18,7 @@ from m3model.engine.scheduler import Plan, Scheduled, Scheduler
 from m3model.engine.writing import Reason
 from m3runtime.adapters.engine import End, Engine, Failure, OnEvent, Read, Request, Ticket
 from m3runtime.config.schema import GenerateConfig
-from m3runtime.device.threads import prepare, release
+from m3runtime.device.threads import prepare, release, turn
 from m3runtime.errors import ConfigError, EngineClosedError, ForkedError, InputError, PromptTooLongError
 from m3runtime.recall.recalled import Recalled
 
@@ -215,7 +215,8 @@ class MemoryEngine(Engine):
             self._wait()
 
     def _wait(self) -> None:
-        """Wait until another thread brings something."""
+        """Wait until another thread brings something: it has all cores meanwhile."""
+        release()
         with self._changed:
             if not (self._new or self._arrived or self._cancelled or self._closed != self._heard_close):
                 self._changed.wait()
@@ -267,7 +268,7 @@ class MemoryEngine(Engine):
         settings = [self._jobs[one].request.settings for one in plan.sequences]
         if self._scheduler.tokens > self._buffers.context:
             self._reserve(GenerateConfig(), tokens=self._scheduler.tokens + self._buffers.context // 2)
-        with self._busy:
+        with self._busy, turn(self._buffers.layout.device, keep=True):
             outcome = self._runner.launch(
                 plan,
                 settings,

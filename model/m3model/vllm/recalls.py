@@ -39,7 +39,7 @@ class Recalls:
         self.runtime = runtime
         self._dtype = dtype
         self._threads = ThreadPoolExecutor(
-            _THREADS, "m3-vllm-recall", partial(prepare, runtime.device, runtime.config.threads.cores)
+            _THREADS, "m3-vllm-recall", partial(prepare, runtime.device, runtime.config.threads.cores or 1)
         )
         self._asked: list[_Question] = []
 
