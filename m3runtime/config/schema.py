@@ -72,6 +72,9 @@ class ModelConfig(Section):
     device, a quarter on a CPU. Where it is full, the youngest sequence waits and is read again later."""
     compile: bool = False
     """Compile the model's layers for decoding, at the first steps, which takes a minute or so. For GPUs alone."""
+    pack: bool = True
+    """On a CPU, keep the weights of linear layers a second time, in the layout that products are fastest in: decoding
+    takes half as long. It takes as much memory again; weights that were mapped from a file may leave it."""
 
 
 class MemoryConfig(Section):

@@ -29,6 +29,7 @@ from m3model.engine.engine import MemoryEngine
 from m3model.engine.fusing import fuse
 from m3model.engine.importance import importance
 from m3model.engine.job import Words
+from m3model.engine.packing import pack as pack_weights
 from m3model.engine.prompts import chat, render
 from m3model.engine.scoring import Row, Scoring, decode
 from m3model.engine.session import Session, Sink, make_sink
@@ -65,10 +66,11 @@ class TransformersAdapter(Adapter):
         rows: int = ModelConfig.model_fields["rows"].default,
         room: int | None = None,
         compile: bool = False,
+        pack: bool = True,
     ) -> None:
         """Switch ``model`` to the attention of `m3model.attention`: only its engine and sessions can run it now.
 
-        ``rows``, ``room`` and ``compile`` are the settings of the engine; see `m3runtime.config.schema.ModelConfig`.
+        ``rows``, ``room``, ``compile`` and ``pack`` are settings of `m3runtime.config.schema.ModelConfig`.
         """
         self.model = model
         self.tokenizer = tokenizer
@@ -107,6 +109,8 @@ class TransformersAdapter(Adapter):
         prepare(model)
         if compile:
             fuse(model)
+        if pack:
+            pack_weights(model)
         self._sink: Sink = make_sink(model, self.sink_ids)
         self._arrange: Arrangement | None = None
         self._budgets = budgets_of(self.spec) if self.spec.budgets else None
@@ -120,7 +124,8 @@ class TransformersAdapter(Adapter):
     def open(cls, model: ModelConfig, memory: MemoryConfig, device: torch.device) -> Self:
         """Load the model from a folder, a hub name or a GGUF file; see `Adapter.open`."""
         loaded, tokenizer = load(model.path, model.dtype, device)
-        return cls(loaded, tokenizer, memory, model.path, rows=model.rows, room=model.room, compile=model.compile)
+        settings = model.model_dump(include={"rows", "compile", "pack"})
+        return cls(loaded, tokenizer, memory, model.path, room=model.room, **settings)
 
     @classmethod
     def shape(cls, model: ModelConfig) -> ModelShape:
@@ -302,7 +307,8 @@ class TransformersAdapter(Adapter):
 
     def with_memory(self, memory: MemoryConfig) -> Self:
         """An adapter of the same loaded model with other memory settings; see `Adapter.with_memory`."""
-        other = type(self)(self.model, self.tokenizer, memory, self.name, rows=self.rows, room=self.room)
+        settings: dict[str, Any] = {"rows": self.rows, "room": self.room, "pack": False}  # its layers are as they are
+        other = type(self)(self.model, self.tokenizer, memory, self.name, **settings)
         other._busy = self._busy
         return other
 

@@ -220,7 +220,7 @@ def test_a_configuration_is_validated_once(file: Path) -> None:
         ("memories: 3", "m3.yaml: memories is not known; did you mean recall.memories?"),
         (
             "model: {path: x, zzz: 1}",
-            "m3.yaml: model.zzz is not known; known are adapter, compile, device, dtype, path",
+            "m3.yaml: model.zzz is not known; known are adapter, compile, device, dtype, pack, path",
         ),
         ("7: x", "m3.yaml: 7 is not known; keys are text"),
         ("recall: {when_late: no}", "m3.yaml: recall.when_late must be 'wait', 'skip' or 'next_chunk', not 'no'"),

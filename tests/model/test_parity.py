@@ -36,7 +36,7 @@ from tests.model.families import (
 )
 
 CONTEXT = 33
-TOLERANCE = 1e-4
+TOLERANCE = 2e-4  # packed weights round up to twice as much as the library's products
 
 
 def parts(adapter: TransformersAdapter, texts: Sequence[str]) -> list[Part]:

@@ -21,7 +21,7 @@ from m3model.engine.step import Inputs, Shape, Step
 from m3model.transformers import TransformersAdapter
 from m3runtime.config.schema import GenerateConfig
 from tests.model.families import FAMILIES, OTHERS, make_adapter, make_uneven, random_text
-from tests.model.test_decode_step import WAITING, Operations
+from tests.model.test_decode_step import PRODUCTS, WAITING, Operations
 
 EVERYTHING = GenerateConfig(
     temperature=0.8, top_p=0.9, top_k=7, min_p=0.01, repetition_penalty=1.2, presence_penalty=0.3, logit_bias={3: 1.0},
@@ -102,7 +102,7 @@ def test_a_step_waits_for_nothing_and_keeps_nothing(family: str) -> None:
         with Operations() as step:
             ready.step(ready.plan())
         assert not WAITING & step.names.keys()
-        assert step.names["linear"] + step.names["mm"] + step.names["addmm"] > 0  # the step was seen at all
+        assert not PRODUCTS.isdisjoint(step.names)  # the step was seen at all
         # Decoding rows read their keys where they stand: no copy of a layer's columns for two rows.
         layout = ready.adapter.layout
         assert [shape for shape in step.shapes if len(shape) == 4 and shape[0] == 2 and shape[2] > 60] == []

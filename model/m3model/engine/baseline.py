@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from m3model.engine.packing import unpacked
 from m3runtime.adapters.answers import Prompt
 from m3runtime.adapters.base import Adapter
 
@@ -80,7 +81,8 @@ class TransformersBaseline:
         self.model.set_attn_implementation(attention)
         self.model.generation_config = _configured()
         try:
-            yield
+            with unpacked(self.model):
+                yield
         finally:
             self.model.generation_config = own
             self.model.set_attn_implementation(before)
