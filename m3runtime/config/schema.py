@@ -73,8 +73,8 @@ class ModelConfig(Section):
     compile: bool = False
     """Compile the model's layers for decoding, at the first steps, which takes a minute or so. For GPUs alone."""
     pack: bool = True
-    """On a CPU, keep the weights of linear layers a second time, in the layout that products are fastest in: decoding
-    takes half as long. It takes as much memory again; weights that were mapped from a file may leave it."""
+    """On a CPU, keep the weights of linear layers a second time, in the layout that products are fastest in: a step
+    takes half of the time with eight rows, three quarters with one. It takes as much memory again."""
 
 
 class MemoryConfig(Section):
