@@ -74,7 +74,8 @@ class ModelConfig(Section):
     """Compile the model's layers for decoding, at the first steps, which takes a minute or so. For GPUs alone."""
     pack: bool = True
     """On a CPU, keep the weights of linear layers a second time, in the layout that products are fastest in: a step
-    takes half of the time with eight rows, three quarters with one. It takes as much memory again."""
+    takes half of the time with eight rows, three quarters with one. It takes as much memory again. Nothing is packed
+    with ``compile``."""
 
 
 class MemoryConfig(Section):

@@ -109,7 +109,7 @@ class TransformersAdapter(Adapter):
         prepare(model)
         if compile:
             fuse(model)
-        if pack:
+        elif pack:
             pack_weights(model)
         self._sink: Sink = make_sink(model, self.sink_ids)
         self._arrange: Arrangement | None = None

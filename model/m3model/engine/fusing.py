@@ -13,6 +13,7 @@ from m3model.attention.compiled import Compiled
 from m3model.attention.implementation import Weighing
 from m3model.attention.layout import Pair
 from m3model.attention.versions import CACHE_NAMES
+from m3model.engine.packing import unpack
 from m3model.engine.step import StepCache
 
 
@@ -54,8 +55,10 @@ class _FusedLayer:
 def fuse(model: Any, backend: Any = "inductor") -> None:
     """Compile the layers of a model at the engine's first steps. A layer that cannot be compiled runs as it is.
 
-    Calling it again is fine. ``backend`` is that of `torch.compile`.
+    Calling it again is fine. ``backend`` is that of `torch.compile`. Weights are packed no more, for the compiler has
+    products of its own.
     """
+    unpack(model)
     for index, layer in enumerate(model.get_decoder().layers):
         if not isinstance(layer.forward, _FusedLayer):
             layer.forward = _FusedLayer(layer.forward, index, backend)

@@ -53,13 +53,18 @@ def pack(model: Any) -> None:
                 layer.forward = _PackedForward(layer, packed)  # type: ignore[method-assign]
 
 
+def unpack(model: Any) -> list[tuple[Any, Any]]:
+    """Give a model the library's own products again. Returns the layers that had others, and those."""
+    layers = [layer for layer in model.modules() if isinstance(vars(layer).get("forward"), _PackedForward)]
+    return [(layer, vars(layer).pop("forward")) for layer in layers]
+
+
 @contextmanager
 def unpacked(model: Any) -> Iterator[None]:
     """Let the model compute by the library's own products in the block. No other thread runs it meanwhile."""
-    layers = [layer for layer in model.modules() if isinstance(vars(layer).get("forward"), _PackedForward)]
-    forwards = [vars(layer).pop("forward") for layer in layers]
+    layers = unpack(model)
     try:
         yield
     finally:
-        for layer, forward in zip(layers, forwards, strict=True):
+        for layer, forward in layers:
             layer.forward = forward
