@@ -14,9 +14,9 @@ class PackedWeight:
     """The weight of a linear layer, ``[out, in]``, in blocks that oneDNN multiplies without copying them first.
 
     `torch.nn.functional.linear` packs the weight anew in each call, which takes longer than the product itself where
-    there are few rows. A packed weight takes as much memory as the plain one. A row's product has the same bits
-    whatever rows stand beside it, and on any number of threads. Torch's compiler packs by the same two operators. They
-    have no gradients. Thread-safe.
+    there are few rows. A packed weight takes as much memory as the plain one. With AVX2 or AVX-512 a row's product has
+    the same bits whatever rows stand beside it, and on any number of threads. Torch's compiler packs by the same two
+    operators. They have no gradients. Thread-safe.
     """
 
     def __init__(self, packed: Tensor) -> None:

@@ -41,6 +41,7 @@ def test_it_reads_rows_that_are_not_contiguous() -> None:
     assert torch.equal(packed(weight).product(rows, None), packed(weight).product(rows.contiguous(), None))
 
 
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="not without AVX2")
 def test_a_rows_product_has_the_same_bits_beside_other_rows_and_on_other_threads() -> None:
     weight, rows = packed(drawn(192, 576)), drawn(130, 576)
     whole = weight.product(rows, None)
