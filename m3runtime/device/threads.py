@@ -64,9 +64,9 @@ def turn(device: torch.device, *, keep: bool = False) -> Iterator[None]:
         _CORES.acquire()
     try:
         yield
+    finally:
         if not keep:
             release()
-    finally:
         _CORES.release()
 
 

@@ -66,7 +66,7 @@ class _Texts:
     places: Tensor | None
     """Where each token stands when they are padded, int64 ``[N]`` below ``B * T``; None if all are equally long."""
     seen: Tensor | None
-    """What attention reads of each, bool ``[B, 1, 1, T]``; None for all."""
+    """The tokens that attention reads of each text, bool ``[B, 1, 1, T]``; None for all."""
 
     @classmethod
     def of(cls, texts: Sequence[Sequence[int]], device: torch.device) -> Self:
